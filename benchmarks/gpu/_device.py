@@ -1,0 +1,52 @@
+"""Time and memory on a GPU or the CPU."""
+
+from __future__ import annotations
+
+import resource
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+
+
+def seconds_each(device: torch.device, work: Callable[[int], object], *, warm_up: int = 3, times: int = 10) -> float:
+    """Median seconds of ``work(i)``, each waited for to its end on the device."""
+    taken = []
+    for number in range(warm_up + times):
+        _wait(device)
+        started = time.perf_counter()
+        work(number)
+        _wait(device)
+        taken.append(time.perf_counter() - started)
+    return statistics.median(taken[warm_up:])
+
+
+def matrix_rate(device: torch.device, side: int) -> float:
+    """FLOP/s of a bfloat16 product of random square matrices; zeros would run faster than real data does."""
+    draw = torch.Generator(device).manual_seed(0)
+    left, right = (
+        torch.randn(side, side, generator=draw, device=device, dtype=torch.bfloat16) for _ in ("left", "right")
+    )
+    out = torch.empty_like(left)
+    seconds = seconds_each(device, lambda _: [torch.mm(left, right, out=out) for _ in range(10)]) / 10
+    return 2 * side**3 / seconds
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin a new measurement of memory."""
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+
+
+def peak_gib(device: torch.device) -> float:
+    """Most memory that tensors held at once since the reset; on a CPU the most of the whole process so far."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated() / 2**30
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize()

@@ -1,0 +1,84 @@
+"""Floating-point operations of the embedder, counted by formula: a multiplication and an addition are two.
+
+A linear map of n inputs to m outputs costs 2nm a row. Norms, activations, softmax and rotations are left out: they are
+well under 1% of the operations, and none of them runs on the matrix units that the rate is compared with.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from notellm2_ray.core.settings import ModelSettings, QFormerSettings
+
+
+class NoteFlops(NamedTuple):
+    """Forward operations of one note."""
+
+    llm: int
+    tower: int
+    connector: int
+    fusion: int
+
+    @property
+    def forward(self) -> int:
+        return sum(self)
+
+    @property
+    def training(self) -> int:
+        """A step's share of one note.
+
+        The backward pass of a trained map takes two products of the forward one's size, one for its input and one for
+        its weights; the frozen tower has no backward pass. What gradient checkpointing computes again is not counted,
+        so a rate with it is that of the work that had to be done.
+        """
+        return 3 * (self.llm + self.connector + self.fusion) + self.tower
+
+
+def count(settings: ModelSettings, llm: Any, vision: Any, num_tokens: int) -> NoteFlops:
+    """Operations of the ``notellm2`` variant for a note with an image and a prompt of ``num_tokens``.
+
+    Args:
+        llm, vision: Hugging Face configurations.
+    """
+    patches = (vision.image_size // vision.patch_size) ** 2
+    return NoteFlops(
+        _llm(llm, num_tokens),
+        _tower(vision, patches),
+        _connector(settings.qformer, patches, vision.hidden_size, llm.hidden_size),
+        _fusion(vision.hidden_size, llm.hidden_size, settings.embedding_dim),
+    )
+
+
+def _llm(config: Any, tokens: int) -> int:
+    """Gated feed-forward (three maps), queries and output of width h, keys and values of their heads' width.
+
+    A token attends to itself and what stands before it, T(T+1)/2 pairs, each of 2h for the score and 2h for the value.
+    There is no head on the vocabulary.
+    """
+    h, inner = config.hidden_size, config.intermediate_size
+    keys = h * config.num_key_value_heads // config.num_attention_heads
+    maps = 2 * tokens * (2 * h * h + 2 * h * keys + 3 * h * inner)
+    attention = 4 * h * tokens * (tokens + 1) // 2
+    return config.num_hidden_layers * (maps + attention)
+
+
+def _tower(config: Any, patches: int) -> int:
+    """A map of each patch's pixels, then layers over patches and CLS: four maps of attention, two of feed-forward."""
+    h, inner, tokens = config.hidden_size, config.intermediate_size, patches + 1
+    layer = 2 * tokens * (4 * h * h + 2 * h * inner) + 4 * h * tokens**2
+    return 2 * patches * 3 * config.patch_size**2 * h + config.num_hidden_layers * layer
+
+
+def _connector(settings: QFormerSettings, patches: int, vision_width: int, llm_width: int) -> int:
+    """Layers over the queries; every n-th reads the patches, whose keys and values are maps from the tower's width."""
+    d, queries = settings.hidden_size, settings.num_queries
+    layer = 2 * queries * (4 * d * d + 2 * d * settings.intermediate_size) + 4 * d * queries**2
+    crossing = 2 * (2 * queries * d * d + 2 * patches * vision_width * d) + 4 * d * queries * patches
+    crossings = -(-settings.num_layers // settings.cross_attention_every)
+    projector = 2 * queries * (d * llm_width + llm_width**2)
+    return settings.num_layers * layer + crossings * crossing + projector
+
+
+def _fusion(vision_width: int, llm_width: int, embedding_dim: int) -> int:
+    """For the visual and the multimodal vector: the tower's vector into h_t, the gate on both, the projection."""
+    return 2 * 2 * (vision_width * llm_width + 2 * llm_width * llm_width + llm_width * embedding_dim)

@@ -1,0 +1,238 @@
+"""A full-size embedder on one GPU, on PyTorch and transformers alone: speed, share of the card's rate, memory.
+
+    PYTHONPATH=. python benchmarks/gpu/embedder.py                # one GPU of 80 GB to embed, of 141 GB to train too
+    PYTHONPATH=. python benchmarks/gpu/embedder.py --tiny         # the same script on a CPU, in seconds
+
+The network is the paper's MQwen-Base with NoteLLM-2 (a Qwen-7B of 32 layers and width 4,096, CLIP ViT-B/16, a Q-Former
+of six layers), with random weights in bfloat16: neither speed nor memory depends on their values. Every note has an
+image and the longest prompt there is.
+
+Printed: embedding and training in notes/s, achieved TFLOP/s by formula (_flops.py) against this very card's rate at an
+8192 x 8192 x 8192 bfloat16 product measured in the same run, and peak memory. The goals, on an H200: embedding at least
+150 notes/s and 45% of the measured rate, training at 40%. The paper's Table 7 has 46.9 notes/s on an A100, at a batch
+of 50.
+
+Training is a whole step: forward, contrastive loss over the batch, backward, clipping, and fused AdamW with moments in
+bfloat16 like the weights, which one card holds of seven billion parameters (2 bytes of weight, 2 of gradient, 4 of
+moments: 57 GB). It measures speed and memory; the package's own trainer keeps weights and moments in float32 and shards
+them over cards. Reading, tokenising and decoding are no part of either figure: batches come from page-locked memory.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from _device import matrix_rate, peak_gib, reset_peak, seconds_each
+from _flops import NoteFlops, count
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import CLIPVisionConfig, Qwen2Config
+
+from notellm2_ray.core.settings import ModelSettings, QFormerSettings
+from notellm2_ray.models.architectures import ARCHITECTURES
+from notellm2_ray.models.build import count_parameters, model_from_configs
+from notellm2_ray.models.losses import embedder_loss
+from notellm2_ray.models.mlrm import NoteModel
+from notellm2_ray.models.pixels import ImageSettings
+from notellm2_ray.models.preprocess import Batch
+
+GOALS = {"notes_per_second": 150.0, "embedding_share": 0.45, "training_share": 0.40}
+# What a prompt holds beyond max_body_tokens, as a tokenizer that knows Chinese cuts it: the opening and the closing
+# words of the visual half, its mark, and the closing words of the whole.
+OPENING, CLOSING, MARK = 6, 7, 1
+
+
+class Setup(NamedTuple):
+    """What is measured."""
+
+    settings: ModelSettings
+    llm: Any  # Hugging Face configurations
+    vision: Any
+    num_tokens: int  # of every prompt
+    embed_notes: list[int]  # notes of a forward pass
+    train_pairs: list[int]  # pairs of a step; each has two notes
+    matrix: int  # side of the product that measures the rate
+    device: torch.device
+
+
+def full_size(arguments: argparse.Namespace) -> Setup:
+    """The paper's architecture on a GPU."""
+    architecture = ARCHITECTURES[arguments.architecture]
+    settings = architecture.settings("notellm2")
+    body = settings.max_body_tokens - 1 + settings.qformer.num_queries  # in which the image counted as one token
+    tokens = arguments.tokens or body + OPENING + CLOSING + MARK + CLOSING
+    device = torch.device("cuda")
+    sizes = (arguments.notes, arguments.pairs)
+    return Setup(settings, architecture.llm(), architecture.vision(), tokens, *sizes, 8192, device)
+
+
+def tiny_size() -> Setup:
+    """The same network, small enough for a CPU."""
+    qformer = QFormerSettings(num_layers=3, num_heads=2, hidden_size=32, intermediate_size=64, num_queries=4)
+    llm = Qwen2Config(
+        vocab_size=200,
+        hidden_size=64,
+        intermediate_size=176,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=4,
+    )
+    vision = CLIPVisionConfig(
+        hidden_size=48, intermediate_size=96, num_hidden_layers=2, num_attention_heads=2, image_size=32, patch_size=8
+    )
+    settings = ModelSettings(variant="notellm2", qformer=qformer, embedding_dim=16)
+    return Setup(settings, llm, vision, 40, [8], [4], 512, torch.device("cpu"))
+
+
+def build(setup: Setup, device: torch.device, attention: str = "sdpa") -> NoteModel:
+    """The network in bfloat16, weights random; none on the meta device."""
+    torch.manual_seed(0)
+    image = ImageSettings(setup.vision.image_size)
+    with device:
+        model = model_from_configs(setup.settings, setup.llm, setup.vision.to_dict(), image, attention=attention)
+    return model.to_precision("bf16")
+
+
+def batches(setup: Setup, num_notes: int, how_many: int = 4) -> list[Batch]:
+    """Different random batches in host memory, page-locked beside a GPU; prompts are full and need no padding."""
+    side, queries, tokens = setup.vision.image_size, setup.settings.qformer.num_queries, setup.num_tokens
+    rows = torch.arange(num_notes)
+    made = []
+    for number in range(how_many):
+        draw = torch.Generator().manual_seed(number)
+        batch = Batch(
+            input_ids=torch.randint(0, setup.llm.vocab_size, (num_notes, tokens), generator=draw),
+            attention_mask=torch.ones(num_notes, tokens, dtype=torch.int64),
+            last=torch.full((num_notes,), tokens - 1),
+            pixels=torch.randint(0, 256, (num_notes, 3, side, side), generator=draw, dtype=torch.uint8),
+            image_rows=rows,
+            image_starts=torch.full((num_notes,), OPENING),
+            visual_ends=torch.full((num_notes,), OPENING + queries + CLOSING - 1),
+        )
+        made.append(batch.pin_memory() if setup.device.type == "cuda" else batch)
+    return made
+
+
+def measure_embedding(setup: Setup, model: NoteModel, num_notes: int) -> tuple[float, float]:
+    """Notes/s from host batch to unit vectors on the host, and peak GiB."""
+    model.eval().requires_grad_(False)
+    given = batches(setup, num_notes)
+
+    @torch.inference_mode()
+    def embed(number: int) -> torch.Tensor:
+        batch = given[number % len(given)].to(setup.device, non_blocking=True)
+        return F.normalize(model(batch).multimodal, dim=-1).cpu()
+
+    vectors = embed(0)
+    assert vectors.shape == (num_notes, setup.settings.embedding_dim) and vectors.isfinite().all()
+    reset_peak(setup.device)
+    return num_notes / seconds_each(setup.device, embed), peak_gib(setup.device)
+
+
+def measure_training(setup: Setup, model: NoteModel, pairs: int, checkpointing: bool) -> tuple[float, float]:
+    """Notes/s of whole training steps, and peak GiB."""
+    model.train().requires_grad_(True)
+    model.tower.requires_grad_(False)
+    model.set_gradient_checkpointing(checkpointing)
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)  # its moments have the type of the weights
+    given, keys = batches(setup, 2 * pairs), torch.arange(2 * pairs, device=setup.device)
+
+    def step(number: int) -> None:
+        vectors = model(given[number % len(given)].to(setup.device, non_blocking=True))
+        embedder_loss(vectors, keys, alpha=setup.settings.alpha).total.backward()
+        torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    try:
+        reset_peak(setup.device)
+        return 2 * pairs / seconds_each(setup.device, step, times=5), peak_gib(setup.device)
+    finally:
+        optimizer.zero_grad(set_to_none=True)
+
+
+def check_formula(setup: Setup, flops: NoteFlops) -> float:
+    """PyTorch's own count of one note's forward pass, on the meta device, over the formula's.
+
+    PyTorch counts the whole square of attention where we count the half that a causal model needs: that is added here.
+    """
+    meta = torch.device("meta")
+    model = build(setup, meta, attention="eager").eval().requires_grad_(False)
+    batch = batches(setup, 1, 1)[0].to(meta)
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(batch)
+    tokens, layers, width = setup.num_tokens, setup.llm.num_hidden_layers, setup.llm.hidden_size
+    other_half = layers * 4 * width * tokens * (tokens - 1) // 2
+    return counter.get_total_flops() / (flops.forward + other_half)
+
+
+def measure(setup: Setup) -> Iterator[dict[str, Any]]:
+    """One record per measurement, printed as it comes."""
+    rate = matrix_rate(setup.device, setup.matrix)
+    model = build(setup, setup.device)
+    flops = count(setup.settings, setup.llm, setup.vision, setup.num_tokens)
+    name = torch.cuda.get_device_name() if setup.device.type == "cuda" else "CPU"
+    print(f"{name}: {rate / 1e12:.2f} TFLOP/s at a {setup.matrix}^3 bfloat16 product (torch {torch.__version__})")
+    print(
+        f"{count_parameters(model) / 1e6:,.1f} M parameters, {setup.num_tokens} tokens a note, "
+        f"{flops.forward / 1e12:.4g} TFLOP to embed one, {flops.training / 1e12:.4g} to train on one; "
+        f"PyTorch's count over the formula's: {check_formula(setup, flops):.4f}"
+    )
+    yield {"measurement": "card", "name": name, "matrix_tflops": rate / 1e12, "tokens": setup.num_tokens}
+    for notes in setup.embed_notes:
+        yield _record(
+            "embedding", f"{notes} notes", flops.forward, rate, lambda n=notes: measure_embedding(setup, model, n)
+        )
+    for pairs in setup.train_pairs:
+        for again in (False, True):
+            what = f"{pairs} pairs, {'recomputing' if again else 'keeping'} activations"
+            yield _record(
+                "training", what, flops.training, rate, lambda p=pairs, a=again: measure_training(setup, model, p, a)
+            )
+
+
+def _record(kind: str, what: str, flops: int, rate: float, work: Callable[[], tuple[float, float]]) -> dict[str, Any]:
+    try:
+        speed, peak = work()
+    except torch.OutOfMemoryError:
+        torch.cuda.empty_cache()
+        print(f"{kind:9s}  {what}: does not fit into this card's memory")
+        return {"measurement": kind, "what": what, "fits": False}
+    achieved, goal = speed * flops, GOALS[f"{kind}_share"]
+    wanted = f"{GOALS['notes_per_second']:.0f} notes/s and {goal:.0%}" if kind == "embedding" else f"{goal:.0%}"
+    print(
+        f"{kind:9s}  {what}: {speed:.1f} notes/s, {achieved / 1e12:.4g} TFLOP/s = {achieved / rate:.1%} of the "
+        f"product's rate (goal: {wanted}), peak {peak:.1f} GiB"
+    )
+    return {
+        "measurement": kind,
+        "what": what,
+        "fits": True,
+        "notes_per_second": speed,
+        "tflops": achieved / 1e12,
+        "share": achieved / rate,
+        "peak_gib": peak,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tiny", action="store_true", help="a tiny network on the CPU, to see that all of it runs")
+    parser.add_argument("--architecture", default="mqwen-base", choices=sorted(ARCHITECTURES))
+    parser.add_argument("--tokens", type=int, help="length of every prompt; by default the longest there is")
+    parser.add_argument("--notes", type=int, nargs="+", default=[50, 128, 256], help="notes of a forward pass")
+    parser.add_argument("--pairs", type=int, nargs="+", default=[16, 32], help="pairs of a training step (paper: 16)")
+    arguments = parser.parse_args()
+    if not arguments.tiny and not torch.cuda.is_available():
+        parser.error("there is no GPU here; --tiny runs the same on the CPU")
+    records = list(measure(tiny_size() if arguments.tiny else full_size(arguments)))
+    print(json.dumps(records))
+
+
+if __name__ == "__main__":
+    main()

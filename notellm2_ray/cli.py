@@ -1,0 +1,167 @@
+"""The command line: one verb per arrow of the flow, every knob settable as ``key=value``.
+
+notellm2 run --preset demo
+notellm2 train-embedder --config jobs/configs/world.yaml train.num_workers=2
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+import textwrap
+from collections.abc import Sequence
+from typing import Any
+
+import yaml
+from pydantic import BaseModel
+
+from notellm2_ray import __version__
+from notellm2_ray.core.config import apply_overrides, build, load_yaml, merge, nested_models, to_plain
+from notellm2_ray.core.errors import NoteLLMError
+from notellm2_ray.core.settings import Settings
+from notellm2_ray.presets import PRESETS, preset
+
+# verb: (what it does, sections of the knob tree it reads)
+VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "prepare": ("read and check the source tables, quarantine what is broken", ("source", "prepare")),
+    "mine-pairs": ("mine related notes from the event log and split them", ("pairs", "split")),
+    "build-tiny": (
+        "train a small tokenizer, LLM and CLIP from scratch, where model.llm or model.vision is 'tiny'",
+        ("tiny",),
+    ),
+    "train-embedder": ("train the note embedder", ("model", "train")),
+    "embed-notes": ("embed every note with the trained embedder", ("embed",)),
+    "build-index": ("build the ANN index and measure its recall", ("index",)),
+    "eval-retrieval": ("compare the trained embedders and baselines on the test pairs", ("evaluate",)),
+    "run": ("all of these in order, for every variant and seed of `evaluate`, and write the report", ()),
+}
+
+
+def load_settings(config: str | None, preset_name: str | None, overrides: Sequence[str]) -> Settings:
+    """Defaults, then preset, then YAML, then overrides, checked together.
+
+    Raises:
+        ConfigError: naming every wrong key.
+    """
+    values = load_yaml(config) if config else {}
+    name = preset_name or values.pop("preset", None)
+    values.pop("preset", None)
+    base: dict[str, Any] = preset(name) if name else {}
+    return build(Settings, apply_overrides(merge(base, values), overrides))
+
+
+def describe(model: type[BaseModel], prefix: str) -> list[str]:
+    """One line per knob below ``prefix``: key, default, explanation."""
+    lines = []
+    for name, field in model.model_fields.items():
+        nested = nested_models(field.annotation)
+        if nested:
+            for inner in nested:
+                lines += describe(inner, f"{prefix}{name}.")
+        else:
+            default = (
+                "required" if field.is_required() else yaml.safe_dump(_plain(field.default), default_flow_style=True)
+            )
+            default = default.replace("\n...", "").strip()
+            head = f"  {prefix}{name} = {default}"
+            lines.append(head)
+            lines += textwrap.wrap(field.description or "", 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+    return lines
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return [_plain(part) for part in value]
+    return value if value is None or isinstance(value, (bool, int, float)) else str(value)
+
+
+def knobs(sections: Sequence[str]) -> str:
+    """The help text of some sections of the knob tree (all of it for none)."""
+    lines: list[str] = []
+    for name, field in Settings.model_fields.items():
+        if sections and name not in (*sections, "workspace", "seed", "ray"):
+            continue
+        models = nested_models(field.annotation)
+        if not models:
+            lines += [f"  {name} = {field.default}", f"      {field.description}"]
+        for model in models:
+            lines += ["", f"{name}: {(model.__doc__ or '').strip().splitlines()[0]}", *describe(model, f"{name}.")]
+    return "\n".join(lines)
+
+
+def parser() -> argparse.ArgumentParser:
+    """The argument parser, one sub-command per verb."""
+    top = argparse.ArgumentParser(
+        prog="notellm2",
+        description="Multimodal note embeddings and recall on Ray (NoteLLM-2).",
+        epilog="presets:\n" + "\n".join(f"  {name:14s} {text}" for name, (text, _) in PRESETS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    top.add_argument("--version", action="version", version=f"notellm2-ray {__version__}")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    for verb, (text, sections) in VERBS.items():
+        sub = verbs.add_parser(
+            verb,
+            help=text,
+            description=text[0].upper() + text[1:] + ".",
+            epilog="settings, as key=value:\n" + knobs(sections),
+            usage=f"notellm2 {verb} [--config FILE] [--preset NAME] [--dry-run] [key=value ...]",
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+        )
+        _common(sub)
+        sub.add_argument("--dry-run", action="store_true", help="print the resolved settings and the plan, do nothing")
+    settings = verbs.add_parser("settings", help="print the resolved settings as YAML")
+    _common(settings)
+    verbs.add_parser("env", help="print versions and devices")
+    return top
+
+
+def _common(sub: argparse.ArgumentParser) -> None:
+    sub.add_argument("--config", metavar="FILE", help="YAML file of settings; may begin with `preset: NAME`")
+    sub.add_argument("--preset", metavar="NAME", help=f"starting point: {', '.join(PRESETS)}")
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Entry point of ``notellm2`` and of every script under ``jobs/``."""
+    top = parser()
+    options, rest = top.parse_known_args(arguments)
+    # Overrides may stand anywhere among the options, which argparse cannot say of a sub-command's positionals.
+    options.overrides = rest
+    for text in rest:
+        if text.startswith("-") or "=" not in text:
+            top.error(f"unknown argument {text!r}; settings are given as key=value")
+    logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
+    logging.getLogger("notellm2_ray").setLevel(logging.INFO)
+    # It would write to standard output, where the tables go, that there is no GPU.
+    logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
+    try:
+        _dispatch(options)
+    except NoteLLMError as error:
+        sys.exit(f"error: {error}")
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command continues from here")
+
+
+def _dispatch(options: argparse.Namespace) -> None:
+    if options.verb == "env":
+        from notellm2_ray.environment import environment
+
+        print(environment())
+        return
+    from notellm2_ray import workflow
+
+    settings = load_settings(options.config, options.preset, options.overrides)
+    if options.verb == "settings":
+        print(yaml.safe_dump(to_plain(settings), sort_keys=False, allow_unicode=True), end="")
+    elif options.dry_run:
+        print(yaml.safe_dump(to_plain(settings), sort_keys=False, allow_unicode=True))
+        from notellm2_ray.plan import plan
+
+        print(plan(settings, options.verb))
+    else:
+        workflow.STAGES[options.verb](settings)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""What every other package shares; it imports nothing of ours."""

@@ -1,0 +1,104 @@
+"""A read-only store of notes in one Arrow file, memory-mapped: random access by id without loading it."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+
+from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.schema import NOTE_SCHEMA, Note, iter_notes, require_columns
+
+_ROWS_PER_BATCH = 1024
+
+
+class NoteStore:
+    """Notes by id.
+
+    Opening reads the ids (about 100 bytes of memory a note); texts and images stay on disk, shared by all processes of
+    the machine, until they are asked for. Pickles as its path.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        """Open a store.
+
+        Raises:
+            DataError: there is none at ``path``, or it is damaged.
+        """
+        self.path = Path(path)
+        try:
+            reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
+            self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
+        except FileNotFoundError:
+            raise DataError(f"{self.path} does not exist: run mine-pairs first") from None
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{self.path} is no note store or is damaged ({error}): run mine-pairs again") from error
+        require_columns(reader.schema, NOTE_SCHEMA, str(self.path))
+        self._ends = np.cumsum([batch.num_rows for batch in self._batches])
+        ids = (note_id for batch in self._batches for note_id in batch.column("note_id").to_pylist())
+        self._rows = {note_id: row for row, note_id in enumerate(ids)}
+
+    @staticmethod
+    def write(path: str | Path, batches: Iterable[pa.RecordBatch]) -> int:
+        """Write prepared notes (NOTE_SCHEMA; further columns are left out) as they stream in; the number written.
+
+        The file appears whole or not at all.
+
+        Raises:
+            DataError: a column is missing, or a note id comes twice.
+        """
+        path = Path(path)
+        temporary = path.with_name(f".{path.name}.{os.getpid()}")
+        seen: set[str] = set()
+        try:
+            with pa.OSFile(str(temporary), "wb") as sink, pa.ipc.new_file(sink, NOTE_SCHEMA) as writer:
+                for batch in batches:
+                    require_columns(batch.schema, NOTE_SCHEMA, "notes")
+                    for note_id in batch.column("note_id").to_pylist():
+                        if note_id in seen:
+                            raise DataError(f"note {note_id!r} comes twice: note ids must be unique; run prepare again")
+                        seen.add(note_id)
+                    table = pa.Table.from_batches([batch]).select(NOTE_SCHEMA.names).cast(NOTE_SCHEMA)
+                    for part in table.to_batches(max_chunksize=_ROWS_PER_BATCH):
+                        writer.write_batch(part)
+            os.replace(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return len(seen)
+
+    def get(self, ids: Sequence[str]) -> list[Note]:
+        """The notes with these ids, in this order.
+
+        Raises:
+            DataError: an id is not in the store.
+        """
+        return [self._note(note_id) for note_id in ids]
+
+    @property
+    def ids(self) -> list[str]:
+        """All ids, as stored."""
+        return list(self._rows)
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    def __contains__(self, note_id: str) -> bool:
+        return note_id in self._rows
+
+    def __reduce__(self) -> tuple[type[NoteStore], tuple[Path]]:
+        return NoteStore, (self.path,)
+
+    def _note(self, note_id: str) -> Note:
+        try:
+            row = self._rows[note_id]
+        except KeyError:
+            raise DataError(
+                f"note {note_id!r} is not among the {len(self)} notes of {self.path}: pairs and notes must come from "
+                "the same run of mine-pairs"
+            ) from None
+        number = int(np.searchsorted(self._ends, row, side="right"))
+        batch = self._batches[number]
+        return next(iter_notes(batch.slice(row - (int(self._ends[number]) - batch.num_rows), 1)))

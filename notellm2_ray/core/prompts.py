@@ -1,0 +1,127 @@
+"""Every prompt that is put to a language model, as templates of fixed words and slots.
+
+A template is a tuple of literal strings and :class:`Slot`. The literals are the template's own; what fills a slot is
+the user's and is tokenised apart, so that it can become neither a special token nor a part of a neighbouring word.
+
+The note is shown as a JSON object (section 2.2). Both halves of the mICL prompt (section 3) end in the very same words,
+and each vector is read at the last token of those words: the opening quotation mark.
+"""
+
+from __future__ import annotations
+
+import enum
+import json
+import re
+from collections.abc import Mapping
+from typing import Literal, NamedTuple
+
+Language = Literal["zh", "en"]
+PromptKind = Literal["basic", "micl", "text"]
+
+
+class Slot(enum.Enum):
+    """A place in a template that the note fills."""
+
+    IMAGE = "image"  # the visual tokens
+    VISUAL_MARK = "visual mark"  # the token <IMG_EMB>; the visual vector is read just before it
+    TITLE = "title"
+    TOPICS = "topics"
+    CONTENT = "content"
+
+
+Part = str | Slot
+
+
+class _Words(NamedTuple):
+    note: str
+    image: str
+    title: str
+    topics: str
+    content: str
+    compress: str  # closes the JSON string and object, and opens the quotation mark
+    next_note: str  # closes that mark
+
+
+_WORDS: Mapping[Language, _Words] = {
+    "zh": _Words("笔记：{", "图片", "标题", "话题", "内容", '"}，压缩为一个词：“', "”。"),
+    "en": _Words(
+        "Note content: {", "image", "title", "topic", "content", '"}. Compress this note into one word: "', '". '
+    ),
+}
+_COLON: Mapping[Language, str] = {"zh": ":", "en": ": "}
+_COMMA: Mapping[Language, str] = {"zh": ",", "en": ", "}
+_TOPIC_JOIN: Mapping[Language, str] = {"zh": "，", "en": ", "}
+_LINE_BREAK: Mapping[Language, str] = {"zh": "。", "en": " "}
+
+
+def note_prompt(kind: PromptKind, language: Language) -> tuple[Part, ...]:
+    """The compression prompt.
+
+    Args:
+        kind: ``basic`` holds image and text in one note (section 2.2), ``micl`` a visual note and then a textual one
+            (section 3), ``text`` the text alone.
+        language: of the template's own words.
+    """
+    words, colon, comma = _WORDS[language], _COLON[language], _COMMA[language]
+    image = f'"{words.image}"{colon}"'
+    text: tuple[Part, ...] = (
+        f'"{words.title}"{colon}"',
+        Slot.TITLE,
+        f'"{comma}"{words.topics}"{colon}"',
+        Slot.TOPICS,
+        f'"{comma}"{words.content}"{colon}"',
+        Slot.CONTENT,
+        words.compress,
+    )
+    if kind == "text":
+        return _join(words.note, *text)
+    if kind == "basic":
+        return _join(words.note + image, Slot.IMAGE, f'"{comma}', *text)
+    return _join(words.note + image, Slot.IMAGE, words.compress, Slot.VISUAL_MARK, words.next_note + words.note, *text)
+
+
+def _join(*parts: Part) -> tuple[Part, ...]:
+    """Neighbouring literals made one, so that a template has the same tokens however it was put together."""
+    joined: list[Part] = []
+    for part in parts:
+        if isinstance(part, str) and joined and isinstance(joined[-1], str):
+            joined[-1] += part
+        else:
+            joined.append(part)
+    return tuple(joined)
+
+
+def quote(text: str, language: Language) -> str:
+    """User text as it stands between the template's quotation marks: one line, escaped as JSON.
+
+    Escaping keeps a text with ``"}`` in it inside its own field; where the vectors are read never depends on the text.
+    """
+    one_line = re.sub(r"\s*[\r\n]+\s*", _LINE_BREAK[language], text.strip())
+    return json.dumps(one_line, ensure_ascii=False)[1:-1]
+
+
+def join_topics(topics: tuple[str, ...], language: Language) -> str:
+    """Topics as one line."""
+    return _TOPIC_JOIN[language].join(topics)
+
+
+_CJK = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]")
+_WORD = re.compile(r"\S+")
+
+
+def is_mostly_cjk(text: str) -> bool:
+    """Whether more than half of the letters and digits are Chinese, Japanese or Korean."""
+    letters = sum(character.isalnum() for character in text)
+    return 2 * len(_CJK.findall(text)) > letters
+
+
+def truncate(text: str, limit: int, unit: Literal["auto", "words", "characters"]) -> str:
+    """The first ``limit`` words, or characters where there are no spaces between words (``auto`` decides by script)."""
+    if unit == "characters" or (unit == "auto" and is_mostly_cjk(text)):
+        return text[:limit]
+    if limit == 0:
+        return ""
+    for count, word in enumerate(_WORD.finditer(text), start=1):
+        if count == limit:
+            return text[: word.end()]
+    return text

@@ -1,0 +1,79 @@
+"""The two tables everything is made of, and the note as the model sees it.
+
+Ids are strings everywhere. A prepared note carries its image as encoded bytes (JPEG, PNG or WebP, never pixels), so
+that a block of notes can be sent to any machine.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import pyarrow as pa
+
+from notellm2_ray.core.errors import DataError
+
+NOTE_SCHEMA = pa.schema(
+    [
+        pa.field("note_id", pa.string(), nullable=False),
+        pa.field("title", pa.string(), nullable=False),
+        pa.field("topics", pa.list_(pa.string()), nullable=False),
+        pa.field("content", pa.string(), nullable=False),
+        pa.field("image", pa.binary()),  # encoded bytes; null where the note has none
+        pa.field("created_at", pa.timestamp("us", tz="UTC")),  # null where the source does not say
+    ]
+)
+
+EVENT_SCHEMA = pa.schema(
+    [
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("note_id", pa.string(), nullable=False),
+        pa.field("timestamp", pa.timestamp("us", tz="UTC"), nullable=False),
+        pa.field("action", pa.string(), nullable=False),  # "view", "click", or the platform's own words
+        pa.field("session_id", pa.string()),
+    ]
+)
+
+PAIR_SCHEMA = pa.schema(
+    [
+        pa.field("query_id", pa.string(), nullable=False),
+        pa.field("target_id", pa.string(), nullable=False),
+        pa.field("score", pa.float64(), nullable=False),  # Eq. 2's s_{query -> target}
+    ]
+)
+
+QUARANTINE_SCHEMA = pa.schema(
+    [
+        pa.field("table", pa.string(), nullable=False),  # "notes" or "events"
+        pa.field("source", pa.string(), nullable=False),  # file (and row, where the reader knows it)
+        pa.field("key", pa.string()),  # the row's id as far as it could be read
+        pa.field("reason", pa.string(), nullable=False),
+    ]
+)
+
+
+class Note(NamedTuple):
+    """One note, as the model's pre-processing takes it."""
+
+    note_id: str
+    title: str = ""
+    topics: tuple[str, ...] = ()
+    content: str = ""
+    image: bytes | None = None  # encoded
+
+
+def iter_notes(table: pa.Table | pa.RecordBatch) -> Iterator[Note]:
+    """Rows of a prepared notes table as :class:`Note`; columns beyond the note's own are ignored."""
+    columns = [table.column(name) for name in Note._fields]
+    for note_id, title, topics, content, image in zip(*columns, strict=True):
+        yield Note(note_id.as_py(), title.as_py(), tuple(topics.as_py() or ()), content.as_py(), image.as_py())
+
+
+def require_columns(schema: pa.Schema, needed: pa.Schema, where: str) -> None:
+    """Raise :class:`DataError` naming ``where`` and every column of ``needed`` that ``schema`` lacks."""
+    missing = [name for name in needed.names if name not in schema.names]
+    if missing:
+        raise DataError(
+            f"{where}: missing column(s) {', '.join(missing)}; it has {', '.join(schema.names)}. "
+            "Map your own names with source.columns (see `notellm2 prepare -h`)."
+        )

@@ -1,0 +1,92 @@
+"""The whole knob tree: every setting of every stage, checked together.
+
+Defaults are the papers' where the papers say; what a laptop needs otherwise is a preset (:mod:`notellm2_ray.presets`).
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, model_validator
+
+from notellm2_ray.core.config import Frozen
+from notellm2_ray.core.settings.data import (
+    ColumnMap,
+    MicroLensSettings,
+    MovieLensSettings,
+    PairSettings,
+    PrepareSettings,
+    Source,
+    SplitSettings,
+    TabularSettings,
+    WorldSettings,
+)
+from notellm2_ray.core.settings.model import ModelSettings, QFormerSettings, TinySettings
+from notellm2_ray.core.settings.retrieval import EmbedSettings, EvaluateSettings, IndexSettings
+from notellm2_ray.core.settings.train import TrainSettings
+
+__all__ = [
+    "ColumnMap",
+    "EmbedSettings",
+    "EvaluateSettings",
+    "IndexSettings",
+    "MicroLensSettings",
+    "ModelSettings",
+    "MovieLensSettings",
+    "PairSettings",
+    "PrepareSettings",
+    "QFormerSettings",
+    "RaySettings",
+    "Settings",
+    "SplitSettings",
+    "TabularSettings",
+    "TinySettings",
+    "TrainSettings",
+    "WorldSettings",
+]
+
+
+class RaySettings(Frozen):
+    """How a job starts Ray when it is run alone; under `ray job submit` or RAY_ADDRESS it joins that cluster."""
+
+    num_cpus: int = Field(0, ge=0, description="logical CPUs of the embedded cluster; 0: at least 4, or what there is")
+    object_store_gb: float = Field(1.0, gt=0, description="object store of the embedded cluster, in GiB")
+
+
+class Settings(Frozen):
+    """All settings of a workspace."""
+
+    workspace: Path = Field(Path("runs/world"), description="directory that every stage of this data set writes under")
+    seed: int = Field(42, ge=0, description="seed of the data: world, splits, tiny models (training: train.seed)")
+    source: Source = Field(WorldSettings(), description="where notes and events come from")
+    prepare: PrepareSettings = Field(PrepareSettings(), description="checks on the source")
+    pairs: PairSettings = Field(PairSettings(), description="mining of related notes")
+    split: SplitSettings = Field(SplitSettings(), description="train, validation and test")
+    tiny: TinySettings = Field(TinySettings(), description="models trained from scratch")
+    model: ModelSettings = Field(ModelSettings(), description="the embedder")
+    train: TrainSettings = Field(TrainSettings(), description="training")
+    embed: EmbedSettings = Field(EmbedSettings(), description="bulk embedding")
+    index: IndexSettings = Field(IndexSettings(), description="ANN index")
+    evaluate: EvaluateSettings = Field(EvaluateSettings(), description="evaluation of recall")
+    ray: RaySettings = Field(RaySettings(), description="embedded Ray cluster")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _world_by_default(cls, values: Any) -> Any:
+        if isinstance(values, dict) and isinstance(values.get("source"), dict) and "kind" not in values["source"]:
+            return {**values, "source": {"kind": "world", **values["source"]}}
+        return values
+
+    @model_validator(mode="after")
+    def _source_has_what_is_asked(self) -> Settings:
+        if self.source.kind in ("movielens", "microlens") and self.split.by == "time":
+            raise ValueError(
+                f"split.by=time needs the notes' creation times, which {self.source.kind} lacks: use split.by=notes"
+            )
+        return self
+
+    @property
+    def embedder_name(self) -> str:
+        """Directory name of the embedder that these settings train, as in ``notellm2-seed42``."""
+        return f"{self.model.variant}-seed{self.train.seed}"

@@ -1,0 +1,99 @@
+"""Knobs of bulk embedding, the ANN index and the evaluation of recall."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from notellm2_ray.core.config import Frozen
+from notellm2_ray.core.settings.model import VariantName
+
+Inputs = Literal["multimodal", "image", "text"]
+
+
+class EmbedSettings(Frozen):
+    """Bulk embedding on a Ray Data actor pool."""
+
+    notes: str | None = Field(None, description="Parquet directory of notes to embed; null: the workspace's own")
+    actors: int = Field(1, ge=1, description="encoder actors, each with a copy of the model")
+    cpus_per_actor: float = Field(1, gt=0, description="CPUs reserved for an actor")
+    gpus_per_actor: float = Field(0, ge=0, description="GPUs reserved for an actor")
+    preprocess_threads: int = Field(
+        1, ge=1, description="threads of an actor that decode and tokenise the next block while the model has this one"
+    )
+    block_rows: int = Field(1024, ge=1, description="notes in a block: the unit that is redone after a kill")
+    batch_tokens: int = Field(
+        16_384, ge=64, description="padded tokens in a forward batch; notes of like length together"
+    )
+    max_batch_notes: int = Field(256, ge=1, description="notes in a forward batch at most")
+    precision: Literal["bf16", "fp32"] = Field("fp32", description="precision of the forward pass")
+    max_bad_share: float = Field(0.05, ge=0, le=1, description="above this share of quarantined notes the job stops")
+
+
+class IndexSettings(Frozen):
+    """The FAISS index over the embedding table; vectors are unit length, the score is the cosine."""
+
+    kind: Literal["auto", "exact", "ivf", "ivf_pq", "hnsw"] = Field(
+        "auto", description="auto: exact up to 50,000 notes, IVF beyond"
+    )
+    num_lists: int = Field(0, ge=0, description="IVF: cells; 0: about 4 times the square root of the notes")
+    num_probes: int = Field(0, ge=0, description="IVF: cells searched; 0: raised until recall_target is met")
+    pq_bytes: int = Field(16, ge=1, description="IVF-PQ: bytes per vector")
+    hnsw_neighbors: int = Field(32, ge=4, description="HNSW: links per note")
+    hnsw_search: int = Field(128, ge=8, description="HNSW: candidates followed in a search")
+    recall_target: float = Field(
+        0.99, gt=0, le=1, description="recall@100 against exact search that num_probes=0 aims at"
+    )
+    gpu: bool = Field(False, description="search on a GPU (needs faiss-gpu)")
+    recall_queries: int = Field(1000, ge=1, description="notes searched to measure recall against exact search")
+
+    @model_validator(mode="after")
+    def _nothing_ignored(self) -> IndexSettings:
+        if self.kind in ("exact", "hnsw") and (self.num_lists or self.num_probes):
+            raise ValueError(
+                f"index.num_lists and index.num_probes are IVF's: with index.kind={self.kind} they would be ignored"
+            )
+        if self.kind == "hnsw" and self.gpu:
+            raise ValueError("index.kind=hnsw has no GPU search in FAISS: use index.kind=ivf, or index.gpu=false")
+        return self
+
+
+class EvaluateSettings(Frozen):
+    """Recall of the target note among the test pool, as the paper measures it."""
+
+    variants: tuple[VariantName, ...] = Field(
+        ("basic", "notellm2", "text_only", "image_only"), description="embedders trained and compared by `run`"
+    )
+    seeds: tuple[int, ...] = Field(
+        (42,), min_length=1, description="seeds each of them is trained with (paper: 42,43,44)"
+    )
+    cutoffs: tuple[int, ...] = Field((10, 100, 1000, 10000), min_length=1, description="k of Recall@k")
+    short_tokens: int = Field(50, ge=1, description="a note with fewer tokens of text is short")
+    long_tokens: int = Field(165, ge=1, description="a note with more tokens of text is long")
+    inputs: tuple[Inputs, ...] = Field(
+        ("multimodal", "image", "text"), min_length=1, description="inputs each embedder is tested with (Table 3)"
+    )
+    baselines: tuple[Literal["bm25", "popularity", "random"], ...] = Field(
+        ("bm25", "popularity", "random"), description="rows beside the embedders"
+    )
+    one_pair_per_note: bool = Field(
+        False,
+        description="use each note in one test pair at most and drop queries from the pool, as the published code",
+    )
+    sample_queries: int = Field(24, ge=0, description="query notes shown with their neighbours in the report")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> EvaluateSettings:
+        if min(self.cutoffs) < 1 or sorted(set(self.cutoffs)) != list(self.cutoffs):
+            raise ValueError(
+                f"evaluate.cutoffs must be rising numbers from 1 on, as in [10, 100]; got {list(self.cutoffs)}"
+            )
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"evaluate.seeds has a seed twice: {list(self.seeds)}")
+        if self.short_tokens > self.long_tokens + 1:
+            raise ValueError(
+                f"evaluate.short_tokens ({self.short_tokens}) is above evaluate.long_tokens ({self.long_tokens}): "
+                "a note would be short and long at once"
+            )
+        return self

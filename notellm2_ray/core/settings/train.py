@@ -1,0 +1,72 @@
+"""Knobs of training (NoteLLM-2, Table 8)."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from notellm2_ray.core.config import Frozen
+
+
+class TrainSettings(Frozen):
+    """How the embedder is trained; the defaults are the paper's Table 8."""
+
+    seed: int = Field(42, ge=0, description="seed of initialisation, order and dropout (the paper's runs: 42, 43, 44)")
+    engine: Literal["deepspeed", "plain"] = Field("deepspeed", description="DeepSpeed ZeRO, or PyTorch (DDP) alone")
+    zero_stage: Literal[0, 1, 2, 3] = Field(3, description="DeepSpeed: what is sharded over the ranks")
+    offload: Literal["none", "optimizer", "parameters_and_optimizer"] = Field(
+        "none", description="DeepSpeed: what is kept in CPU memory (parameters: stage 3 only)"
+    )
+    num_workers: int = Field(1, ge=1, description="ranks, one Ray Train worker each")
+    cpus_per_worker: float = Field(1, gt=0, description="CPUs reserved for a rank")
+    gpus_per_worker: float = Field(0, ge=0, description="GPUs reserved for a rank")
+    batch_pairs: int = Field(128, ge=1, description="pairs in a global batch (B); a batch holds 2B notes")
+    epochs: int = Field(1, ge=1, description="passes over the training pairs")
+    max_steps: int | None = Field(None, ge=1, description="stop after so many steps; null: when the epochs are over")
+    learning_rate: float = Field(3e-6, gt=0, description="peak learning rate of AdamW")
+    connector_learning_rate: float | None = Field(
+        None, gt=0, description="peak learning rate of the parts that start random; null: the same"
+    )
+    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moments")
+    epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
+    weight_decay: float = Field(1e-3, ge=0, description="decoupled weight decay (not on biases, norms, temperature)")
+    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="share of the steps that warm up; then linear to zero")
+    max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
+    precision: Literal["bf16", "fp32", "auto"] = Field(
+        "bf16",
+        description="bf16: matrix work in bfloat16 over float32 weights; similarity and loss always float32; "
+        "auto: bf16 where the device multiplies it natively, else fp32",
+    )
+    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about a third slower")
+    length_chunks: int = Field(
+        4, ge=1, description="a rank's notes go through the model in so many groups of like length (same result)"
+    )
+    mask_duplicates: bool = Field(True, description="a note that stands twice in a batch is no negative of itself")
+    prefetch_batches: int = Field(2, ge=0, description="batches prepared ahead by each rank")
+    validate_every_steps: int = Field(1750, ge=1, description="steps between validations by recall")
+    checkpoint_every_steps: int = Field(
+        500, ge=1, description="steps between checkpoints, which a killed run resumes from"
+    )
+    max_validation_pairs: int = Field(2000, ge=1, description="validation pairs used at most")
+    best_by: Literal["recall", "loss"] = Field("recall", description="validation figure that picks the kept checkpoint")
+    max_failures: int = Field(3, ge=-1, description="worker failures survived in one run; -1: any number")
+    logger: Literal["none", "tensorboard", "wandb", "mlflow"] = Field(
+        "none", description="where curves go besides disk"
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> TrainSettings:
+        if self.batch_pairs % self.num_workers:
+            raise ValueError(
+                f"train.batch_pairs ({self.batch_pairs}) must be a multiple of train.num_workers ({self.num_workers})"
+            )
+        if self.engine == "plain" and self.offload != "none":
+            raise ValueError("train.offload is DeepSpeed's: with train.engine=plain it would be ignored")
+        if self.engine == "plain" and "zero_stage" in self.model_fields_set and self.zero_stage:
+            raise ValueError("train.zero_stage is DeepSpeed's: with train.engine=plain it would be ignored")
+        if self.offload == "parameters_and_optimizer" and self.zero_stage != 3:
+            raise ValueError("train.offload=parameters_and_optimizer needs train.zero_stage=3")
+        if self.offload == "optimizer" and self.zero_stage == 0:
+            raise ValueError("train.offload=optimizer needs train.zero_stage 1, 2 or 3")
+        return self

@@ -1,0 +1,247 @@
+"""From a source's raw rows to the two prepared tables; whatever cannot be used goes to quarantine with its reason.
+
+Workers read, convert and check (:mod:`notellm2_ray.data.validate`); this process takes their blocks in the source's
+order, finds duplicates and writes, holding 64-bit hashes of ids and one row group, never the rows.
+"""
+
+from __future__ import annotations
+
+import logging
+import shutil
+import time
+from collections import Counter
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.schema import EVENT_SCHEMA, NOTE_SCHEMA, QUARANTINE_SCHEMA
+from notellm2_ray.core.settings.data import PrepareSettings
+from notellm2_ray.data.rows import FATAL, category
+from notellm2_ray.data.validate import DUPLICATE, check_events, check_notes, hash_ids
+from notellm2_ray.data.writer import RollingWriter
+
+if TYPE_CHECKING:
+    import ray.data
+
+    from notellm2_ray.data.sources import SourceTables
+
+LOG_EVERY_SECONDS = 5.0
+_NOTES_PER_TASK = 512  # images read and decoded by one task
+_NOTES_PER_GROUP = 256  # some 50 MB of ordinary photographs
+_QUARANTINE_ROWS_PER_FILE = 1_000_000
+logger = logging.getLogger("notellm2_ray")
+
+
+def prepare(tables: SourceTables, settings: PrepareSettings, output: Path) -> dict[str, Any]:
+    """Write ``notes/``, ``events/`` and ``quarantine/`` below ``output``; Ray must be connected.
+
+    Every raw row ends in exactly one place. Of several usable notes with one id the first in the source's order is
+    kept. The same input gives the same files. A run starts afresh: what a stopped one left is removed.
+
+    Returns:
+        notes, events, users, notes_with_image, quarantined_notes, quarantined_events, dropped_images (notes kept
+        without their unusable image; the quarantine tells which) and reasons, category -> rows of both tables.
+
+    Raises:
+        DataError: a table has no usable row or too many bad ones (the message counts the reasons, with an example of
+            each), or a file cannot be read to its end.
+        OSError: ``output`` cannot be written.
+    """
+    for name in ("notes", "events", "quarantine"):
+        shutil.rmtree(output / name, ignore_errors=True)
+    kept, rejected = KeySet(), KeySet()
+    notes = _prepare_notes(tables.notes, settings, output, kept, rejected)
+    events, num_users = _prepare_events(tables.events, settings, output, kept.ascending(), rejected.ascending())
+    return {
+        "notes": notes.kept,
+        "events": events.kept,
+        "users": num_users,
+        "notes_with_image": notes.with_image,
+        "quarantined_notes": notes.bad,
+        "quarantined_events": events.bad,
+        "dropped_images": notes.dropped,
+        "reasons": dict((notes.reasons + events.reasons).most_common()),
+    }
+
+
+class KeySet:
+    """A growing set of 64-bit hashes: 8 bytes each, but for the newest."""
+
+    _RECENT = 1 << 20
+
+    def __init__(self) -> None:
+        self._old = np.empty(0, np.uint64)
+        self._recent: set[int] = set()
+
+    def add(self, hashes: np.ndarray) -> np.ndarray:
+        """Add ``(N,)`` hashes; returns ``(N,)`` bool, whether each was new (the first of equals is)."""
+        place = np.minimum(np.searchsorted(self._old, hashes), max(0, len(self._old) - 1))
+        new = self._old[place] != hashes if len(self._old) else np.ones(len(hashes), dtype=bool)
+        for row in np.flatnonzero(new):
+            value = int(hashes[row])
+            new[row] = value not in self._recent
+            self._recent.add(value)
+        if len(self._recent) > self._RECENT:
+            self._old, self._recent = self.ascending(), set()
+        return new
+
+    def ascending(self) -> np.ndarray:
+        """``(N,)`` uint64, all of them in ascending order."""
+        return np.union1d(self._old, np.fromiter(self._recent, np.uint64, len(self._recent)))
+
+    def __len__(self) -> int:
+        return len(self._old) + len(self._recent)
+
+
+class Intake:
+    """The counts of one table, its quarantine, and its progress in the log."""
+
+    def __init__(self, table: str, quarantine: RollingWriter) -> None:
+        self.table, self.quarantine = table, quarantine
+        self.kept = self.bad = self.dropped = self.with_image = 0
+        self.reasons: Counter[str] = Counter()
+        self.examples: dict[str, str] = {}
+        self._started = self._logged = time.monotonic()
+
+    def reject(self, rows: pa.Table) -> None:
+        """Put rows with a ``_reason`` into quarantine.
+
+        Raises:
+            DataError: one of them says that the rest of its file could not be read.
+        """
+        self.bad += rows.num_rows
+        self._write(rows, rows["_reason"])
+        found = zip(rows["_reason"].to_pylist(), rows["_source"].to_pylist(), rows["_key"].to_pylist(), strict=True)
+        for reason, source, key in found:
+            kind = category(reason)
+            self.reasons[kind] += 1
+            self.examples.setdefault(kind, f"{source} (key {key!r}){reason[len(kind) :]}")
+            if kind == FATAL:
+                detail = reason.partition(": ")[2]
+                raise DataError(f"{detail}. Correct or remove the file and run the same command again")
+
+    def note_dropped_images(self, rows: pa.Table) -> None:
+        """Log notes that are kept, but lost their image, in the quarantine."""
+        self.dropped += rows.num_rows
+        self._write(rows, rows["_dropped"])
+
+    def _write(self, rows: pa.Table, reasons: pa.ChunkedArray) -> None:
+        table = pa.array([self.table] * rows.num_rows, pa.string())
+        columns = {"table": table, "source": rows["_source"], "key": rows["_key"], "reason": reasons}
+        self.quarantine.write(pa.table(columns))
+
+    def progress(self, finished: bool = False) -> None:
+        now = time.monotonic()
+        if not finished and now - self._logged < LOG_EVERY_SECONDS:
+            return
+        self._logged = now
+        rate = (self.kept + self.bad) / max(now - self._started, 1e-9)
+        logger.info(
+            "prepare: %s %s%s, %s quarantined, %s rows/s",
+            f"{self.kept:,}", self.table, " in all" if finished else " so far", f"{self.bad:,}", f"{rate:,.0f}",
+        )  # fmt: skip
+
+    def finish(self, max_bad_share: float) -> None:
+        """Judge the whole table.
+
+        Raises:
+            DataError: it is empty, or too much of it is bad.
+        """
+        self.progress(finished=True)
+        rows = self.kept + self.bad
+        if not rows:
+            raise DataError(f"empty pool: the source's {self.table} table has no rows")
+        if self.bad > max_bad_share * rows:
+            raise DataError(
+                f"{self.table}: {self.bad:,} of {rows:,} rows ({self.bad / rows:.1%}) are unusable, more than the "
+                f"{max_bad_share:.1%} that prepare.max_bad_share allows:\n{self._listing()}\nAll of them are in "
+                f"{self.quarantine.directory}. Correct the source, or raise prepare.max_bad_share"
+            )
+        if not self.kept:
+            raise DataError(
+                f"empty pool: none of the {rows:,} rows of the {self.table} table is usable:\n{self._listing()}"
+            )
+
+    def _listing(self) -> str:
+        return "\n".join(f"  {n:,} x {kind}, as in {self.examples[kind]}" for kind, n in self.reasons.most_common())
+
+
+def _prepare_notes(
+    dataset: ray.data.Dataset, settings: PrepareSettings, output: Path, kept: KeySet, rejected: KeySet
+) -> Intake:
+    # Many small tasks, so that one large file's images are decoded on all CPUs. Asking for num_cpus apart from the
+    # reader's keeps Ray from fusing the two steps into the reader's one task.
+    checked = dataset.repartition(target_num_rows_per_block=_NOTES_PER_TASK).map_batches(
+        partial(check_notes, settings=settings), batch_format="pyarrow", batch_size=None, num_cpus=0.75
+    )
+    rolling = RollingWriter(
+        output / "notes", "part", NOTE_SCHEMA, rows_per_file=settings.rows_per_file, row_group=_NOTES_PER_GROUP
+    )
+    with rolling as writer, _quarantine(output, "notes") as quarantine:
+        intake = Intake("notes", quarantine)
+        for block in _in_order(checked):
+            block = _mark_duplicates(block, kept)
+            good = block.filter(pc.is_null(block["_reason"]))
+            bad = block.filter(pc.is_valid(block["_reason"]))
+            rejected.add(hash_ids(bad["note_id"]))
+            writer.write(good)
+            intake.kept += good.num_rows
+            intake.with_image += good.num_rows - good["image"].null_count
+            intake.reject(bad)
+            intake.note_dropped_images(good.filter(pc.is_valid(good["_dropped"])))
+            intake.progress()
+    intake.finish(settings.max_bad_share)
+    return intake
+
+
+def _prepare_events(
+    dataset: ray.data.Dataset, settings: PrepareSettings, output: Path, known: np.ndarray, rejected: np.ndarray
+) -> tuple[Intake, int]:
+    import ray
+
+    hashes = ray.put((known, rejected))
+    checked = dataset.map_batches(
+        lambda table: check_events(table, *ray.get(hashes)), batch_format="pyarrow", batch_size=None
+    )
+    users = KeySet()
+    rolling = RollingWriter(output / "events", "part", EVENT_SCHEMA, rows_per_file=settings.rows_per_file)
+    with rolling as writer, _quarantine(output, "events") as quarantine:
+        intake = Intake("events", quarantine)
+        for block in _in_order(checked):
+            good = block.filter(pc.is_null(block["_reason"]))
+            users.add(np.unique(hash_ids(good["user_id"])))
+            writer.write(good)
+            intake.kept += good.num_rows
+            intake.reject(block.filter(pc.is_valid(block["_reason"])))
+            intake.progress()
+    intake.finish(settings.max_bad_share)
+    return intake, len(users)
+
+
+def _quarantine(output: Path, table: str) -> RollingWriter:
+    return RollingWriter(
+        output / "quarantine", table, QUARANTINE_SCHEMA, rows_per_file=_QUARANTINE_ROWS_PER_FILE, row_group=1024
+    )
+
+
+def _in_order(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
+    """A dataset's blocks in the source's order."""
+    dataset.context.execution_options.preserve_order = True
+    yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
+
+
+def _mark_duplicates(block: pa.Table, kept: KeySet) -> pa.Table:
+    """Add the usable notes' ids to ``kept``; those that were there already get a reason."""
+    usable = np.flatnonzero(block["_reason"].is_null().to_numpy())
+    again = np.zeros(block.num_rows, dtype=bool)
+    again[usable] = ~kept.add(hash_ids(block["note_id"].take(usable)))
+    if not again.any():
+        return block
+    reason = pc.if_else(pa.array(again), f"{DUPLICATE}: an earlier row is kept", block["_reason"])
+    return block.set_column(block.column_names.index("_reason"), "_reason", reason)

@@ -1,0 +1,110 @@
+"""Raw rows of any source brought to our columns and types, each wrong value kept as the row's ``_error``.
+
+A reason is ``category: detail``; counts go by the category.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import pyarrow as pa
+
+from notellm2_ray.data.columns import (
+    TIMESTAMP,
+    TOPICS,
+    Column,
+    flat,
+    is_bytes,
+    is_text,
+    to_text,
+    to_timestamps,
+    to_topics,
+)
+
+FATAL = "unreadable file"  # the one category that stops the job: rows that could not even be counted are behind it
+UNREADABLE_ROW = "unreadable row"
+WRONG_VALUE = "wrong value"
+UNPARSABLE_TIMESTAMP = "unparsable timestamp"
+
+UNKNOWN_SOURCE = "unknown source"
+
+
+def raw_notes(table: pa.Table, *, unit: str = "s", separator: str = "|") -> pa.Table:
+    """Notes with our columns, ``_source`` and ``_error``; doing it twice changes nothing.
+
+    Args:
+        table: any of our note columns, in any type; those it lacks are null. ``image`` may be text (path or URI) or
+            bytes.
+        unit: of numeric times.
+        separator: splits topics that come as one string.
+    """
+    columns = {
+        "note_id": _convert(table, "note_id", pa.string(), to_text),
+        "title": _convert(table, "title", pa.string(), to_text),
+        "topics": _convert(table, "topics", TOPICS, lambda array: to_topics(array, separator)),
+        "content": _convert(table, "content", pa.string(), to_text),
+        "image": _convert(table, "image", pa.string(), _to_image),
+        "created_at": _convert(table, "created_at", TIMESTAMP, lambda array: to_timestamps(array, unit)),
+    }
+    return _with_errors(table, columns)
+
+
+def raw_events(table: pa.Table, *, unit: str = "s") -> pa.Table:
+    """Events with our columns, ``_source`` and ``_error``; doing it twice changes nothing."""
+    columns = {
+        "user_id": _convert(table, "user_id", pa.string(), to_text),
+        "note_id": _convert(table, "note_id", pa.string(), to_text),
+        "timestamp": _convert(table, "timestamp", TIMESTAMP, lambda array: to_timestamps(array, unit)),
+        "action": _convert(table, "action", pa.string(), to_text),
+        "session_id": _convert(table, "session_id", pa.string(), to_text),
+    }
+    return _with_errors(table, columns)
+
+
+def failed_row(source: str, error: str) -> pa.Table:
+    """A row of which nothing but its failure is known."""
+    return pa.table({"_source": pa.array([source]), "_error": pa.array([error])})
+
+
+def category(reason: str) -> str:
+    """The part of a reason that rows are counted by."""
+    return reason.partition(":")[0]
+
+
+def _convert(table: pa.Table, name: str, kind: pa.DataType, convert) -> Column:
+    if name not in table.column_names:
+        return Column(pa.nulls(table.num_rows, kind), {})
+    return convert(table.column(name))
+
+
+def _to_image(array: pa.ChunkedArray) -> Column:
+    array = flat(array)
+    kind = array.type
+    if pa.types.is_null(kind) or is_text(kind):
+        return to_text(array)
+    if is_bytes(kind):
+        return Column(array.cast(pa.binary()), {})
+    problem = f"is of type {kind}: give a path, a file:// URI or the encoded bytes"
+    rows = [row for row, valid in enumerate(array.is_valid().to_pylist()) if valid]
+    return Column(pa.nulls(len(array), pa.string()), dict.fromkeys(rows, problem))
+
+
+def _with_errors(table: pa.Table, columns: Mapping[str, Column]) -> pa.Table:
+    errors = _own(table, "_error")
+    found: dict[int, str] = {}
+    for name, column in columns.items():
+        is_time = column.values.type == TIMESTAMP
+        kind = UNPARSABLE_TIMESTAMP if is_time else WRONG_VALUE
+        for row, problem in column.problems.items():
+            found.setdefault(row, f"{kind}: {name} {problem}")
+    if found:
+        errors = pa.array([old or found.get(row) for row, old in enumerate(errors.to_pylist())], pa.string())
+    source = _own(table, "_source").fill_null(UNKNOWN_SOURCE)
+    values = {name: column.values for name, column in columns.items()}
+    return pa.table({**values, "_source": source, "_error": errors})
+
+
+def _own(table: pa.Table, name: str) -> pa.Array:
+    if name not in table.column_names:
+        return pa.nulls(table.num_rows, pa.string())
+    return flat(table.column(name)).cast(pa.string())

@@ -1,0 +1,106 @@
+"""Which files a table is made of, and their rows as a Ray dataset."""
+
+from __future__ import annotations
+
+import glob
+import os
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import pyarrow as pa
+from pyarrow import fs
+
+from notellm2_ray.core.errors import DataError
+from notellm2_ray.data.rows import FATAL, failed_row
+
+if TYPE_CHECKING:
+    import ray.data
+
+_ENDINGS = {
+    ".parquet": "parquet",
+    ".pq": "parquet",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".csv": "csv",
+    ".tsv": "csv",
+}
+
+
+class TableFile(NamedTuple):
+    """One file of a table."""
+
+    path: str  # path or URI
+    format: str  # parquet, jsonl or csv
+
+
+def list_files(pattern: str, format_: str, setting: str) -> list[TableFile]:
+    """The files of a table, in the order of their names.
+
+    Args:
+        pattern: a file, a directory (searched with its sub-directories), a glob, or a URI of a file or directory.
+        format_: ``auto`` goes by the endings.
+        setting: the setting that ``pattern`` came from, for messages.
+
+    Raises:
+        DataError: there are none, or one of a kind that cannot be told.
+    """
+    if "://" in pattern:
+        paths = _list_uri(pattern)
+    elif Path(pattern).is_dir():
+        found = (path for path in Path(pattern).rglob("*") if path.is_file() and not path.name.startswith((".", "_")))
+        paths = sorted(str(path) for path in found if format_ != "auto" or ending(str(path)) in _ENDINGS)
+    else:
+        paths = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
+    if not paths:
+        raise DataError(f"{pattern}: no such table file; set {setting} to a file, directory or glob")
+    # Ray's workers may run in another directory than the one that a relative path means.
+    paths = [path if "://" in path else os.path.abspath(path) for path in paths]
+    return [TableFile(path, _format(path, setting) if format_ == "auto" else format_) for path in paths]
+
+
+def _list_uri(uri: str) -> list[str]:
+    try:
+        system, path = fs.FileSystem.from_uri(uri)
+        if system.get_file_info(path).type != fs.FileType.Directory:
+            return [uri]
+        entries = system.get_file_info(fs.FileSelector(path, recursive=True))
+    except (OSError, pa.ArrowInvalid) as error:
+        raise DataError(f"{uri}: cannot be listed: {error}") from error
+    prefix = uri.rstrip("/").removesuffix(path.rstrip("/"))
+    return sorted(prefix + entry.path for entry in entries if entry.is_file and ending(entry.path) in _ENDINGS)
+
+
+def ending(path: str) -> str:
+    """The ending that tells a file's format; that of compression is left out."""
+    return Path(path.removesuffix(".gz")).suffix.lower()
+
+
+def _format(path: str, setting: str) -> str:
+    try:
+        return _ENDINGS[ending(path)]
+    except KeyError:
+        raise DataError(
+            f"{path} ({setting}): the ending tells no known format ({', '.join(_ENDINGS)}); "
+            "set source.format to parquet, jsonl or csv"
+        ) from None
+
+
+def dataset(files: Sequence[TableFile], read: Callable[[TableFile], Iterator[pa.Table]]) -> ray.data.Dataset:
+    """The rows of all files as a lazy Ray dataset, one task a file; Ray must be connected.
+
+    Args:
+        read: the rows of one file, called where the task runs. What it raises as :class:`DataError` becomes a last row
+            of category "unreadable file", because Ray keeps neither the type nor the message of an error apart.
+    """
+    import ray.data
+
+    def read_one(block: pa.Table) -> Iterator[pa.Table]:
+        for path, format_ in zip(block["path"].to_pylist(), block["format"].to_pylist(), strict=True):
+            try:
+                yield from read(TableFile(path, format_))
+            except DataError as error:
+                yield failed_row(path, f"{FATAL}: {error}")
+
+    items = ray.data.from_items([file._asdict() for file in files], override_num_blocks=len(files))
+    return items.map_batches(read_one, batch_format="pyarrow", batch_size=None)

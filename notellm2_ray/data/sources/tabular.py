@@ -1,0 +1,109 @@
+"""A platform's own tables: Parquet, JSON lines or CSV, with the columns named by a map."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+from pathlib import Path
+
+import pyarrow as pa
+
+from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.settings.data import ColumnMap, TabularSettings
+from notellm2_ray.data.columns import flat, is_text, topic_lists
+from notellm2_ray.data.rows import raw_events, raw_notes
+from notellm2_ray.data.sources import SourceTables
+from notellm2_ray.data.sources.files import TableFile, dataset, list_files
+from notellm2_ray.data.sources.formats import column_names, read_batches
+
+NOTE_BATCH = 512  # small: a Parquet file may hold the images themselves
+EVENT_BATCH = 50_000
+
+_NOTE_COLUMNS = ("note_id", "title", "topics", "content", "image", "created_at")
+_EVENT_COLUMNS = ("user_id", "note_id", "timestamp", "action", "session_id")
+_TELLING = ("title", "topics", "content", "image")
+
+
+def tabular_tables(settings: TabularSettings, seed: int = 0) -> SourceTables:
+    """The notes and the events of two tables.
+
+    Raises:
+        DataError: no file matches, a file cannot be read, or a column that is required or was named is missing.
+    """
+    notes = list_files(settings.notes, settings.format, "source.notes")
+    events = list_files(settings.events, settings.format, "source.events")
+    for file in notes:
+        _check_columns(file, settings.columns, _NOTE_COLUMNS, required=("note_id",), any_of=_TELLING)
+    for file in events:
+        _check_columns(file, settings.columns, _EVENT_COLUMNS, required=("user_id", "note_id", "timestamp"))
+    return SourceTables(
+        notes=dataset(notes, partial(_read_notes, settings)), events=dataset(events, partial(_read_events, settings))
+    )
+
+
+def _check_columns(
+    file: TableFile, columns: ColumnMap, ours: Sequence[str], required: Sequence[str], any_of: Sequence[str] = ()
+) -> None:
+    present = column_names(file)
+    if not present and file.format == "jsonl":
+        return  # no line of it is an object: each is reported with its row, and an empty file as an empty pool
+    shown = ", ".join(present) or "none"
+    for name in ours:
+        theirs = getattr(columns, name)
+        # A column that was named by hand is required: its name would else be a setting that is ignored.
+        if theirs not in present and (name in required or theirs != name):
+            raise DataError(
+                f"{file.path}: missing column {theirs!r}; its columns are {shown}. "
+                f"Set source.columns.{name} to the one that holds the {name}"
+            )
+    if any_of and not any(getattr(columns, name) in present for name in any_of):
+        raise DataError(
+            f"{file.path}: has none of the columns {', '.join(any_of)}, so its notes have neither text nor image; its "
+            f"columns are {shown}. Set source.columns.title (or .content, .topics, .image) to the one that holds it"
+        )
+
+
+def _read_notes(settings: TabularSettings, file: TableFile) -> Iterator[pa.Table]:
+    names = settings.columns
+    topics = partial(topic_lists, separator=settings.topic_separator)
+    wanted = [getattr(names, name) for name in _NOTE_COLUMNS]
+    for raw in read_batches(file, wanted, NOTE_BATCH, {names.topics: topics}):
+        rows = raw_notes(
+            _renamed(raw, names, _NOTE_COLUMNS), unit=settings.time_unit, separator=settings.topic_separator
+        )
+        image = _absolute(rows["image"], settings.image_root or Path(file.path).parent)
+        yield rows.set_column(rows.column_names.index("image"), "image", image)
+
+
+def _read_events(settings: TabularSettings, file: TableFile) -> Iterator[pa.Table]:
+    names = settings.columns
+    wanted = [getattr(names, name) for name in _EVENT_COLUMNS]
+    has_action = names.action in column_names(file)
+    for raw in read_batches(file, wanted, EVENT_BATCH):
+        rows = raw_events(_renamed(raw, names, _EVENT_COLUMNS), unit=settings.time_unit)
+        if not has_action:
+            action = rows["action"].fill_null(settings.default_action)
+            rows = rows.set_column(rows.column_names.index("action"), "action", action)
+        yield rows
+
+
+def _renamed(raw: pa.Table, names: ColumnMap, ours: Sequence[str]) -> pa.Table:
+    columns = {name: raw.column(getattr(names, name)) for name in ours if getattr(names, name) in raw.column_names}
+    return pa.table({**columns, "_source": raw["_source"], "_error": raw["_error"]})
+
+
+def _absolute(images: pa.ChunkedArray, root: Path) -> pa.Array:
+    """Relative paths from ``root``; URIs, bytes and blanks as they are."""
+    images = flat(images)
+    if not is_text(images.type):
+        return images
+    base = os.path.abspath(root)
+    return pa.array(
+        [
+            value if not value or not value.strip() or "://" in value or value.startswith(("file:", "data:"))
+            else os.path.join(base, value)
+            for value in images.to_pylist()
+        ],
+        pa.string(),
+    )  # fmt: skip

@@ -1,0 +1,105 @@
+"""Which notes train and which test, which part of the log each side is mined from, and which pairs validate.
+
+By time, as the paper: the boundary is cut off the end of the log. Notes created before it train, from events before it;
+notes created after it test, from events after it. Nothing of the one side is known to the other.
+
+By notes, for catalogues whose notes all exist from the start: a random part of the notes is held out. No pair joins
+the sides, and clicks on held-out notes do not even count in the training side's N_u. What leaks all the same: both
+sides are mined from the same users over the same time, so that a taste or a fashion seen in training is the one
+tested. Numbers by notes are for new items under known tastes; they are no forecast for a later week.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.run import stream_seed
+from notellm2_ray.core.settings import SplitSettings
+from notellm2_ray.data.event_log import hash_strings
+
+DAY = 86_400_000_000  # microseconds
+
+
+class Split(NamedTuple):
+    """Notes and times of the two sides; times in microseconds since 1970, ends exclusive."""
+
+    notes: pa.Array  # (N,) note ids, ascending
+    is_test: np.ndarray  # (N,) bool; a note that is no test note is a training note
+    boundary: int | None  # None by notes
+    train_window: tuple[int, int]
+    test_window: tuple[int, int]
+
+
+def split_notes(
+    notes: pa.Table, span: tuple[int, int], settings: SplitSettings, *, window_days: float | None, seed: int
+) -> Split:
+    """The two sides.
+
+    Args:
+        notes: columns note_id and created_at of all prepared notes.
+        span: times of the first and the last event.
+        window_days: length of the log before the boundary (by notes: before its end) that is mined; None: all of it.
+
+    Raises:
+        DataError: no notes; a note without creation time in a split by time; a side without any note.
+    """
+    if not notes.num_rows:
+        raise DataError("the prepared notes table is empty: run prepare on a source that has notes")
+    notes = notes.sort_by("note_id").combine_chunks()
+    ids = notes.column("note_id").combine_chunks()
+    first, end = span[0], span[1] + 1
+    if settings.by == "time":
+        boundary = first + round((span[1] - first) * (1 - settings.test_share))
+        is_test = _created(notes) >= boundary
+        split = Split(ids, is_test, boundary, (_back(boundary, window_days, first), boundary), (boundary, end))
+    else:
+        key = f"{stream_seed(seed, 'split', 'notes'):016x}"
+        is_test = hash_strings(ids, key) / 2.0**64 < settings.test_share
+        window = (_back(end, window_days, first), end)
+        split = Split(ids, is_test, None, window, window)
+    if split.is_test.all() or not split.is_test.any():
+        side = "training" if split.is_test.all() else "test"
+        raise DataError(
+            f"split.by={settings.by} with split.test_share={settings.test_share} leaves no {side} note among "
+            f"{len(ids)}: change split.test_share" + (" or use split.by=notes" if settings.by == "time" else "")
+        )
+    return split
+
+
+def split_pairs(pairs: pa.Table, share: float, seed: int) -> tuple[pa.Table, pa.Table]:
+    """(training, validation): a random ``share`` of the pairs validates, at least one; order is kept.
+
+    As in the paper, validation pairs are drawn among the training pairs: their notes may stand in training pairs too.
+
+    Raises:
+        DataError: nothing would be left to train on.
+    """
+    num_valid = min(max(1, round(share * pairs.num_rows)), pairs.num_rows) if share else 0
+    if num_valid == pairs.num_rows:
+        raise DataError(
+            f"split.valid_share={share} leaves none of {pairs.num_rows} pairs to train on: lower it, or mine more pairs"
+        )
+    order = np.random.default_rng(stream_seed(seed, "split", "validation")).permutation(pairs.num_rows)
+    validates = np.zeros(pairs.num_rows, bool)
+    validates[order[:num_valid]] = True
+    return pairs.filter(pa.array(~validates)), pairs.filter(pa.array(validates))
+
+
+def _created(notes: pa.Table) -> np.ndarray:
+    created = notes.column("created_at")
+    if created.null_count:
+        example = pc.filter(notes.column("note_id"), created.is_null())[0].as_py()
+        raise DataError(
+            f"{created.null_count} of {len(created)} notes have no created_at (note {example!r} is one), "
+            "and split.by=time needs it: map the column, or set split.by=notes"
+        )
+    return created.cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()).to_numpy()
+
+
+def _back(end: int, window_days: float | None, first: int) -> int:
+    return first if window_days is None else max(first, end - round(window_days * DAY))

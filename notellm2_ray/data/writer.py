@@ -1,0 +1,79 @@
+"""Parquet files of a fixed number of rows, the same bytes however the rows arrive."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+
+class RollingWriter:
+    """Writes tables into ``PREFIX-00000.parquet`` and on, each of ``rows_per_file`` rows and the last of fewer.
+
+    Row groups are of a fixed size too, so that the files do not depend on the blocks that rows come in. Use it as a
+    context manager; without any row it leaves one file of none, so that a reader finds the columns.
+    """
+
+    def __init__(
+        self, directory: Path, prefix: str, schema: pa.Schema, *, rows_per_file: int, row_group: int = 65_536
+    ) -> None:
+        self.directory, self.prefix, self.schema = directory, prefix, schema
+        self.rows_per_file, self.row_group = rows_per_file, min(row_group, rows_per_file)
+        self._waiting: list[pa.Table] = []
+        self._waiting_rows = self._file_rows = self._files = 0
+        self._file: pq.ParquetWriter | None = None
+
+    def __enter__(self) -> RollingWriter:
+        return self
+
+    def __exit__(self, *failure: object) -> None:
+        self._flush(everything=True)
+        if self._file is None and not self._files:
+            self._open()
+        self._close()
+
+    def write(self, table: pa.Table) -> None:
+        """Add rows; columns beyond the schema's are left out.
+
+        Raises:
+            OSError: the disk is full or cannot be written.
+        """
+        if table.num_rows:
+            self._waiting.append(table.select(self.schema.names).cast(self.schema))
+            self._waiting_rows += table.num_rows
+            self._flush()
+
+    def _group_rows(self) -> int:
+        return min(self.row_group, self.rows_per_file - self._file_rows)
+
+    def _flush(self, everything: bool = False) -> None:
+        if not self._waiting_rows or (self._waiting_rows < self._group_rows() and not everything):
+            return
+        rows = pa.concat_tables(self._waiting)
+        while rows.num_rows >= self._group_rows() or (everything and rows.num_rows):
+            size = self._group_rows()
+            self._write_group(rows.slice(0, size))
+            rows = rows.slice(size)
+        self._waiting, self._waiting_rows = [rows], rows.num_rows
+
+    def _write_group(self, rows: pa.Table) -> None:
+        file = self._file or self._open()
+        file.write_table(rows, row_group_size=rows.num_rows)
+        self._file_rows += rows.num_rows
+        if self._file_rows == self.rows_per_file:
+            self._close()
+
+    def _open(self) -> pq.ParquetWriter:
+        self.directory.mkdir(parents=True, exist_ok=True)
+        # Statistics and dictionaries of images would store them again.
+        small = [field.name for field in self.schema if not pa.types.is_binary(field.type)]
+        path = self.directory / f"{self.prefix}-{self._files:05d}.parquet"
+        self._file = pq.ParquetWriter(path, self.schema, use_dictionary=small, write_statistics=small)
+        self._files += 1
+        return self._file
+
+    def _close(self) -> None:
+        if self._file is not None:
+            self._file.close()
+        self._file, self._file_rows = None, 0

@@ -1,0 +1,1 @@
+"""Recall metrics, significance tests and the report."""

@@ -1,0 +1,133 @@
+"""Where the target stands among all other notes: exact ranks, ties counted against us, and what is computed from them.
+
+A rank is 1 + the number of other notes that score at least as high as the target; the query note is left out. Rows are
+positions in the pool; a query that is not in the pool has the row -1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.run import stream_seed
+
+# Cosines nearer than this are one value as far as float32 can tell: equal vectors in different places of a matrix
+# product, or embedded in different batches, differ by some 1e-7, and such a difference must not decide a rank.
+TIE = 1e-6
+BLOCK_BYTES = 64 << 20
+
+
+def target_ranks(
+    queries: np.ndarray,
+    pool: np.ndarray,
+    query_rows: np.ndarray,
+    target_rows: np.ndarray,
+    *,
+    tie: float = TIE,
+    block_bytes: int = BLOCK_BYTES,
+) -> np.ndarray:
+    """Rank of each pair's target by the dot product with its query (section 4.1 of the paper; cosine for unit vectors).
+
+    The product is made in blocks of queries against the whole pool, so that memory stays near ``block_bytes``.
+
+    Args:
+        queries: (Q, D) float32, one row per pair.
+        pool: (P, D) float32.
+        query_rows: (Q,) where the query note stands in the pool, -1 where it does not.
+        target_rows: (Q,) where the target note stands in the pool.
+        tie: scores this near below the target's count as ties.
+        block_bytes: size of a block of scores, at least one query.
+
+    Returns:
+        (Q,) int64 ranks, 1 the best.
+
+    Raises:
+        DataError: the pool is empty, a pair's query is its target, or a vector holds NaN or infinite values.
+    """
+    _check_rows(len(pool), query_rows, target_rows)
+    if queries.ndim != 2 or pool.ndim != 2 or queries.shape[1] != pool.shape[1] or len(queries) != len(query_rows):
+        raise DataError(
+            f"queries of shape {queries.shape} for a pool of shape {pool.shape} and {len(query_rows)} pairs"
+        )
+    if not (np.isfinite(queries).all() and np.isfinite(pool).all()):
+        raise DataError(
+            "NaN or infinite values among the vectors to be ranked; they would count as not above the target"
+        )
+    queries, pool = np.asarray(queries, dtype=np.float32), np.asarray(pool, dtype=np.float32)
+    ranks = np.empty(len(queries), dtype=np.int64)
+    step = max(1, block_bytes // (4 * len(pool)))
+    for start in range(0, len(queries), step):
+        block = slice(start, start + step)
+        scores = queries[block] @ pool.T  # (B, P)
+        ranks[block] = ranks_in_scores(scores, query_rows[block], target_rows[block], tie=tie)
+    return ranks
+
+
+def ranks_in_scores(
+    scores: np.ndarray, query_rows: np.ndarray, target_rows: np.ndarray, *, tie: float = 0.0
+) -> np.ndarray:
+    """(B,) int64 ranks of the targets in a (B, P) matrix of scores, which is changed."""
+    here = np.arange(len(scores))
+    thresholds = scores[here, target_rows] - np.float32(tie)
+    inside = query_rows >= 0
+    scores[here[inside], query_rows[inside]] = -np.inf
+    # row by row: counting in one dimension is several times faster than along an axis
+    counts = [np.count_nonzero(row >= threshold) for row, threshold in zip(scores, thresholds, strict=True)]
+    return np.array(counts, dtype=np.int64)  # the target itself is the 1
+
+
+def popularity_ranks(clicks: np.ndarray, query_rows: np.ndarray, target_rows: np.ndarray) -> np.ndarray:
+    """Ranks by one score for all queries, such as the clicks that a note had before the test period.
+
+    Args:
+        clicks: (P,) of each note of the pool.
+        query_rows: (Q,) row of the query in the pool or -1.
+        target_rows: (Q,) row of the target.
+
+    Returns:
+        (Q,) int64 ranks.
+    """
+    _check_rows(len(clicks), query_rows, target_rows)
+    own = clicks[target_rows]
+    at_least = len(clicks) - np.searchsorted(np.sort(clicks), own, side="left")
+    query_counted = (query_rows >= 0) & (clicks[query_rows] >= own)
+    return (at_least - query_counted).astype(np.int64)
+
+
+def random_ranks(num_notes: int, query_rows: np.ndarray, seed: int) -> np.ndarray:
+    """(Q,) int64 ranks under scores drawn at random: uniform from 1 to the number of notes that are ranked."""
+    rng = np.random.default_rng(stream_seed(seed, "random ranks"))
+    return rng.integers(1, num_candidates(num_notes, query_rows), endpoint=True)
+
+
+def num_candidates(num_notes: int, query_rows: np.ndarray) -> np.ndarray:
+    """(Q,) int64 number of notes that each query ranks: the pool without the query itself."""
+    return num_notes - (np.asarray(query_rows) >= 0).astype(np.int64)
+
+
+def recall_at(ranks: np.ndarray, cutoffs: Sequence[int]) -> dict[int, float]:
+    """Recall@k: the share of pairs whose target is among the first k; NaN where there are no pairs."""
+    return {k: float(np.mean(ranks <= k)) if len(ranks) else float("nan") for k in cutoffs}
+
+
+def chance_at(num_notes: int, query_rows: np.ndarray, cutoffs: Sequence[int]) -> dict[int, float]:
+    """The Recall@k that random scores are expected to reach."""
+    candidates = num_candidates(num_notes, query_rows)
+    return {k: float(np.mean(np.minimum(k / candidates, 1))) if len(candidates) else float("nan") for k in cutoffs}
+
+
+def mean_reciprocal_rank(ranks: np.ndarray) -> float:
+    """Mean of 1 / rank; NaN where there are no pairs."""
+    return float(np.mean(1 / ranks)) if len(ranks) else float("nan")
+
+
+def _check_rows(num_notes: int, query_rows: np.ndarray, target_rows: np.ndarray) -> None:
+    if not num_notes:
+        raise DataError("the test pool is empty: there is nothing to rank")
+    if len(query_rows) != len(target_rows):
+        raise DataError(f"{len(query_rows)} queries for {len(target_rows)} targets")
+    same = np.flatnonzero(query_rows == target_rows)
+    if len(same):
+        raise DataError(f"pair {same[0]} ({len(same)} in all) has the query as its own target: mine the pairs again")

@@ -1,0 +1,1 @@
+"""The embedding table (Lance) and the ANN index over it (FAISS)."""

@@ -1,0 +1,61 @@
+"""Checks that every matrix of note vectors passes before it is stored or searched."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+
+import numpy as np
+
+from notellm2_ray.core.errors import DataError
+
+UNIT_TOLERANCE = 1e-3  # float32 normalisation is off by 1e-7; a bfloat16 or unnormalised vector by 4e-3 and more
+SHOWN = 5
+
+
+def name_some(ids: Sequence[str] | np.ndarray) -> str:
+    """At most :data:`SHOWN` of ``ids`` for an error message, with the number of the others."""
+    shown = ", ".join(repr(str(note_id)) for note_id in ids[:SHOWN])
+    return shown + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
+
+
+def check_unit(vectors: np.ndarray, ids: Sequence[str] | np.ndarray, where: str) -> None:
+    """Refuse vectors that are not finite or not of unit length.
+
+    Args:
+        vectors: (N, D) float32.
+        ids: (N,) note ids, for the message.
+        where: what holds the vectors, for the message.
+
+    Raises:
+        DataError: names the notes.
+    """
+    lengths = np.sqrt(np.einsum("nd,nd->n", vectors, vectors))
+    finite = np.isfinite(lengths)
+    if not finite.all():
+        bad = [ids[row] for row in np.flatnonzero(~finite)]
+        raise DataError(
+            f"{where}: NaN or infinite values in the vector of note {name_some(bad)}; "
+            "the embedder is broken for them (look at its training loss) and they must be embedded again"
+        )
+    wrong = np.flatnonzero(np.abs(lengths - 1) > UNIT_TOLERANCE)
+    if len(wrong):
+        raise DataError(
+            f"{where}: the vector of note {name_some([ids[row] for row in wrong])} is not of unit length "
+            f"(the first is {lengths[wrong[0]]:.4g} long); divide each vector by its length"
+        )
+
+
+def check_ids(ids: Sequence[str] | np.ndarray, vectors: np.ndarray, where: str) -> None:
+    """Refuse ids that are not one per row of ``vectors`` or not distinct.
+
+    Raises:
+        DataError: names the repeated notes.
+    """
+    if vectors.ndim != 2 or len(ids) != len(vectors):
+        raise DataError(
+            f"{where}: {len(ids)} note ids for vectors of shape {vectors.shape}; (N, D) with N ids is needed"
+        )
+    if len(set(ids)) != len(ids):
+        repeated = [note_id for note_id, count in Counter(ids).items() if count > 1]
+        raise DataError(f"{where}: note {name_some(repeated)} is there more than once; keep one vector per note")

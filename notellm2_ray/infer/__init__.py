@@ -1,0 +1,1 @@
+"""Bulk offline inference on Ray Data."""

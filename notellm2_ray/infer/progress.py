@@ -1,0 +1,81 @@
+"""A log line every few seconds while something long is under way."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from types import TracebackType
+
+log = logging.getLogger("notellm2_ray")
+
+LOG_SECONDS = 5.0
+SILENT_SECONDS = 60.0  # after which it is said that nothing new got done
+
+
+class Progress:
+    """Counts notes and logs done / total, notes/s and the time left, from a thread of its own.
+
+    Args:
+        total: notes in all.
+        before: notes that an earlier run did; they count as done but not into the rate.
+    """
+
+    def __init__(self, total: int, before: int = 0) -> None:
+        self.total, self.before, self.added = total, before, 0
+        self.started = time.monotonic()
+        self.first: float | None = None
+        self.latest = self.started
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._log_until_stopped, name="progress", daemon=True)
+
+    def __enter__(self) -> Progress:
+        if self.before:
+            log.info("embed-notes: %d of %d notes are done already", self.before, self.total)
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stop.set()
+        self._thread.join()
+        if self.added:
+            log.info("%s", self.line())
+
+    def add(self, notes: int) -> None:
+        """So many notes more are done."""
+        self.latest = time.monotonic()
+        self.first = self.latest if self.first is None else self.first
+        self.added += notes
+
+    def line(self) -> str:
+        """Where things stand, in words."""
+        done = self.before + self.added
+        now = time.monotonic()
+        if not self.added:
+            return f"embed-notes: {done} / {self.total} notes, waiting for the first block ({now - self.started:.0f} s)"
+        rate = self.added / max(self.latest - self.started, 1e-9)
+        left = (self.total - done) / rate
+        return f"embed-notes: {done} / {self.total} notes, {rate:.0f} notes/s, {_duration(left)} left"
+
+    def seconds(self) -> dict[str, float]:
+        """Time until the first block was done (start-up), and until the last."""
+        first = self.started if self.first is None else self.first
+        return {
+            "startup_seconds": round(first - self.started, 3),
+            "embed_seconds": round(self.latest - self.started, 3),
+        }
+
+    def _log_until_stopped(self) -> None:
+        shown, shown_at = -1, time.monotonic()
+        while not self._stop.wait(LOG_SECONDS):
+            if self.added != shown or time.monotonic() - shown_at >= SILENT_SECONDS:
+                shown, shown_at = self.added, time.monotonic()
+                log.info("%s", self.line())
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"

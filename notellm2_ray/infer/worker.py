@@ -1,0 +1,205 @@
+"""The actor of bulk embedding: holds one copy of the model and takes blocks of notes to files of vectors."""
+
+from __future__ import annotations
+
+import copy
+import sys
+import threading
+from collections.abc import Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from notellm2_ray.core.errors import DataError, ModelError, NoteLLMError
+from notellm2_ray.core.schema import Note
+from notellm2_ray.core.settings import EmbedSettings
+from notellm2_ray.infer.blocks import Block, read_block, read_ids
+from notellm2_ray.infer.results import Finished, begin_attempt, commit_block, read_finished
+
+if TYPE_CHECKING:
+    from notellm2_ray.models.encoder import NoteEncoder
+    from notellm2_ray.models.preprocess import NoteFeatures, NotePreprocessor
+
+    Features = Mapping[str, NoteFeatures]  # vector column to what is shown to the model for it
+
+CALLS_AT_ONCE = 2  # one block at the model, the next being read, decoded and tokenised
+MAX_ATTEMPTS = 4  # at a block within one run
+_NOTES_PER_TASK = 16  # for the preprocessing threads: few enough to spread, many enough to be worth a hand-over
+_SWITCH_SECONDS = 2e-4
+_REPORT = pa.schema(
+    [
+        ("block_id", pa.string()),
+        ("embedded", pa.int64()),
+        ("quarantined", pa.int64()),
+        ("model_fingerprint", pa.string()),
+        ("error", pa.string()),  # class of ours, or OSError; null: the block is done
+        ("message", pa.string()),
+        ("errno", pa.int64()),
+    ]
+)
+
+
+class Job(NamedTuple):
+    """What every actor of a job is told."""
+
+    model: str
+    output: str
+    columns: Mapping[str, str]  # vector column to what of a note is shown to the model for it
+    only_ids: str | None
+    settings: EmbedSettings
+
+
+class _Loaded(NamedTuple):
+    encoder: NoteEncoder
+    model_fingerprint: str
+    only: frozenset[str] | None
+
+
+class BlockEmbedder:
+    """Loads the model once, then embeds one block a call; two calls may run at once.
+
+    While one call has the model, the other reads, decodes and tokenises its block in ``preprocess_threads`` threads.
+    How a block's notes are put into batches depends on the block alone, so its vectors are the same in every run.
+    """
+
+    def __init__(self, job: Job) -> None:
+        self.job = job
+        self.output = Path(job.output)
+        self.threads = ThreadPoolExecutor(job.settings.preprocess_threads, thread_name_prefix="preprocess")
+        # All of torch runs in one thread: OpenMP would keep a team of threads for every thread that calls it.
+        self.model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self.loading: Future[_Loaded] | None = None
+        self.lock = threading.Lock()
+        self.local = threading.local()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Rows of :class:`Block` to rows of counts, or of the error that stopped it."""
+        reports = [self._report(Block(**row)) for row in batch.to_pylist()]
+        return pa.Table.from_pylist(reports, schema=_REPORT)
+
+    def _report(self, block: Block) -> dict[str, Any]:
+        try:
+            # Ray hands a dead actor's blocks to another; one that was finished already need not be done again.
+            finished = read_finished(self.output, block.block_id) or self._attempt(block)
+            return finished._asdict()
+        except (NoteLLMError, OSError) as error:
+            kind = type(error).__name__ if isinstance(error, NoteLLMError) else "OSError"
+            number = getattr(error, "errno", None)
+            return {"block_id": block.block_id, "error": kind, "message": str(error), "errno": number}
+
+    def _attempt(self, block: Block) -> Finished:
+        attempts = begin_attempt(self.output, block.block_id)
+        if attempts > MAX_ATTEMPTS:
+            raise ModelError(
+                f"{MAX_ATTEMPTS} actors died while they had rows {block.start} to {block.start + block.rows} of "
+                f"{block.file} in hand. If memory ran out, lower embed.actors, embed.block_rows or embed.batch_tokens. "
+                "The finished blocks are kept: run the same command again"
+            )
+        # Not in the constructor, so that whatever goes wrong with it is reported as any other error of a block.
+        with self.lock:
+            self.loading = self.loading or self.model_thread.submit(_load, self.job)
+        return self._embed(block, self.loading.result())
+
+    def _embed(self, block: Block, loaded: _Loaded) -> Finished:
+        features, quarantined = self._features(read_block(block, loaded.only), loaded.encoder.preprocessor)
+        ids, columns = [note_id for note_id, _ in features], self.job.columns
+        by_column = {name: [note[name] for _, note in features] for name in columns}
+        vectors = {
+            name: self.model_thread.submit(encode, loaded.encoder, by_column[name], self.job.settings).result()
+            for name in columns
+        }
+        finite = np.all([np.isfinite(matrix).all(axis=1) for matrix in vectors.values()], axis=0)
+        if len(ids) > 1 and not finite.any():
+            raise ModelError(
+                f"{self.job.model}: all {len(ids)} vectors of block {block.block_id} are NaN or infinite: its weights "
+                f"are damaged, or they overflow in embed.precision={self.job.settings.precision} (try fp32)"
+            )
+        quarantined += [(ids[row], "its vector is NaN or infinite") for row in np.flatnonzero(~finite)]
+        table = _table([ids[row] for row in np.flatnonzero(finite)], {name: v[finite] for name, v in vectors.items()})
+        return commit_block(self.output, block, table, quarantined, loaded.model_fingerprint)
+
+    def _features(
+        self, notes: Sequence[Note], preprocessor: NotePreprocessor
+    ) -> tuple[list[tuple[str, Features]], list[tuple[str, str]]]:
+        """(note_id, features) of the notes that have them, (note_id, reason) of the others."""
+        parts = [notes[start : start + _NOTES_PER_TASK] for start in range(0, len(notes), _NOTES_PER_TASK)]
+        results = [
+            one for part in self.threads.map(lambda part: self._preprocess(part, preprocessor), parts) for one in part
+        ]
+        good = [(note_id, result) for note_id, result in results if not isinstance(result, str)]
+        return good, [(note_id, result) for note_id, result in results if isinstance(result, str)]
+
+    def _preprocess(self, notes: Sequence[Note], preprocessor: NotePreprocessor) -> list[tuple[str, Features | str]]:
+        # A fast tokenizer must not be used by two threads at once: each thread has its own.
+        if not hasattr(self.local, "preprocessor"):
+            self.local.preprocessor = copy.deepcopy(preprocessor)
+        features = self.local.preprocessor.features
+        results: list[tuple[str, Features | str]] = []
+        for note in notes:
+            try:
+                results.append(
+                    (note.note_id, {name: features(note, inputs) for name, inputs in self.job.columns.items()})
+                )
+            except DataError as error:
+                results.append((note.note_id, str(error)))
+        return results
+
+
+def _load(job: Job) -> _Loaded:
+    import torch
+
+    from notellm2_ray.models.encoder import NoteEncoder
+
+    torch.set_num_threads(max(1, int(job.settings.cpus_per_actor)))
+    # The model's thread gives up the interpreter at every operator; a preprocessing thread that then kept it for the
+    # usual 5 ms would make a small model many times slower.
+    sys.setswitchinterval(_SWITCH_SECONDS)
+    device = "cuda" if job.settings.gpus_per_actor else "cpu"
+    encoder = NoteEncoder.from_pretrained(job.model, device=device, precision=job.settings.precision)
+    only = frozenset(read_ids(job.only_ids).to_pylist()) if job.only_ids else None
+    return _Loaded(encoder, encoder.fingerprint, only)
+
+
+def encode(encoder: NoteEncoder, features: Sequence[NoteFeatures], settings: EmbedSettings) -> np.ndarray:
+    """Unit vectors of features, in their order; a vector that is not finite is left for the caller to judge.
+
+    As ``NoteEncoder.encode_features``, but nothing is fetched from a GPU before all batches are queued on it, so that
+    it has work while the next batch is put together.
+
+    Returns:
+        (N, D) float32.
+
+    Raises:
+        ModelError: GPU memory ran out.
+    """
+    import torch
+    import torch.nn.functional as F
+
+    from notellm2_ray.models.encoder import batches_by_length
+
+    on_gpu = encoder.device.type == "cuda"
+    vectors = np.empty((len(features), encoder.embedding_dim), np.float32)
+    lengths = [item.num_tokens for item in features]
+    batches = list(batches_by_length(lengths, settings.batch_tokens, settings.max_batch_notes))
+    try:
+        with torch.inference_mode():
+            parts = []
+            for rows in batches:
+                batch = encoder.preprocessor.collate([features[row] for row in rows])
+                batch = batch.pin_memory().to(encoder.device, non_blocking=True) if on_gpu else batch
+                parts.append(F.normalize(encoder.model(batch).multimodal, dim=-1))
+            for rows, part in zip(batches, parts, strict=True):
+                vectors[rows] = part.cpu().numpy()
+    except torch.OutOfMemoryError as error:
+        raise ModelError(f"GPU memory ran out: lower embed.batch_tokens or embed.max_batch_notes ({error})") from error
+    return vectors
+
+
+def _table(ids: Sequence[str], vectors: Mapping[str, np.ndarray]) -> pa.Table:
+    arrays = [pa.array(ids, pa.string())]
+    for matrix in vectors.values():
+        arrays.append(pa.FixedSizeListArray.from_arrays(pa.array(matrix.ravel()), matrix.shape[1]))
+    return pa.table(arrays, names=["note_id", *vectors])

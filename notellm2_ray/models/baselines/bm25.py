@@ -1,0 +1,124 @@
+"""BM25 over title, topics and content: the text baseline, with words as a reader of the language would cut them.
+
+Runs of Chinese characters are segmented by jieba; other words are lower-cased and stemmed (Porter 2, English).
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import tempfile
+from array import array
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.schema import Note
+
+_CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
+# a run of Chinese, or a word of any other script or digits with an inner apostrophe ("don't")
+_RUNS = re.compile(rf"[{_CHINESE}]+|(?:[^\W_{_CHINESE}]+(?:['’][^\W_{_CHINESE}]+)*)")
+_IS_CHINESE = re.compile(f"[{_CHINESE}]")
+
+
+def note_text(note: Note) -> str:
+    """All text of a note, as BM25 reads it."""
+    return "\n".join((note.title, " ".join(note.topics), note.content))
+
+
+def tokenize(text: str, *, stem: bool = True) -> list[str]:
+    """Words of a text: Chinese segmented, everything else lower-cased and stemmed; punctuation dropped.
+
+    >>> tokenize("Baking three cakes 巧克力蛋糕")
+    ['bake', 'three', 'cake', '巧克力', '蛋糕']
+    """
+    tokens: list[str] = []
+    for run in _RUNS.findall(text):
+        if _IS_CHINESE.match(run):
+            tokens += _segmenter().lcut(run)
+        else:
+            word = run.lower().replace("’", "'")
+            tokens.append(_stem(word) if stem else word)
+    return tokens
+
+
+class Bm25:
+    """BM25 (Lucene's variant, k1 1.5, b 0.75) over the texts of a pool.
+
+    Memory: the inverted index, and one row of scores while ranking.
+    """
+
+    def __init__(self, texts: Iterable[str]):
+        """Index the texts of the pool's notes, in the order of its rows.
+
+        Raises:
+            DataError: there are no notes, or none has a word.
+        """
+        import bm25s
+
+        self._words: dict[str, int] = {}
+        documents = [array("i", self._ids(text)) for text in texts]
+        self.num_notes = len(documents)
+        if not self._words:
+            raise DataError(
+                f"BM25: no word in the texts of {len(documents)} notes: leave bm25 out of evaluate.baselines"
+            )
+        logging.getLogger("bm25s").setLevel(logging.WARNING)
+        self._index = bm25s.BM25()
+        self._index.index((documents, self._words), create_empty_token=False, show_progress=False)
+
+    def scores(self, query_text: str) -> np.ndarray:
+        """(P,) float32 scores of all notes of the pool; a repeated word of the query counts as often as it stands."""
+        known = [self._words[word] for word in tokenize(query_text) if word in self._words]
+        return self._index.get_scores_from_ids(known) if known else np.zeros(self.num_notes, dtype=np.float32)
+
+    def ranks(self, query_texts: Sequence[str], query_rows: np.ndarray, target_rows: np.ndarray) -> np.ndarray:
+        """Rank of each pair's target among the pool, the query note left out, ties counted against us.
+
+        Args:
+            query_texts: (Q,) text of each pair's query.
+            query_rows: (Q,) row of the query note in the pool, -1 where it is not in it.
+            target_rows: (Q,) row of the target note in the pool.
+
+        Returns:
+            (Q,) int64, 1 the best; all notes without a word of the query tie with each other.
+        """
+        ranks = np.empty(len(query_texts), dtype=np.int64)
+        last, scores = None, np.empty(0)
+        for pair, (text, query, target) in enumerate(zip(query_texts, query_rows, target_rows, strict=True)):
+            if text != last:  # pairs of one query usually follow each other
+                last, scores = text, self.scores(text)
+            above = np.count_nonzero(scores >= scores[target])  # the target itself is the 1 of its rank
+            ranks[pair] = above - (query >= 0 and scores[query] >= scores[target])
+        return ranks
+
+    def _ids(self, text: str) -> list[int]:
+        return [self._words.setdefault(word, len(self._words)) for word in tokenize(text)]
+
+
+@lru_cache(maxsize=1)
+def _segmenter() -> Any:
+    import jieba
+
+    jieba.setLogLevel(logging.WARNING)
+    segmenter = jieba.Tokenizer()
+    # jieba would read a dictionary cache from the shared temporary directory, whoever wrote it there
+    with tempfile.TemporaryDirectory() as directory:
+        segmenter.tmp_dir = directory
+        segmenter.initialize()
+    return segmenter
+
+
+@lru_cache(maxsize=1)
+def _stemmer() -> Any:
+    import Stemmer
+
+    return Stemmer.Stemmer("english")
+
+
+@lru_cache(maxsize=100_000)
+def _stem(word: str) -> str:
+    return _stemmer().stemWord(word)

@@ -1,0 +1,139 @@
+"""The language model LLM_mu: any Hugging Face causal LM without its head, and its tokenizer with two tokens more."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AddedToken,
+    AutoConfig,
+    AutoModel,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+
+from notellm2_ray.core.errors import ModelError
+from notellm2_ray.models.quiet import quiet_loading
+
+IMAGE_TOKEN = "<IMG>"
+VISUAL_MARK_TOKEN = "<IMG_EMB>"
+_NEEDED = (
+    "model.llm needs the directory or hub name of a causal language model in Hugging Face format "
+    "(config.json, *.safetensors, tokenizer), such as a Llama, Qwen2, Qwen3 or Mistral"
+)
+
+
+@quiet_loading()
+def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
+    """Configuration of the causal LM at ``path`` (a directory or a hub name).
+
+    Raises:
+        ModelError: nothing is there, or it is something else than a causal LM.
+    """
+    if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
+        raise ModelError(f"{path} is no model directory: it has no config.json. {_NEEDED}")
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} cannot be read as a model: {first_line(error)}. {_NEEDED}") from error
+    kind = f"{path} is a {config.model_type or 'model of unknown type'}"
+    if getattr(config, "is_encoder_decoder", False):
+        raise ModelError(f"{kind}, an encoder-decoder. {_NEEDED}")
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not hasattr(config, "hidden_size"):
+        raise ModelError(f"{kind}, not a causal language model. {_NEEDED}")
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
+        # Its attention looks both ways, so that the visual vector would read the text.
+        raise ModelError(f"{kind}, a masked language model. {_NEEDED}")
+    return config
+
+
+@quiet_loading()
+def load_llm(
+    path: str, attention: str, dtype: torch.dtype = torch.float32, revision: str | None = None
+) -> PreTrainedModel:
+    """The pretrained LM without its head: token embeddings in, states after the final norm out.
+
+    Raises:
+        ModelError: as :func:`load_config`; or its weights are missing or not safetensors.
+    """
+    load_config(path, revision)
+    try:
+        llm, report = AutoModel.from_pretrained(
+            path,
+            revision=revision,
+            dtype=dtype,
+            attn_implementation=attention,
+            use_safetensors=True,
+            output_loading_info=True,
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ModelError(
+            f"the weights of {path} cannot be loaded: {first_line(error)}. Only safetensors are read; save a "
+            "model that has pickled weights again with save_pretrained"
+        ) from error
+    require_all_weights(report, path)
+    return llm
+
+
+def llm_from_config(config: PretrainedConfig, attention: str) -> PreTrainedModel:
+    """The LM with the weights of its own initialisation, or none on the meta device."""
+    return AutoModel.from_config(config, attn_implementation=attention)
+
+
+def require_all_weights(report: dict[str, Any], path: str) -> None:
+    """Raise :class:`ModelError` if a loading report names weights that the checkpoint lacks."""
+    wrong = sorted(report["missing_keys"]) + sorted(str(key) for key in report.get("mismatched_keys", ()))
+    if wrong:
+        raise ModelError(
+            f"the checkpoint {path} lacks {len(wrong)} of its model's weights ({', '.join(wrong[:3])}, ...): it is "
+            "incomplete or of another kind"
+        )
+
+
+@quiet_loading()
+def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenizerBase:
+    """The LM's tokenizer with :data:`IMAGE_TOKEN` and :data:`VISUAL_MARK_TOKEN` added.
+
+    Raises:
+        ModelError: there is none.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise ModelError(f"{path} has no usable tokenizer: {first_line(error)}. {_NEEDED}") from error
+    added = [AddedToken(token, special=True, normalized=False) for token in (IMAGE_TOKEN, VISUAL_MARK_TOKEN)]
+    tokenizer.add_tokens(added, special_tokens=True)
+    return tokenizer
+
+
+def embed_added_tokens(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Give the embedding rows of the two added tokens the mean of all others, adding rows where they lack.
+
+    Rows beyond the tokenizer's length only pad the vocabulary; they have no share in the mean.
+    """
+    if len(tokenizer) > len(_embedding_table(llm)):
+        llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    table = _embedding_table(llm)
+    added = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, VISUAL_MARK_TOKEN])
+    others = torch.ones(len(table), dtype=torch.bool)
+    others[len(tokenizer) :] = False
+    others[added] = False
+    with torch.no_grad():
+        table[added] = table[others].float().mean(dim=0).to(table.dtype)
+
+
+def _embedding_table(llm: PreTrainedModel) -> torch.Tensor:
+    table = llm.get_input_embeddings().weight
+    assert isinstance(table, torch.Tensor)
+    return table
+
+
+def first_line(error: Exception) -> str:
+    """What an exception says, on one line."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

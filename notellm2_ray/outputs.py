@@ -1,0 +1,144 @@
+"""Where every stage's output lies in the workspace, and what it is made of."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from notellm2_ray.comparison import tested_inputs
+from notellm2_ray.core.config import to_plain
+from notellm2_ray.core.run import Output, read_manifest
+from notellm2_ray.core.settings import Settings
+
+log = logging.getLogger("notellm2_ray")
+
+
+def workspace_of(settings: Settings) -> Path:
+    """The workspace, absolute: Ray's workers run in directories of their own."""
+    if os.environ.get("RAY_JOB_SUBMISSION_ID") and not settings.workspace.is_absolute():
+        log.warning(
+            "workspace %s is relative: a submitted job runs in a temporary copy of its working directory, and what it "
+            "writes there is lost; give an absolute workspace on shared storage",
+            settings.workspace,
+        )
+    return settings.workspace.absolute()
+
+
+def _fingerprint_of(directory: Path) -> str:
+    return read_manifest(directory)["fingerprint"]
+
+
+def tiny_parts(settings: Settings) -> list[str]:
+    """Which tiny models these settings need; every variant needs the LLM's tokenizer."""
+    from notellm2_ray.models.variants import VARIANTS
+
+    parts = ["llm"] if _is_tiny(settings, "llm") else []
+    names = {settings.model.variant, *settings.evaluate.variants}
+    if _is_tiny(settings, "vision") and any(VARIANTS[name].sees_images for name in names):
+        parts.append("clip")
+    return parts
+
+
+def _is_tiny(settings: Settings, which: str) -> bool:
+    return (settings.model.llm if which == "llm" else settings.model.vision) == "tiny"
+
+
+def model_paths(settings: Settings) -> tuple[str, str]:
+    """The LLM and the vision tower with 'tiny' resolved to the workspace's own."""
+    tiny = workspace_of(settings) / "tiny"
+    llm = str(tiny / "llm") if _is_tiny(settings, "llm") else settings.model.llm
+    vision = str(tiny / "clip") if _is_tiny(settings, "vision") else settings.model.vision
+    return llm, vision
+
+
+def _tiny_inputs(settings: Settings) -> dict[str, str]:
+    if not (_is_tiny(settings, "llm") or _is_tiny(settings, "vision")):
+        return {}
+    return {"tiny": _fingerprint_of(workspace_of(settings) / "tiny")}
+
+
+def prepared(settings: Settings) -> Output:
+    shaped = {"source": to_plain(settings.source), "prepare": to_plain(settings.prepare), "seed": settings.seed}
+    return Output(workspace_of(settings) / "prepared", "prepare", shaped)
+
+
+def pairs(settings: Settings) -> Output:
+    shaped = {"pairs": _shaping(settings.pairs), "split": to_plain(settings.split), "seed": settings.seed}
+    prepared = workspace_of(settings) / "prepared"
+    return Output(workspace_of(settings) / "pairs", "mine-pairs", shaped, {"prepared": _fingerprint_of(prepared)})
+
+
+def tiny(settings: Settings) -> Output:
+    shaped = {"tiny": to_plain(settings.tiny), "parts": tiny_parts(settings), "seed": settings.seed}
+    shaped["prompt_language"] = settings.model.prompt_language  # its words are in the tokenizer's corpus
+    pairs = workspace_of(settings) / "pairs"
+    return Output(workspace_of(settings) / "tiny", "build-tiny", shaped, {"pairs": _fingerprint_of(pairs)})
+
+
+def embedder(settings: Settings) -> Output:
+    shaped = {"model": to_plain(settings.model), "train": _shaping(settings.train)}
+    inputs = {"pairs": _fingerprint_of(workspace_of(settings) / "pairs"), **_tiny_inputs(settings)}
+    directory = workspace_of(settings) / "embedders" / settings.embedder_name
+    return Output(directory, "train-embedder", shaped, inputs)
+
+
+def inputs_of(settings: Settings, pool: str) -> tuple[str, ...]:
+    """What an embedder is shown: of the whole pool what it is meant for, of the test pool what it is tested with."""
+    inputs = tested_inputs(settings, settings.model.variant)
+    return inputs if pool == "test" else inputs[:1]
+
+
+def embeddings(settings: Settings, pool: str) -> Output:
+    workspace = workspace_of(settings)
+    embed = _shaping(settings.embed)
+    shaped = {"embed": embed, "inputs": list(inputs_of(settings, pool))}
+    sources = {"embedder": _fingerprint_of(workspace / "embedders" / settings.embedder_name)}
+    if pool == "test" or settings.embed.notes is None:
+        sources["prepared"] = _fingerprint_of(workspace / "prepared")
+    if pool == "test":
+        embed.pop("notes")
+        sources["pairs"] = _fingerprint_of(workspace / "pairs")
+    return Output(embedding_table(settings, pool).with_suffix(""), "embed-notes", shaped, sources)
+
+
+def embedding_table(settings: Settings, pool: str) -> Path:
+    """The embedding table of the whole pool or of the test pool; its blocks lie beside it."""
+    suffix = "" if pool == "all" else f"-{pool}"
+    return workspace_of(settings) / "embeddings" / f"{settings.embedder_name}{suffix}.lance"
+
+
+def ann_index(settings: Settings) -> Output:
+    embeddings = workspace_of(settings) / "embeddings" / settings.embedder_name
+    directory = workspace_of(settings) / "index" / settings.embedder_name
+    shaped = {"index": to_plain(settings.index), "seed": settings.seed}
+    return Output(directory, "build-index", shaped, {"embeddings": _fingerprint_of(embeddings)})
+
+
+def evaluation(settings: Settings, compared: Sequence[Settings]) -> Output:
+    inputs = {each.embedder_name: _fingerprint_of(embedding_table(each, "test").with_suffix("")) for each in compared}
+    inputs["pairs"] = _fingerprint_of(workspace_of(settings) / "pairs")
+    shaped = {"evaluate": to_plain(settings.evaluate), "llm": settings.model.llm}
+    return Output(workspace_of(settings) / "report", "eval-retrieval", shaped, inputs)
+
+
+# Settings that decide where and how fast a stage runs, not what it makes: changing them redoes nothing.
+_RESOURCES = {
+    "partitions",
+    "cpus_per_worker",
+    "gpus_per_worker",
+    "prefetch_batches",
+    "max_failures",
+    "logger",
+    "actors",
+    "cpus_per_actor",
+    "gpus_per_actor",
+}
+
+
+def _shaping(section: BaseModel) -> dict[str, Any]:
+    return {key: value for key, value in to_plain(section).items() if key not in _RESOURCES}

@@ -1,0 +1,1 @@
+"""Distributed training: Ray Train around a plain or DeepSpeed engine."""

@@ -1,0 +1,68 @@
+"""The objective: from a step's notes to the loss of Eqs. 1, 8 and 9, as one module that an engine can wrap."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from notellm2_ray.models.losses import embedder_loss
+from notellm2_ray.models.mlrm import NoteModel, NoteVectors, join_vectors
+from notellm2_ray.models.preprocess import Batch
+from notellm2_ray.train.distributed import gather_rows
+
+
+class StepOutput(NamedTuple):
+    """What a training step tells."""
+
+    loss: torch.Tensor  # scalar: this rank's; its mean over ranks is the loss of the batch
+    temperature: torch.Tensor  # scalar, tau before the update
+    finite: torch.Tensor  # (2b,) bool: notes whose vectors are finite
+
+
+class ContrastiveStep(nn.Module):
+    """The embedder and its loss.
+
+    Both are in one forward pass, because ZeRO-3 and DDP follow a step by the forward passes of what they wrap: a step
+    is one, however many groups of notes it has.
+    """
+
+    def __init__(
+        self, model: NoteModel, *, alpha: float, mask_duplicates: bool, bf16: bool, cache_casts: bool = True
+    ) -> None:
+        """Wrap ``model``.
+
+        Args:
+            model: the embedder's network.
+            alpha: weight of the multimodal over the visual loss (Eq. 9).
+            mask_duplicates: whether another copy of a note in the batch is no negative of it.
+            bf16: whether matrix products are done in bfloat16; weights, similarity and loss are float32 always.
+            cache_casts: keep weights cast to bfloat16 from one group to the next.
+        """
+        super().__init__()
+        self.model = model
+        self._alpha, self._mask_duplicates, self._bf16, self._cache = alpha, mask_duplicates, bf16, cache_casts
+
+    def forward(
+        self, groups: Sequence[Batch], positions: torch.Tensor, note_keys: torch.Tensor | None = None
+    ) -> StepOutput | NoteVectors:
+        """One step's :class:`StepOutput`; or, without keys, the NoteVectors of the notes in their own order.
+
+        Args:
+            groups: collated batches; ``positions`` (n,) says where in their concatenation each note stands.
+            note_keys: (n,) int64 of b queries and then their b targets, n = 2b.
+        """
+        device = positions.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self._bf16, cache_enabled=self._bf16 and self._cache):
+            parts = [self.model(batch) for batch in groups]
+        vectors = join_vectors(parts, positions)
+        if note_keys is None:
+            return vectors
+        with torch.autocast(device, enabled=False):
+            loss = embedder_loss(
+                vectors, note_keys, alpha=self._alpha, gather=gather_rows, mask_duplicates=self._mask_duplicates
+            )
+        finite = torch.isfinite(vectors.multimodal).all(dim=-1)
+        return StepOutput(loss.total, vectors.temperature.detach().float().clone(), finite)

@@ -1,0 +1,94 @@
+"""What the ranks of one training run say to each other. Without a process group all of it is the identity."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+
+def rank() -> int:
+    """This process's number, from 0."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    """Number of ranks."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if world_size() > 1:
+        dist.barrier()
+
+
+def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
+    """The rows of all ranks in rank order, with their gradient, and where this rank's begin.
+
+    Args:
+        rows: (n, ...) of any type, the same shape on every rank.
+
+    Returns:
+        (world_size * n, ...) and the index of this rank's first row. The backward pass hands every row the sum of what
+        all ranks send to it, so that averaging parameter gradients over ranks gives the gradient of the mean of the
+        ranks' losses: that of one rank which holds the whole batch.
+    """
+    if world_size() == 1:
+        return rows, 0
+    return _GatherRows.apply(rows), rank() * len(rows)
+
+
+class _GatherRows(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: torch.Tensor) -> torch.Tensor:
+        ctx.num_rows = len(rows)
+        return _all_gather(rows)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
+        gradient = gradient.contiguous()
+        if dist.get_backend() == "nccl":
+            own = gradient.new_empty(ctx.num_rows, *gradient.shape[1:])
+            dist.reduce_scatter_tensor(own, gradient)
+            return own
+        # gloo has no reduce-scatter in many of its builds.
+        gradient = gradient.clone()
+        dist.all_reduce(gradient)
+        return gradient[rank() * ctx.num_rows :][: ctx.num_rows]
+
+
+def _all_gather(rows: torch.Tensor) -> torch.Tensor:
+    if rows.dtype == torch.bool:  # not every backend carries it
+        return _all_gather(rows.to(torch.uint8)).bool()
+    gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
+    dist.all_gather_into_tensor(gathered, rows.detach().contiguous())
+    return gathered
+
+
+def mean_over_ranks(value: torch.Tensor) -> float:
+    """Mean of a scalar over the ranks: NaN everywhere as soon as it is NaN on one."""
+    mean = value.detach().double()
+    if world_size() > 1:
+        mean = mean.clone()
+        dist.all_reduce(mean)
+    return float(mean) / world_size()
+
+
+def gather_objects(value: Any) -> list[Any]:
+    """One picklable value of each rank, in rank order, on every rank."""
+    if world_size() == 1:
+        return [value]
+    values: list[Any] = [None] * world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def from_rank_zero(value: Any) -> Any:
+    """Rank 0's value, on every rank."""
+    if world_size() == 1:
+        return value
+    values = [value]
+    dist.broadcast_object_list(values, src=0)
+    return values[0]

@@ -1,0 +1,166 @@
+"""What a run leaves behind while it is under way: history.jsonl, curves for a logger, and lines of progress."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from notellm2_ray.core.errors import ConfigError
+from notellm2_ray.core.run import write_atomically
+
+log = logging.getLogger("notellm2_ray")
+
+_PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
+Row = Mapping[str, Any]
+
+
+def require_logger(name: str) -> None:
+    """Raise :class:`ConfigError` if the package that ``train.logger`` needs is not installed."""
+    package = _PACKAGES.get(name)
+    if package and importlib.util.find_spec(package) is None:
+        raise ConfigError(f"train.logger={name} needs the package {package}, which is missing: pip install {package}")
+
+
+class History:
+    """history.jsonl: one row per step and one per validation, each with its ``step`` (the number of updates so far)."""
+
+    def __init__(self, path: Path, step: int) -> None:
+        """Open for appending after ``step``: rows of later steps, left by a stopped run, are dropped."""
+        self.rows = [row for row in read_history(path) if row["step"] <= step]
+        write_atomically(path, "".join(json.dumps(row) + "\n" for row in self.rows))
+        self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed by close()
+
+    def add(self, row: Row) -> None:
+        """Append a row."""
+        self.rows.append(dict(row))
+        self._file.write(json.dumps(row) + "\n")
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_history(path: Path) -> list[dict[str, Any]]:
+    """Rows of a history; a last line that a killed run did not finish is left out."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for number, line in enumerate(lines):
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            if number < len(lines) - 1:
+                raise
+    return rows
+
+
+class Progress:
+    """A line every few seconds: step, loss, notes per second, time left."""
+
+    def __init__(self, step: int, total: int, notes_per_step: int, every_s: float = 5.0) -> None:
+        self._total, self._notes, self._every = total, notes_per_step, every_s
+        self._first, self._started = step, time.monotonic()
+        self._told, self._step_ended = self._started, self._started
+        self._seconds = 0.0  # in training steps alone: validations and checkpoints are not counted
+
+    def begin(self) -> None:
+        """A step begins (what came since the last one ended was something else)."""
+        self._step_ended = time.monotonic()
+
+    def end(self, step: int, loss: float, quiet: bool = False) -> float:
+        """A step has ended, ``step`` updates are done; its speed in notes per second, of all ranks together."""
+        now = time.monotonic()
+        seconds, self._step_ended = now - self._step_ended, now
+        self._seconds += seconds
+        if not quiet and (now - self._told >= self._every or step == self._total):
+            self._told = now
+            left = (now - self._started) / (step - self._first) * (self._total - step)
+            log.info(
+                "step %d/%d: loss %.4f, %.0f notes/s, %s left",
+                step,
+                self._total,
+                loss,
+                self.notes_per_s(step),
+                _duration(left),
+            )
+        return self._notes / max(seconds, 1e-9)
+
+    def notes_per_s(self, step: int) -> float:
+        """Mean speed since the start (or the resumption) of the run."""
+        return self._notes * (step - self._first) / max(self._seconds, 1e-9)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+
+
+def open_logger(
+    name: str, directory: Path, settings: Row, step: int
+) -> tuple[Callable[[Row], None], Callable[[], None]]:
+    """Functions that log a row's numbers to ``train.logger`` and that finish; a resumed run goes on with its curves."""
+    return _LOGGERS[name](directory, settings, step)
+
+
+def _no_logger(directory: Path, settings: Row, step: int) -> Any:
+    return lambda row: None, lambda: None
+
+
+def _tensorboard(directory: Path, settings: Row, step: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
+
+    def add(row: Row) -> None:
+        for name, value in _numbers(row).items():
+            writer.add_scalar(f"train/{name}", value, row["step"])
+
+    return add, writer.close
+
+
+def _wandb(directory: Path, settings: Row, step: int) -> Any:
+    import wandb
+
+    name = f"{directory.parent.parent.name}-{directory.name}"
+    run = wandb.init(
+        project=os.environ.get("WANDB_PROJECT", "notellm2-ray"),
+        name=name,
+        id=_remembered(directory / "wandb_run", wandb.util.generate_id),
+        resume="allow",
+        dir=str(directory),
+        config=dict(settings),
+    )
+    return lambda row: run.log(_numbers(row), step=row["step"]), run.finish
+
+
+def _mlflow(directory: Path, settings: Row, step: int) -> Any:
+    import mlflow
+
+    def create() -> str:
+        return mlflow.MlflowClient().create_run("0", run_name=directory.name).info.run_id
+
+    mlflow.start_run(run_id=_remembered(directory / "mlflow_run", create))
+    if step == 0:
+        mlflow.log_params(settings)
+    return lambda row: mlflow.log_metrics(_numbers(row), step=row["step"]), mlflow.end_run
+
+
+_LOGGERS = {"none": _no_logger, "tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
+
+
+def _numbers(row: Row) -> dict[str, float]:
+    return {name: value for name, value in row.items() if name != "step" and value is not None}
+
+
+def _remembered(path: Path, create: Callable[[], str]) -> str:
+    if not path.exists():
+        write_atomically(path, create())
+    return path.read_text(encoding="utf-8")

@@ -1,0 +1,97 @@
+"""Which pairs are in which step: a function of the seed and the step alone, so that resuming needs no state."""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.run import stream_seed
+from notellm2_ray.core.schema import PAIR_SCHEMA, require_columns
+
+
+class PairBatch(NamedTuple):
+    """One rank's b pairs of a step, as 2b notes: the queries, then their targets in the same order."""
+
+    note_ids: list[str]  # (2b,)
+    note_keys: np.ndarray  # (2b,) int64, equal for equal notes, the same on every rank
+
+
+class Pairs:
+    """The pairs of one Parquet file.
+
+    Attributes:
+        note_ids: every note of the pairs once.
+        keys: (num_pairs, 2) int64, query and target as positions in ``note_ids``.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Read the pairs of ``path`` (PAIR_SCHEMA).
+
+        Raises:
+            DataError: the file is missing or lacks a column.
+        """
+        try:
+            schema = pq.read_schema(path)
+            require_columns(schema, PAIR_SCHEMA, str(path))
+            table = pq.read_table(path, columns=["query_id", "target_id"])
+        except FileNotFoundError:
+            raise DataError(f"{path} does not exist: run mine-pairs first") from None
+        except pa.ArrowInvalid as error:
+            raise DataError(f"{path} is damaged ({error}): run mine-pairs again") from error
+        both = pa.chunked_array(table["query_id"].chunks + table["target_id"].chunks, pa.string())
+        encoded = both.dictionary_encode().combine_chunks()
+        self.note_ids: list[str] = encoded.dictionary.to_pylist()
+        self.keys = np.asarray(encoded.indices, dtype=np.int64).reshape(2, -1).T
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def batch(self, rows: np.ndarray) -> PairBatch:
+        """The pairs at ``rows``."""
+        keys = self.keys[rows].T.reshape(-1)
+        return PairBatch([self.note_ids[key] for key in keys], keys)
+
+
+class PairSampler:
+    """Deals the pairs out to steps and ranks.
+
+    Every epoch has an order of its own, drawn from (seed, epoch). A step takes the next ``batch_pairs`` of it, and each
+    rank an equal slice of those, so that the pairs of a step do not depend on the number of ranks. What is left at the
+    end of an epoch and fills no batch is left out of that epoch.
+    """
+
+    def __init__(self, pairs: Pairs, batch_pairs: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        """A sampler for one rank.
+
+        Raises:
+            DataError: there are fewer pairs than a batch holds.
+        """
+        self.pairs, self.batch_pairs, self.seed = pairs, batch_pairs, seed
+        self._share = batch_pairs // world_size
+        self._first = rank * self._share
+        self.steps_per_epoch = len(pairs) // batch_pairs
+        if self.steps_per_epoch == 0:
+            raise DataError(
+                f"{len(pairs)} training pairs do not fill one batch of train.batch_pairs={batch_pairs}: "
+                "lower train.batch_pairs, or mine more pairs (see pairs.* and split.*)"
+            )
+
+    def rows(self, step: int) -> np.ndarray:
+        """Positions of this rank's pairs in ``step`` (from 0)."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        begin = batch * self.batch_pairs + self._first
+        return _order(self.seed, epoch, len(self.pairs))[begin : begin + self._share]
+
+    def __getitem__(self, step: int) -> PairBatch:
+        return self.pairs.batch(self.rows(step))
+
+
+@lru_cache(maxsize=4)
+def _order(seed: int, epoch: int, num_pairs: int) -> np.ndarray:
+    return np.random.default_rng(stream_seed(seed, "train", "order", epoch)).permutation(num_pairs)

@@ -1,0 +1,121 @@
+"""Recall and loss on held-out pairs during training."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import torch
+
+from notellm2_ray.core.run import stream_seed
+from notellm2_ray.evaluate.metrics import target_ranks
+from notellm2_ray.models.losses import embedder_loss
+from notellm2_ray.models.mlrm import NoteVectors, join_vectors
+from notellm2_ray.train import distributed
+from notellm2_ray.train.batches import NotePreparer, prefetched
+from notellm2_ray.train.contrastive import ContrastiveStep
+from notellm2_ray.train.sampler import Pairs
+
+CUTOFF = 10
+
+
+class Score(NamedTuple):
+    """Figures of one validation."""
+
+    recall: float  # Recall@10 of the targets among the validation notes, the query excluded, ties against us
+    loss: float  # Eq. 9 over batches as large as those of training
+
+
+class Validation:
+    """A fixed sample of the validation pairs; every rank encodes its share of their notes."""
+
+    def __init__(
+        self, pairs: Pairs, prepare: NotePreparer, *, max_pairs: int, batch_pairs: int, seed: int, prefetch: int
+    ) -> None:
+        """Choose the pairs.
+
+        Args:
+            max_pairs: how many at most.
+            batch_pairs: pairs in a batch of the validation loss; all ranks together encode twice as many notes at once.
+        """
+        self._prepare, self._prefetch, self._batch_pairs = prepare, prefetch, batch_pairs
+        rng = np.random.default_rng(stream_seed(seed, "train", "validation"))
+        order = rng.permutation(len(pairs))[:max_pairs]
+        used, keys = np.unique(pairs.keys[order], return_inverse=True)
+        self._note_ids = [pairs.note_ids[key] for key in used]
+        self.keys = keys.reshape(-1, 2)  # (num_pairs, 2), positions in the validation notes
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    def score(self, module: ContrastiveStep, alpha: float, device: torch.device) -> Score:
+        """Encode the notes and score them; every rank must call it, and all get the same. Leaves dropout on."""
+        module.eval()
+        # The outermost module alone is left in training, where that only means that a batch without any image still
+        # goes through the sharded tower, which the other ranks are waiting for.
+        module.model.training = True
+        with torch.no_grad():
+            vectors = self._vectors(module, device)
+            score = self._score(vectors, alpha) if distributed.rank() == 0 else None
+        module.train()
+        return distributed.from_rank_zero(score)
+
+    def _vectors(self, module: ContrastiveStep, device: torch.device) -> NoteVectors:
+        """Vectors of all validation notes, in order, on every rank's CPU."""
+        mine, world_size = self._shares(), distributed.world_size()
+        parts = []
+        for notes in prefetched(self._prepare, mine, self._prefetch):
+            notes = notes.to(device)
+            part: NoteVectors = module(notes.groups, notes.positions)
+            parts.append(_gathered(part))
+        # Rank r encoded notes r, r + world_size, ... of each block.
+        size = self._notes_per_rank()
+        rows = np.concatenate(
+            [
+                block * size * world_size + np.arange(size * world_size).reshape(world_size, size).T.ravel()
+                for block in range(len(parts))
+            ]
+        )[: len(self._note_ids)]
+        return join_vectors(parts, torch.from_numpy(rows))
+
+    def _notes_per_rank(self) -> int:
+        return max(1, min(2 * self._batch_pairs, len(self._note_ids)) // distributed.world_size())
+
+    def _shares(self) -> Iterator[list[str]]:
+        """This rank's notes, block by block; as many blocks of as many notes on every rank, the last note repeated."""
+        size, world_size = self._notes_per_rank(), distributed.world_size()
+        for begin in range(0, len(self._note_ids), size * world_size):
+            places = begin + distributed.rank() + world_size * np.arange(size)
+            yield [self._note_ids[place] for place in np.minimum(places, len(self._note_ids) - 1)]
+
+    def _score(self, vectors: NoteVectors, alpha: float) -> Score:
+        losses = [embedder_loss(_rows(vectors, keys), keys, alpha=alpha).total for keys in self._batches()]
+        return Score(self._recall(vectors.multimodal), float(torch.stack(losses).mean()))
+
+    def _batches(self) -> Iterator[torch.Tensor]:
+        """Keys (2b,) of each batch of pairs, queries first; a last part of a batch counts only where it is all."""
+        size = min(self._batch_pairs, len(self.keys))
+        for begin in range(0, len(self.keys) - size + 1, size):
+            yield torch.from_numpy(self.keys[begin : begin + size].T.reshape(-1).copy())
+
+    def _recall(self, vectors: torch.Tensor) -> float:
+        unit = torch.nn.functional.normalize(vectors.float(), dim=-1).numpy()
+        query, target = self.keys.T
+        return float(np.mean(target_ranks(unit[query], unit, query, target) <= CUTOFF))
+
+
+def _gathered(vectors: NoteVectors) -> NoteVectors:
+    """The rows of all ranks, on the CPU."""
+
+    def everybody(rows: torch.Tensor) -> torch.Tensor:
+        return distributed.gather_rows(rows)[0].cpu()
+
+    visual = None if vectors.visual is None else everybody(vectors.visual)
+    temperature = vectors.temperature.detach().float().cpu()
+    return NoteVectors(everybody(vectors.multimodal), visual, everybody(vectors.has_visual), temperature)
+
+
+def _rows(vectors: NoteVectors, keys: torch.Tensor) -> NoteVectors:
+    visual = None if vectors.visual is None else vectors.visual[keys]
+    return NoteVectors(vectors.multimodal[keys], visual, vectors.has_visual[keys], vectors.temperature)

@@ -1,0 +1,134 @@
+"""The DeepSpeed engine: ZeRO stages 0 to 3, with or without offload.
+
+Weights stay float32 (bfloat16 is autocast's), so that a rank holds 16 bytes per parameter over the number of ranks, as
+many as with bfloat16 weights beside float32 masters, and both engines do the same arithmetic.
+
+DeepSpeed reads its checkpoints with pickle. Only those that this run wrote into its own directory are ever read; what
+leaves it is safetensors.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+from notellm2_ray.core.errors import OutputError
+from notellm2_ray.core.settings.train import TrainSettings
+from notellm2_ray.train.contrastive import ContrastiveStep, StepOutput
+from notellm2_ray.train.distributed import rank, world_size
+from notellm2_ray.train.engine import adamw, parameter_groups, set_learning_rates
+
+_TAG = "zero"
+_MAX_BUCKET = 200_000_000  # elements; DeepSpeed allocates a whole bucket however small the model is
+
+
+class ZeroEngine:
+    """DeepSpeed around the module."""
+
+    def __init__(self, module: ContrastiveStep, settings: TrainSettings, device: torch.device) -> None:
+        deepspeed = _import_deepspeed(device)
+        self._device = device
+        self._sharded = settings.zero_stage == 3
+        offloaded = device.type == "cuda" and settings.offload != "none"
+        if not offloaded:
+            module.to(device)
+        groups = parameter_groups(module, settings)
+        optimizer = _cpu_adamw(groups, settings) if offloaded else adamw(groups, settings)
+        self._engine, *_ = deepspeed.initialize(
+            model=module, optimizer=optimizer, config=zero_config(module, settings), dist_init_required=False
+        )
+        self.module = module
+
+    def __call__(self, groups: Any, positions: torch.Tensor, note_keys: torch.Tensor) -> StepOutput:
+        return self._engine(groups, positions, note_keys)
+
+    def update(self, loss: torch.Tensor, factor: float) -> None:
+        self._engine.backward(loss)
+        set_learning_rates(self._engine.optimizer, factor)
+        self._engine.step()
+
+    def save(self, directory: Path) -> None:
+        self._engine.save_checkpoint(str(directory), tag=_TAG)
+
+    def load(self, directory: Path) -> None:
+        path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG, load_lr_scheduler_states=False)
+        if path is None:
+            raise OutputError(f"{directory} holds no DeepSpeed checkpoint: delete the output directory and train again")
+
+    def state_dict(self) -> Mapping[str, torch.Tensor] | None:
+        whole: dict[str, torch.Tensor] = {}
+        if self._sharded:
+            whole = {name: self._gather(parameter) for name, parameter in self.module.model.named_parameters()}
+        if rank() != 0:
+            return None
+        # Copies: under ZeRO the weights are views of one flat tensor, which no file of single tensors can hold.
+        rest = {k: v.to("cpu", copy=True) for k, v in self.module.model.state_dict().items() if k not in whole}
+        return {**rest, **whole}
+
+    def _gather(self, parameter: Any) -> torch.Tensor:
+        """A sharded parameter on the CPU of rank 0, in float32 (DeepSpeed itself gathers matrices in bfloat16)."""
+        shard = parameter.ds_tensor.detach().to(self._device).contiguous()
+        parts = shard.new_empty(world_size() * shard.numel())
+        dist.all_gather_into_tensor(parts, shard)
+        if rank() != 0:
+            return torch.empty(0)
+        return parts[: parameter.ds_numel].view(parameter.ds_shape).to("cpu", copy=True)
+
+
+def zero_config(module: ContrastiveStep, settings: TrainSettings) -> dict[str, Any]:
+    """DeepSpeed's own configuration for these settings."""
+    pairs = settings.batch_pairs // settings.num_workers
+    trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
+    bucket = min(_MAX_BUCKET, -(-trained // 1024) * 1024)  # it must be a multiple of 2
+    zero: dict[str, Any] = {
+        "stage": settings.zero_stage,
+        "overlap_comm": settings.gpus_per_worker > 0,
+        "contiguous_gradients": True,
+        "reduce_bucket_size": bucket,
+        "allgather_bucket_size": bucket,
+    }
+    if settings.offload != "none":
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": settings.gpus_per_worker > 0}
+    if settings.offload == "parameters_and_optimizer":
+        zero["offload_param"] = {"device": "cpu", "pin_memory": settings.gpus_per_worker > 0}
+    return {
+        "train_micro_batch_size_per_gpu": pairs,
+        "gradient_accumulation_steps": 1,
+        "gradient_clipping": settings.max_grad_norm,
+        "torch_autocast": {"enabled": settings.precision == "bf16", "dtype": "bfloat16"},
+        "zero_optimization": zero,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": sys.maxsize,
+    }
+
+
+def _cpu_adamw(groups: list[dict[str, Any]], settings: TrainSettings) -> Any:
+    """AdamW for weights that a GPU run keeps in CPU memory: compiled at first use, far faster than PyTorch's."""
+    from deepspeed.ops.adam import DeepSpeedCPUAdam
+
+    return DeepSpeedCPUAdam(groups, betas=settings.betas, eps=settings.epsilon, adamw_mode=True)
+
+
+def _import_deepspeed(device: torch.device) -> Any:
+    """DeepSpeed, quiet, and on a CPU without its compiled operators."""
+    if device.type == "cpu":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # it would take any GPU it sees
+    import deepspeed
+    import deepspeed.comm
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    if device.type == "cpu":
+        # It would compile its shared-memory all-reduce with g++ at the first use (tens of seconds), which training does
+        # not call.
+        vars(deepspeed.ops)["__compatible_ops__"] = {}
+    if not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)
+    return deepspeed

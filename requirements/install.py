@@ -1,0 +1,64 @@
+"""Makes the project's own virtual environment with the locked CPU stack; run again it does nothing.
+
+    python3 requirements/install.py .venv
+
+Needs Python 3.11 and a C++ compiler (DeepSpeed builds its shared-memory collectives at first use). Takes about two
+minutes and 4 GB. torch and torchvision come from PyTorch's own package index (CPU builds) where it can be reached, else
+from the indexes pip is configured with. Nothing outside the given folder is changed.
+"""
+
+import hashlib
+import shutil
+import subprocess
+import sys
+import urllib.request
+import venv
+from pathlib import Path
+
+HERE = Path(__file__).resolve().parent
+TORCH_INDEX = "https://download.pytorch.org/whl/cpu"
+TORCH, TORCHVISION = "2.13.0", "0.28.0"
+
+
+def reachable(url: str) -> bool:
+    """Whether an index answers at all; pip would retry an unreachable one for half a minute."""
+    try:
+        with urllib.request.urlopen(url + "/", timeout=5):
+            return True
+    except OSError:
+        return False
+
+
+def main(folder: Path) -> None:
+    if sys.version_info[:2] < (3, 11):
+        sys.exit(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}")
+    if not any(shutil.which(name) for name in ("c++", "g++", "clang++")):
+        sys.exit("a C++ compiler is needed (g++ or clang++): install your system's build tools")
+    stamp = folder / "installed.txt"
+    inputs = [HERE / "cpu.lock", HERE / "torchvision_cpu_hook.py", Path(__file__), HERE.parent / "pyproject.toml"]
+    wanted = hashlib.sha256(b"".join(path.read_bytes() for path in inputs)).hexdigest()
+    if stamp.exists() and stamp.read_text() == wanted:
+        return
+    print(f"installing the CPU stack into {folder} (about two minutes, 4 GB)", flush=True)
+    python = folder / "bin" / "python"
+    if not python.exists():
+        venv.create(folder, with_pip=True)
+
+    def pip(*arguments: str, check: bool = True) -> bool:
+        command = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
+        return subprocess.run([*command, *arguments], check=check).returncode == 0
+
+    if reachable(TORCH_INDEX):
+        pip(f"torch=={TORCH}+cpu", f"torchvision=={TORCHVISION}+cpu", "--extra-index-url", TORCH_INDEX)
+    else:
+        pip(f"torch=={TORCH}", f"torchvision=={TORCHVISION}")
+    pip("--requirement", str(HERE / "cpu.lock"))
+    packages = next((folder / "lib").glob("python3*/site-packages"))
+    shutil.copy(HERE / "torchvision_cpu_hook.py", packages / "torchvision_cpu_hook.py")
+    (packages / "torchvision_cpu_hook.pth").write_text("import torchvision_cpu_hook\n")
+    pip("--no-build-isolation", "--editable", str(HERE.parent))
+    stamp.write_text(wanted)
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1] if len(sys.argv) > 1 else ".venv"))

@@ -1,0 +1,110 @@
+"""Settings: what the user mistypes is named, with the nearest right thing."""
+
+import pytest
+import yaml
+
+from notellm2_ray.cli import VERBS, knobs, load_settings
+from notellm2_ray.core.config import apply_overrides, build, load_yaml, to_plain
+from notellm2_ray.core.errors import ConfigError
+from notellm2_ray.core.settings import Settings
+from notellm2_ray.presets import PRESETS
+
+
+def resolve(*overrides: str) -> Settings:
+    return build(Settings, apply_overrides({}, overrides))
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("train.step=3", "unknown setting 'train.step'; did you mean 'train."),
+        ("zero_stage=1", "did you mean 'train.zero_stage'"),
+        ("source.num_note=3", "'source.num_note'; did you mean 'source.num_notes'"),
+        ("train.batch_pairs=many", "setting 'train.batch_pairs': Input should be a valid integer"),
+        ("model.variant=notellm3", "'notellm2'"),
+        ("pairs.lower=40", "pairs.lower (40.0) must be below pairs.upper"),
+        ("steps", "not of the form key=value"),
+        ("train.epochs=[1", "not valid YAML"),
+    ],
+)
+def test_a_wrong_override_is_named_with_its_remedy(override, named):
+    with pytest.raises(ConfigError, match=r".") as caught:
+        resolve(override)
+    assert named in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "overrides",
+    [
+        ("train.engine=plain", "train.offload=optimizer"),
+        ("train.zero_stage=2", "train.offload=parameters_and_optimizer"),
+        ("train.batch_pairs=9", "train.num_workers=2"),
+        ("source.kind=movielens", "source.directory=x"),
+    ],
+)
+def test_settings_that_contradict_each_other_are_refused(overrides):
+    with pytest.raises(ConfigError, match=r"needs|must|ignored"):
+        resolve(*overrides)
+
+
+def test_settings_are_frozen_and_survive_a_round_trip(tmp_path):
+    settings = resolve("train.learning_rate=1e-4", "pairs.view_actions=[view,open]")
+    with pytest.raises(ValueError, match="frozen"):
+        settings.seed = 1
+    path = tmp_path / "settings.yaml"
+    path.write_text(yaml.safe_dump(to_plain(settings)))
+    assert build(Settings, load_yaml(path)) == settings
+    assert settings.train.learning_rate == 1e-4
+
+
+def test_later_levels_win(tmp_path):
+    path = tmp_path / "run.yaml"
+    path.write_text("preset: demo\ntrain: {batch_pairs: 16}\nmodel: {qformer: {num_queries: 3}}\n")
+    settings = load_settings(str(path), None, ["train.epochs=7"])
+    assert (settings.train.batch_pairs, settings.train.epochs) == (16, 7)
+    assert settings.model.qformer.num_queries == 3
+    assert settings.model.qformer.num_layers == 2  # the preset's, where the file is silent
+
+
+def test_paper_presets_have_the_papers_hyperparameters():
+    for name in ("mtomato-base", "mqwen-base", "mqwen-bigg"):
+        settings = load_settings(None, name, [])
+        train = settings.train  # Table 8
+        assert (train.learning_rate, train.weight_decay, train.warmup_ratio) == (3e-6, 1e-3, 0.1)
+        assert (train.betas, train.epsilon, train.max_grad_norm) == ((0.9, 0.999), 1e-8, 1.0)
+        assert (train.batch_pairs, train.precision, train.zero_stage) == (128, "bf16", 3)
+        assert (settings.model.embedding_dim, settings.model.alpha, settings.model.initial_temperature) == (64, 9, 3)
+        assert (settings.pairs.lower, settings.pairs.upper, settings.pairs.top) == (0.01, 30, 3)
+
+
+def test_unknown_preset_lists_the_known_ones():
+    with pytest.raises(ConfigError, match="mqwen-bigg"):
+        load_settings(None, "mqwen", [])
+
+
+@pytest.mark.parametrize("content", ["- a list", "a: [", "\x00"])
+def test_a_broken_file_is_named(tmp_path, content):
+    path = tmp_path / "broken.yaml"
+    path.write_text(content)
+    with pytest.raises(ConfigError, match="broken.yaml"):
+        load_yaml(path)
+    with pytest.raises(ConfigError, match="does not exist"):
+        load_yaml(tmp_path / "absent.yaml")
+
+
+def test_help_explains_every_knob():
+    for _, sections in VERBS.values():
+        text = knobs(sections)
+        for section in sections:
+            assert f"\n{section}: " in text
+    explained = knobs(())
+    for key in (
+        "train.zero_stage",
+        "model.qformer.num_queries",
+        "pairs.upper",
+        "source.columns.note_id",
+        "embed.actors",
+    ):
+        line = explained.split(f"  {key} = ")[1]
+        assert len(line.splitlines()[1].strip()) > 5 or key.startswith("source.columns")
+    assert set(PRESETS) >= {"demo", "mtomato-base", "mqwen-base", "mqwen-bigg"}
