@@ -1,4 +1,4 @@
-"""The two tables everything is made of, and the note as the model sees it.
+"""The tables that stages hand to each other, and the note as the model sees it.
 
 Ids are strings everywhere. A prepared note carries its image as encoded bytes (JPEG, PNG or WebP, never pixels), so
 that a block of notes can be sent to any machine.
@@ -48,6 +48,74 @@ QUARANTINE_SCHEMA = pa.schema(
         pa.field("source", pa.string(), nullable=False),  # file (and row, where the reader knows it)
         pa.field("key", pa.string()),  # the row's id as far as it could be read
         pa.field("reason", pa.string(), nullable=False),
+    ]
+)
+
+
+_TIME = pa.timestamp("us", tz="UTC")
+
+# The recommender's tables. Within one user everything is in time's order.
+SEQUENCE_SCHEMA = pa.schema(
+    [
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("note_ids", pa.list_(pa.string()), nullable=False),  # each once, at its first positive event
+        pa.field("timestamps", pa.list_(_TIME), nullable=False),
+        pa.field("session_ids", pa.list_(pa.string()), nullable=False),  # null where the source does not say
+    ]
+)
+
+BLOCK_SCHEMA = pa.schema(
+    [
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("block", pa.int32(), nullable=False),  # 0, 1, ... without a gap
+        pa.field("note_ids", pa.list_(pa.string()), nullable=False),
+    ]
+)
+
+EXAMPLE_SCHEMA = pa.schema(
+    [
+        pa.field("example_id", pa.string(), nullable=False),  # user_id/number of the target in the user's sequence
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("block", pa.int32(), nullable=False),  # the user's last block before the target; -1: no history
+        pa.field("history_ids", pa.list_(pa.string()), nullable=False),  # all notes of blocks 0 to `block`
+        pa.field("target_id", pa.string(), nullable=False),
+        pa.field("timestamp", _TIME, nullable=False),  # of the target
+    ]
+)
+
+CANDIDATE_SCHEMA = pa.schema(
+    [
+        pa.field("example_id", pa.string(), nullable=False),
+        pa.field("note_id", pa.string(), nullable=False),
+        pa.field("label", pa.int8(), nullable=False),  # 1: the target, 0: a negative; in seeded random order
+    ]
+)
+
+SUMMARY_SCHEMA = pa.schema(
+    [
+        pa.field("note_id", pa.string(), nullable=False),
+        pa.field("summary", pa.string(), nullable=False),
+        pa.field("prompt_tokens", pa.int32(), nullable=False),
+        pa.field("generated_tokens", pa.int32(), nullable=False),
+    ]
+)
+
+PREFERENCE_SCHEMA = pa.schema(
+    [
+        pa.field("user_id", pa.string(), nullable=False),
+        pa.field("block", pa.int32(), nullable=False),  # the taste after this block
+        pa.field("preference", pa.string(), nullable=False),
+        pa.field("prompt_tokens", pa.int32(), nullable=False),
+        pa.field("generated_tokens", pa.int32(), nullable=False),
+    ]
+)
+
+SCORE_SCHEMA = pa.schema(
+    [
+        pa.field("example_id", pa.string(), nullable=False),
+        pa.field("note_id", pa.string(), nullable=False),
+        pa.field("label", pa.int8(), nullable=False),
+        pa.field("score", pa.float32(), nullable=False),  # P(yes) / (P(yes) + P(no)) of an MLLM; any real of a baseline
     ]
 )
 

@@ -23,26 +23,44 @@ from notellm2_ray.core.settings.data import (
     WorldSettings,
 )
 from notellm2_ray.core.settings.model import ModelSettings, QFormerSettings, TinySettings
+from notellm2_ray.core.settings.ranking import (
+    CandidateSettings,
+    GenerationSettings,
+    PreferenceSettings,
+    RankerSettings,
+    RankEvaluateSettings,
+    SequenceSettings,
+    SummarySettings,
+    TuneSettings,
+)
 from notellm2_ray.core.settings.retrieval import EmbedSettings, EvaluateSettings, IndexSettings
 from notellm2_ray.core.settings.train import TrainSettings
 
 __all__ = [
+    "CandidateSettings",
     "ColumnMap",
     "EmbedSettings",
     "EvaluateSettings",
+    "GenerationSettings",
     "IndexSettings",
     "MicroLensSettings",
     "ModelSettings",
     "MovieLensSettings",
     "PairSettings",
+    "PreferenceSettings",
     "PrepareSettings",
     "QFormerSettings",
+    "RankEvaluateSettings",
+    "RankerSettings",
     "RaySettings",
+    "SequenceSettings",
     "Settings",
     "SplitSettings",
+    "SummarySettings",
     "TabularSettings",
     "TinySettings",
     "TrainSettings",
+    "TuneSettings",
     "WorldSettings",
 ]
 
@@ -69,6 +87,14 @@ class Settings(Frozen):
     embed: EmbedSettings = Field(EmbedSettings(), description="bulk embedding")
     index: IndexSettings = Field(IndexSettings(), description="ANN index")
     evaluate: EvaluateSettings = Field(EvaluateSettings(), description="evaluation of recall")
+    sequences: SequenceSettings = Field(SequenceSettings(), description="users' histories and their blocks")
+    candidates: CandidateSettings = Field(CandidateSettings(), description="targets, negatives, splits of users")
+    generation: GenerationSettings = Field(GenerationSettings(), description="vLLM engines")
+    summaries: SummarySettings = Field(SummarySettings(), description="image summaries")
+    preferences: PreferenceSettings = Field(PreferenceSettings(), description="users' tastes in words")
+    ranker: RankerSettings = Field(RankerSettings(), description="the recommender")
+    tune: TuneSettings = Field(TuneSettings(), description="fine-tuning of the recommender")
+    ranking: RankEvaluateSettings = Field(RankEvaluateSettings(), description="evaluation of ranking")
     ray: RaySettings = Field(RaySettings(), description="embedded Ray cluster")
 
     @model_validator(mode="before")
