@@ -42,7 +42,8 @@ def build_tiny_embedder(directory: Path, notes: Path, name: str = "model", **cha
     """
     from notellm2_ray.data.synthetic import captions
     from notellm2_ray.models.build import build_encoder
-    from notellm2_ray.models.tiny import train_tiny_clip, train_tiny_llm
+    from notellm2_ray.models.tiny.clip import train_tiny_clip
+    from notellm2_ray.models.tiny.llm import train_tiny_llm
 
     settings: Settings = build(Settings, merge(preset("demo"), {"model": changes}))
     brief = settings.tiny.model_copy(update={"llm_steps": 1, "clip_steps": 1})

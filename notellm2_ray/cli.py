@@ -34,7 +34,26 @@ VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "embed-notes": ("embed every note with the trained embedder", ("embed",)),
     "build-index": ("build the ANN index and measure its recall", ("index",)),
     "eval-retrieval": ("compare the trained embedders and baselines on the test pairs", ("evaluate",)),
-    "run": ("all of these in order, for every variant and seed of `evaluate`, and write the report", ()),
+    "make-sequences": (
+        "cut users' events into histories, blocks, targets and candidates",
+        ("sequences", "candidates"),
+    ),
+    "build-tiny-mllm": (
+        "train a small multimodal LLM from scratch, where the recommender's models are 'tiny'",
+        ("tiny",),
+    ),
+    "summarize-images": ("turn every note's image into text with an MLLM", ("summaries", "generation", "ranker")),
+    "summarize-preferences": (
+        "state each user's taste in words, block by block",
+        ("preferences", "generation", "ranker"),
+    ),
+    "train-ranker": ("fine-tune the MLLM that says yes or no to a candidate", ("ranker", "tune")),
+    "score-candidates": ("let the tuned and untuned models score the test candidates", ("ranker", "generation")),
+    "eval-ranking": ("compare the rankers and baselines on the test candidates", ("ranking",)),
+    "sweep": ("tune and test the first ranker once per block size, or context length, through Ray Tune", ("ranking",)),
+    "run-retrieval": ("prepare to eval-retrieval in order, for every variant and seed of `evaluate`", ()),
+    "run-ranking": ("prepare, and make-sequences to eval-ranking, for every variant and seed of `ranking`", ()),
+    "run": ("both halves, and the report", ()),
 }
 
 
@@ -94,7 +113,7 @@ def parser() -> argparse.ArgumentParser:
     """The argument parser, one sub-command per verb."""
     top = argparse.ArgumentParser(
         prog="notellm2",
-        description="Multimodal note embeddings and recall on Ray (NoteLLM-2).",
+        description="Multimodal note embeddings (NoteLLM-2) and recommendation in words (MLLM-MSR) on Ray.",
         epilog="presets:\n" + "\n".join(f"  {name:14s} {text}" for name, (text, _) in PRESETS.items()),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -113,6 +132,20 @@ def parser() -> argparse.ArgumentParser:
         sub.add_argument("--dry-run", action="store_true", help="print the resolved settings and the plan, do nothing")
     settings = verbs.add_parser("settings", help="print the resolved settings as YAML")
     _common(settings)
+    serve = verbs.add_parser(
+        "serve",
+        help="the online service and its page, over a workspace",
+        description="Serve a workspace: embeddings, similar notes, recommendations, live notes and events, a page.",
+        epilog="settings, as key=value:\n" + knobs(("serve", "generation")),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _common(serve)
+    keys = verbs.add_parser("keys", help="make or revoke an API key of the service")
+    keys.add_argument("action", choices=("create", "revoke"))
+    keys.add_argument("name", help="whose key it is")
+    keys.add_argument("--scope", action="append", choices=("read", "write"), help="what a new key may do; may repeat")
+    _common(keys)
+    verbs.add_parser("doctor", help="list the sockets of Ray and the service that other machines can reach")
     verbs.add_parser("env", help="print versions and devices")
     return top
 
@@ -149,9 +182,15 @@ def _dispatch(options: argparse.Namespace) -> None:
 
         print(environment())
         return
+    if options.verb == "doctor":
+        _doctor()
+        return
+    settings = load_settings(options.config, options.preset, options.overrides)
+    if options.verb in ("serve", "keys"):
+        _online(options, settings)
+        return
     from notellm2_ray import workflow
 
-    settings = load_settings(options.config, options.preset, options.overrides)
     if options.verb == "settings":
         print(yaml.safe_dump(to_plain(settings), sort_keys=False, allow_unicode=True), end="")
     elif options.dry_run:
@@ -161,6 +200,26 @@ def _dispatch(options: argparse.Namespace) -> None:
         print(plan(settings, options.verb))
     else:
         workflow.STAGES[options.verb](settings)
+
+
+def _online(options: argparse.Namespace, settings: Settings) -> None:
+    from notellm2_ray import online
+
+    if options.verb == "serve":
+        online.serve_forever(settings)
+    elif options.action == "create":
+        print(online.create_key(settings, options.name, options.scope or ["read"]))
+    else:
+        online.revoke_key(settings, options.name)
+
+
+def _doctor() -> None:
+    from notellm2_ray.serve.doctor import examine, report
+
+    finding = examine()
+    print(report(finding))
+    if finding.problems:
+        sys.exit(1)
 
 
 if __name__ == "__main__":

@@ -29,7 +29,12 @@ def workspace_of(settings: Settings) -> Path:
     return settings.workspace.absolute()
 
 
-def _fingerprint_of(directory: Path) -> str:
+def fingerprint_of(directory: Path) -> str:
+    """Fingerprint of a finished output.
+
+    Raises:
+        OutputError: there is none.
+    """
     return read_manifest(directory)["fingerprint"]
 
 
@@ -59,7 +64,7 @@ def model_paths(settings: Settings) -> tuple[str, str]:
 def _tiny_inputs(settings: Settings) -> dict[str, str]:
     if not (_is_tiny(settings, "llm") or _is_tiny(settings, "vision")):
         return {}
-    return {"tiny": _fingerprint_of(workspace_of(settings) / "tiny")}
+    return {"tiny": fingerprint_of(workspace_of(settings) / "tiny")}
 
 
 def prepared(settings: Settings) -> Output:
@@ -68,21 +73,22 @@ def prepared(settings: Settings) -> Output:
 
 
 def pairs(settings: Settings) -> Output:
-    shaped = {"pairs": _shaping(settings.pairs), "split": to_plain(settings.split), "seed": settings.seed}
+    shaped = {"pairs": shaping(settings.pairs), "split": to_plain(settings.split), "seed": settings.seed}
     prepared = workspace_of(settings) / "prepared"
-    return Output(workspace_of(settings) / "pairs", "mine-pairs", shaped, {"prepared": _fingerprint_of(prepared)})
+    return Output(workspace_of(settings) / "pairs", "mine-pairs", shaped, {"prepared": fingerprint_of(prepared)})
 
 
 def tiny(settings: Settings) -> Output:
-    shaped = {"tiny": to_plain(settings.tiny), "parts": tiny_parts(settings), "seed": settings.seed}
+    sizes = {name: value for name, value in to_plain(settings.tiny).items() if not name.startswith("mllm_")}
+    shaped = {"tiny": sizes, "parts": tiny_parts(settings), "seed": settings.seed}
     shaped["prompt_language"] = settings.model.prompt_language  # its words are in the tokenizer's corpus
     pairs = workspace_of(settings) / "pairs"
-    return Output(workspace_of(settings) / "tiny", "build-tiny", shaped, {"pairs": _fingerprint_of(pairs)})
+    return Output(workspace_of(settings) / "tiny", "build-tiny", shaped, {"pairs": fingerprint_of(pairs)})
 
 
 def embedder(settings: Settings) -> Output:
-    shaped = {"model": to_plain(settings.model), "train": _shaping(settings.train)}
-    inputs = {"pairs": _fingerprint_of(workspace_of(settings) / "pairs"), **_tiny_inputs(settings)}
+    shaped = {"model": to_plain(settings.model), "train": shaping(settings.train)}
+    inputs = {"pairs": fingerprint_of(workspace_of(settings) / "pairs"), **_tiny_inputs(settings)}
     directory = workspace_of(settings) / "embedders" / settings.embedder_name
     return Output(directory, "train-embedder", shaped, inputs)
 
@@ -95,14 +101,14 @@ def inputs_of(settings: Settings, pool: str) -> tuple[str, ...]:
 
 def embeddings(settings: Settings, pool: str) -> Output:
     workspace = workspace_of(settings)
-    embed = _shaping(settings.embed)
+    embed = shaping(settings.embed)
     shaped = {"embed": embed, "inputs": list(inputs_of(settings, pool))}
-    sources = {"embedder": _fingerprint_of(workspace / "embedders" / settings.embedder_name)}
+    sources = {"embedder": fingerprint_of(workspace / "embedders" / settings.embedder_name)}
     if pool == "test" or settings.embed.notes is None:
-        sources["prepared"] = _fingerprint_of(workspace / "prepared")
+        sources["prepared"] = fingerprint_of(workspace / "prepared")
     if pool == "test":
         embed.pop("notes")
-        sources["pairs"] = _fingerprint_of(workspace / "pairs")
+        sources["pairs"] = fingerprint_of(workspace / "pairs")
     return Output(embedding_table(settings, pool).with_suffix(""), "embed-notes", shaped, sources)
 
 
@@ -116,14 +122,14 @@ def ann_index(settings: Settings) -> Output:
     embeddings = workspace_of(settings) / "embeddings" / settings.embedder_name
     directory = workspace_of(settings) / "index" / settings.embedder_name
     shaped = {"index": to_plain(settings.index), "seed": settings.seed}
-    return Output(directory, "build-index", shaped, {"embeddings": _fingerprint_of(embeddings)})
+    return Output(directory, "build-index", shaped, {"embeddings": fingerprint_of(embeddings)})
 
 
 def evaluation(settings: Settings, compared: Sequence[Settings]) -> Output:
-    inputs = {each.embedder_name: _fingerprint_of(embedding_table(each, "test").with_suffix("")) for each in compared}
-    inputs["pairs"] = _fingerprint_of(workspace_of(settings) / "pairs")
+    inputs = {each.embedder_name: fingerprint_of(embedding_table(each, "test").with_suffix("")) for each in compared}
+    inputs["pairs"] = fingerprint_of(workspace_of(settings) / "pairs")
     shaped = {"evaluate": to_plain(settings.evaluate), "llm": settings.model.llm}
-    return Output(workspace_of(settings) / "report", "eval-retrieval", shaped, inputs)
+    return Output(workspace_of(settings) / "report" / "retrieval", "eval-retrieval", shaped, inputs)
 
 
 # Settings that decide where and how fast a stage runs, not what it makes: changing them redoes nothing.
@@ -137,8 +143,12 @@ _RESOURCES = {
     "actors",
     "cpus_per_actor",
     "gpus_per_actor",
+    "concurrent_calls",
+    "concurrent_batches",
+    "batch_rows",
 }
 
 
-def _shaping(section: BaseModel) -> dict[str, Any]:
+def shaping(section: BaseModel) -> dict[str, Any]:
+    """A section's settings that shape what is made."""
     return {key: value for key, value in to_plain(section).items() if key not in _RESOURCES}

@@ -38,6 +38,24 @@ _LAPTOP: dict[str, Any] = {
     },
     "embed": {"cpus_per_actor": 2, "block_rows": 512},
     "evaluate": {"cutoffs": [10, 100, 1000, 10000]},
+    # Five blocks a user: each is one call of the tiny LLM, a few dozen a second.
+    "sequences": {"max_events": 16},
+    # One example a training user would be too few for a model this small.
+    "candidates": {"train_targets": "every_block"},
+    # In float32: a low precision ties candidates.
+    "generation": {"dtype": "float32", "max_model_len": 1024, "max_sequences": 64},
+    "summaries": {"max_tokens": 40},
+    "preferences": {"max_tokens": 64},
+    "tune": {
+        "zero_stage": 2,
+        "batch_size": 32,
+        "epochs": 2,
+        "learning_rate": 2e-3,
+        "lora_rank": 16,
+        "lora_dropout": 0.0,
+        "validate_every_steps": 50,
+        "max_validation_examples": 30,
+    },
 }
 
 # Table 9's base connector and Table 8's optimisation; the published runs used 8 GPUs with 16 pairs each, ZeRO-3 and

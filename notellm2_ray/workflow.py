@@ -7,42 +7,21 @@ same settings and inputs, is skipped; one that was stopped goes on; one whose se
 from __future__ import annotations
 
 import logging
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from notellm2_ray import outputs
+from notellm2_ray import ranking_workflow as ranking
 from notellm2_ray.comparison import compare, embedders, for_embedder
 from notellm2_ray.core.cluster import connect
 from notellm2_ray.core.errors import OutputError
-from notellm2_ray.core.run import Output, read_manifest
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.core.settings.model import VariantName
 from notellm2_ray.corpus import captions, exercises
+from notellm2_ray.stages import run_stage
 
 log = logging.getLogger("notellm2_ray")
-
-
-def _run(output: Output, work: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
-    """Do a stage's work unless its output is there; its manifest's counts either way."""
-    name = f"{output.stage} ({output.directory.name})"
-    if output.complete:
-        log.info("%s: already there", name)
-        return read_manifest(output.directory)["counts"]
-    log.info("%s: %s", name, "continuing" if output.resumable else "starting")
-    started = time.time()
-    with output.write() as counts:
-        counts.update(work(output.directory))
-    log.info("%s: done in %.0f s: %s", name, time.time() - started, _brief(counts))
-    return dict(counts)
-
-
-def _brief(counts: Mapping[str, Any]) -> str:
-    shown = {key: value for key, value in counts.items() if isinstance(value, (int, float, str))}
-    return ", ".join(
-        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()
-    )
 
 
 def prepare(settings: Settings) -> dict[str, Any]:
@@ -54,7 +33,7 @@ def prepare(settings: Settings) -> dict[str, Any]:
         connect(settings.ray)
         return work(open_source(settings.source, settings.seed), settings.prepare, output)
 
-    return _run(outputs.prepared(settings), run)
+    return run_stage(outputs.prepared(settings), run)
 
 
 def mine_pairs(settings: Settings) -> dict[str, Any]:
@@ -65,7 +44,7 @@ def mine_pairs(settings: Settings) -> dict[str, Any]:
         connect(settings.ray)
         return mine(outputs.workspace_of(settings) / "prepared", output, settings.pairs, settings.split, settings.seed)
 
-    return _run(outputs.pairs(settings), run)
+    return run_stage(outputs.pairs(settings), run)
 
 
 def build_tiny(settings: Settings) -> dict[str, Any]:
@@ -74,7 +53,8 @@ def build_tiny(settings: Settings) -> dict[str, Any]:
     if not parts:
         return {}
     from notellm2_ray.core.note_store import NoteStore
-    from notellm2_ray.models.tiny import train_tiny_clip, train_tiny_llm
+    from notellm2_ray.models.tiny.clip import train_tiny_clip
+    from notellm2_ray.models.tiny.llm import train_tiny_llm
 
     def run(output: Path) -> dict[str, Any]:
         # Training notes alone: a model that had read the test notes' texts would have an edge no checkpoint has.
@@ -88,7 +68,7 @@ def build_tiny(settings: Settings) -> dict[str, Any]:
             counts["clip"] = train_tiny_clip(pictures, settings.tiny, output / "clip", settings.seed)
         return counts
 
-    return _run(outputs.tiny(settings), run)
+    return run_stage(outputs.tiny(settings), run)
 
 
 def train_embedder(settings: Settings) -> dict[str, Any]:
@@ -109,7 +89,7 @@ def train_embedder(settings: Settings) -> dict[str, Any]:
             output=output,
         )
 
-    return _run(outputs.embedder(settings), run)
+    return run_stage(outputs.embedder(settings), run)
 
 
 def embed_notes(settings: Settings) -> dict[str, Any]:
@@ -133,7 +113,7 @@ def _embed(settings: Settings, pool: str) -> dict[str, Any]:
             only_ids=workspace / "pairs" / "test_pool.parquet" if pool == "test" else None,
         )
 
-    return _run(outputs.embeddings(settings, pool), run)
+    return run_stage(outputs.embeddings(settings, pool), run)
 
 
 def build_index(settings: Settings) -> dict[str, Any]:
@@ -147,11 +127,13 @@ def build_index(settings: Settings) -> dict[str, Any]:
         index.save(output)
         return dict(index.info)
 
-    return _run(outputs.ann_index(settings), run)
+    return run_stage(outputs.ann_index(settings), run)
 
 
 def eval_retrieval(settings: Settings) -> dict[str, Any]:
     """Recall of every embedder that is trained, beside the baselines; prints the table and writes the report."""
+    from notellm2_ray.evaluate.front_page import write_front_page
+
     trained = [each for each in embedders(settings) if outputs.embedder(each).complete]
     missing = [each.embedder_name for each in embedders(settings) if not outputs.embedder(each).complete]
     if not trained:
@@ -163,10 +145,11 @@ def eval_retrieval(settings: Settings) -> dict[str, Any]:
         log.warning("not trained with these settings, and left out: %s", ", ".join(missing))
     for each in trained:
         _embed(each, "test")
-    counts = _run(outputs.evaluation(settings, trained), lambda output: _compare(settings, trained, output))
-    report = outputs.workspace_of(settings) / "report"
+    counts = run_stage(outputs.evaluation(settings, trained), lambda output: _compare(settings, trained, output))
+    report = outputs.workspace_of(settings) / "report" / "retrieval"
     print((report / "table.txt").read_text(encoding="utf-8"))
-    print(f"report: {report / 'index.html'}")
+    write_front_page(report.parent)
+    print(f"report: {report.parent / 'index.html'}")
     return counts
 
 
@@ -178,8 +161,8 @@ def _compare(settings: Settings, trained: Sequence[Settings], output: Path) -> d
     return {"pairs": results["pairs"]["all"], "pool_notes": results["pool_notes"], "rows": len(results["rows"])}
 
 
-def run_all(settings: Settings) -> None:
-    """Everything, for every variant and seed of ``evaluate``; the index is the one of ``model.variant``."""
+def run_retrieval(settings: Settings) -> None:
+    """From raw notes to recall, for every variant and seed of ``evaluate``; the index is that of ``model.variant``."""
     prepare(settings)
     mine_pairs(settings)
     build_tiny(settings)
@@ -192,6 +175,18 @@ def run_all(settings: Settings) -> None:
     eval_retrieval(chosen)
 
 
+def run_ranking(settings: Settings) -> None:
+    """From raw notes to ranking, for every variant and seed of ``ranking``."""
+    prepare(settings)
+    ranking.run_ranking(settings)
+
+
+def run_all(settings: Settings) -> None:
+    """Both halves: recall, then ranking."""
+    run_retrieval(settings)
+    ranking.run_ranking(settings)
+
+
 STAGES: dict[str, Callable[[Settings], Any]] = {
     "prepare": prepare,
     "mine-pairs": mine_pairs,
@@ -200,5 +195,15 @@ STAGES: dict[str, Callable[[Settings], Any]] = {
     "embed-notes": embed_notes,
     "build-index": build_index,
     "eval-retrieval": eval_retrieval,
+    "make-sequences": ranking.make_sequences,
+    "build-tiny-mllm": ranking.build_tiny_mllm,
+    "summarize-images": ranking.summarize_images,
+    "summarize-preferences": ranking.summarize_preferences,
+    "train-ranker": ranking.train_ranker,
+    "score-candidates": ranking.score_candidates,
+    "eval-ranking": ranking.eval_ranking,
+    "sweep": ranking.sweep,
+    "run-retrieval": run_retrieval,
+    "run-ranking": run_ranking,
     "run": run_all,
 }

@@ -95,11 +95,10 @@ def _explain(model: type[BaseModel], entry: Mapping[str, Any]) -> str:
         shorter = ".".join(loc[:1] + loc[2:])
         key = shorter if shorter in known or entry["type"] == "extra_forbidden" else key
     if entry["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-        if not near:
-            last = key.rpartition(".")[2]
-            near = [name for name in known if name.rpartition(".")[2] == last][:1]
-        hint = f"; did you mean {near[0]!r}?" if near else "; `notellm2 settings` lists them all"
+        last = key.rpartition(".")[2]
+        near = [name for name in known if name.rpartition(".")[2] == last]
+        near = near[:3] or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; `notellm2 settings` lists them all"
         return f"unknown setting {key!r}{hint}"
     given = entry.get("input")
     shown = "" if isinstance(given, (dict, BaseModel)) else f" (got {given!r})"

@@ -82,6 +82,15 @@ class NoteStore:
         """All ids, as stored."""
         return list(self._rows)
 
+    @property
+    def ids_with_image(self) -> list[str]:
+        """Ids of the notes that have an image, as stored."""
+        return [
+            note_id
+            for batch in self._batches
+            for note_id in batch.column("note_id").filter(batch.column("image").is_valid()).to_pylist()
+        ]
+
     def __len__(self) -> int:
         return len(self._rows)
 

@@ -32,6 +32,11 @@ THEMES = (
     ),
 )  # fmt: skip
 DASHES = ("-", "--", ":", "-.")
+HISTORY_TITLES = {
+    "loss": "Training loss",
+    "recall": "Recall on validation pairs during training",
+    "auc": "AUC on validation targets during training",
+}
 SMOOTHED_POINTS = 150  # a loss curve of more steps is averaged down to so many
 
 
@@ -67,7 +72,7 @@ def recall_curves(results: Mapping[str, Any], directory: Path, stratum: str = "a
         axes.set_ylabel("Recall@k, %")
 
     title = f"{STRATUM_NAMES[stratum]}: {results['pairs'][stratum]:,} pairs, pool of {results['pool_notes']:,} notes"
-    return _save(draw, title, directory / f"recall_{stratum}.png")
+    return save_figure(draw, title, directory / f"recall_{stratum}.png")
 
 
 def history_curves(
@@ -78,7 +83,7 @@ def history_curves(
     Args:
         histories: run name to its logged steps; each has ``step`` and any figures, nested or not.
         directory: where the PNG goes.
-        figure: "loss", or "recall" for the validation recall.
+        figure: "loss", "recall" for the validation recall, or "auc" for a ranker's validation AUC.
 
     Returns:
         the light PNG, or None where no run logged such a figure.
@@ -104,8 +109,8 @@ def history_curves(
         axes.set_ylabel(key.replace("_", " ").replace(".", " "))
         axes.set_ylim(bottom=0)
 
-    title = "Training loss" if figure == "loss" else "Recall on validation pairs during training"
-    return _save(draw, title, directory / f"training_{figure}.png")
+    title = HISTORY_TITLES[figure]
+    return save_figure(draw, title, directory / f"training_{figure}.png")
 
 
 def _series(history: Sequence[Mapping[str, Any]], figure: str) -> tuple[list[float], list[float], str] | None:
@@ -142,7 +147,8 @@ def _flatten(entry: Mapping[str, Any], prefix: str = "") -> dict[str, float]:
     return flat
 
 
-def _save(draw: Callable[[Any, Theme], None], title: str, path: Path) -> Path:
+def save_figure(draw: Callable[[Any, Theme], None], title: str, path: Path) -> Path:
+    """Draw once per theme: light at ``path``, dark beside it; with a legend where lines are named."""
     # The Figure class itself, not pyplot: no backend is chosen for the process and nothing stays registered.
     from matplotlib.figure import Figure
 
@@ -161,6 +167,7 @@ def _save(draw: Callable[[Any, Theme], None], title: str, path: Path) -> Path:
             spine.set_color(theme.grid)
         few = len(axes.lines) <= 10
         place = {"loc": "best"} if few else {"loc": "center left", "bbox_to_anchor": (1.0, 0.5)}
-        axes.legend(fontsize=8.5, frameon=False, labelcolor=theme.ink, handlelength=2.6, **place)
+        if axes.get_legend_handles_labels()[0]:
+            axes.legend(fontsize=8.5, frameon=False, labelcolor=theme.ink, handlelength=2.6, **place)
         figure.savefig(path.with_name(f"{path.stem}{theme.suffix}.png"))
     return path

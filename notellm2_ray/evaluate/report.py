@@ -82,7 +82,7 @@ def write_report(
     ]
     sections = [section for section in sections if not section.empty]
     lead = f"{results['pairs']['all']:,} test pairs over a pool of {results['pool_notes']:,} notes."
-    write_atomically(output / "index.html", _html(sections, lead))
+    write_atomically(output / "index.html", render(PAGE, TITLE, lead, sections))
     write_atomically(output / "report.md", _markdown(sections, lead))
 
 
@@ -157,14 +157,15 @@ def _with_thumbnail(note: Mapping[str, Any]) -> dict[str, Any]:
     return {**{key: value for key, value in note.items() if key != "image"}, "thumbnail": uri, "why_blank": why}
 
 
-def _html(sections: Sequence[Section], lead: str) -> str:
+def render(page: str, title: str, lead: str, sections: Sequence[Section]) -> str:
+    """A page of the report with every value escaped; plots become pictures inside it."""
     from jinja2 import Environment, StrictUndefined
 
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     parts = [
         {**vars(section), "anchor": section.anchor, "plots": list(map(_plot, section.plots))} for section in sections
     ]
-    return environment.from_string(PAGE).render(title=TITLE, lead=lead, sections=parts)
+    return environment.from_string(page).render(title=title, lead=lead, sections=parts)
 
 
 def _plot(path: Path) -> dict[str, str]:
@@ -176,17 +177,27 @@ def _plot(path: Path) -> dict[str, str]:
 def _markdown(sections: Sequence[Section], lead: str) -> str:
     lines = [f"# {TITLE}", lead]
     for section in sections:
-        lines += [f"## {section.title}", *([section.text] if section.text else [])]
-        lines += [table.markdown() for table in section.tables]
-        lines += [f"![{path.stem.replace('_', ' ')}]({path.name})" for path in section.plots]
-        for name, table in section.folded:
-            lines += [f"### {name}", table.markdown()]
+        lines += section_markdown(section)
         for method, samples in section.samples:
             lines.append(f"### {escape_markdown(method)}")
             lines += [_sample_markdown(sample) for sample in samples]
-        if section.listing:
-            lines.append("\n".join(f"    {line}" for line in section.listing.splitlines()))
+        lines += listing_markdown(section)
     return "\n\n".join(lines) + "\n"
+
+
+def section_markdown(section: Section) -> list[str]:
+    """Title, text, tables and plots of a section as Markdown paragraphs."""
+    lines = [f"## {section.title}", *([section.text] if section.text else [])]
+    lines += [table.markdown() for table in section.tables]
+    lines += [f"![{path.stem.replace('_', ' ')}]({path.name})" for path in section.plots]
+    for name, table in section.folded:
+        lines += [f"### {name}", table.markdown()]
+    return lines
+
+
+def listing_markdown(section: Section) -> list[str]:
+    """The listing of a section as an indented block, if it has one."""
+    return ["\n".join(f"    {line}" for line in section.listing.splitlines())] if section.listing else []
 
 
 def _sample_markdown(sample: Mapping[str, Any]) -> str:

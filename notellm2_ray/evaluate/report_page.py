@@ -1,6 +1,10 @@
-"""The report's HTML: one page, no script, nothing fetched. Jinja escapes every value."""
+"""The report's HTML: one page, no script, nothing fetched. Jinja escapes every value.
 
-PAGE = """<!doctype html>
+The parts are strings that other pages of the report are put together from too: START, styles of their own, HEAD_END,
+TABLE (a macro), and so on.
+"""
+
+START = """<!doctype html>
 <html lang="en">
 <head>
 <meta charset="utf-8">
@@ -49,11 +53,15 @@ picture img { width: 100%; max-width: 58rem; height: auto; display: block; margi
 .target { border-color: var(--mark); }
 .badge { background: var(--mark); color: var(--mark-ink); border-radius: .3rem; padding: 0 .35rem; font-weight: 600; }
 pre { overflow-x: auto; font-size: .8rem; }
-</style>
+"""
+
+HEAD_END = """</style>
 </head>
 <body>
 <main>
-{% macro show(table) %}
+"""
+
+TABLE = """{% macro show(table) %}
 <div class="scroll"><table>
 <thead>
 {% if table.groups %}<tr>{% for name, span in table.groups %}
@@ -71,7 +79,9 @@ pre { overflow-x: auto; font-size: .8rem; }
 </table></div>
 {% for note in table.notes %}<p class="note">{{ note }}</p>{% endfor %}
 {% endmacro %}
-{% macro card(note, kind) %}
+"""
+
+_CARD = """{% macro card(note, kind) %}
 <figure class="card {{ kind }}">
 {% if note.thumbnail %}<img src="{{ note.thumbnail }}" alt="" loading="lazy">
 {% else %}<div class="blank">{{ note.why_blank }}</div>{% endif %}
@@ -83,11 +93,15 @@ pre { overflow-x: auto; font-size: .8rem; }
 </figcaption>
 </figure>
 {% endmacro %}
-<h1>{{ title }}</h1>
+"""
+
+TITLE = """<h1>{{ title }}</h1>
 <p class="lead">{{ lead }}</p>
 <nav>{% for part in sections %}<a href="#{{ part.anchor }}">{{ part.title }}</a>{% endfor %}</nav>
-{% for part in sections %}
-<section id="{{ part.anchor }}">
+"""
+
+# One part without its end: text, tables, plots, folded tables.
+PART = """<section id="{{ part.anchor }}">
 <h2>{{ part.title }}</h2>
 {% if part.text %}<p class="plain">{{ part.text }}</p>{% endif %}
 {% for table in part.tables %}{{ show(table) }}{% endfor %}
@@ -98,7 +112,18 @@ pre { overflow-x: auto; font-size: .8rem; }
 {% for name, table in part.folded %}
 <details><summary>{{ name }}</summary>{{ show(table) }}</details>
 {% endfor %}
-{% for method, samples in part.samples %}
+"""
+
+LISTING = """{% if part.listing %}
+<details><summary>All settings</summary><pre>{{ part.listing }}</pre></details>{% endif %}
+"""
+
+END = """</main>
+</body>
+</html>
+"""
+
+_SAMPLES = """{% for method, samples in part.samples %}
 <h3>{{ method }}</h3>
 {% for sample in samples %}
 <div class="sample"><div class="row">
@@ -106,10 +131,9 @@ pre { overflow-x: auto; font-size: .8rem; }
 {% for note in sample.neighbors %}{{ card(note, "target" if note.is_target else "") }}{% endfor %}
 </div></div>
 {% endfor %}{% endfor %}
-{% if part.listing %}<details><summary>All settings</summary><pre>{{ part.listing }}</pre></details>{% endif %}
-</section>
-{% endfor %}
-</main>
-</body>
-</html>
 """
+
+PAGE = (
+    START + HEAD_END + TABLE + _CARD + TITLE + "{% for part in sections %}\n" + PART + _SAMPLES + LISTING
+    + "</section>\n{% endfor %}\n" + END
+)  # fmt: skip

@@ -125,6 +125,30 @@ class AnnIndex:
             rows, scores = self._search_all(queries, k, self._rows(excluded))
         return np.where(rows >= 0, self.ids[rows], ""), np.where(rows >= 0, scores, -np.inf).astype(np.float32)
 
+    def search_rows(
+        self, queries: np.ndarray, k: int, selector: Any = None, *, complete: bool = False, wider: float = 1.0
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Rows instead of ids, on the CPU, unchecked: for :class:`~notellm2_ray.index.live.LiveIndex`.
+
+        Args:
+            queries: (Q, D) float32, contiguous.
+            k: rows wanted.
+            selector: FAISS selector of the rows that may be returned.
+            complete: look at every vector, however approximate the kind.
+            wider: so many times the usual cells of an IVF are searched.
+
+        Returns:
+            rows: (Q, k) int64, best first, -1 where the search found no more.
+            scores: (Q, k) float32 cosines (of an IVF-PQ: approximate).
+        """
+        info = self.info
+        if wider > 1 and info["num_lists"]:
+            info = {**info, "num_probes": min(info["num_lists"], round(info["num_probes"] * wider))}
+        nothing = np.empty(0, dtype=np.int64)
+        index, given = faiss_kinds.parameters(self._index, info, k, nothing, complete=complete, selector=selector)
+        scores, rows = index.search(queries, k, params=given)
+        return rows, scores
+
     def save(self, directory: str | Path) -> None:
         """Write ``index.faiss``, ``ids.parquet`` and ``index.json`` (last) into an existing directory."""
         directory = Path(directory)

@@ -46,7 +46,9 @@ def make(vectors: np.ndarray, settings: IndexSettings, seed: int) -> tuple[Any, 
     return index, info
 
 
-def parameters(index: Any, info: dict[str, Any], k: int, excluded: np.ndarray, *, complete: bool) -> tuple[Any, Any]:
+def parameters(
+    index: Any, info: dict[str, Any], k: int, excluded: np.ndarray, *, complete: bool, selector: Any = None
+) -> tuple[Any, Any]:
     """The index to search and FAISS's parameters for one search.
 
     Args:
@@ -55,9 +57,11 @@ def parameters(index: Any, info: dict[str, Any], k: int, excluded: np.ndarray, *
         k: neighbours wanted.
         excluded: (E,) int64 rows that must not be returned.
         complete: look at every vector: all cells of an IVF, the flat storage under an HNSW graph.
+        selector: a FAISS selector of the rows that may be returned, instead of ``excluded``.
     """
     faiss = _faiss()
-    selector = faiss.IDSelectorNot(faiss.IDSelectorBatch(excluded)) if len(excluded) else None
+    if len(excluded):
+        selector = faiss.IDSelectorNot(faiss.IDSelectorBatch(excluded))
     if info["kind"] in ("ivf", "ivf_pq"):
         probes = info["num_lists"] if complete else info["num_probes"]
         return index, faiss.SearchParametersIVF(sel=selector, nprobe=probes)

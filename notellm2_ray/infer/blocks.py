@@ -80,7 +80,7 @@ def plan_blocks(files: Sequence[NoteFile], block_rows: int, made_by: str, only: 
     Raises:
         DataError: there are no notes, an id is null, or an id comes more than once (names some with their files).
     """
-    ids = [_read_ids(file) for file in files]
+    ids = [note_ids(file) for file in files]
     if not sum(map(len, ids)):
         raise DataError(f"{files[0].path}: no notes to embed, all {len(files)} file(s) are empty")
     _check_unique(files, ids)
@@ -205,7 +205,12 @@ def _rows(file: pq.ParquetFile, start: int, rows: int) -> Iterator[pa.RecordBatc
             return
 
 
-def _read_ids(file: NoteFile) -> pa.ChunkedArray:
+def note_ids(file: NoteFile) -> pa.ChunkedArray:
+    """The ids of a file, in its order.
+
+    Raises:
+        DataError: one is null.
+    """
     filesystem, path = _filesystem(file.path)
     ids = pq.read_table(path, filesystem=filesystem, columns=["note_id"]).column(0).cast(pa.string())
     if ids.null_count:

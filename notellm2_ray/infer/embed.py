@@ -142,7 +142,7 @@ def run_blocks(job: Job, blocks: Sequence[Block]) -> Generator[Finished]:
 
     size = min(job.settings.actors, len(blocks))
     check_resources(size, job.settings)
-    with _own_context():
+    with own_context():
         rows = ray.data.from_items(
             [block._asdict() for block in blocks], override_num_blocks=min(len(blocks), _MAX_RAY_BLOCKS)
         )
@@ -172,7 +172,7 @@ def _pool(ray: Any, size: int) -> Any:
 
 
 @contextmanager
-def _own_context() -> Iterator[None]:
+def own_context() -> Iterator[None]:
     """Ray Data's settings for this job alone; the caller's are untouched."""
     from ray.data import DataContext
 

@@ -19,10 +19,23 @@ class Progress:
     Args:
         total: notes in all.
         before: notes that an earlier run did; they count as done but not into the rate.
+        stage: the stage's name, as on the command line.
+        unit: what is counted, in the plural.
+        waits_for: what the first result is.
     """
 
-    def __init__(self, total: int, before: int = 0) -> None:
+    def __init__(
+        self,
+        total: int,
+        before: int = 0,
+        *,
+        stage: str = "embed-notes",
+        unit: str = "notes",
+        waits_for: str = "the first block",
+    ) -> None:
         self.total, self.before, self.added = total, before, 0
+        self.stage, self.unit, self.waits_for = stage, unit, waits_for
+        self.tokens = 0
         self.started = time.monotonic()
         self.first: float | None = None
         self.latest = self.started
@@ -31,7 +44,7 @@ class Progress:
 
     def __enter__(self) -> Progress:
         if self.before:
-            log.info("embed-notes: %d of %d notes are done already", self.before, self.total)
+            log.info("%s: %d of %d %s are done already", self.stage, self.before, self.total, self.unit)
         self._thread.start()
         return self
 
@@ -43,8 +56,9 @@ class Progress:
         if self.added:
             log.info("%s", self.line())
 
-    def add(self, notes: int) -> None:
-        """So many notes more are done."""
+    def add(self, notes: int, tokens: int = 0) -> None:
+        """So many notes more are done; ``tokens`` were generated for them."""
+        self.tokens += tokens
         self.latest = time.monotonic()
         self.first = self.latest if self.first is None else self.first
         self.added += notes
@@ -54,10 +68,13 @@ class Progress:
         done = self.before + self.added
         now = time.monotonic()
         if not self.added:
-            return f"embed-notes: {done} / {self.total} notes, waiting for the first block ({now - self.started:.0f} s)"
-        rate = self.added / max(self.latest - self.started, 1e-9)
-        left = (self.total - done) / rate
-        return f"embed-notes: {done} / {self.total} notes, {rate:.0f} notes/s, {_duration(left)} left"
+            waited = f"waiting for {self.waits_for} ({now - self.started:.0f} s)"
+            return f"{self.stage}: {done} / {self.total} {self.unit}, {waited}"
+        seconds = max(self.latest - self.started, 1e-9)
+        rate = self.added / seconds
+        tokens = f", {self.tokens / seconds:.0f} tokens/s" if self.tokens else ""
+        left = _duration((self.total - done) / rate)
+        return f"{self.stage}: {done} / {self.total} {self.unit}, {rate:.3g} {self.unit}/s{tokens}, {left} left"
 
     def seconds(self) -> dict[str, float]:
         """Time until the first block was done (start-up), and until the last."""

@@ -4,29 +4,64 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping, Sequence
+from typing import NamedTuple
 
 from notellm2_ray.core.errors import ConfigError
-from notellm2_ray.core.settings import EmbedSettings
+from notellm2_ray.core.settings import EmbedSettings, GenerationSettings
 
 log = logging.getLogger("notellm2_ray")
 
 
+class Names(NamedTuple):
+    """How a stage's settings call its actors, for the messages."""
+
+    stage: str
+    actor: str
+    number: str
+    cpus: str
+    gpus: str
+
+
+_ENCODERS = Names("embed-notes", "encoder", "embed.actors", "embed.cpus_per_actor", "embed.gpus_per_actor")
+
+
 def check_resources(actors: int, settings: EmbedSettings) -> None:
     """Raise :class:`ConfigError` if ``actors`` never fit; warn if they must wait for what others hold now."""
+    _check(actors, {"CPU": settings.cpus_per_actor, "GPU": settings.gpus_per_actor}, _ENCODERS)
+
+
+def check_engines(stage: str, settings: GenerationSettings, beside: float = 0.0) -> None:
+    """The same for the engines of a stage that generates; its other actors need ``beside`` CPUs."""
+    import ray
+
+    names = Names(stage, "engine", "generation.engines", "generation.cpus_per_engine", "generation.gpus_per_engine")
+    _check(settings.engines, {"CPU": settings.cpus_per_engine, "GPU": settings.gpus_per_engine}, names)
+    total = ray.cluster_resources().get("CPU", 0)
+    if settings.engines * settings.cpus_per_engine + beside > total + 1e-6:
+        raise ConfigError(
+            f"{stage}: {settings.engines} engine(s) with {settings.cpus_per_engine:g} CPU(s) each leave less than the "
+            f"{beside:g} CPU(s) that reading needs, of the cluster's {total:g}: lower generation.cpus_per_engine or "
+            "generation.engines, or raise ray.num_cpus where the cluster is this job's own"
+        )
+
+
+def _check(actors: int, needed: Mapping[str, float], names: Names) -> None:
     import ray
     from ray._private.state import state
 
-    needed = {"CPU": settings.cpus_per_actor, "GPU": settings.gpus_per_actor}
     # A cluster that grows on demand may have nothing yet: there Ray knows how large it can get.
     if state.get_max_resources_from_cluster_config() is None:
-        require_fit([node["Resources"] for node in ray.nodes() if node["Alive"]], needed, actors)
+        require_fit([node["Resources"] for node in ray.nodes() if node["Alive"]], needed, actors, names)
     free = ray.available_resources()
     short = [name for name, each in needed.items() if each * actors > free.get(name, 0) + 1e-6]
     if short:
-        log.warning("embed-notes: other work holds the cluster's %s; waiting for it where needed", " and ".join(short))
+        held = " and ".join(short)
+        log.warning("%s: other work holds the cluster's %s; waiting for it where needed", names.stage, held)
 
 
-def require_fit(nodes: Sequence[Mapping[str, float]], needed: Mapping[str, float], actors: int) -> None:
+def require_fit(
+    nodes: Sequence[Mapping[str, float]], needed: Mapping[str, float], actors: int, names: Names = _ENCODERS
+) -> None:
     """Raise :class:`ConfigError` unless ``actors``, each within one node, fit on ``nodes``; names what is short."""
     for resource, each in needed.items():
         if not each:
@@ -34,18 +69,18 @@ def require_fit(nodes: Sequence[Mapping[str, float]], needed: Mapping[str, float
         fitting = sum(_times(node, {resource: each}) for node in nodes)
         if fitting < actors:
             have = sum(node.get(resource, 0) for node in nodes)
-            setting = f"embed.{resource.lower()}s_per_actor"
+            setting = names.gpus if resource == "GPU" else names.cpus
             raise ConfigError(
-                f"{actors} encoder actor(s) with {each:g} {resource}(s) each do not fit into the cluster: its "
-                f"{len(nodes)} node(s) have {have:g} {resource}(s), enough for {fitting}. Lower embed.actors or "
+                f"{actors} {names.actor} actor(s) with {each:g} {resource}(s) each do not fit into the cluster: its "
+                f"{len(nodes)} node(s) have {have:g} {resource}(s), enough for {fitting}. Lower {names.number} or "
                 f"{setting}"
                 + ("" if resource == "GPU" else ", or raise ray.num_cpus where the cluster is this job's own")
             )
     fitting = sum(_times(node, needed) for node in nodes)
     if fitting < actors:
         raise ConfigError(
-            f"{actors} encoder actors do not fit: only {fitting} find {needed['CPU']:g} CPU(s) and {needed['GPU']:g} "
-            "GPU(s) on one node. Lower embed.actors, embed.cpus_per_actor or embed.gpus_per_actor"
+            f"{actors} {names.actor} actors do not fit: only {fitting} find {needed['CPU']:g} CPU(s) and "
+            f"{needed['GPU']:g} GPU(s) on one node. Lower {names.number}, {names.cpus} or {names.gpus}"
         )
 
 

@@ -15,6 +15,7 @@ from notellm2_ray.core.schema import Note
 from notellm2_ray.core.settings.model import ModelSettings
 from notellm2_ray.models.llm import IMAGE_TOKEN, VISUAL_MARK_TOKEN
 from notellm2_ray.models.pixels import ImageSettings
+from notellm2_ray.models.user_text import UserTextEncoder, leading_ids
 from notellm2_ray.models.variants import VARIANTS
 
 Inputs = Literal["multimodal", "image", "text"]
@@ -77,12 +78,8 @@ class NotePreprocessor:
         self.image_id: int = tokenizer.get_vocab()[IMAGE_TOKEN]
         self.mark_id: int = tokenizer.get_vocab()[VISUAL_MARK_TOKEN]
         self.pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-        # An unknown character is no mark; everything else that the tokenizer calls special may come from us alone.
-        self._forbidden = {i for i, token in tokenizer.added_tokens_decoder.items() if _is_mark(token)}
-        self._forbidden |= set(tokenizer.all_special_ids)
-        self._forbidden -= {tokenizer.unk_token_id}
-        with_start, without = tokenizer("a").input_ids, tokenizer("a", add_special_tokens=False).input_ids
-        self._start = with_start[: with_start.index(without[0])] if without and without[0] in with_start else []
+        self._texts = UserTextEncoder(tokenizer)
+        self._start = leading_ids(tokenizer)
         kinds: set[PromptKind] = {self.variant.prompt or "text", "text"}
         self._templates = {kind: self._encode_template(kind) for kind in kinds}
 
@@ -133,23 +130,12 @@ class NotePreprocessor:
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of users' texts; none of them is a special token or another mark of the tokenizer's."""
-        encoded = self._encode(texts)
-        return [
-            ids if self._forbidden.isdisjoint(ids) else self._encode_defused(text)
-            for text, ids in zip(texts, encoded, strict=True)
-        ]
+        return self._texts.encode(texts)
 
     @property
     def max_tokens(self) -> int:
         """Length of the longest prompt there can be."""
         return max(template.max_tokens for template in self._templates.values())
-
-    def _encode(self, texts: Sequence[str]) -> list[list[int]]:
-        return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
-
-    def _encode_defused(self, text: str) -> list[int]:
-        """A text with a mark in it that the tokenizer matches regardless (<think>, say), character by character."""
-        return [i for ids in self._encode(list(text)) for i in ids if i not in self._forbidden]
 
     def _pixels(self, note: Note, inputs: Inputs) -> np.ndarray | None:
         """Pixels of the note's image, blank ones where the settings want that, or None.
@@ -207,7 +193,7 @@ class NotePreprocessor:
 
     def _encode_template(self, kind: PromptKind) -> _Template:
         parts = note_prompt(kind, self.settings.prompt_language)
-        encoded = [part if isinstance(part, Slot) else self._encode([part])[0] for part in parts]
+        encoded = [part if isinstance(part, Slot) else self._texts.encode_raw([part])[0] for part in parts]
         # What max_body_tokens counts: the half of the prompt that holds the text, up to its closing words, and the
         # image as one token wherever it stands. The paper's longest prompts grow when mICL adds its visual half, as
         # its slower inference on them shows (Table 7).
@@ -230,9 +216,3 @@ class _Template(NamedTuple):
     parts: tuple[Slot | list[int], ...]
     text_budget: int  # tokens that title, topics and content may take together
     max_tokens: int  # of the whole prompt
-
-
-def _is_mark(token: object) -> bool:
-    """Whether an added token is a mark, as <think> is without being called special, and no word of a language."""
-    text = str(token)
-    return getattr(token, "special", False) or (text[:1] in "<[" and text[-1:] in ">]")

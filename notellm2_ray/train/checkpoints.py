@@ -1,7 +1,7 @@
 """A run's own files while it is under way: resumable states, the best weights so far, and what went wrong.
 
 ray_train/run/step-00000500/   one rank's or all ranks' engine state, and progress.json   (Ray Train's checkpoint)
-ray_train/best/500/            a complete model directory
+ray_train/best/500/            what the run keeps: a complete model, or an adapter
 ray_train/error.json           an error of the user's making, which a retry would only repeat
 """
 
@@ -29,18 +29,18 @@ class State(BaseModel):
 
     step: int = 0  # updates so far
     best_step: int | None = None
-    best_recall: float | None = None
+    best_score: float | None = None  # recall of an embedder, AUC of a ranker
     best_loss: float | None = None
 
 
 class RunFiles:
-    """Paths under an output directory."""
+    """Paths under an output directory; ``model`` is where the best weights end, by the name of ``kept``."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, kept: str = "model") -> None:
         self.output = output
         self.root = output / "ray_train"
         self.history = output / "history.jsonl"
-        self.model = output / "model"
+        self.model = output / kept
         self.result = output / "training.json"
         self._error = self.root / "error.json"
 

@@ -11,22 +11,38 @@ from torch import nn
 
 from notellm2_ray.core.errors import OutputError
 from notellm2_ray.core.settings.train import TrainSettings
-from notellm2_ray.train.contrastive import ContrastiveStep, StepOutput
 from notellm2_ray.train.distributed import barrier, rank, world_size
 
 _STATE_FILE = "state.safetensors"
 
 
+class StepModule(Protocol):
+    """What an engine wraps: a module whose forward pass ends in a loss.
+
+    ``model`` inside it is what is trained and kept; its ``is_fresh(name)`` tells parameters that start random.
+    """
+
+    model: Any
+
+    def named_parameters(self) -> Any: ...
+
+
 class Engine(Protocol):
     """One rank's share of the model, its gradients and its optimizer."""
 
-    module: ContrastiveStep
+    module: Any
 
-    def __call__(self, groups: Any, positions: torch.Tensor, note_keys: torch.Tensor) -> StepOutput:
-        """The forward pass of a step."""
+    def __call__(self, *inputs: Any) -> Any:
+        """The forward pass of a step, or of a part of one."""
+
+    def accumulate(self, loss: torch.Tensor) -> None:
+        """Backward of a part of a step that others follow; as many on every rank."""
 
     def update(self, loss: torch.Tensor, factor: float) -> None:
-        """Backward, average over ranks, clip, and step at ``factor`` times the peak learning rates."""
+        """Backward of a step (or of its last part), average over ranks, clip, and step.
+
+        The learning rates are ``factor`` times their peaks.
+        """
 
     def save(self, directory: Path) -> None:
         """Write this rank's state into ``directory``; every rank must call it."""
@@ -34,11 +50,11 @@ class Engine(Protocol):
     def load(self, directory: Path) -> None:
         """Take up what :meth:`save` wrote with as many ranks; every rank must call it."""
 
-    def state_dict(self) -> Mapping[str, torch.Tensor] | None:
-        """The embedder's whole weights on rank 0, None elsewhere; every rank must call it."""
+    def state_dict(self, trained_only: bool = False) -> Mapping[str, torch.Tensor] | None:
+        """The model's weights, all or those that are trained, on rank 0, None elsewhere; every rank must call it."""
 
 
-def make_engine(module: ContrastiveStep, settings: TrainSettings, device: torch.device) -> Engine:
+def make_engine(module: Any, settings: TrainSettings, device: torch.device) -> Engine:
     """The engine that the settings name, around ``module``, whose weights are the same on every rank."""
     if settings.engine == "plain":
         return PlainEngine(module, settings, device)
@@ -47,7 +63,7 @@ def make_engine(module: ContrastiveStep, settings: TrainSettings, device: torch.
     return ZeroEngine(module, settings, device)
 
 
-def parameter_groups(module: ContrastiveStep, settings: TrainSettings) -> list[dict[str, Any]]:
+def parameter_groups(module: StepModule, settings: TrainSettings) -> list[dict[str, Any]]:
     """Trainable parameters by peak learning rate and weight decay; ``peak`` in a group is its peak learning rate.
 
     What has fewer than two dimensions (biases, norms, the temperature) does not decay.
@@ -82,7 +98,7 @@ def set_learning_rates(optimizer: Any, factor: float) -> None:
 class PlainEngine:
     """PyTorch alone: every rank holds everything, DDP averages the gradients."""
 
-    def __init__(self, module: ContrastiveStep, settings: TrainSettings, device: torch.device) -> None:
+    def __init__(self, module: Any, settings: TrainSettings, device: torch.device) -> None:
         self.module = module.to(device)
         self._max_norm = settings.max_grad_norm
         self._optimizer = adamw(parameter_groups(module, settings), settings)
@@ -92,8 +108,11 @@ class PlainEngine:
             ids = [device.index] if device.type == "cuda" else None
             self._forward = nn.parallel.DistributedDataParallel(module, ids, gradient_as_bucket_view=True)
 
-    def __call__(self, groups: Any, positions: torch.Tensor, note_keys: torch.Tensor) -> StepOutput:
-        return self._forward(groups, positions, note_keys)
+    def __call__(self, *inputs: Any) -> Any:
+        return self._forward(*inputs)
+
+    def accumulate(self, loss: torch.Tensor) -> None:
+        loss.backward()
 
     def update(self, loss: torch.Tensor, factor: float) -> None:
         loss.backward()
@@ -129,5 +148,7 @@ class PlainEngine:
             for key in ("step", "exp_avg", "exp_avg_sq"):
                 mine[key] = state.pop(f"{key}/{name}").to(parameter.device)
 
-    def state_dict(self) -> Mapping[str, torch.Tensor] | None:
-        return self.module.model.state_dict() if rank() == 0 else None
+    def state_dict(self, trained_only: bool = False) -> Mapping[str, torch.Tensor] | None:
+        if rank() != 0:
+            return None
+        return {n: p.detach() for n, p in self._trained.items()} if trained_only else self.module.model.state_dict()

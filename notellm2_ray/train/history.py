@@ -62,10 +62,10 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 class Progress:
-    """A line every few seconds: step, loss, notes per second, time left."""
+    """A line every few seconds: step, loss, notes (or what else is counted) per second, time left."""
 
-    def __init__(self, step: int, total: int, notes_per_step: int, every_s: float = 5.0) -> None:
-        self._total, self._notes, self._every = total, notes_per_step, every_s
+    def __init__(self, step: int, total: int, notes_per_step: int, every_s: float = 5.0, unit: str = "notes") -> None:
+        self._total, self._notes, self._every, self._unit = total, notes_per_step, every_s, unit
         self._first, self._started = step, time.monotonic()
         self._told, self._step_ended = self._started, self._started
         self._seconds = 0.0  # in training steps alone: validations and checkpoints are not counted
@@ -83,11 +83,12 @@ class Progress:
             self._told = now
             left = (now - self._started) / (step - self._first) * (self._total - step)
             log.info(
-                "step %d/%d: loss %.4f, %.0f notes/s, %s left",
+                "step %d/%d: loss %.4f, %.3g %s/s, %s left",
                 step,
                 self._total,
                 loss,
                 self.notes_per_s(step),
+                self._unit,
                 _duration(left),
             )
         return self._notes / max(seconds, 1e-9)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -55,33 +55,62 @@ def train_embedder(
         return publish(files, {})
     require_logger(train.logger)
     PairSampler(Pairs(Path(pairs) / "train.parquet"), train.batch_pairs, seed)  # fails at once if it must
-    ray = connect(RaySettings())
-    embedded = not os.environ.get("RAY_ADDRESS")
-    _require_resources(ray, train, embedded)
-    files.forget_error()
+    connect(RaySettings())
     job = {
         "model": model,
         "train": train,
         "seed": seed,
         "pairs": Path(pairs).absolute(),
-        "llm_path": _absolute(llm_path),
-        "vision_path": _absolute(vision_path),
+        "llm_path": absolute(llm_path),
+        "vision_path": absolute(vision_path),
         "output": files.output,
     }
+    return publish(files, run_training(embedder_rank, job, train, files))
+
+
+def run_training(
+    rank: Callable[[dict[str, Any]], dict[str, Any]],
+    job: dict[str, Any],
+    train: TrainSettings,
+    files: RunFiles,
+    section: str = "train",
+) -> dict[str, Any]:
+    """Run ``rank`` on Ray Train's workers, going on from where an earlier run in ``files`` was stopped.
+
+    Ray must be connected.
+
+    Args:
+        rank: gets {"job": job, "resume_from": a checkpoint or None}; calls :func:`train_rank`.
+        section: of the settings, for messages.
+
+    Returns:
+        What ``rank`` returned on rank 0.
+
+    Raises:
+        ConfigError: the cluster is too small.
+        NoteLLMError: an error of the user's making that a rank left.
+        ray.train.TrainingFailedError: workers failed more often than ``train.max_failures``.
+    """
+    import ray
+    import ray.train
+
+    embedded = not os.environ.get("RAY_ADDRESS")
+    _require_resources(ray, train, embedded, section)
+    files.forget_error()
     config = {"job": job, "resume_from": files.repair_snapshot()}
     try:
         with _environment(embedded):
-            result = _trainer(config, train, files, embedded).fit()
+            result = _trainer(rank, config, train, files, embedded).fit()
     except ray.train.TrainingFailedError:
         if error := files.read_error():
             raise error from None
         raise
     if error := files.read_error():
         raise error
-    return publish(files, result.return_value)
+    return result.return_value or {}
 
 
-def _trainer(config: dict[str, Any], train: TrainSettings, files: RunFiles, embedded: bool) -> Any:
+def _trainer(rank: Any, config: dict[str, Any], train: TrainSettings, files: RunFiles, embedded: bool) -> Any:
     from ray.train.v2._internal.callbacks.placement_group_callback import PlacementGroupCleanerCallback
     from ray.train.v2.api.config import CheckpointConfig, FailureConfig, LoggingConfig, RunConfig, ScalingConfig
     from ray.train.v2.torch.torch_trainer import TorchTrainer
@@ -97,7 +126,7 @@ def _trainer(config: dict[str, Any], train: TrainSettings, files: RunFiles, embe
     if train.gpus_per_worker:
         resources["GPU"] = train.gpus_per_worker
     return (EmbeddedTrainer if embedded else TorchTrainer)(
-        run_rank,
+        rank,
         train_loop_config=config,
         scaling_config=ScalingConfig(
             num_workers=train.num_workers, use_gpu=train.gpus_per_worker > 0, resources_per_worker=resources
@@ -124,19 +153,37 @@ def _worker_environment(train: TrainSettings) -> dict[str, Any]:
     return {"env_vars": {"GOMP_SPINCOUNT": "1000"}}
 
 
-def run_rank(config: dict[str, Any]) -> dict[str, Any]:
-    """What each Ray Train worker does: train from Ray's latest checkpoint to the end; the figures on rank 0."""
+def embedder_rank(config: dict[str, Any]) -> dict[str, Any]:
+    """What each Ray Train worker does for an embedder."""
+    from notellm2_ray.train.loop import Job, Trainer
+
+    job = Job(**config["job"])
+    return train_rank(
+        lambda device, report: Trainer(job, device, report), RunFiles(job.output), job.train, config["resume_from"]
+    )
+
+
+def train_rank(
+    make: Callable[[Any, Callable[[Path, dict[str, Any]], None]], Any],
+    files: RunFiles,
+    train: TrainSettings,
+    resume_from: Path | None,
+) -> dict[str, Any]:
+    """In a Ray Train worker: train from Ray's latest checkpoint to the end; the figures on rank 0.
+
+    Args:
+        make: builds the :class:`~notellm2_ray.train.run_loop.TrainingRun` from its device and a function that reports.
+        resume_from: where to go on from if Ray itself remembers no checkpoint.
+    """
     import ray.train
     import ray.train.torch
     from ray.train.v2.api.report_config import CheckpointUploadMode
 
-    from notellm2_ray.train.loop import Job, Trainer, prepare_process
+    from notellm2_ray.train.run_loop import prepare_process
 
-    job = Job(**config["job"])
-    files = RunFiles(job.output)
     if files.read_error():
         return {}
-    prepare_process(job.train.cpus_per_worker)
+    prepare_process(train.cpus_per_worker)
 
     def report(directory: Path, metrics: dict[str, Any]) -> None:
         # Already where Ray Train keeps its checkpoints: nothing is to be copied.
@@ -147,9 +194,9 @@ def run_rank(config: dict[str, Any]) -> dict[str, Any]:
         )
 
     try:
-        trainer = Trainer(job, ray.train.torch.get_device(), report)
+        trainer = make(ray.train.torch.get_device(), report)
         latest = ray.train.get_checkpoint()
-        resume_from = Path(latest.path) if latest else config["resume_from"]
+        resume_from = Path(latest.path) if latest else resume_from
         if resume_from:
             trainer.resume(resume_from)
         return trainer.run()
@@ -158,22 +205,22 @@ def run_rank(config: dict[str, Any]) -> dict[str, Any]:
         raise
 
 
-def _require_resources(ray: Any, train: TrainSettings, embedded: bool) -> None:
+def _require_resources(ray: Any, train: TrainSettings, embedded: bool, section: str) -> None:
     """Refuse what the cluster will never have; a cluster that scales may still get it."""
     there = ray.cluster_resources()
     needed = {"CPU": train.cpus_per_worker * train.num_workers, "GPU": train.gpus_per_worker * train.num_workers}
     for kind, amount in needed.items():
         if amount > there.get(kind, 0):
             message = (
-                f"training asks for {amount:g} {kind}s (train.num_workers={train.num_workers} times "
-                f"train.{kind.lower()}s_per_worker), the cluster has {there.get(kind, 0):g}"
+                f"training asks for {amount:g} {kind}s ({section}.num_workers={train.num_workers} times "
+                f"{section}.{kind.lower()}s_per_worker), the cluster has {there.get(kind, 0):g}"
             )
             if embedded:
                 raise ConfigError(f"{message}: lower them, or raise ray.num_cpus, or join a larger cluster")
             log.warning("%s: waiting for it to grow", message)
 
 
-def _absolute(path: str) -> str:
+def absolute(path: str) -> str:
     """Workers run in directories of their own; a hub name stays as it is."""
     return str(Path(path).absolute()) if Path(path).exists() else path
 

@@ -58,13 +58,29 @@ class Pairs:
         return PairBatch([self.note_ids[key] for key in keys], keys)
 
 
-class PairSampler:
-    """Deals the pairs out to steps and ranks.
+class StepSampler:
+    """Deals rows out to steps and ranks.
 
-    Every epoch has an order of its own, drawn from (seed, epoch). A step takes the next ``batch_pairs`` of it, and each
-    rank an equal slice of those, so that the pairs of a step do not depend on the number of ranks. What is left at the
-    end of an epoch and fills no batch is left out of that epoch.
+    Every epoch has an order of its own, drawn from (seed, epoch). A step takes the next ``batch`` of it, and each rank
+    an equal slice of those, so that the rows of a step do not depend on the number of ranks. What is left at the end of
+    an epoch and fills no batch is left out of that epoch.
     """
+
+    def __init__(self, num_rows: int, batch: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+        self._num_rows, self._batch, self.seed = num_rows, batch, seed
+        self._share = batch // world_size
+        self._first = rank * self._share
+        self.steps_per_epoch = num_rows // batch
+
+    def rows(self, step: int) -> np.ndarray:
+        """This rank's rows in ``step`` (from 0)."""
+        epoch, batch = divmod(step, self.steps_per_epoch)
+        begin = batch * self._batch + self._first
+        return _order(self.seed, epoch, self._num_rows)[begin : begin + self._share]
+
+
+class PairSampler(StepSampler):
+    """Deals the pairs out to steps and ranks."""
 
     def __init__(self, pairs: Pairs, batch_pairs: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         """A sampler for one rank.
@@ -72,26 +88,18 @@ class PairSampler:
         Raises:
             DataError: there are fewer pairs than a batch holds.
         """
-        self.pairs, self.batch_pairs, self.seed = pairs, batch_pairs, seed
-        self._share = batch_pairs // world_size
-        self._first = rank * self._share
-        self.steps_per_epoch = len(pairs) // batch_pairs
+        super().__init__(len(pairs), batch_pairs, seed, rank, world_size)
+        self.pairs = pairs
         if self.steps_per_epoch == 0:
             raise DataError(
                 f"{len(pairs)} training pairs do not fill one batch of train.batch_pairs={batch_pairs}: "
                 "lower train.batch_pairs, or mine more pairs (see pairs.* and split.*)"
             )
 
-    def rows(self, step: int) -> np.ndarray:
-        """Positions of this rank's pairs in ``step`` (from 0)."""
-        epoch, batch = divmod(step, self.steps_per_epoch)
-        begin = batch * self.batch_pairs + self._first
-        return _order(self.seed, epoch, len(self.pairs))[begin : begin + self._share]
-
     def __getitem__(self, step: int) -> PairBatch:
         return self.pairs.batch(self.rows(step))
 
 
 @lru_cache(maxsize=4)
-def _order(seed: int, epoch: int, num_pairs: int) -> np.ndarray:
-    return np.random.default_rng(stream_seed(seed, "train", "order", epoch)).permutation(num_pairs)
+def _order(seed: int, epoch: int, num_rows: int) -> np.ndarray:
+    return np.random.default_rng(stream_seed(seed, "train", "order", epoch)).permutation(num_rows)

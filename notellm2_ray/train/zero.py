@@ -21,7 +21,6 @@ import torch.distributed as dist
 
 from notellm2_ray.core.errors import OutputError
 from notellm2_ray.core.settings.train import TrainSettings
-from notellm2_ray.train.contrastive import ContrastiveStep, StepOutput
 from notellm2_ray.train.distributed import rank, world_size
 from notellm2_ray.train.engine import adamw, parameter_groups, set_learning_rates
 
@@ -32,7 +31,7 @@ _MAX_BUCKET = 200_000_000  # elements; DeepSpeed allocates a whole bucket howeve
 class ZeroEngine:
     """DeepSpeed around the module."""
 
-    def __init__(self, module: ContrastiveStep, settings: TrainSettings, device: torch.device) -> None:
+    def __init__(self, module: Any, settings: TrainSettings, device: torch.device) -> None:
         deepspeed = _import_deepspeed(device)
         self._device = device
         self._sharded = settings.zero_stage == 3
@@ -46,30 +45,45 @@ class ZeroEngine:
         )
         self.module = module
 
-    def __call__(self, groups: Any, positions: torch.Tensor, note_keys: torch.Tensor) -> StepOutput:
-        return self._engine(groups, positions, note_keys)
+    def __call__(self, *inputs: Any) -> Any:
+        return self._engine(*inputs)
+
+    def accumulate(self, loss: torch.Tensor) -> None:
+        self._backward(loss, last=False)
 
     def update(self, loss: torch.Tensor, factor: float) -> None:
-        self._engine.backward(loss)
         set_learning_rates(self._engine.optimizer, factor)
+        self._backward(loss, last=True)
+
+    def _backward(self, loss: torch.Tensor, *, last: bool) -> None:
+        # Steps have different numbers of parts; DeepSpeed's own count of them is fixed.
+        self._engine.set_gradient_accumulation_boundary(last)
+        self._engine.backward(loss)
         self._engine.step()
 
     def save(self, directory: Path) -> None:
-        self._engine.save_checkpoint(str(directory), tag=_TAG)
+        # What is frozen comes from where it came from; of a large model with an adapter that is nearly all of it.
+        self._engine.save_checkpoint(str(directory), tag=_TAG, exclude_frozen_parameters=True)
 
     def load(self, directory: Path) -> None:
-        path, _ = self._engine.load_checkpoint(str(directory), tag=_TAG, load_lr_scheduler_states=False)
+        path, _ = self._engine.load_checkpoint(
+            str(directory), tag=_TAG, load_module_strict=False, load_lr_scheduler_states=False
+        )
         if path is None:
             raise OutputError(f"{directory} holds no DeepSpeed checkpoint: delete the output directory and train again")
 
-    def state_dict(self) -> Mapping[str, torch.Tensor] | None:
+    def state_dict(self, trained_only: bool = False) -> Mapping[str, torch.Tensor] | None:
+        named = dict(self.module.model.named_parameters())
+        if trained_only:
+            named = {name: parameter for name, parameter in named.items() if parameter.requires_grad}
         whole: dict[str, torch.Tensor] = {}
         if self._sharded:
-            whole = {name: self._gather(parameter) for name, parameter in self.module.model.named_parameters()}
+            whole = {name: self._gather(parameter) for name, parameter in named.items()}
         if rank() != 0:
             return None
         # Copies: under ZeRO the weights are views of one flat tensor, which no file of single tensors can hold.
-        rest = {k: v.to("cpu", copy=True) for k, v in self.module.model.state_dict().items() if k not in whole}
+        kept = named if trained_only else self.module.model.state_dict()
+        rest = {k: v.detach().to("cpu", copy=True) for k, v in kept.items() if k not in whole}
         return {**rest, **whole}
 
     def _gather(self, parameter: Any) -> torch.Tensor:
@@ -82,7 +96,7 @@ class ZeroEngine:
         return parts[: parameter.ds_numel].view(parameter.ds_shape).to("cpu", copy=True)
 
 
-def zero_config(module: ContrastiveStep, settings: TrainSettings) -> dict[str, Any]:
+def zero_config(module: Any, settings: TrainSettings) -> dict[str, Any]:
     """DeepSpeed's own configuration for these settings."""
     pairs = settings.batch_pairs // settings.num_workers
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)

@@ -26,9 +26,8 @@ from transformers import (
 
 from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.settings import TinySettings
-from notellm2_ray.models.tiny import train_tiny_clip, train_tiny_llm
-from notellm2_ray.models.tiny.clip import _distinct_groups, clip_loss
-from notellm2_ray.models.tiny.llm import train_tokenizer
+from notellm2_ray.models.tiny.clip import _distinct_groups, clip_loss, train_tiny_clip
+from notellm2_ray.models.tiny.llm import train_tiny_llm, train_tokenizer
 
 SMALL = TinySettings(
     vocab_size=400,

@@ -34,6 +34,7 @@ from notellm2_ray.core.settings.ranking import (
     TuneSettings,
 )
 from notellm2_ray.core.settings.retrieval import EmbedSettings, EvaluateSettings, IndexSettings
+from notellm2_ray.core.settings.serve import ServeSettings
 from notellm2_ray.core.settings.train import TrainSettings
 
 __all__ = [
@@ -54,6 +55,7 @@ __all__ = [
     "RankerSettings",
     "RaySettings",
     "SequenceSettings",
+    "ServeSettings",
     "Settings",
     "SplitSettings",
     "SummarySettings",
@@ -95,6 +97,7 @@ class Settings(Frozen):
     ranker: RankerSettings = Field(RankerSettings(), description="the recommender")
     tune: TuneSettings = Field(TuneSettings(), description="fine-tuning of the recommender")
     ranking: RankEvaluateSettings = Field(RankEvaluateSettings(), description="evaluation of ranking")
+    serve: ServeSettings = Field(ServeSettings(), description="the online service")
     ray: RaySettings = Field(RaySettings(), description="embedded Ray cluster")
 
     @model_validator(mode="before")

@@ -28,10 +28,28 @@ class TinySettings(Frozen):
     clip_steps: int = Field(200, ge=1, description="training steps of CLIP on images and their captions")
     clip_batch_size: int = Field(64, ge=2, description="images in a training batch of CLIP")
     num_captions: int = Field(4000, ge=4, description="images with captions that CLIP is trained and checked on")
+    mllm_layers: int = Field(3, ge=1, description="layers of the MLLM's LM (Qwen2-VL architecture)")
+    mllm_hidden_size: int = Field(192, ge=32, description="width of the MLLM's LM")
+    mllm_heads: int = Field(6, ge=1, description="attention heads of the MLLM's LM; vLLM wants heads of 32, 64, ...")
+    mllm_vision_layers: int = Field(2, ge=1, description="layers of the MLLM's vision tower")
+    mllm_vision_hidden_size: int = Field(128, ge=32, description="width of the MLLM's vision tower")
+    mllm_vision_heads: int = Field(4, ge=1, description="attention heads of the MLLM's vision tower")
+    mllm_image_side: int = Field(
+        84, ge=28, multiple_of=28, description="side of a square picture as the MLLM takes it; 28 pixels a token"
+    )
+    mllm_drawings: int = Field(5000, ge=1, description="drawings that the MLLM learns to caption")
+    mllm_topics: int = Field(3000, ge=1, description="titles that it learns to name the topic of")
+    mllm_questions: int = Field(12000, ge=1, description="yes-or-no questions that it learns to answer")
+    mllm_preferences: int = Field(5000, ge=1, description="tastes that it learns to sum up")
+    mllm_held_out: int = Field(200, ge=1, description="exercises of each of these that it is measured on, unseen")
+    mllm_first_steps: int = Field(350, ge=1, description="training steps of its word vectors and vision tower alone")
+    mllm_steps: int = Field(700, ge=1, description="training steps of the whole MLLM")
+    mllm_batch_size: int = Field(8, ge=1, description="captions in a training batch; the other exercises go by it")
 
     @model_validator(mode="after")
     def _fits(self) -> TinySettings:
-        for width, heads in (("llm_hidden_size", "llm_heads"), ("vision_hidden_size", "vision_heads")):
+        for part in ("llm", "vision", "mllm", "mllm_vision"):
+            width, heads = f"{part}_hidden_size", f"{part}_heads"
             size, number = getattr(self, width), getattr(self, heads)
             if size % (2 * number):
                 raise ValueError(f"tiny.{width} ({size}) must be an even multiple of tiny.{heads} ({number})")

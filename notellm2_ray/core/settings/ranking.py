@@ -54,6 +54,16 @@ class CandidateSettings(Frozen):
     num_negatives: int = Field(20, ge=1, description="negatives per test target")
     num_train_negatives: int = Field(1, ge=1, description="negatives per training target")
     max_test_users: int = Field(0, ge=0, description="test at most so many users, drawn by the seed; 0: all")
+    existing_notes_only: bool = Field(
+        True,
+        description="negatives are notes that were created before the target was liked, where notes carry created_at: "
+        "a later one could be told by its date alone; false: any note",
+    )
+    k_core: tuple[int, int] | None = Field(
+        None,
+        description="keep only users with so many notes and notes with so many users, among each other (published "
+        "code: [7, 5]; paper's number of users: [6, 5]); null: everybody",
+    )
 
     @model_validator(mode="after")
     def _shares(self) -> CandidateSettings:
@@ -61,6 +71,8 @@ class CandidateSettings(Frozen):
             raise ValueError("candidates.validation_share and candidates.test_share leave nothing to train on")
         if len(set(self.protocols)) != len(self.protocols):
             raise ValueError(f"candidates.protocols names one twice: {list(self.protocols)}")
+        if self.k_core is not None and min(self.k_core) < 1:
+            raise ValueError(f"candidates.k_core must be two numbers of at least 1: {list(self.k_core)}")
         return self
 
 
@@ -71,7 +83,7 @@ class GenerationSettings(Frozen):
     tensor_parallel: int = Field(1, ge=1, description="GPUs that share one engine")
     gpu_memory: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory that an engine takes")
     cpu_cache_gb: int = Field(1, ge=1, description="key-value cache of an engine on a CPU, in GiB")
-    max_model_len: int = Field(2048, ge=128, description="tokens of a prompt and its answer together at most")
+    max_model_len: int = Field(2048, ge=64, description="tokens of a prompt and its answer together at most")
     max_sequences: int = Field(128, ge=1, description="sequences that an engine advances at once")
     enforce_eager: bool | None = Field(None, description="no graph capture; null: on a CPU only, to start sooner")
     engines: int = Field(1, ge=1, description="engine actors")
@@ -88,6 +100,7 @@ class SummarySettings(Frozen):
     max_tokens: int = Field(200, ge=1, description="tokens of a summary at most (the published code's 200)")
     min_characters: int = Field(2, ge=0, description="a shorter summary is asked for once more, then quarantined")
     temperature: float = Field(0.0, ge=0, description="0: greedy")
+    max_image_pixels: int = Field(262_144, ge=784, description="larger images are scaled down to this area")
     batch_rows: int = Field(32, ge=1, description="rows in a batch: the unit committed, and redone after a kill")
     concurrent_batches: int = Field(4, ge=1, description="batches that an engine works on at once")
     max_bad_share: float = Field(0.05, ge=0, le=1, description="above this share of quarantined images the job stops")
@@ -161,6 +174,16 @@ class TuneSettings(Frozen):
     max_validation_examples: int = Field(200, ge=1, description="validation targets, each with its training negatives")
     max_failures: int = Field(2, ge=0, description="worker failures survived before giving up")
 
+    @model_validator(mode="after")
+    def _consistent(self) -> TuneSettings:
+        if self.batch_size % self.num_workers:
+            raise ValueError(
+                f"tune.batch_size ({self.batch_size}) must be a multiple of tune.num_workers ({self.num_workers})"
+            )
+        if self.engine == "plain" and "zero_stage" in self.model_fields_set and self.zero_stage:
+            raise ValueError("tune.zero_stage is DeepSpeed's: with tune.engine=plain it would be ignored")
+        return self
+
 
 class RankEvaluateSettings(Frozen):
     """The ranking tables: AUC, HR, MRR and NDCG among a target's candidates."""
@@ -178,6 +201,7 @@ class RankEvaluateSettings(Frozen):
     image_tower: str = Field(
         "", description="vision tower of the row gru4rec_image: as model.vision, or vgg19; empty: model.vision"
     )
+    sweep: Literal["block_size", "context_length"] = Field("block_size", description="what `notellm2 sweep` varies")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="level of the bootstrap intervals over users")
     sample_users: int = Field(8, ge=0, description="users shown with history, preferences and ranking in the report")
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -72,11 +72,19 @@ def train_tiny_llm(texts: Iterable[str], settings: TinySettings, directory: Path
     return {"vocab": len(tokenizer), "parameters": model.num_parameters(), **summarise(losses, started)}
 
 
-def train_tokenizer(corpus: list[str], vocab_size: int) -> Qwen2Tokenizer:
+def train_tokenizer(
+    corpus: Iterable[str], vocab_size: int, marks: Sequence[str] = (PAD, EOS, BOS), **roles: str | None
+) -> Qwen2Tokenizer:
     """A byte-level BPE tokenizer: every text has tokens, and comes back from them in Unicode's composed form (NFC).
 
     It adds no start or end of its own. Text that may hold a special token's name is encoded with
     ``split_special_tokens=True``.
+
+    Args:
+        corpus: texts to learn words from.
+        vocab_size: entries, special tokens included.
+        marks: special tokens, numbered from 0.
+        roles: which of them is ``pad_token``, ``eos_token`` and ``bos_token``; those of the tiny LM unless given.
     """
     # AutoTokenizer takes whatever lies beside a Qwen2 for this class, with its own normaliser and splitting: trained
     # with others, the tokenizer would come back as another one than the model was trained with.
@@ -85,14 +93,17 @@ def train_tokenizer(corpus: list[str], vocab_size: int) -> Qwen2Tokenizer:
     tokenizer.normalizer, tokenizer.pre_tokenizer = frame.normalizer, frame.pre_tokenizer
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=[PAD, EOS, BOS],
+        special_tokens=list(marks),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
     learned: dict[str, Any] = json.loads(tokenizer.to_str())["model"]
     # Bytes leave nothing unknown.
-    special: dict[str, Any] = {"pad_token": PAD, "eos_token": EOS, "bos_token": BOS, "unk_token": None}
+    special: dict[str, Any] = {**(roles or {"pad_token": PAD, "eos_token": EOS, "bos_token": BOS}), "unk_token": None}
+    further = [mark for mark in marks if mark not in special.values()]
+    if further:
+        special["extra_special_tokens"] = further
     merges: Any = [tuple(merge) for merge in learned["merges"]]
     return Qwen2Tokenizer(learned["vocab"], merges, model_max_length=_MAX_POSITIONS, **special)
 

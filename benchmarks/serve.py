@@ -1,0 +1,205 @@
+"""Requests per second of /v1/similar by id, beside bare FAISS behind plain FastAPI, under the same load generator.
+
+    python benchmarks/serve.py [--notes 200000] [--seconds 10] [--connections 16] [--k 100]
+
+Both answer the same requests over the same vectors and the same IVF index, from one process each: uvicorn with a
+FastAPI handler that searches FAISS and returns a dictionary, and the service with one gateway replica (guard, limits,
+metrics, live index, HAProxy in front). They take turns, several rounds each; the ratio is of the medians.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import BaseModel
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "serve")]
+
+DIM = 64
+ROUNDS = 3
+GOAL = 0.35
+HEAD = "POST /v1/similar HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
+
+
+class Request(BaseModel):
+    """The bare server's request."""
+
+    note_id: str
+    k: int = 20
+
+
+def vectors_of(count: int) -> np.ndarray:
+    """(count, DIM) unit vectors in some thousand clusters, as trained embeddings lie."""
+    rng = np.random.default_rng(0)
+    centres = rng.standard_normal((max(1, count // 100), DIM))
+    made = centres[rng.integers(0, len(centres), count)] + 0.5 * rng.standard_normal((count, DIM))
+    return (made / np.linalg.norm(made, axis=1, keepdims=True)).astype(np.float32)
+
+
+def bare(directory: str, port: int) -> None:
+    """The bare server."""
+    import faiss
+    import uvicorn
+    from fastapi import FastAPI
+
+    from notellm2_ray.index.ann import AnnIndex
+
+    index = AnnIndex.load(directory)
+    vectors = np.load(Path(directory) / "vectors.npy")
+    row_of = {note_id: row for row, note_id in enumerate(index.ids)}
+    parameters = faiss.SearchParametersIVF(nprobe=index.info["num_probes"]) if index.info["num_probes"] else None
+    faiss.omp_set_num_threads(1)
+    app = FastAPI()
+
+    @app.post("/v1/similar")
+    async def similar(body: Request) -> dict[str, Any]:
+        scores, rows = index._index.search(vectors[row_of[body.note_id]][None], body.k + 1, params=parameters)
+        found = zip(index.ids[rows[0]].tolist(), scores[0].tolist(), strict=True)
+        return {"results": [{"note_id": one, "score": score} for one, score in found if one != body.note_id]}
+
+    uvicorn.run(app, host="127.0.0.1", port=port, log_level="error")
+
+
+async def load(port: int, seconds: float, connections: int, count: int, k: int) -> dict[str, float]:
+    """Closed loop: each connection asks again as soon as it is answered."""
+    rng = np.random.default_rng(1)
+    times: list[float] = []
+    until = time.perf_counter() + seconds
+
+    async def client() -> None:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        while time.perf_counter() < until:
+            body = json.dumps({"note_id": f"n{rng.integers(0, count)}", "k": k}).encode()
+            head = f"{HEAD}content-length: {len(body)}\r\n\r\n"
+            started = time.perf_counter()
+            writer.write(head.encode() + body)
+            answer = await reader.readuntil(b"\r\n\r\n")
+            assert answer.startswith(b"HTTP/1.1 200"), answer
+            length = next(line for line in answer.lower().split(b"\r\n") if line.startswith(b"content-length:"))
+            await reader.readexactly(int(length.split(b":")[1]))
+            times.append(time.perf_counter() - started)
+        writer.close()
+
+    began = time.perf_counter()
+    await asyncio.gather(*(client() for _ in range(connections)))
+    elapsed = time.perf_counter() - began
+    return {
+        "requests_per_second": len(times) / elapsed,
+        "p50_ms": 1000 * float(np.quantile(times, 0.5)),
+        "p99_ms": 1000 * float(np.quantile(times, 0.99)),
+    }
+
+
+def prepare(directory: Path, count: int) -> Any:
+    """The live table, the index, and a plan over them."""
+    import pyarrow as pa
+    from serving import START, free_port, make_world
+
+    from notellm2_ray.core.settings.retrieval import IndexSettings
+    from notellm2_ray.core.settings.serve import DeploymentSettings
+    from notellm2_ray.index.ann import AnnIndex
+    from notellm2_ray.serve.live_rows import live_schema
+    from notellm2_ray.serve.store import LiveStore
+
+    world = make_world(directory / "world", embedding_dim=DIM)
+    fingerprint = world.encoder.fingerprint
+    vectors, ids = vectors_of(count), [f"n{row}" for row in range(count)]
+    index = AnnIndex.build(ids, vectors, IndexSettings(), model_fingerprint=fingerprint)
+    (directory / "index").mkdir()
+    index.save(directory / "index")
+    np.save(directory / "index" / "vectors.npy", vectors)
+
+    schema = live_schema(DIM, model_fingerprint=fingerprint)
+
+    def batches() -> Any:
+        for start in range(0, count, 10_000):
+            rows = range(start, min(start + 10_000, count))
+            yield pa.RecordBatch.from_pydict(
+                {
+                    "note_id": pa.array([ids[row] for row in rows]),
+                    "title": pa.array([f"note {row}" for row in rows]),
+                    "topics": pa.array([[] for _ in rows], pa.list_(pa.string())),
+                    "content": pa.array(["" for _ in rows]),
+                    "image": pa.nulls(len(rows), pa.binary()),
+                    "created_at": pa.array([START for _ in rows], pa.timestamp("us", tz="UTC")),
+                    "embedding": pa.FixedSizeListArray.from_arrays(pa.array(vectors[list(rows)].ravel()), DIM),
+                }
+            )
+
+    plan = world.plan(
+        "serving",
+        gateway=DeploymentSettings(cpus=0.1, max_ongoing=256),
+        plan_saved_index=directory / "index",
+    )
+    LiveStore.create(plan.directory / "live.lance", batches(), schema)
+    return plan, index.info, free_port()
+
+
+def main() -> None:
+    """Measure both and print the ratio."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--notes", type=int, default=200_000)
+    parser.add_argument("--seconds", type=float, default=10)
+    parser.add_argument("--connections", type=int, default=16)
+    parser.add_argument("--k", type=int, default=100)
+    parser.add_argument("--bare", nargs=2, metavar=("DIRECTORY", "PORT"), help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.bare:
+        bare(options.bare[0], int(options.bare[1]))
+        return
+    from serving import Service, wait_for
+
+    with tempfile.TemporaryDirectory() as name:
+        directory = Path(name)
+        plan, info, port = prepare(directory, options.notes)
+        (directory / "service").mkdir()
+        server = subprocess.Popen([sys.executable, __file__, "--bare", str(directory / "index"), str(port)])
+        service = Service(plan, directory / "service")
+        try:
+            wait_for(lambda: _answers(port, options), 60)
+            ports = {"bare FastAPI": port, "service": plan.serve.port}
+            found: dict[str, list[dict[str, float]]] = {one: [] for one in ports}
+            for seconds in (2.0, *([options.seconds] * ROUNDS)):  # the first warms up
+                for one, where in ports.items():
+                    measured = asyncio.run(load(where, seconds, options.connections, options.notes, options.k))
+                    found[one].append(measured)
+        finally:
+            server.terminate()
+            service.stop()
+    print(
+        f"{options.notes:,} x {DIM}, {info['kind']} (probes {info['num_probes']}), k={options.k}, "
+        f"{options.connections} connections, load generator on the same machine"
+    )
+    medians = {}
+    for one, rounds in found.items():
+        middle = {key: statistics.median(each[key] for each in rounds[1:]) for key in rounds[0]}
+        medians[one] = middle["requests_per_second"]
+        print(
+            f"  {one:14s} {middle['requests_per_second']:8.0f} requests/s   p50 {middle['p50_ms']:6.1f} ms   "
+            f"p99 {middle['p99_ms']:6.1f} ms"
+        )
+    ratio = medians["service"] / medians["bare FastAPI"]
+    print(f"ratio {ratio:.2f} (goal {GOAL}): {'reached' if ratio >= GOAL else 'MISSED'}")
+
+
+def _answers(port: int, options: argparse.Namespace) -> bool:
+    try:
+        asyncio.run(load(port, 0.01, 1, options.notes, 1))
+    except OSError:
+        return False
+    return True
+
+
+if __name__ == "__main__":
+    main()

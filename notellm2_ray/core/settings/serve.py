@@ -1,0 +1,168 @@
+"""Knobs of the online service: where it listens, how its deployments scale, what it refuses, how it recommends."""
+
+from __future__ import annotations
+
+import ipaddress
+from pathlib import Path
+from typing import Literal
+
+from pydantic import Field, model_validator
+
+from notellm2_ray.core.config import Frozen
+
+
+class DeploymentSettings(Frozen):
+    """Replicas of one deployment."""
+
+    replicas: int = Field(1, ge=1, description="replicas; with max_replicas the fewest")
+    max_replicas: int | None = Field(None, ge=1, description="scale up to so many by ongoing requests; null: do not")
+    target_ongoing: float = Field(4, gt=0, description="ongoing requests per replica that scaling aims at")
+    cpus: float = Field(0.5, ge=0, description="CPUs reserved for a replica")
+    gpus: float = Field(0, ge=0, description="GPUs reserved for a replica")
+    max_ongoing: int = Field(64, ge=1, description="requests that a replica works on at once")
+    max_queued: int = Field(64, ge=0, description="requests that wait for a replica; beyond it they are refused")
+
+    @model_validator(mode="after")
+    def _order(self) -> DeploymentSettings:
+        if self.max_replicas is not None and self.max_replicas < self.replicas:
+            raise ValueError(f"max_replicas ({self.max_replicas}) is below replicas ({self.replicas})")
+        return self
+
+    @property
+    def most_replicas(self) -> int:
+        return self.max_replicas or self.replicas
+
+
+class LimitSettings(Frozen):
+    """What a request may ask for; beyond it 413 or 422, before anything is parsed where that can be told."""
+
+    body_bytes: int = Field(32_000_000, ge=1024, description="bytes of a request's body")
+    bodies_bytes: int = Field(256_000_000, ge=1024, description="bytes of all bodies in hand of a replica; then 429")
+    body_seconds: float = Field(30, gt=0, description="time a body may take to arrive")
+    json_depth: int = Field(16, ge=4, description="nesting of a body's JSON")
+    notes: int = Field(64, ge=1, description="notes in a request")
+    ids: int = Field(1000, ge=1, description="ids in a list of a request")
+    events: int = Field(1000, ge=1, description="events in a request")
+    k: int = Field(1000, ge=1, description="neighbours asked for")
+    recommend_k: int = Field(100, ge=1, description="recommendations asked for")
+    id_characters: int = Field(256, ge=8, description="characters of an id")
+    title_characters: int = Field(2_000, ge=1, description="characters of a title or of a search text")
+    content_characters: int = Field(100_000, ge=1, description="characters of a note's content")
+    topics: int = Field(100, ge=1, description="topics of a note or of a filter")
+    topic_characters: int = Field(200, ge=1, description="characters of a topic")
+    image_bytes: int = Field(10_000_000, ge=1024, description="bytes of an encoded image")
+    image_pixels: int = Field(25_000_000, ge=1024, description="declared width times height of an image")
+
+
+class FetchSettings(Frozen):
+    """Images named by URL; nothing is fetched unless hosts are listed."""
+
+    hosts: tuple[str, ...] = Field((), description="hosts that images may come from; *.example.org: its subdomains")
+    seconds: float = Field(5, gt=0, description="time for one image, redirects included")
+    redirects: int = Field(3, ge=0, description="redirects followed, each checked as the first address was")
+    plain_http: bool = Field(False, description="also fetch http:// addresses")
+
+
+class EncodeSettings(Frozen):
+    """Micro-batches of the encoder's replicas."""
+
+    batch: int = Field(32, ge=1, description="notes in a micro-batch at most (and in a forward pass)")
+    wait_ms: float = Field(4, ge=0, description="time a micro-batch waits to fill")
+    threads: int = Field(1, ge=1, description="threads that decode and tokenise, apart from the model's own")
+    batch_tokens: int = Field(16_384, ge=64, description="padded tokens in a forward pass")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the forward pass; as embed.precision")
+    timeout_seconds: float = Field(20, gt=0, description="time for the vectors of one request; then 503")
+
+
+class RecommendSettings(Frozen):
+    """Recall from recent history, and its ranking."""
+
+    history_notes: int = Field(10, ge=1, description="last notes of the history that are searched from")
+    per_note: int = Field(30, ge=1, description="neighbours taken from each of them")
+    recency_decay: float = Field(0.85, gt=0, le=1, description="weight of the note before relative to the one after")
+    score_power: float = Field(2.0, gt=0, description="a neighbour counts weight * max(cosine, 0) ** score_power")
+    ranked: int = Field(20, ge=1, description="candidates that the ranker scores, the best by recall")
+    budget_ms: float = Field(800, gt=0, description="time for an answer; ranking that takes longer is left out")
+    use_ranker: bool = Field(True, description="rank by P(yes) where a ranker is deployed")
+
+
+class ArmSettings(Frozen):
+    """One arm of an experiment: what is different for its users."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,40}$", description="name in answers, exposures and the lift table")
+    share: float = Field(gt=0, le=1, description="share of users")
+    use_ranker: bool | None = Field(None, description="overrides recommend.use_ranker")
+    recency_decay: float | None = Field(None, gt=0, le=1, description="overrides recommend.recency_decay")
+    score_power: float | None = Field(None, gt=0, description="overrides recommend.score_power")
+    history_notes: int | None = Field(None, ge=1, description="overrides recommend.history_notes")
+
+
+class ServeSettings(Frozen):
+    """The online service: one Ray Serve application."""
+
+    host: str = Field("127.0.0.1", description="address to listen at; beyond loopback keys are required")
+    port: int = Field(8000, ge=1, le=65535, description="port of the API and the page")
+    name: str = Field("notellm2", pattern=r"^[a-z0-9-]{1,40}$", description="name of the Ray Serve application")
+    haproxy: bool = Field(True, description="Ray's HAProxy in front: four times the requests of its Python proxy")
+    auth: Literal["auto", "on", "off"] = Field(
+        "auto", description="API keys; auto: off on loopback, on elsewhere; off elsewhere is refused"
+    )
+    keys_file: Path | None = Field(None, description="API keys, hashed; null: serving/keys.json of the workspace")
+    ready_seconds: float = Field(300, gt=0, description="time for the deployments to come up")
+    drain_seconds: float = Field(20, ge=0, description="time that requests in hand have at a shutdown")
+    gateway: DeploymentSettings = Field(
+        DeploymentSettings(cpus=0.5, target_ongoing=16, max_ongoing=64, max_queued=128),
+        description="HTTP and a copy of the index, so that a search by id never leaves its process",
+    )
+    encoder: DeploymentSettings = Field(
+        DeploymentSettings(cpus=1, target_ongoing=8, max_ongoing=64, max_queued=64), description="notes to vectors"
+    )
+    writer_cpus: float = Field(0.5, ge=0, description="CPUs reserved for the one writer")
+    users_cpus: float = Field(0.2, ge=0, description="CPUs reserved for the one keeper of users")
+    state_resource: str | None = Field(
+        None,
+        description="Ray resource of the node that writer and users run on, where several could; the users' database "
+        "must lie on a local disk",
+    )
+    users_file: Path | None = Field(None, description="users' database; null: serving/users.sqlite of the workspace")
+    preferences: DeploymentSettings | None = Field(
+        None, description="vLLM that puts tastes into words as users' blocks fill; null: none"
+    )
+    ranker: DeploymentSettings | None = Field(None, description="vLLM that scores candidates by P(yes); null: none")
+    ranker_model: str | None = Field(None, description="directory of the tuned ranker; null: the workspace's own")
+    encode: EncodeSettings = Field(EncodeSettings(), description="micro-batches of the encoder")
+    limits: LimitSettings = Field(LimitSettings(), description="what a request may ask for")
+    fetch: FetchSettings = Field(FetchSettings(), description="images named by URL")
+    recommend: RecommendSettings = Field(RecommendSettings(), description="recall and ranking for a user")
+    experiment: str = Field("default", pattern=r"^[A-Za-z0-9_.-]{1,40}$", description="name: draws users anew")
+    arms: tuple[ArmSettings, ...] = Field((), description="arms that users are split into; none: everybody alike")
+    poll_ms: float = Field(50, ge=5, description="how often a replica looks for commits: a note is found so soon")
+    commit_wait_ms: float = Field(2, ge=0, description="time that a commit waits for others to join it")
+    commit_rows: int = Field(512, ge=1, description="rows in a commit")
+    rebuild_share: float = Field(0.1, gt=0, description="fresh and dead rows, as a share of the index, that rebuild it")
+    rebuild_rows: int = Field(2000, ge=1, description="fresh and dead rows below which it is not rebuilt")
+
+    @model_validator(mode="after")
+    def _consistent(self) -> ServeSettings:
+        if self.auth == "off" and not self.on_loopback:
+            raise ValueError(
+                f"serve.auth=off with serve.host={self.host}: whoever reaches it could write. Keep serve.auth=auto and "
+                "make a key with `notellm2 keys create`, or listen at 127.0.0.1"
+            )
+        if self.arms and abs(sum(arm.share for arm in self.arms) - 1) > 1e-6:
+            raise ValueError(f"serve.arms: the shares add up to {sum(arm.share for arm in self.arms):g}, not to 1")
+        if len({arm.name for arm in self.arms}) != len(self.arms):
+            raise ValueError("serve.arms: two arms have one name")
+        return self
+
+    @property
+    def on_loopback(self) -> bool:
+        """Whether only this machine can reach it."""
+        try:
+            return ipaddress.ip_address(self.host).is_loopback
+        except ValueError:
+            return self.host == "localhost"
+
+    @property
+    def needs_key(self) -> bool:
+        return self.auth == "on" or not self.on_loopback

@@ -1,0 +1,109 @@
+"""Users' histories as flat arrays, and the k-core of users and notes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+HISTORY_SCHEMA = pa.schema(
+    [
+        pa.field("user_id", pa.string()),
+        pa.field("notes", pa.list_(pa.int32())),
+        pa.field("times", pa.list_(pa.int64())),
+        pa.field("sessions", pa.list_(pa.string())),
+    ]
+)
+
+
+class Histories(NamedTuple):
+    """Users and the notes that each liked, every note once, in time's order; user u's lie in
+    ``offsets[u]:offsets[u + 1]``. Events at the same moment stand in the order of their note ids."""
+
+    users: pa.Array  # (U,) ids
+    offsets: np.ndarray  # (U + 1,) int64
+    notes: np.ndarray  # (E,) int32 codes
+    times: np.ndarray  # (E,) int64 microseconds, ascending within a user
+    sessions: pa.Array  # (E,) ids, null where the log has none
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """(U,) int64, events of each user."""
+        return np.diff(self.offsets)
+
+    @property
+    def owners(self) -> np.ndarray:
+        """(E,) int64, the user of each event."""
+        return np.repeat(np.arange(len(self.users)), self.lengths)
+
+    @property
+    def positions(self) -> np.ndarray:
+        """(E,) int64, each event's place in its user's sequence."""
+        return np.arange(len(self.notes)) - np.repeat(self.offsets[:-1], self.lengths)
+
+    def filter(self, kept: np.ndarray) -> Histories:
+        """Only the events where ``kept``, (E,) bool; users left without any are left out."""
+        lengths = np.bincount(self.owners[kept], minlength=len(self.users))
+        some = lengths > 0
+        mask = pa.array(kept)
+        return Histories(
+            self.users.filter(pa.array(some)),
+            offsets_of(lengths[some]),
+            self.notes[kept],
+            self.times[kept],
+            self.sessions.filter(mask),
+        )
+
+    def last(self, count: int) -> Histories:
+        """Each user's last ``count`` events."""
+        return self.filter(np.repeat(self.lengths, self.lengths) - self.positions <= count)
+
+    def to_batch(self) -> pa.RecordBatch:
+        """One row per user, HISTORY_SCHEMA."""
+        offsets = pa.array(self.offsets, pa.int32())
+        values = (pa.array(self.notes, pa.int32()), pa.array(self.times, pa.int64()), self.sessions)
+        lists = [pa.ListArray.from_arrays(offsets, column) for column in values]
+        return pa.record_batch([self.users, *lists], schema=HISTORY_SCHEMA)
+
+    @staticmethod
+    def from_batch(batch: pa.RecordBatch) -> Histories:
+        """What :meth:`to_batch` wrote."""
+        users, notes, times, sessions = batch.columns
+        offsets = notes.offsets.to_numpy().astype(np.int64)
+        return Histories(users, offsets, notes.values.to_numpy(), times.values.to_numpy(), sessions.values)
+
+
+def k_core(
+    parts: Callable[[], Iterable[Histories]], num_notes: int, min_user_notes: int, min_note_users: int
+) -> np.ndarray:
+    """(num_notes,) bool: the notes of the largest core in which every user liked ``min_user_notes`` of its notes and
+    every note was liked by ``min_note_users`` of its users. The users of the core are those with enough such notes.
+
+    Args:
+        parts: called once a round, gives all users' histories, each user in one part.
+    """
+    alive = np.ones(num_notes, bool)
+    while True:
+        counts = np.zeros(num_notes, np.int64)
+        for part in parts():
+            inside = alive[part.notes]
+            owners, notes = part.owners[inside], part.notes[inside]
+            rich = np.bincount(owners, minlength=len(part.users)) >= min_user_notes
+            counts += np.bincount(notes[rich[owners]], minlength=num_notes)
+        left = alive & (counts >= min_note_users)
+        if (left == alive).all():
+            return alive
+        alive = left
+
+
+def within_core(histories: Histories, alive: np.ndarray, min_user_notes: int) -> Histories:
+    """The part of the histories that lies in the core of :func:`k_core`."""
+    inside = histories.filter(alive[histories.notes])
+    return inside.filter(np.repeat(inside.lengths >= min_user_notes, inside.lengths))
+
+
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    """(N + 1,) int64, where runs of these lengths start and end."""
+    return np.append(0, np.cumsum(lengths)).astype(np.int64)

@@ -1,0 +1,202 @@
+"""vLLM engines of every stage that generates: their arguments, their workers' environment, and what can go wrong."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from notellm2_ray.core.errors import ConfigError, ModelError
+from notellm2_ray.core.run import fingerprint
+from notellm2_ray.core.settings import GenerationSettings
+
+# Any of these in a config means that the model has an image tower.
+_IMAGE_KEYS = ("vision_config", "vision_tower", "mm_vision_tower", "visual", "image_token_id", "image_token_index")
+
+
+class ModelFacts(NamedTuple):
+    """What a model's configuration says about it."""
+
+    model: str  # directory (absolute) or name on the hub
+    architecture: str
+    reads_images: bool
+    context: int | None  # tokens that its positions reach; None where the configuration does not say
+    fingerprint: str  # changes with the weights' files (of a name on the hub: with the name)
+
+
+def check_model(model: Path | str, *, images: bool) -> ModelFacts:
+    """Read a model's configuration, without loading anything heavy.
+
+    Args:
+        model: directory in Hugging Face layout, or a name on the hub.
+        images: whether it has to read images.
+
+    Raises:
+        ModelError: there is no such model, its config.json is damaged or names no architecture, or it reads no images.
+    """
+    name, config = _read_config(str(model))
+    architectures = config.get("architectures") or []
+    if not architectures:
+        raise ModelError(f"{name}: its config.json names no architecture, so it is not a model that vLLM can run")
+    reads_images = any(key in config for key in _IMAGE_KEYS)
+    if images and not reads_images:
+        raise ModelError(
+            f"{name}: {architectures[0]} reads no images; an image-text model (LLaVA, Qwen2-VL, ...) is needed here"
+        )
+    text = config.get("text_config") or config.get("llm_config") or config
+    context = text.get("max_position_embeddings") or config.get("max_position_embeddings")
+    return ModelFacts(name, architectures[0], reads_images, context, _files_fingerprint(name))
+
+
+def engine_arguments(facts: ModelFacts, settings: GenerationSettings, *, images: int = 0) -> dict[str, Any]:
+    """Arguments of vLLM's ``AsyncEngineArgs`` (``model`` not among them), on a CPU where no GPU is reserved.
+
+    Args:
+        images: images in a prompt at most.
+
+    Raises:
+        ConfigError: the settings contradict each other or the model.
+    """
+    on_gpu = settings.gpus_per_engine > 0
+    if on_gpu and settings.gpus_per_engine < settings.tensor_parallel and settings.tensor_parallel > 1:
+        raise ConfigError(
+            f"generation.tensor_parallel={settings.tensor_parallel} needs as many GPUs: raise "
+            f"generation.gpus_per_engine={settings.gpus_per_engine:g}"
+        )
+    if facts.context and settings.max_model_len > facts.context:
+        raise ConfigError(
+            f"generation.max_model_len={settings.max_model_len} is more than the {facts.context} tokens that "
+            f"{facts.model} reaches; lower it"
+        )
+    arguments: dict[str, Any] = {
+        "dtype": settings.dtype,
+        "tensor_parallel_size": settings.tensor_parallel,
+        # One process per engine is enough for one GPU; the CPU backend needs a worker process of its own.
+        "distributed_executor_backend": "uni" if on_gpu and settings.tensor_parallel == 1 else "mp",
+        "max_model_len": settings.max_model_len,
+        "max_num_seqs": settings.max_sequences,
+        "enforce_eager": (not on_gpu) if settings.enforce_eager is None else settings.enforce_eager,
+        # Instructions are the same in all prompts, and a user's candidates share their preference.
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        "seed": 0,
+    }
+    if on_gpu:
+        arguments["gpu_memory_utilization"] = settings.gpu_memory
+    if facts.reads_images:
+        # What is not asked for is not profiled at start-up, which for a video input takes long.
+        arguments["limit_mm_per_prompt"] = {"image": images, "video": 0}
+        # Every image is seen once.
+        arguments["mm_processor_cache_gb"] = 0
+    return {**arguments, **settings.engine_kwargs}
+
+
+def engine_environment(settings: GenerationSettings) -> dict[str, str]:
+    """Environment variables of a process that holds an engine, and of vLLM's processes below it."""
+    environment = {
+        "VLLM_WORKER_MULTIPROC_METHOD": "spawn",  # a forked child of a process with threads may hang
+        "VLLM_NO_USAGE_STATS": "1",
+        "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
+        "TOKENIZERS_PARALLELISM": "false",
+        "RAY_LOGGER_LEVEL": "warning",  # Ray's own engine stage has a line for every batch
+    }
+    if not settings.gpus_per_engine:
+        environment |= {
+            "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_cache_gb),
+            # Bound to cores, two engines of one machine would sit on the same ones.
+            "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            "OMP_NUM_THREADS": str(max(1, int(settings.cpus_per_engine))),
+        }
+    return environment
+
+
+def start_engine(facts: ModelFacts, settings: GenerationSettings, *, images: int = 0) -> Any:
+    """A ``vllm.v1.engine.async_llm.AsyncLLM`` in this process; its event loop must be running.
+
+    Raises:
+        ModelError: vLLM cannot run this model, or not with this memory.
+    """
+    arguments = engine_arguments(facts, settings, images=images)
+    try:
+        from vllm.engine.arg_utils import AsyncEngineArgs
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        return AsyncLLM.from_engine_args(AsyncEngineArgs(model=facts.model, **arguments))
+    except Exception as error:  # whatever vLLM trips over, the model does not run; its own words say why
+        raise engine_error(error, facts) from error
+
+
+def engine_error(error: BaseException, facts: ModelFacts) -> ModelError:
+    """An engine's failure to start, in words that name the model and the remedy as far as it can be told."""
+    text = str(error)
+    if re.search(r"architectures? .*(not supported|failed to be inspected)", text, re.I | re.S):
+        return ModelError(f"{facts.model}: this vLLM does not run the architecture {facts.architecture}")
+    if re.search(r"out of memory|kv cache|free memory|gpu_memory_utilization", text, re.I):
+        return ModelError(
+            f"{facts.model}: too little memory for an engine: lower generation.max_model_len or "
+            f"generation.max_sequences, or change generation.gpu_memory / generation.cpu_cache_gb ({last_line(text)})"
+        )
+    if "unexpected keyword argument" in text:
+        return ModelError(
+            f"{facts.model}: vLLM knows no such argument, see generation.engine_kwargs: {last_line(text)}"
+        )
+    return ModelError(f"{facts.model}: the vLLM engine did not start: {last_line(text)}; its log above says more")
+
+
+def last_line(text: str) -> str:
+    """The last line of an error's text, where tracebacks have their message."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1][:500] if lines else "no message"
+
+
+def _read_config(model: str) -> tuple[str, dict[str, Any]]:
+    """Absolute directory or hub name, and the configuration."""
+    path = Path(model)
+    if not (path.exists() or path.is_absolute() or model.startswith(".") or model.count("/") != 1):
+        return model, _hub_config(model)
+    if not path.is_dir():
+        raise ModelError(f"{model}: there is no model directory; train or download one first, or correct the path")
+    try:
+        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(f"{model} is no model directory in Hugging Face layout: it has no config.json") from None
+    except ValueError as error:
+        raise ModelError(f"{path / 'config.json'} is damaged ({error}): copy the model again") from error
+    return str(path.absolute()), config
+
+
+def _hub_config(model: str) -> dict[str, Any]:
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(model).to_dict()
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{model}: neither a directory nor a model that can be had by that name: {error}") from error
+
+
+def _files_fingerprint(name: str) -> str:
+    """Name, size and time of a model's files: enough to know it again without reading gigabytes of weights."""
+    path = Path(name)
+    if not path.is_dir():
+        return fingerprint(name)
+    files = sorted(one for one in path.rglob("*") if one.is_file())
+    return fingerprint([(str(one.relative_to(path)), one.stat().st_size, one.stat().st_mtime_ns) for one in files])
+
+
+async def generate(engine: Any, ids: list[int], request_id: str, **sampling: Any) -> Any:
+    """One completion: vLLM's ``CompletionOutput`` (text unless ``detokenize=False``, token_ids, finish_reason).
+
+    Args:
+        ids: the prompt.
+        request_id: unique among the requests under way.
+        sampling: of ``vllm.SamplingParams``.
+    """
+    from vllm import SamplingParams
+    from vllm.sampling_params import RequestOutputKind
+
+    params = SamplingParams(output_kind=RequestOutputKind.FINAL_ONLY, **sampling)
+    results = [result async for result in engine.generate({"prompt_token_ids": ids}, params, request_id)]
+    assert results and results[-1].finished
+    return results[-1].outputs[0]

@@ -1,0 +1,223 @@
+"""Scoring: P(yes) of every candidate by one forced token, on a pool of Ray Data actors with a vLLM engine each."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from notellm2_ray.core import errors
+from notellm2_ray.core.config import to_plain
+from notellm2_ray.core.ranking_rows import store_notes
+from notellm2_ray.core.run import fingerprint
+from notellm2_ray.core.settings import GenerationSettings, RankerSettings
+from notellm2_ray.infer.embed import own_context
+from notellm2_ray.infer.engine import check_model, engine_arguments, engine_environment
+from notellm2_ray.infer.progress import Progress
+from notellm2_ray.infer.resources import check_engines
+from notellm2_ray.infer.score_parts import (
+    Part,
+    Scored,
+    clear_leftovers,
+    compile_scores,
+    first_reasons,
+    plan_parts,
+    read_scored,
+)
+from notellm2_ray.infer.score_questions import Controls, ScoreFiles
+from notellm2_ray.infer.score_worker import CALLS_AT_ONCE, PartScorer, ScoreJob
+
+log = logging.getLogger("notellm2_ray")
+
+STAGE = "score-candidates"
+MAX_BAD_SHARE = 0.05  # of the candidates without a score; a table with more holes compares nothing
+# vLLM shares whole blocks of a prompt. Its default on a CPU is 128 tokens, as much as a whole short prompt.
+CPU_BLOCK_TOKENS = 32
+_ENGINE_SHAPING = ("dtype", "max_model_len", "engine_kwargs")
+_MAX_RAY_BLOCKS = 20_000
+
+
+def score_candidates(
+    model: Path,
+    ranker: RankerSettings,
+    generation: GenerationSettings,
+    *,
+    examples: Path,
+    candidates: Path,
+    notes: Path,
+    preferences: Path | None,
+    output: Path,
+    shuffled_image: bool = False,
+    other_preference: bool = False,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Score candidates into ``output/scores.parquet`` (SCORE_SCHEMA, an example's candidates together).
+
+    A score is P(yes) / (P(yes) + P(no)) at the place of the answer's first token. Requests of one example follow each
+    other, so that vLLM computes what they share once. Parts of whole examples are committed one by one
+    (``output/parts``); a later run of the same job skips those that are there, so that a killed engine or driver costs
+    the parts in hand.
+
+    Ray must be connected. On several machines all paths lie on storage that they share.
+
+    Args:
+        model: directory (or hub name) of a Hugging Face model: a tuned ranker's ``model/``, or an untuned one.
+        examples: EXAMPLE_SCHEMA. candidates: CANDIDATE_SCHEMA. preferences: PREFERENCE_SCHEMA; None for ``tallrec``.
+        notes: prepared notes, a directory of Parquet files.
+        output: directory; exists, or is made.
+        shuffled_image: control: a candidate is shown another random candidate's image.
+        other_preference: control: a user is given another random user's preference.
+        seed: of the controls' choices.
+
+    Returns:
+        Counts for the manifest: examples, candidates, scored, quarantined, without_preference (examples with a history
+        but no preference, shown as users without a history), parts, parts_reused, prompt_tokens, cached_tokens,
+        computed_tokens, startup_seconds, score_seconds, candidates_per_s.
+
+    Raises:
+        ConfigError: the engines do not fit into the cluster, or the settings contradict each other.
+        DataError: a table is unusable, or more than 5% of the candidates got no score.
+        ModelError: the model sees no images, vLLM cannot run it, or its engines keep dying.
+    """
+    output = Path(output).absolute()
+    facts = check_model(model, images=ranker.variant != "tallrec")
+    generation = for_scoring(generation)
+    engine_arguments(facts, generation, images=1)  # fails at once if it must
+    controls = Controls(shuffled_image, other_preference, seed)
+    paths = [None if path is None else Path(path).absolute() for path in (examples, candidates, preferences, notes)]
+    shaping = [to_plain(ranker), {name: to_plain(generation)[name] for name in _ENGINE_SHAPING}, controls]
+    made_by = fingerprint(facts.fingerprint, shaping, [_versions(path) for path in paths if path])
+    files = ScoreFiles(paths[0], paths[1], paths[2], output / f"notes-{made_by}.arrow")  # type: ignore[arg-type]
+    rows = files.rows()
+    parts = plan_parts(rows.example_of, 2 * generation.max_sequences, made_by)
+    if removed := clear_leftovers(output, parts):
+        log.warning("%s: removed %d part(s) of another model, other settings or other inputs", STAGE, removed)
+    if rows.without_preference:
+        log.warning("%s: %d examples have a history but no preference", STAGE, rows.without_preference)
+    done = [entry for part in parts if (entry := read_scored(output, part.part_id))]
+    reused = {entry.part_id for entry in done}
+    todo = [part for part in parts if part.part_id not in reused]
+    with Progress(len(rows), sum(map(_seen, done)), stage=STAGE, unit="candidates", waits_for="the engine") as progress:
+        if todo:
+            _gather_notes(files, Path(notes).absolute(), ranker)
+            job = ScoreJob(facts, ranker, generation, files, controls, output)
+            with closing(_run(job, todo)) as results:  # closed at once on an error: it holds the actors
+                for entry in results:
+                    done.append(entry)
+                    progress.add(_seen(entry))
+                    _check_bad_share(done, len(rows), output)
+    _check_bad_share(done, len(rows), output)
+    scored = compile_scores(output, parts)
+    for path in output.glob("notes-*.arrow"):
+        path.unlink()
+    prompt_tokens, cached = sum(one.prompt_tokens for one in done), sum(one.cached_tokens for one in done)
+    seconds = progress.seconds()
+    # The first part's arrival ends the start-up; it is not in the time, so neither are its candidates in the rate.
+    active = seconds["embed_seconds"] - seconds["startup_seconds"]
+    first = _seen(done[len(reused)]) if len(done) > len(reused) else 0
+    return {
+        "examples": rows.num_examples,
+        "candidates": len(rows),
+        "scored": scored,
+        "quarantined": sum(one.quarantined for one in done),
+        "without_preference": rows.without_preference,
+        "parts": len(parts),
+        "parts_reused": len(reused),
+        "prompt_tokens": prompt_tokens,
+        "cached_tokens": cached,
+        "computed_tokens": prompt_tokens - cached,
+        "startup_seconds": seconds["startup_seconds"],
+        "score_seconds": seconds["embed_seconds"],
+        "candidates_per_s": round((progress.added - first) / active, 2) if active > 0 else None,
+    }
+
+
+def for_scoring(generation: GenerationSettings) -> GenerationSettings:
+    """The settings with what scoring asks of an engine beyond them; the user's own ``engine_kwargs`` come first.
+
+    Logits are computed in float32 whatever the model is: bfloat16 keeps 8 bits of them, which leaves steps of .06 and
+    more between logits of 10 and over, and so ties between many of a user's candidates.
+    """
+    kwargs: dict[str, Any] = {"hf_overrides": {"head_dtype": "float32"}}
+    if not generation.gpus_per_engine:
+        kwargs["block_size"] = CPU_BLOCK_TOKENS
+    return generation.model_copy(update={"engine_kwargs": {**kwargs, **generation.engine_kwargs}})
+
+
+def _gather_notes(files: ScoreFiles, notes: Path, ranker: RankerSettings) -> None:
+    if files.store.exists():
+        return
+    rows = files.rows()
+    ids = set(rows.note_ids)
+    if ranker.variant == "tallrec":
+        ids |= rows.history_ids(ranker.max_history)
+    for path in files.store.parent.glob("notes-*.arrow"):
+        path.unlink()
+    store_notes(notes, ids, files.store)
+
+
+def _run(job: ScoreJob, parts: Sequence[Part]) -> Generator[Scored]:
+    """Score parts on the cluster; yields each as it gets done, in any order.
+
+    Raises:
+        NoteLLMError, OSError: what stopped a part; the parts that are done stay.
+    """
+    import ray
+
+    check_engines(STAGE, job.generation)
+    size = min(job.generation.engines, len(parts))
+    with own_context():
+        rows = ray.data.from_items(
+            [part._asdict() for part in parts], override_num_blocks=min(len(parts), _MAX_RAY_BLOCKS)
+        )
+        reports = rows.map_batches(
+            PartScorer,
+            fn_constructor_args=(job,),
+            batch_size=1,
+            batch_format="pyarrow",
+            compute=ray.data.ActorPoolStrategy(
+                size=size,
+                max_concurrent_calls_per_actor=CALLS_AT_ONCE,
+                max_tasks_in_flight_per_actor=CALLS_AT_ONCE + 1,
+                enable_true_multi_threading=True,
+            ),
+            num_cpus=job.generation.cpus_per_engine,
+            num_gpus=job.generation.gpus_per_engine,
+            runtime_env={"env_vars": engine_environment(job.generation)},
+        )
+        for batch in reports.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+            assert isinstance(batch, pa.Table)
+            for row in batch.to_pylist():
+                yield _scored(row)
+
+
+def _scored(row: Mapping[str, Any]) -> Scored:
+    if row["error"] == "OSError":
+        raise OSError(row["errno"], row["message"])
+    if row["error"] is not None:
+        raise getattr(errors, row["error"])(row["message"])
+    return Scored(*(row[name] for name in Scored._fields))
+
+
+def _seen(entry: Scored) -> int:
+    return entry.scored + entry.quarantined
+
+
+def _check_bad_share(done: Sequence[Scored], total: int, output: Path) -> None:
+    bad = sum(entry.quarantined for entry in done)
+    if bad > MAX_BAD_SHARE * total:
+        raise errors.DataError(
+            f"{bad} of the first {sum(map(_seen, done))} candidates ({total} in all) got no score, more than "
+            f"{MAX_BAD_SHARE:.0%}; reasons: {'; '.join(first_reasons(output))}. All are in {output / 'quarantine'}. "
+            "Repair the notes, or make the sequences again"
+        )
+
+
+def _versions(path: Path) -> list[tuple[str, int, int]]:
+    """Name, size and time of a file, or of all Parquet files of a directory."""
+    files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
+    return [(str(one), one.stat().st_size, one.stat().st_mtime_ns) for one in files if one.exists()]

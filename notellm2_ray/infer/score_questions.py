@@ -1,0 +1,102 @@
+"""What a candidate is shown with when it is scored: as it is, or with another's image or another user's taste."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.note_store import NoteStore
+from notellm2_ray.core.ranking_rows import CandidateRow, CandidateRows
+from notellm2_ray.core.run import stream_seed
+from notellm2_ray.core.settings.ranking import RankerSettings
+from notellm2_ray.models.ranker_inputs import Question
+
+
+class ScoreFiles(NamedTuple):
+    """What a scoring job reads."""
+
+    examples: Path
+    candidates: Path
+    preferences: Path | None
+    store: Path  # a NoteStore of all notes that are shown
+
+    def rows(self) -> CandidateRows:
+        """The candidates.
+
+        Raises:
+            DataError: a table is missing or damaged.
+        """
+        return CandidateRows(self.examples, self.candidates, self.preferences)
+
+
+class Controls(NamedTuple):
+    """What is exchanged to see whether it matters; every choice follows from the seed and the candidate."""
+
+    shuffled_image: bool = False  # a candidate with an image is shown that of another random candidate
+    other_preference: bool = False  # a user with a preference gets that of another random user
+    seed: int = 0
+
+
+class Questions:
+    """Candidates to questions."""
+
+    def __init__(self, files: ScoreFiles, ranker: RankerSettings, controls: Controls) -> None:
+        """Read everything but texts and images.
+
+        Raises:
+            DataError: a control has nothing to exchange.
+        """
+        self.rows, self._store = files.rows(), NoteStore(files.store)
+        self._ranker, self._controls = ranker, controls
+        if controls.shuffled_image:
+            candidates = set(self.rows.note_ids)
+            self._with_image = sorted(candidates.intersection(self._store.ids_with_image))
+            if len(self._with_image) < 2:
+                raise DataError("shuffled_image: fewer than two candidates have an image, there is nothing to exchange")
+        if controls.other_preference:
+            self._users = self.rows.user_ids
+            self._with_preference = self.rows.examples_with_preference
+            if len({self._users[example] for example in self._with_preference}) < 2:
+                raise DataError("other_preference: fewer than two users have a preference to exchange")
+
+    def __call__(self, places: Sequence[int]) -> list[tuple[CandidateRow, Question | str]]:
+        """The candidates at some places with what is shown of them, or with the reason why nothing can be."""
+        return [self._one(place, row) for place, row in zip(places, self.rows.rows(places), strict=True)]
+
+    def _one(self, place: int, row: CandidateRow) -> tuple[CandidateRow, Question | str]:
+        if row.note_id not in self._store:
+            return row, f"there is no note {row.note_id!r}"
+        (note,) = self._store.get([row.note_id])
+        image, preference = note.image, row.preference
+        if self._controls.shuffled_image and image is not None:
+            (other,) = self._store.get([self._other_note(row)])
+            image = other.image
+        if self._controls.other_preference and preference is not None:
+            preference = self.rows.preference(self._other_example(place, row))
+        titles: tuple[str, ...] = ()
+        if self._ranker.variant == "tallrec":
+            shown = [one for one in row.history_ids[-self._ranker.max_history :] if one in self._store]
+            titles = tuple(one.title for one in self._store.get(shown))
+        return row, Question(note.title, image, preference, titles)
+
+    def _other_note(self, row: CandidateRow) -> str:
+        pick = _draw(self._controls.seed, "shuffled_image", len(self._with_image), row.example_id, row.note_id)
+        if self._with_image[pick] == row.note_id:
+            pick = (pick + 1) % len(self._with_image)
+        return self._with_image[pick]
+
+    def _other_example(self, place: int, row: CandidateRow) -> int:
+        """An example of another user, the same for all of an example's candidates."""
+        user = self._users[self.rows.example_of[place]]
+        pick = _draw(self._controls.seed, "other_preference", len(self._with_preference), row.example_id)
+        while self._users[self._with_preference[pick]] == user:
+            pick = (pick + 1) % len(self._with_preference)
+        return int(self._with_preference[pick])
+
+
+def _draw(seed: int, control: str, below: int, *key: str) -> int:
+    return int(np.random.default_rng(stream_seed(seed, "score", control, *key)).integers(below))

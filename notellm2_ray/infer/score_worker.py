@@ -1,0 +1,197 @@
+"""The actor of scoring: holds one vLLM engine and takes parts of candidates to files of P(yes)."""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import os
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyarrow as pa
+
+from notellm2_ray.core.errors import DataError, ModelError, NoteLLMError
+from notellm2_ray.core.ranking_rows import CandidateRow
+from notellm2_ray.core.settings import GenerationSettings, RankerSettings
+from notellm2_ray.infer.engine import ModelFacts, engine_environment, start_engine
+from notellm2_ray.infer.score_parts import Part, Scored, begin_attempt, commit_part, read_scored
+from notellm2_ray.infer.score_questions import Controls, Questions, ScoreFiles
+
+if TYPE_CHECKING:
+    from notellm2_ray.models.chat import ChatTokenizer
+
+CALLS_AT_ONCE = 2  # one part at the engine, the next being read and tokenised
+MAX_ATTEMPTS = 4  # at a part within one run
+_REPORT = pa.schema(
+    [
+        ("part_id", pa.string()),
+        ("scored", pa.int64()),
+        ("quarantined", pa.int64()),
+        ("prompt_tokens", pa.int64()),
+        ("cached_tokens", pa.int64()),
+        ("error", pa.string()),  # class of ours, or OSError; null: the part is done
+        ("message", pa.string()),
+        ("errno", pa.int64()),
+    ]
+)
+
+
+class ScoreJob(NamedTuple):
+    """What every actor of a job is told."""
+
+    facts: ModelFacts
+    ranker: RankerSettings
+    generation: GenerationSettings
+    files: ScoreFiles
+    controls: Controls
+    output: Path
+
+
+class Prompt(NamedTuple):
+    """One request."""
+
+    row: CandidateRow
+    ids: list[int]
+    image: Any  # a PIL image, or None
+
+
+class PartScorer:
+    """Loads the model once, then scores one part a call; two calls may run at once."""
+
+    def __init__(self, job: ScoreJob) -> None:
+        self.job, self.engine = job, None
+        self.lock = threading.Lock()
+        # vLLM's engine lives in an event loop; Ray Data calls from threads.
+        self.loop = asyncio.new_event_loop()
+        threading.Thread(target=self.loop.run_forever, name="engine", daemon=True).start()
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Rows of :class:`Part` to rows of counts, or of the error that stopped it."""
+        return pa.Table.from_pylist([self._report(Part(**row)) for row in batch.to_pylist()], schema=_REPORT)
+
+    def __del__(self) -> None:
+        if self.engine is not None:
+            self.engine.shutdown()
+
+    def _report(self, part: Part) -> dict[str, Any]:
+        try:
+            # Ray hands a dead actor's parts to another; one that was finished already need not be done again.
+            return (read_scored(self.job.output, part.part_id) or self._attempt(part))._asdict()
+        except (NoteLLMError, OSError) as error:
+            kind = type(error).__name__ if isinstance(error, NoteLLMError) else "OSError"
+            number = getattr(error, "errno", None)
+            return {"part_id": part.part_id, "error": kind, "message": str(error), "errno": number}
+
+    def _attempt(self, part: Part) -> Scored:
+        if begin_attempt(self.job.output, part.part_id) > MAX_ATTEMPTS:
+            raise ModelError(
+                f"{MAX_ATTEMPTS} engines of {self.job.facts.model} died while they had part {part.part_id} in hand. "
+                "If memory ran out, lower generation.max_sequences, generation.max_model_len or "
+                "generation.gpu_memory. The finished parts are kept: run the same command again"
+            )
+        with self.lock:
+            if self.engine is None:
+                self._load()
+        prompts, bad = self._prompts(part.places)
+        try:
+            asking = ask(self.engine, self.prompter.chat, prompts, f"{part.part_id}/{os.getpid()}")
+            answers = asyncio.run_coroutine_threadsafe(asking, self.loop).result()
+        except Exception as error:
+            if type(error).__name__ == "EngineDeadError":
+                os._exit(1)  # vLLM's process is gone and does not come back: Ray starts this actor anew
+            raise
+        return self._commit(part, prompts, answers, bad)
+
+    def _load(self) -> None:
+        # Where Ray started this process for something else first, its environment is not all there yet.
+        os.environ.update(engine_environment(self.job.generation))
+        from notellm2_ray.models.chat import ChatTokenizer
+        from notellm2_ray.models.ranker_inputs import RankerPrompter
+
+        job = self.job
+        self.questions = Questions(job.files, job.ranker, job.controls)
+        self.prompter = RankerPrompter(ChatTokenizer.from_pretrained(job.facts.model), job.ranker)
+        self.engine = asyncio.run_coroutine_threadsafe(self._start(), self.loop).result()
+
+    async def _start(self) -> Any:
+        return start_engine(
+            self.job.facts, self.job.generation, images=0 if self.job.ranker.variant == "tallrec" else 1
+        )
+
+    def _prompts(self, places: Sequence[int]) -> tuple[list[Prompt], list[tuple[str, str]]]:
+        prompts: list[Prompt] = []
+        bad: list[tuple[str, str]] = []
+        for row, question in self.questions(places):
+            if isinstance(question, str):
+                bad.append((_key(row), question))
+                continue
+            try:
+                prompts.append(Prompt(row, self.prompter.prompt(question), self.prompter.image(question)))
+            except DataError as error:
+                bad.append((_key(row), str(error)))
+        return prompts, bad
+
+    def _commit(
+        self, part: Part, prompts: Sequence[Prompt], answers: Sequence[Any], bad: list[tuple[str, str]]
+    ) -> Scored:
+        rows, prompt_tokens, cached = [], 0, 0
+        for prompt, answer in zip(prompts, answers, strict=True):
+            if isinstance(answer, ValueError):
+                bad.append((_key(prompt.row), f"vLLM refuses the prompt: {answer}"))
+                continue
+            score = yes_share(answer, self.prompter.chat)
+            if not math.isfinite(score):
+                bad.append((_key(prompt.row), "its score is NaN"))
+                continue
+            row = prompt.row
+            rows.append({"example_id": row.example_id, "note_id": row.note_id, "label": row.label, "score": score})
+            prompt_tokens += len(answer.prompt_token_ids)
+            cached += answer.num_cached_tokens or 0
+        if prompts and not rows:
+            raise ModelError(
+                f"{self.job.facts.model}: none of the {len(prompts)} candidates of part {part.part_id} got a score; "
+                f"the last: {bad[-1][1]}. If prompts are too long, raise generation.max_model_len or lower "
+                "ranker.max_preference_tokens; if scores are NaN, try generation.dtype=float32"
+            )
+        return commit_part(self.job.output, part, rows, bad, (prompt_tokens, cached))
+
+
+async def ask(engine: Any, chat: ChatTokenizer, prompts: Sequence[Prompt], name: str) -> list[Any]:
+    """vLLM's output for every prompt, or the error that it refused it with.
+
+    Args:
+        engine: an ``AsyncLLM``.
+        name: tells these requests from all others.
+    """
+    from vllm import SamplingParams
+    from vllm.exceptions import VLLMValidationError
+
+    # One token is made, for its own sake not at all: what counts are the raw log-probabilities of these two.
+    pair = [chat.yes_id, chat.no_id]
+    params = SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=pair, detokenize=False)
+
+    async def one(number: int, prompt: Prompt) -> Any:
+        request: dict[str, Any] = {"prompt_token_ids": prompt.ids}
+        if prompt.image is not None:
+            request["multi_modal_data"] = {"image": prompt.image}
+        try:
+            return [output async for output in engine.generate(request, params, f"{name}/{number}")][-1]
+        except (ValueError, VLLMValidationError) as error:  # a prompt that it does not take
+            return ValueError(f"{str(error).splitlines()[0]} (generation.max_model_len)")
+
+    return await asyncio.gather(*(one(number, prompt) for number, prompt in enumerate(prompts)))
+
+
+def yes_share(answer: Any, chat: ChatTokenizer) -> float:
+    """P(yes) / (P(yes) + P(no)) of one of vLLM's outputs; NaN if neither is finite."""
+    found = answer.outputs[0].logprobs[0]
+    yes, no = (found[token].logprob for token in (chat.yes_id, chat.no_id))
+    if not (math.isfinite(yes) or math.isfinite(no)):
+        return math.nan
+    return 1.0 / (1.0 + math.exp(min(no - yes, 700.0)))
+
+
+def _key(row: CandidateRow) -> str:
+    return f"{row.example_id} {row.note_id}"

@@ -1,0 +1,186 @@
+"""Item summaries: every note's image to a description in words, through Ray Data's own vLLM stage."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+from notellm2_ray.core import errors
+from notellm2_ray.core.config import to_plain
+from notellm2_ray.core.prompts import Language
+from notellm2_ray.core.recommend_prompts import summary_prompt
+from notellm2_ray.core.run import fingerprint
+from notellm2_ray.core.settings import GenerationSettings, SummarySettings
+from notellm2_ray.infer.answers import cut_at_sentence, is_repetitive, one_paragraph
+from notellm2_ray.infer.blocks import list_files, note_ids, plan_blocks, read_ids
+from notellm2_ray.infer.engine import ModelFacts, check_model, engine_arguments
+from notellm2_ray.infer.progress import Progress
+from notellm2_ray.infer.summary_parts import Committed, begin, commit, compile_parts, first_reasons
+from notellm2_ray.infer.summary_pipeline import STAGE, Job, run
+from notellm2_ray.infer.summary_rows import ERROR, NO_IMAGE
+
+log = logging.getLogger("notellm2_ray")
+
+_SHAPING = ("template", "max_tokens", "min_characters", "temperature", "max_image_pixels")
+_ENGINE_SHAPING = ("dtype", "max_model_len", "engine_kwargs")
+
+
+def summarize_images(
+    model: Path | str,
+    notes: Path,
+    output: Path,
+    settings: SummarySettings,
+    generation: GenerationSettings,
+    language: Language,
+    *,
+    only_ids: Path | None = None,
+) -> dict[str, Any]:
+    """Describe the images of a notes table in ``output/summaries.parquet`` (SUMMARY_SCHEMA, by note id).
+
+    A ``ray.data.llm`` pipeline. The prompt is the same for all images and is tokenised once, so Ray's chat, tokenise
+    and detokenise stages are off and its engine stage alone runs. Each batch that leaves the engine is put on disk at
+    once (``output/parts``); a later run asks for nothing that is there. Thus a killed actor or driver costs the batches
+    in flight. An empty answer, or one that goes round in circles until it is cut off, is asked for once more, then
+    quarantined, as are notes without an image, with a bad one, or that the engine fails on.
+
+    Ray must be connected. On several machines ``notes``, the model and ``output`` lie on storage that they all share.
+
+    Args:
+        model: directory or hub name of an image-text model that vLLM runs.
+        notes: prepared notes: Parquet file, directory, glob or object-store URI.
+        output: directory; exists, or is made.
+        language: of the prompt.
+        only_ids: Parquet file with a ``note_id`` column: describe only these.
+
+    Returns:
+        Counts for the manifest: notes, summaries, reused, retried, quarantined, without_image, unknown_ids,
+        prompt_tokens, generated_tokens, startup_seconds, generate_seconds.
+
+    Raises:
+        ConfigError: the engines do not fit into the cluster, or the settings contradict each other.
+        DataError: an input is unfit, or more images are quarantined than ``max_bad_share`` allows.
+        ModelError: the model reads no images, or vLLM cannot run it.
+    """
+    output = Path(output).absolute()
+    facts = check_model(model, images=True)
+    job, wanted, unknown = _plan(facts, notes, output, settings, generation, language, only_ids)
+    done, removed = begin(output, set(job.versions.values()))
+    if removed:
+        log.warning("%s: removed %d part(s) of another model, prompt, setting or other notes", STAGE, removed)
+    reused = len(done.ids)
+    todo = wanted - done.ids
+    with Progress(job.total, reused, stage=STAGE, unit="images", waits_for="the engine") as progress:
+        again = _describe(job, todo, 0, done, progress)
+        if again:
+            log.info("%s: %d image(s) got no usable answer, asking once more", STAGE, len(again))
+            _describe(job, again, 1, done, progress)
+    _check_bad_share(job, done)
+    table = compile_parts(output, set(job.versions.values()))
+    seconds = progress.seconds()
+    return {
+        "notes": job.total,
+        "summaries": len(table),
+        "reused": reused,
+        "retried": len(again),
+        "quarantined": len(done.quarantined),
+        "without_image": len(done.without_image),
+        "unknown_ids": unknown,
+        "prompt_tokens": sum(table.column("prompt_tokens").to_pylist()),
+        "generated_tokens": sum(table.column("generated_tokens").to_pylist()),
+        "startup_seconds": seconds["startup_seconds"],
+        "generate_seconds": round(seconds["embed_seconds"] - seconds["startup_seconds"], 3),
+    }
+
+
+def _plan(
+    facts: ModelFacts,
+    notes: Path | str,
+    output: Path,
+    settings: SummarySettings,
+    generation: GenerationSettings,
+    language: Language,
+    only_ids: Path | None,
+) -> tuple[Job, set[str], int]:
+    """The job, the ids to describe, and how many ids were asked for in vain."""
+    from notellm2_ray.models.chat import ChatTokenizer
+
+    engine_arguments(facts, generation, images=1)
+    tokenizer = ChatTokenizer.from_pretrained(facts.model)
+    prompt = tokenizer.prompt(summary_prompt(language, settings.template))
+    shaping = {name: value for name, value in to_plain(settings).items() if name in _SHAPING}
+    engine = {name: value for name, value in to_plain(generation).items() if name in _ENGINE_SHAPING}
+    made_by = fingerprint(facts.fingerprint, prompt, shaping, engine)
+    text = str(notes)
+    files = list_files(text if "://" in text else Path(text).absolute())
+    only = None if only_ids is None else read_ids(only_ids)
+    plan = plan_blocks(files, settings.batch_rows, made_by, only)  # checks the table, ids included
+    wanted = {note_id for file in files for note_id in note_ids(file).to_pylist()}
+    if only is not None:
+        wanted &= set(only.to_pylist())
+    versions = {file.path: fingerprint(made_by, file.version) for file in files}
+    job = Job(facts, output, files, versions, settings, generation, prompt, tokenizer.end_ids, len(wanted))
+    return job, wanted, len(plan.unknown_ids)
+
+
+def _describe(job: Job, todo: set[str], attempt: int, done: Committed, progress: Progress) -> set[str]:
+    """Describe and commit; the ids that are to be asked for once more (none in the last attempt)."""
+    again: set[str] = set()
+    if not todo:
+        return again
+    with closing(run(job, todo, attempt)) as batches:  # closed at once on an error: it holds the actors
+        for rows in batches:
+            good, bad, retry = sort_rows(rows, job.settings, attempt)
+            commit(job.output, good, bad)
+            done.summaries.update(row["note_id"] for row in good)
+            for row in bad:
+                (done.without_image if row["reason"] == NO_IMAGE else done.quarantined).add(row["note_id"])
+            again |= retry
+            progress.add(len(good) + len(bad), sum(row["generated_tokens"] for row in good))
+            _check_bad_share(job, done)
+    return again
+
+
+def sort_rows(
+    rows: Iterable[dict[str, Any]], settings: SummarySettings, attempt: int
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]], set[str]]:
+    """Answers to (summaries, quarantined, ids to ask for once more)."""
+    good: list[dict[str, Any]] = []
+    bad: list[dict[str, Any]] = []
+    again: set[str] = set()
+    for row in rows:
+        text = one_paragraph(row.get("summary") or "")
+        if row.get(ERROR):
+            # The image was found bad before, which no second try mends; anything else may have been an accident.
+            problem, hopeless = row[ERROR], bool(row.get("error"))
+        else:
+            cut = row["generated_tokens"] >= settings.max_tokens
+            problem, hopeless = _problem(text, cut, settings), False
+            text = cut_at_sentence(text) if cut else text
+        if not problem:
+            good.append({**row, "summary": text})
+        elif hopeless or attempt:
+            bad.append({"note_id": row["note_id"], "version": row["version"], "reason": problem})
+        else:
+            again.add(row["note_id"])
+    return good, bad, again
+
+
+def _problem(text: str, cut: bool, settings: SummarySettings) -> str:
+    if len(text) < max(1, settings.min_characters):
+        return f"the model's answer was of {len(text)} character(s), twice (summaries.min_characters)"
+    if cut and is_repetitive(text):
+        return "the model's answer went round in circles until it was cut off, twice (summaries.max_tokens)"
+    return ""
+
+
+def _check_bad_share(job: Job, done: Committed) -> None:
+    bad, seen = len(done.quarantined), len(done.quarantined) + len(done.summaries)
+    if bad > job.settings.max_bad_share * job.total:
+        raise errors.DataError(
+            f"{bad} of the first {seen} images ({job.total} notes in all) could not be described, more than "
+            f"summaries.max_bad_share={job.settings.max_bad_share:g} allows: {'; '.join(first_reasons(job.output))}. "
+            f"All are in {job.output / 'quarantine'}. Repair the notes, or raise summaries.max_bad_share"
+        )

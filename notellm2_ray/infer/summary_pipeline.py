@@ -1,0 +1,125 @@
+"""The Ray Data pipeline of image summaries: read and check, Ray's own vLLM stage, take the answers."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow as pa
+
+from notellm2_ray.core import errors
+from notellm2_ray.core.settings import GenerationSettings, SummarySettings
+from notellm2_ray.infer.blocks import NoteFile, plan_blocks
+from notellm2_ray.infer.embed import own_context
+from notellm2_ray.infer.engine import ModelFacts, engine_arguments, engine_environment, engine_error, last_line
+from notellm2_ray.infer.resources import check_engines
+from notellm2_ray.infer.summary_rows import Asking, ImageReader, answer
+
+STAGE = "summarize-images"
+READER_CPUS = 0.25  # beside the engine's CPUs, whole ones for every stage would not fit into a small cluster
+_MAX_RETRIES = 5  # of a batch whose engine died
+_MAX_RAY_BLOCKS = 20_000  # the plan's rows are handed to Ray in as many objects at most
+
+
+class Job(NamedTuple):
+    """What a run is to describe, and how."""
+
+    facts: ModelFacts
+    output: Path
+    files: list[NoteFile]
+    versions: dict[str, str]  # of each file
+    settings: SummarySettings
+    generation: GenerationSettings
+    prompt: list[int]
+    stop_token_ids: list[int]
+    total: int  # notes to describe in all
+
+
+def run(job: Job, todo: set[str], attempt: int) -> Generator[list[dict[str, Any]]]:
+    """Rows of batches as they leave the engine.
+
+    Raises:
+        ModelError: vLLM cannot run the model.
+    """
+    import ray
+
+    check_engines(STAGE, job.generation, beside=2 * READER_CPUS)
+    only = pa.array(sorted(todo), pa.string())
+    blocks = plan_blocks(job.files, job.settings.batch_rows, "", only).blocks
+    with own_context():
+        # An encoded image is no Arrow type; said in so many words, each worker need not warn of it.
+        ray.data.DataContext.get_current().enable_fallback_to_arrow_object_ext_type = True
+        rows = ray.data.from_items(
+            [block._asdict() for block in blocks], override_num_blocks=min(len(blocks), _MAX_RAY_BLOCKS)
+        )
+        images = rows.map_batches(
+            ImageReader(frozenset(todo), job.versions), batch_size=1, batch_format="pyarrow", num_cpus=READER_CPUS
+        )
+        answered = _processor(job, attempt)(images)
+        seen = False
+        try:
+            for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
+                assert isinstance(batch, pa.Table)
+                seen = True
+                yield batch.to_pylist()
+        except (errors.NoteLLMError, OSError):
+            raise
+        except Exception as error:
+            if not seen:
+                raise engine_error(error, job.facts) from error
+            raise errors.ModelError(
+                f"{job.facts.model}: the engine broke down at a batch, {_MAX_RETRIES} retries included; the rest is "
+                f"kept, and the same command goes on from there. Ray says: {last_line(str(error))}"
+            ) from error
+
+
+def _processor(job: Job, attempt: int) -> Any:
+    """Ray's pipeline around the engine."""
+    from ray.data.llm import build_processor, vLLMEngineProcessorConfig
+
+    generation = job.generation
+    bundle = {"CPU": generation.cpus_per_engine, "GPU": generation.gpus_per_engine}
+    config = vLLMEngineProcessorConfig(
+        model_source=job.facts.model,
+        engine_kwargs=engine_arguments(job.facts, generation, images=1),
+        runtime_env={"env_vars": engine_environment(generation)},
+        accelerator_type=None,
+        placement_group_config={"bundles": [{name: value for name, value in bundle.items() if value}]},
+        batch_size=job.settings.batch_rows,
+        max_concurrent_batches=job.settings.concurrent_batches,
+        concurrency=(generation.engines, generation.engines),
+        should_continue_on_error=True,
+        chat_template_stage=False,
+        tokenize_stage=False,
+        detokenize_stage=False,
+        log_engine_metrics=False,
+    )
+    ask: Any = Asking(job.prompt, job.settings, job.stop_token_ids, attempt)
+    with _unheard():
+        processor = build_processor(
+            config,
+            preprocess=ask,
+            postprocess=answer,
+            preprocess_map_kwargs={"num_cpus": READER_CPUS},
+            postprocess_map_kwargs={"num_cpus": READER_CPUS},
+        )
+    # Left to itself Ray tries a batch that kills its engine again without end. (In place: an assignment would have the
+    # stage work out its resources once more, from arguments that it has used up.)
+    processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs["max_task_retries"] = _MAX_RETRIES
+    return processor
+
+
+@contextmanager
+def _unheard() -> Iterator[None]:
+    """Without the log lines of Ray's builder, which connects to Ray once more and turns up its level for good."""
+    ray_log = logging.getLogger("ray")
+    level = ray_log.level
+    logging.disable(logging.WARNING)
+    try:
+        yield
+    finally:
+        logging.disable(logging.NOTSET)
+        ray_log.setLevel(level)

@@ -1,0 +1,142 @@
+"""What Ray's workers do around the engine that describes images: read, check, hand over encoded, take the answer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import pyarrow as pa
+
+from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.images import check_image, decode_image
+from notellm2_ray.core.run import stream_seed
+from notellm2_ray.core.settings import SummarySettings
+from notellm2_ray.infer.blocks import Block, read_block
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+ERROR = "__inference_error__"  # Ray's column: a row that has something in it passes the engine by
+NO_IMAGE = "the note has no image"
+_RETRY_TEMPERATURE = 0.7  # greedy decoding would only repeat what was wrong
+
+IMAGE_ROWS = pa.schema(
+    [
+        pa.field("note_id", pa.string(), nullable=False),
+        pa.field("version", pa.string(), nullable=False),
+        pa.field("image", pa.binary()),  # encoded
+        pa.field("error", pa.string(), nullable=False),  # why it cannot be described; empty: it can
+    ]
+)
+
+
+class EncodedImage:
+    """An image that travels as its encoded bytes: unpickled, it is the decoded picture.
+
+    Pixels are ten times as large as the JPEG that they come from. They thus exist in the engine's process alone, for
+    the batches that it works on.
+
+    Args:
+        data: an image that :func:`~notellm2_ray.core.images.check_image` has passed.
+        max_pixels: a larger one is scaled down to this area.
+    """
+
+    def __init__(self, data: bytes, max_pixels: int) -> None:
+        self.data, self.max_pixels = data, max_pixels
+
+    def __reduce__(self) -> tuple[Callable[[bytes, int], Image.Image], tuple[bytes, int]]:
+        return open_image, (self.data, self.max_pixels)
+
+
+def open_image(data: bytes, max_pixels: int) -> Image.Image:
+    """The picture, upright, RGB, of at most ``max_pixels``.
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
+    import io
+
+    from PIL import Image
+
+    with Image.open(io.BytesIO(data)) as header:
+        width, height = header.size
+    scale = math.sqrt(max_pixels / (width * height))
+    if scale >= 1:
+        return decode_image(data)
+    image = decode_image(data, max(1, int(min(width, height) * scale)))
+    width, height = image.size  # upright, and smaller already where the decoder could do that
+    scale = min(1.0, math.sqrt(max_pixels / (width * height)))
+    size = max(1, int(width * scale)), max(1, int(height * scale))
+    return image.resize(size, Image.Resampling.BICUBIC)
+
+
+class ImageReader:
+    """Blocks of a notes table to rows of checked images. For ``map_batches`` with Arrow batches of blocks.
+
+    Args:
+        only: ids that are wanted.
+        versions: of each file, as committed beside its summaries.
+    """
+
+    def __init__(self, only: frozenset[str], versions: dict[str, str]) -> None:
+        self.only, self.versions = only, versions
+
+    def __call__(self, blocks: pa.Table) -> pa.Table:
+        rows = []
+        for row in blocks.to_pylist():
+            block = Block(**row)
+            for note in read_block(block, self.only):
+                image, error = checked(note.image)
+                version = self.versions[block.file]
+                rows.append({"note_id": note.note_id, "version": version, "image": image, "error": error})
+        return pa.Table.from_pylist(rows, schema=IMAGE_ROWS)
+
+
+def checked(image: bytes | None) -> tuple[bytes | None, str]:
+    """The image if it is usable, and otherwise why not."""
+    if image is None:
+        return None, NO_IMAGE
+    try:
+        check_image(image)
+    except DataError as error:
+        return None, f"image {error}"
+    return image, ""
+
+
+class Asking(NamedTuple):
+    """How the engine is asked: one prompt for all images. Called with a row, gives what Ray's engine stage reads."""
+
+    prompt: list[int]
+    settings: SummarySettings
+    stop_token_ids: list[int]
+    attempt: int  # 1: the second, and last
+
+    def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
+        image = row.pop("image")
+        if row["error"]:
+            return {ERROR: row["error"]}
+        temperature = self.settings.temperature or (_RETRY_TEMPERATURE if self.attempt else 0.0)
+        sampling: dict[str, Any] = {
+            "max_tokens": self.settings.max_tokens,
+            "temperature": temperature,
+            "stop_token_ids": self.stop_token_ids,
+        }
+        if temperature:
+            sampling["seed"] = stream_seed(0, "summary", row["note_id"], self.attempt)
+        return {
+            "tokenized_prompt": self.prompt,
+            "multimodal_data": {"image": EncodedImage(bytes(image), self.settings.max_image_pixels)},
+            "sampling_params": sampling,
+        }
+
+
+def answer(row: dict[str, Any]) -> dict[str, Any]:
+    """What is kept of a row that the engine answered."""
+    return {
+        "note_id": row["note_id"],
+        "version": row["version"],
+        "summary": row["generated_text"],
+        "prompt_tokens": row["num_input_tokens"],
+        "generated_tokens": row["num_generated_tokens"],
+    }

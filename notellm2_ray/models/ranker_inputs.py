@@ -1,0 +1,226 @@
+"""From a user and a candidate to the ranker's input: prompt, budgets, pixels, labels, padding. No weights here."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+
+from notellm2_ray.core.errors import DataError, ModelError
+from notellm2_ray.core.images import decode_image
+from notellm2_ray.core.recommend_prompts import ranker_prompt
+from notellm2_ray.core.settings.ranking import RankerSettings
+from notellm2_ray.models.chat import ChatTokenizer, expand_images
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+IGNORED = -100  # a label that no loss is taken over
+# What a processor returns besides what the vision tower takes.
+_TEXT_INPUTS = {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"}
+
+
+class Question(NamedTuple):
+    """One candidate before one user."""
+
+    title: str
+    image: bytes | None = None  # encoded; None: the note has none
+    preference: str | None = None  # None: a user without history
+    history_titles: tuple[str, ...] = ()  # oldest first
+
+
+class RankerFeatures(NamedTuple):
+    """One question, ready to be put into a batch."""
+
+    input_ids: np.ndarray  # (T,) int64; an image stands as often as it has tokens
+    labels: np.ndarray  # (T,) int64, IGNORED where no loss is taken
+    last: int  # the token before the one that tells Yes from No
+    vision: Mapping[str, torch.Tensor]  # what the vision tower takes, (1 or more, ...) each; empty without an image
+
+
+class RankerBatch(NamedTuple):
+    """N questions, padded on the right to T tokens."""
+
+    input_ids: torch.Tensor  # (N, T) int64
+    attention_mask: torch.Tensor  # (N, T) int64, 0 on padding
+    labels: torch.Tensor  # (N, T) int64
+    is_image: torch.Tensor  # (N, T) int64, 1 on an image's tokens
+    last: torch.Tensor  # (N,) int64, the token before the one that tells Yes from No
+    vision: Mapping[str, torch.Tensor]  # of all images in order
+
+    def to(self, device: torch.device | str) -> RankerBatch:
+        """The same batch on ``device``."""
+        vision = {name: tensor.to(device, non_blocking=True) for name, tensor in self.vision.items()}
+        ids, mask, labels, is_image, last = (tensor.to(device, non_blocking=True) for tensor in self[:5])
+        return RankerBatch(ids, mask, labels, is_image, last, vision)
+
+
+class RankerPrompter:
+    """Questions to token ids; the same for tuning and for scoring. Picklable; may be used from several threads."""
+
+    def __init__(self, chat: ChatTokenizer, settings: RankerSettings) -> None:
+        """A prompter for one model.
+
+        Raises:
+            ModelError: the variant shows images and the model sees none.
+        """
+        if settings.variant != "tallrec" and chat.image_token_id is None:
+            raise ModelError(
+                f"ranker.model is a text-only model, and ranker.variant={settings.variant} shows it images: choose an "
+                "image-text model, or ranker.variant=tallrec"
+            )
+        self.chat, self.settings = chat, settings
+
+    def prompt(self, question: Question) -> list[int]:
+        """Token ids up to the place where Yes or No is told; each image is one placeholder.
+
+        Budgets cut the user's texts before they are quoted, so that neither the question nor the answer is ever lost.
+        """
+        settings, chat = self.settings, self.chat
+        preference = question.preference
+        if preference is not None:
+            preference = chat.truncate(preference, settings.max_preference_tokens)
+        history = [self._title(title) for title in question.history_titles[-settings.max_history :]]
+        parts = ranker_prompt(
+            settings.prompt_language,
+            settings.variant,
+            settings.layout,
+            preference,
+            history,
+            self._title(question.title),
+            question.image is not None,
+        )
+        return [*chat.prompt(parts), *chat.answers.common]
+
+    def image(self, question: Question) -> Image | None:
+        """The candidate's image as the model is shown it; None where it has none, or where none is shown.
+
+        Raises:
+            DataError: it cannot be decoded.
+        """
+        if question.image is None or self.settings.variant == "tallrec":
+            return None
+        return scaled_image(question.image, self.settings.max_image_pixels)
+
+    def _title(self, title: str) -> str:
+        return self.chat.truncate(title.strip(), self.settings.max_title_tokens)
+
+
+def scaled_image(data: bytes, max_pixels: int) -> Image:
+    """An image, scaled down with its proportions to an area of at most ``max_pixels``.
+
+    Raises:
+        DataError: it cannot be decoded.
+    """
+    from PIL.Image import Resampling
+
+    image = decode_image(data, min_side=int(max_pixels**0.5))
+    area = image.width * image.height
+    if area <= max_pixels:
+        return image
+    scale = (max_pixels / area) ** 0.5
+    return image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))), Resampling.BICUBIC)
+
+
+class RankerPreprocessor:
+    """Questions to features, features to batches, for a Hugging Face model. Picklable; not for several threads.
+
+    Args:
+        prompter: makes the prompts.
+        processor: the model's own; its tokenizer must not be the prompter's object, which other threads may be using.
+        loss_on: the tokens that labels are kept for.
+    """
+
+    def __init__(self, prompter: RankerPrompter, processor: Any, loss_on: str = "answer") -> None:
+        self.prompter, self._processor, self._loss_on = prompter, processor, loss_on
+        tokenizer = prompter.chat.tokenizer
+        self._pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
+
+    def features(self, question: Question, label: bool | None = None) -> RankerFeatures:
+        """One question's features.
+
+        Args:
+            label: appends the answer, with labels; None: the prompt alone.
+
+        Raises:
+            DataError: the image cannot be decoded.
+        """
+        chat = self.prompter.chat
+        ids = self.prompter.prompt(question)
+        vision: dict[str, torch.Tensor] = {}
+        image = self.prompter.image(question)
+        if image is not None:
+            count, vision = self._vision(image)
+            ids = expand_images(ids, [count], self._image_id)
+        answer = [] if label is None else chat.answer(label)[len(chat.answers.common) :]
+        input_ids = np.array([*ids, *answer], np.int64)
+        labels = np.full(len(input_ids), IGNORED)
+        if label is not None:
+            begin = 0 if self._loss_on == "everything" else len(ids)
+            labels[begin:] = input_ids[begin:]
+            # An image's tokens say nothing that could be learned: they are the same whatever it shows.
+            labels[input_ids == chat.image_token_id] = IGNORED
+        return RankerFeatures(input_ids, labels, len(ids) - 1, vision)
+
+    def blank(self) -> RankerFeatures:
+        """A prompt with a small white image that no loss is taken over.
+
+        A rank whose batch has no image takes it along, where weights are sharded and the others wait for its share of
+        the vision tower.
+        """
+        from io import BytesIO
+
+        from PIL import Image as Images
+
+        file = BytesIO()
+        Images.new("RGB", (56, 56), "white").save(file, "PNG")
+        return self.features(Question("", file.getvalue()))
+
+    def collate(self, features: Sequence[RankerFeatures]) -> RankerBatch:
+        """A batch of features, in their order."""
+        lengths = np.array([len(item.input_ids) for item in features])
+        shape = (len(features), int(lengths.max()))
+        ids, labels = np.full(shape, self._pad_id), np.full(shape, IGNORED)
+        for row, item in enumerate(features):
+            ids[row, : lengths[row]], labels[row, : lengths[row]] = item.input_ids, item.labels
+        mask = (np.arange(shape[1]) < lengths[:, None]).astype(np.int64)
+        is_image = ((ids == self.prompter.chat.image_token_id) & (mask == 1)).astype(np.int64)
+        with_image = [item.vision for item in features if item.vision]
+        names = with_image[0] if with_image else {}
+        return RankerBatch(
+            torch.from_numpy(ids),
+            torch.from_numpy(mask),
+            torch.from_numpy(labels),
+            torch.from_numpy(is_image),
+            torch.tensor([item.last for item in features]),
+            {name: _concatenate([vision[name] for vision in with_image]) for name in names},
+        )
+
+    @property
+    def _image_id(self) -> int:
+        image_id = self.prompter.chat.image_token_id
+        assert image_id is not None
+        return image_id
+
+    def _vision(self, image: Image) -> tuple[int, dict[str, torch.Tensor]]:
+        """How many tokens an image takes, and what the vision tower takes: both as the model's own processor has it."""
+        token = self.prompter.chat.tokenizer.convert_ids_to_tokens(self._image_id)
+        made = self._processor(text=[token], images=[image], return_tensors="pt")
+        count = int((made["input_ids"] == self._image_id).sum())
+        if not count:
+            raise DataError("the model's processor gives an image no token: it is not the processor of this model")
+        return count, {name: tensor for name, tensor in made.items() if name not in _TEXT_INPUTS}
+
+
+def _concatenate(parts: Sequence[torch.Tensor]) -> torch.Tensor:
+    """Images of a batch one after the other, padded with zeros where they are of different sizes."""
+    sizes = [max(part.shape[axis] for part in parts) for axis in range(1, parts[0].dim())]
+    padded = []
+    for part in parts:
+        missing = [size - have for size, have in zip(sizes, part.shape[1:], strict=True)]
+        # torch takes the last axis first, as (before, after).
+        amounts = [amount for gap in reversed(missing) for amount in (0, gap)]
+        padded.append(torch.nn.functional.pad(part, amounts) if any(missing) else part)
+    return torch.cat(padded)

@@ -1,0 +1,1 @@
+"""The online service: one Ray Serve application of composed deployments."""

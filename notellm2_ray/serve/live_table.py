@@ -1,0 +1,107 @@
+"""Reading the live table: one version of it, random access by id, and what changed since another version."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from notellm2_ray.core.errors import DataError
+from notellm2_ray.index.table import DIM_KEY, MODEL_KEY
+from notellm2_ray.serve.live_rows import FOLLOWED, StoredNote, to_notes, vector_columns
+
+PURGED_KEY = "notellm2.purged_seq"  # tombstones up to this seq may be gone: who is behind it must load again
+_CACHE_BYTES = 128 * 2**20  # Lance's defaults are gigabytes, in every replica
+_NOTE_COLUMNS = ["note_id", "title", "topics", "content", "image", "created_at", "seq", "deleted"]
+
+
+class LiveTable:
+    """One version of a live table, read-only; many threads may use it.
+
+    Attributes:
+        path: where it lies.
+        version: Lance's number of this version.
+        model_fingerprint: of the model whose vectors it holds.
+        dim: length of a vector.
+        columns: the vector columns, ``embedding`` first.
+        dataset: Lance's own handle.
+    """
+
+    def __init__(self, path: Path, dataset: Any = None):
+        """Open the newest version.
+
+        Raises:
+            DataError: there is no table, or it is of another kind.
+        """
+        self.path = Path(path)
+        self.dataset = dataset if dataset is not None else _open(self.path)
+        metadata = self.dataset.schema.metadata or {}
+        if MODEL_KEY not in metadata or "seq" not in self.dataset.schema.names:
+            raise DataError(f"{path} is a Lance table of another kind, not one of live notes")
+        self.version: int = self.dataset.version
+        self.model_fingerprint: str = metadata[MODEL_KEY].decode()
+        self.dim = int(metadata[DIM_KEY])
+        self.columns = vector_columns(self.dataset.schema)
+
+    @property
+    def newest_version(self) -> int:
+        """Number of the newest version there is now; about 0.1 ms."""
+        return self.dataset.latest_version
+
+    def at(self, version: int) -> LiveTable:
+        """Another version, sharing this one's caches."""
+        return LiveTable(self.path, self.dataset.checkout_version(version))
+
+    @property
+    def purged_seq(self) -> int:
+        """Tombstones up to this seq may have been removed."""
+        return int(self.dataset.config().get(PURGED_KEY, -1))
+
+    def fragment_ids(self) -> set[int]:
+        """The files of rows that this version consists of."""
+        return {fragment.fragment_id for fragment in self.dataset.get_fragments()}
+
+    def last_seq(self) -> int:
+        """The largest seq that was ever given, as far as the table knows; -1 of an empty one."""
+        import pyarrow.compute as pc
+
+        largest = pc.max(self.dataset.to_table(columns=["seq"])["seq"]).as_py()
+        return max(self.purged_seq, -1 if largest is None else largest)
+
+    def scan(self) -> Iterator[pa.RecordBatch]:
+        """What an index needs of every row, tombstones too."""
+        return self.dataset.scanner(columns=[*FOLLOWED, *self.columns]).to_batches()
+
+    def changes(self, after_seq: int, known_fragments: set[int]) -> pa.Table:
+        """What an index needs of the rows written after a commit group, in order of seq.
+
+        Args:
+            after_seq: the group.
+            known_fragments: fragments of the version that was read before; they cannot hold later rows, because rows
+                are only ever added in new fragments.
+        """
+        fresh = [part for part in self.dataset.get_fragments() if part.fragment_id not in known_fragments]
+        columns = [*FOLLOWED, *self.columns]
+        if not fresh:
+            return self.dataset.schema.empty_table().select(columns)
+        scanner = self.dataset.scanner(columns=columns, filter=f"seq > {after_seq}", fragments=fresh)
+        return scanner.to_table().sort_by("seq")
+
+    def notes(self, note_ids: Sequence[str]) -> list[StoredNote | None]:
+        """Notes by id through the table's index, in the order asked for; None where there is none."""
+        if not note_ids:
+            return []
+        quoted = ", ".join("'" + note_id.replace("'", "''") + "'" for note_id in set(note_ids))
+        found = to_notes(self.dataset.to_table(columns=_NOTE_COLUMNS, filter=f"note_id IN ({quoted})"))
+        return [found.get(note_id) for note_id in note_ids]
+
+
+def _open(path: Path) -> Any:
+    import lance
+
+    try:
+        return lance.dataset(str(path), index_cache_size_bytes=_CACHE_BYTES, metadata_cache_size_bytes=_CACHE_BYTES)
+    except (ValueError, OSError) as error:
+        raise DataError(f"{path} holds no live notes: seed it first ({str(error).splitlines()[0]})") from error

@@ -1,0 +1,219 @@
+"""Routes about notes: write, delete, read, search, embed, similar."""
+
+from __future__ import annotations
+
+import asyncio
+import base64
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.schema import Note
+from notellm2_ray.serve import schemas
+from notellm2_ray.serve.calls import call
+from notellm2_ray.serve.checks import check_count, check_ids, check_k, check_text, prepare_note
+from notellm2_ray.serve.errors import InvalidError, NotFoundError
+from notellm2_ray.serve.live_rows import LiveNote, StoredNote
+from notellm2_ray.serve.similar import find_similar
+
+if TYPE_CHECKING:
+    from notellm2_ray.serve.gateway import Gateway
+
+WRITE_SECONDS = 30.0
+_MAGIC = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"GIF8": "image/gif", b"BM": "image/bmp"}
+
+
+def card(note: StoredNote) -> schemas.NoteCard:
+    """A note as it is shown."""
+    return schemas.NoteCard(
+        note_id=note.note_id,
+        title=note.title,
+        topics=list(note.topics),
+        content=note.content,
+        has_image=note.image is not None,
+        created_at=note.created_at,
+    )
+
+
+async def cards(gateway: Gateway, note_ids: Sequence[str]) -> dict[str, schemas.NoteCard]:
+    """Cards by id; notes that are not there are left out."""
+    return {note.note_id: card(note) for note in await gateway.notes(note_ids) if note is not None}
+
+
+def build(gateway: Gateway) -> Any:
+    """The router."""
+    from fastapi import APIRouter
+    from starlette.responses import Response
+
+    routes = APIRouter(tags=["notes"])
+
+    @routes.put("/v1/notes", response_model=schemas.UpsertAnswer)
+    async def upsert(body: schemas.UpsertRequest) -> Any:
+        """Write notes, new ones and new versions of old ones; 200 means that they are on the disk."""
+        return await upsert_notes(gateway, body.notes)
+
+    @routes.post("/v1/notes/delete", response_model=schemas.DeleteAnswer)
+    async def delete(body: schemas.DeleteRequest) -> Any:
+        """Delete notes; 200 means that it is on the disk."""
+        check_count(body.note_ids, gateway.limits.ids, "note_ids")
+        check_ids(body.note_ids, gateway.limits, "note_ids")
+        done = await call(gateway.writer.delete, body.note_ids, what="writer", seconds=WRITE_SECONDS)
+        await gateway.applied(done.seq)
+        return done._asdict()
+
+    @routes.post("/v1/notes/search", response_model=schemas.CardsAnswer)
+    async def search(body: schemas.SearchRequest) -> Any:
+        """Notes whose title, topic or id holds the text."""
+        check_text(body.text, gateway.limits.title_characters, "text")
+        ids = await asyncio.to_thread(search_titles, gateway.follower.state.table, body.text, body.limit)
+        found = await cards(gateway, ids)
+        return {"notes": [found[note_id] for note_id in ids if note_id in found]}
+
+    @routes.post("/v1/embeddings", response_model=schemas.EmbeddingsAnswer)
+    async def embeddings(body: schemas.EmbeddingsRequest) -> Any:
+        """Vectors of texts or notes, as OpenAI's endpoint gives them; unit length."""
+        return await embed(gateway, body)
+
+    @routes.post("/v1/similar", response_model=schemas.SimilarAnswer)
+    async def similar(body: schemas.SimilarRequest) -> Any:
+        """The nearest notes of a note, by id or given as it is."""
+        check_k(body.k, gateway.limits.k)
+        return Response(await find_similar(gateway, body), media_type="application/json")
+
+    @routes.get("/v1/notes/{note_id:path}/image", responses={200: {"content": {"image/*": {}}}, 404: _NOT_FOUND})
+    async def image(note_id: str) -> Any:
+        """A note's picture as it was stored."""
+        data = (await _one(gateway, note_id)).image
+        if data is None:
+            raise NotFoundError(f"note {note_id!r} has no image", "note_id")
+        # It came from a stranger: it is an image to every browser, or nothing.
+        headers = {"x-content-type-options": "nosniff", "content-security-policy": "default-src 'none'; sandbox"}
+        return Response(data, media_type=image_type(data), headers=headers)
+
+    @routes.get("/v1/notes/{note_id:path}", response_model=schemas.NoteCard, responses={404: _NOT_FOUND})
+    async def get(note_id: str) -> Any:
+        """A note's card."""
+        return card(await _one(gateway, note_id))
+
+    return routes
+
+
+_NOT_FOUND: dict[str, Any] = {"model": schemas.ErrorAnswer, "description": "no such note"}
+
+
+async def _one(gateway: Gateway, note_id: str) -> StoredNote:
+    check_ids([note_id], gateway.limits, "note_id")
+    note = (await gateway.notes([note_id]))[0]
+    if note is None:
+        raise NotFoundError(f"note {note_id!r} is not there", "note_id")
+    return note
+
+
+async def prepare(gateway: Gateway, notes: Sequence[schemas.Note]) -> tuple[list[Note], dict[int, str]]:
+    """Notes as the model takes them, and the rows that are refused with their reasons."""
+    found = await asyncio.gather(
+        *(prepare_note(note, gateway.limits, gateway.fetcher, gateway.images) for note in notes), return_exceptions=True
+    )
+    problems = {row: str(one) for row, one in enumerate(found) if isinstance(one, DataError)}
+    for one in found:
+        if isinstance(one, BaseException) and not isinstance(one, DataError):
+            raise one
+    return [one for one in found if isinstance(one, Note)], problems
+
+
+async def upsert_notes(gateway: Gateway, notes: Sequence[schemas.Note]) -> dict[str, Any]:
+    """Check, embed and commit notes; of two versions of one note in a request the later counts."""
+    check_count(notes, gateway.limits.notes, "notes")
+    notes = list({note.note_id: note for note in notes}.values())
+    with gateway.figures.timing("prepare_notes"):
+        prepared, problems = await prepare(gateway, notes)
+    rejected = [{"note_id": notes[row].note_id, "reason": reason} for row, reason in problems.items()]
+    columns = gateway.follower.state.table.columns
+    written, refused = await _embedded(gateway, prepared, columns, {note.note_id: note.created_at for note in notes})
+    seq = -1
+    if written:
+        fingerprint = gateway.encoder_fingerprint or gateway.index.model_fingerprint
+        seq = await call(gateway.writer.upsert, written, fingerprint, what="writer", seconds=WRITE_SECONDS)
+        await gateway.applied(seq)
+    return {"seq": seq, "upserted": len(written), "rejected": rejected + refused}
+
+
+async def _embedded(
+    gateway: Gateway, notes: Sequence[Note], columns: Sequence[str], created: dict[str, Any]
+) -> tuple[list[LiveNote], list[dict[str, str]]]:
+    """Notes with their vectors, and those that have none with the reason."""
+    if not notes:
+        return [], []
+    vectors = await gateway.encode(notes, columns)
+    refused = [{"note_id": notes[row].note_id, "reason": reason} for row, reason in vectors.problems.items()]
+    written = []
+    for row, note in enumerate(notes):
+        if row not in vectors.problems:
+            others = {name: vectors.columns[name][row] for name in columns[1:]}
+            if note.image is None and "embedding_image" in others:
+                others["embedding_image"] = None  # what the model makes of no image says nothing about one
+            own = vectors.columns["embedding"][row]
+            written.append(LiveNote(note.note_id, own, *note[1:], created[note.note_id], others))
+    return written, refused
+
+
+async def embed(gateway: Gateway, body: schemas.EmbeddingsRequest) -> dict[str, Any]:
+    """OpenAI's embeddings; a text is a note with that content alone."""
+    inputs: list[Any] = [body.input] if isinstance(body.input, str) else list(body.input)
+    check_count(inputs, gateway.limits.notes, "input")
+    if not inputs:
+        raise InvalidError("input is empty", "input")
+    model = gateway.index.model_fingerprint
+    if body.model not in (None, "", "notellm2", model):
+        raise InvalidError(f"this service runs the model {model!r} (or 'notellm2') alone", "model")
+    given = [
+        one if isinstance(one, schemas.Note) else schemas.Note(note_id=f"input-{row}", content=one)
+        for row, one in enumerate(inputs)
+    ]
+    prepared, problems = await prepare(gateway, given)
+    for row, reason in problems.items():
+        raise InvalidError(reason, f"input.{row}")
+    vectors = await gateway.encode(prepared)
+    for row, reason in vectors.problems.items():
+        raise InvalidError(reason, f"input.{row}")
+    data = [
+        {"object": "embedding", "index": row, "embedding": _shown(vector, body.encoding_format)}
+        for row, vector in enumerate(vectors.columns["embedding"])
+    ]
+    usage = {"prompt_tokens": vectors.tokens, "total_tokens": vectors.tokens}
+    return {"object": "list", "data": data, "model": model, "usage": usage}
+
+
+def _shown(vector: np.ndarray, encoding: str) -> list[float] | str:
+    return base64.b64encode(vector.astype("<f4").tobytes()).decode() if encoding == "base64" else vector.tolist()
+
+
+def image_type(data: bytes) -> str:
+    """Content type of one of the formats that notes have."""
+    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
+        return "image/webp"
+    return next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), "application/octet-stream")
+
+
+def search_titles(table: Any, text: str, limit: int) -> list[str]:
+    """Ids of notes with the text in their title, as a topic, or as their id; a scan that stops when it has enough."""
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    found: list[str] = []
+    for batch in table.dataset.scanner(columns=["note_id", "title", "topics"], filter="NOT deleted").to_batches():
+        hits = pc.or_(
+            pc.match_substring(batch.column("title"), text, ignore_case=True), pc.equal(batch.column("note_id"), text)
+        )
+        topics = batch.column("topics")
+        carrying = pc.list_parent_indices(topics).filter(
+            pc.equal(pc.utf8_lower(pc.list_flatten(topics)), pa.scalar(text.lower()))
+        )
+        mask = hits.to_numpy(zero_copy_only=False).astype(bool)
+        mask[carrying.to_numpy()] = True
+        found += batch.column("note_id").filter(pa.array(mask)).to_pylist()
+        if len(found) >= limit:
+            break
+    return found[:limit]

@@ -1,0 +1,122 @@
+"""What the deployments are told: paths and settings, as plain values that travel to every machine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from notellm2_ray.core.settings.ranking import RankerSettings
+from notellm2_ray.core.settings.retrieval import IndexSettings
+from notellm2_ray.core.settings.serve import DeploymentSettings, ServeSettings
+
+# With Serve's own back-off of up to half a second a full deployment answers a fraction of what it could: at twice its
+# capacity 10 requests a second of 100, with this one 85.
+_BACKOFF = {"initial_backoff_s": 0.005, "max_backoff_s": 0.01}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One application.
+
+    Attributes:
+        directory: serving directory: live table, users, keys; on storage that all replicas share.
+        model: directory of the embedder.
+        notes: prepared notes, for the first start.
+        embeddings: their bulk vectors, for the first start.
+        serve, index, ranker: settings.
+        seed: of the index and of sampling.
+        block_size: events in a block of a user's history.
+        actions: events that put a note into a user's history.
+        session_gap_minutes: a longer pause ends a block; None: blocks by size alone.
+        events: prepared events, histories at the first start where ``sequences`` and ``preferences`` are not there.
+        saved_index: directory of a built index, used at a first load if it fits the table.
+        sequences, preferences, summaries: what the recommender's bulk jobs left, for the first start and as inputs of
+            preferences; None where they have not run.
+        preference_engine: makes an object with ``async advance(previous, items, *, user, block)`` (see
+            :mod:`~notellm2_ray.serve.preferences`); None: no preferences are written.
+        ranker_engine: makes an object with ``async score(...)`` (see :mod:`~notellm2_ray.serve.ranker`); None: none.
+        environment: environment variables of the processes that hold an engine.
+    """
+
+    directory: Path
+    model: Path
+    notes: Path
+    embeddings: Path
+    serve: ServeSettings
+    index: IndexSettings
+    ranker: RankerSettings
+    seed: int = 42
+    block_size: int = 3
+    actions: tuple[str, ...] = ("click",)
+    session_gap_minutes: float | None = None
+    events: Path | None = None
+    saved_index: Path | None = None
+    sequences: Path | None = None
+    preferences: Path | None = None
+    summaries: Path | None = None
+    preference_engine: Callable[[], Any] | None = None
+    ranker_engine: Callable[[], Any] | None = None
+    environment: dict[str, str] | None = None
+
+    @property
+    def keys_file(self) -> Path:
+        return self.serve.keys_file or self.directory / "keys.json"
+
+    @property
+    def users_file(self) -> Path:
+        return self.serve.users_file or self.directory / "users.sqlite"
+
+
+def replica_options(
+    settings: DeploymentSettings, *, drain_seconds: float, environment: dict[str, str] | None = None
+) -> dict[str, Any]:
+    """Arguments of ``serve.deployment`` for a deployment that scales."""
+    from ray.serve.config import AutoscalingConfig, BackpressureConfig
+
+    options: dict[str, Any] = {
+        "max_ongoing_requests": settings.max_ongoing,
+        "max_queued_requests": settings.max_queued,
+        "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
+        **common_options(settings.cpus, settings.gpus, drain_seconds=drain_seconds, environment=environment),
+    }
+    if settings.max_replicas is None:
+        options["num_replicas"] = settings.replicas
+    else:
+        options["autoscaling_config"] = AutoscalingConfig(
+            min_replicas=settings.replicas,
+            max_replicas=settings.max_replicas,
+            target_ongoing_requests=settings.target_ongoing,
+            upscale_delay_s=5,
+            downscale_delay_s=60,
+        )
+    return options
+
+
+def common_options(
+    cpus: float,
+    gpus: float = 0,
+    *,
+    drain_seconds: float,
+    environment: dict[str, str] | None = None,
+    resource: str | None = None,
+) -> dict[str, Any]:
+    """Arguments of ``serve.deployment`` for every deployment; ``resource`` names what its node must have."""
+    from ray.serve.config import RequestRouterConfig
+
+    actor: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
+    if resource:
+        actor["resources"] = {resource: 0.001}
+    if environment:
+        actor["runtime_env"] = {"env_vars": environment}
+    return {
+        "ray_actor_options": actor,
+        "graceful_shutdown_timeout_s": drain_seconds,
+        "graceful_shutdown_wait_loop_s": 0.2,
+        "request_router_config": RequestRouterConfig.model_validate(
+            {"initial_backoff_s": 0.005, "max_backoff_s": 0.01}
+        ),
+        "health_check_period_s": 5,
+        "health_check_timeout_s": 30,
+    }

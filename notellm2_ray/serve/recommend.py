@@ -1,0 +1,67 @@
+"""Recall for a user: neighbours of the history's last notes, merged. Pure functions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from notellm2_ray.core.settings.serve import RecommendSettings
+
+
+class Candidate(NamedTuple):
+    """A note that recall found."""
+
+    note_id: str
+    score: float  # sum over the history's notes of weight * max(cosine, 0) ** power
+    from_history: tuple[str, ...]  # the notes it was found from, strongest first
+
+
+def weights(count: int, decay: float) -> np.ndarray:
+    """(count,) weights of a history, oldest first: the last note's is one, each before it ``decay`` times the next."""
+    return decay ** np.arange(count - 1, -1, -1, dtype=np.float64)
+
+
+def recent(history: Sequence[str], settings: RecommendSettings) -> list[str]:
+    """The notes to search from: the last ones, each once at its last place, oldest first."""
+    last_first = list(dict.fromkeys(reversed(history)))
+    return last_first[: settings.history_notes][::-1]
+
+
+def merge(
+    searched: Sequence[str],
+    found: Mapping[str, tuple[Sequence[str], np.ndarray]],
+    excluded: frozenset[str],
+    settings: RecommendSettings,
+) -> list[Candidate]:
+    """Candidates, best first.
+
+    Args:
+        searched: notes of the history, oldest first.
+        found: (ids, cosines) of the neighbours of those of them that are in the index.
+        excluded: notes never to recommend.
+    """
+    parts: dict[str, dict[str, float]] = {}
+    for source, weight in zip(searched, weights(len(searched), settings.recency_decay), strict=True):
+        ids, cosines = found.get(source, ((), np.empty(0)))
+        for note_id, cosine in zip(ids, np.maximum(np.asarray(cosines, np.float64), 0.0), strict=True):
+            if note_id not in excluded:
+                parts.setdefault(note_id, {})[source] = float(weight * cosine**settings.score_power)
+    candidates = [
+        Candidate(note_id, sum(by.values()), tuple(sorted(by, key=lambda one: (-by[one], one))))
+        for note_id, by in parts.items()
+    ]
+    # Ties by id: the same request gets the same answer from every replica.
+    return sorted(candidates, key=lambda one: (-one.score, one.note_id))
+
+
+def ranked(candidates: Sequence[Candidate], p_yes: Sequence[float | None]) -> list[tuple[Candidate, float | None]]:
+    """Candidates by P(yes); those without one stay behind, in the order of recall.
+
+    Args:
+        candidates: in the order of recall.
+        p_yes: of the first so many of them.
+    """
+    pairs = [(one, p_yes[row] if row < len(p_yes) else None) for row, one in enumerate(candidates)]
+    return sorted(pairs, key=lambda pair: (pair[1] is None, -(pair[1] or 0.0)))  # stable: recall's order among the rest

@@ -1,0 +1,69 @@
+"""Routes about the service itself: health, readiness, figures, the page."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from notellm2_ray.serve import schemas
+from notellm2_ray.serve.errors import NotFoundError
+from notellm2_ray.serve.figures import render, summary
+
+if TYPE_CHECKING:
+    from notellm2_ray.serve.gateway import Gateway
+
+_PAGE_HEADERS = {
+    "content-security-policy": "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'; "
+    "base-uri 'none'; form-action 'none'; object-src 'none'; require-trusted-types-for 'script'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+
+
+def build(gateway: Gateway) -> Any:
+    """The router."""
+    from fastapi import APIRouter
+    from starlette.responses import FileResponse, JSONResponse, Response
+
+    from notellm2_ray.serve.api import WEB
+
+    routes = APIRouter(tags=["service"])
+
+    @routes.get("/v1/health", response_model=schemas.Health)
+    async def health() -> Any:
+        """Whether this process answers."""
+        return {"status": "ok"}
+
+    @routes.get("/v1/ready", response_model=schemas.Ready, responses={503: {"model": schemas.Ready}})
+    async def ready() -> Any:
+        """Whether everything behind it is there; 503 with the reasons until it is."""
+        body = {"ready": not gateway.problems, "reasons": gateway.problems}
+        return JSONResponse(body, 200 if body["ready"] else 503)
+
+    @routes.get("/v1/stats", response_model=schemas.Stats)
+    async def stats() -> Any:
+        """Figures of all replicas: counts, latencies by route and stage, batch sizes; and each replica's index."""
+        reports = {**gateway.reports, gateway.name: gateway._report()}
+        encoders = await gateway.other_figures()
+        return {
+            "replica": gateway.name,
+            "model": gateway.index.model_fingerprint,
+            "ready": not gateway.problems,
+            "in_hand": gateway.guard.in_hand if gateway.guard else 0,
+            "replicas": {name: report["state"] for name, report in reports.items()},
+            **summary([*(report["families"] for report in reports.values()), *encoders]),
+        }
+
+    @routes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def metrics() -> Any:
+        """The same for Prometheus; any replica answers for all, with a label for each."""
+        reports = {**gateway.reports, gateway.name: gateway._report()}
+        text = render([*(report["families"] for report in reports.values()), *await gateway.other_figures()])
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @routes.get("/", include_in_schema=False)
+    async def page() -> Any:
+        if not (WEB / "index.html").is_file():
+            raise NotFoundError("this installation has no page; the API's document is at /openapi.json")
+        return FileResponse(WEB / "index.html", headers=_PAGE_HEADERS)
+
+    return routes

@@ -1,0 +1,68 @@
+// Elements made without any parsing: texts are text nodes, whatever they hold.
+
+/**
+ * An element.
+ * @param {string} tag
+ * @param {Object} attributes `on`: {event: listener}; all others as they are; true sets one, false, null and undefined
+ *   leave it out
+ * @param {...(Node|string|null|Array)} children strings become text
+ */
+export function make(tag, attributes = {}, ...children) {
+  const element = document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes)) {
+    if (name === "on") {
+      for (const [event, listener] of Object.entries(value)) element.addEventListener(event, listener);
+    } else if (value === true) {
+      element.setAttribute(name, "");
+    } else if (value !== false && value !== null && value !== undefined) {
+      element.setAttribute(name, String(value));
+    }
+  }
+  element.append(...children.flat().filter((child) => child !== null && child !== undefined && child !== false));
+  return element;
+}
+
+/** Text of strangers: it has its own direction, and cannot turn that of its surroundings. */
+export function theirs(tag, text, attributes = {}) {
+  return make(tag, { dir: "auto", ...attributes }, text);
+}
+
+/** A labelled field: `[label, input]` in a wrapper. */
+export function field(label, input, hint = null) {
+  const id = input.id || `field-${input.getAttribute("name")}`;
+  input.id = id;
+  if (hint) input.setAttribute("aria-describedby", `${id}-hint`);
+  return make(
+    "div",
+    { class: "field" },
+    make("label", { for: id }, label),
+    input,
+    hint ? make("p", { class: "hint", id: `${id}-hint` }, hint) : null,
+  );
+}
+
+/** A button that does something. */
+export function button(text, action, attributes = {}) {
+  return make("button", { type: "button", ...attributes, on: { click: action } }, text);
+}
+
+/** Say something to screen readers; the eye sees it elsewhere. */
+export function announce(text) {
+  document.getElementById("status").textContent = text;
+}
+
+/** The beginning of a text, for labels and titles. */
+export function clip(text, most = 80) {
+  const characters = Array.from(text.slice(0, 2 * most + 2));
+  return characters.length > most ? `${characters.slice(0, most).join("")}…` : text;
+}
+
+/** What a note is called: its title, else its id. */
+export function nameOf(note) {
+  return clip(note.title.trim() || `note ${note.note_id}`);
+}
+
+/** "1 note", "3 notes". */
+export function count(number, noun) {
+  return `${number.toLocaleString("en")} ${noun}${number === 1 ? "" : "s"}`;
+}

@@ -1,0 +1,154 @@
+"""The deployment that alone writes the live table; it also keeps what the other replicas measure of themselves."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from notellm2_ray.serve.figures import Figures
+from notellm2_ray.serve.files import FIRST_TABLE, VERSIONS, current_table
+from notellm2_ray.serve.live_rows import LiveNote
+from notellm2_ray.serve.plan import Plan, common_options
+
+log = logging.getLogger("notellm2_ray.serve")
+
+_FORGET_SECONDS = 30.0  # figures of a replica that is gone
+
+
+class Deleted(NamedTuple):
+    """What a deletion came to."""
+
+    seq: int
+    deleted: int
+    unknown: list[str]
+
+
+class Writer:
+    """One replica, around one :class:`~notellm2_ray.serve.store.LiveStore`.
+
+    Serve starts the next replica only after the last one's process is gone, and the store's lock, which the system
+    releases with the process, keeps a straggler out. At the very first start the table is made from the bulk outputs.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        from notellm2_ray.serve.store import LiveStore
+
+        path = ensure_table(plan)
+        serve = plan.serve
+        self.store = _opened(
+            lambda: LiveStore.open(path, gather_seconds=serve.commit_wait_ms / 1000, max_group_rows=serve.commit_rows)
+        )
+        self.figures = Figures("writer")
+        self.pending: dict[str, int] = {}  # ids on their way to the disk, counted
+        self.reports: dict[str, tuple[float, dict[str, Any]]] = {}
+
+    async def upsert(self, notes: Sequence[LiveNote], model_fingerprint: str) -> int:
+        """Write notes; the number of their commit, once it is on the disk.
+
+        Raises:
+            DataError, ModelError, OutputError: nothing of the call was written.
+        """
+        with self.figures.timing("commit"), _Pending(self.pending, [note.note_id for note in notes]):
+            seq = await self.store.upsert_async(notes, model_fingerprint)
+        self.figures.wrote("upserted", len(notes))
+        self.figures.batch("upsert", len(notes))
+        return seq
+
+    async def delete(self, note_ids: Sequence[str]) -> Deleted:
+        """Delete those of the notes that there are."""
+        pending = [note_id for note_id in note_ids if note_id in self.pending]
+        found = await asyncio.to_thread(self._existing, note_ids)
+        known = list(dict.fromkeys(note_id for note_id in note_ids if note_id in found or note_id in pending))
+        with self.figures.timing("commit"):
+            seq = await self.store.delete_async(known)
+        self.figures.wrote("deleted", len(known))
+        return Deleted(seq, len(known), [note_id for note_id in dict.fromkeys(note_ids) if note_id not in set(known)])
+
+    def columns(self) -> tuple[str, ...]:
+        """The table's vector columns, ``embedding`` first."""
+        return self.store.columns
+
+    def exchange(self, replica: str, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+        """Keep a replica's report and return everybody's, so that any replica can answer for all."""
+        now = time.monotonic()
+        self.reports[replica] = (now, report)
+        self.reports["writer"] = (now, {"families": self.figures.snapshot(), "state": self.store.info()})
+        self.reports = {name: entry for name, entry in self.reports.items() if now - entry[0] < _FORGET_SECONDS}
+        return {name: kept for name, (_, kept) in self.reports.items()}
+
+    def check_health(self) -> None:
+        """Serve restarts the replica when this raises."""
+
+    def __del__(self) -> None:
+        store = getattr(self, "store", None)
+        if store is not None:
+            store.close()
+
+    def _existing(self, note_ids: Sequence[str]) -> set[str]:
+        return {note.note_id for note in self.store.notes(note_ids) if note is not None}
+
+
+def ensure_table(plan: Plan) -> Path:
+    """The current live table, made from the bulk outputs where there is none yet.
+
+    Raises:
+        DataError: the bulk outputs are missing or empty.
+    """
+    from notellm2_ray.serve.seed import seed_from_bulk
+
+    path = current_table(plan.directory)
+    if path.name == FIRST_TABLE and not any((path / VERSIONS).glob("*.manifest")):
+        plan.directory.mkdir(parents=True, exist_ok=True)
+        seed_from_bulk(plan.notes, plan.embeddings, path)
+    return path
+
+
+def _opened(open_store: Any, seconds: float = 30.0) -> Any:
+    """The store, after the process before has let go of its lock."""
+    from notellm2_ray.core.errors import OutputError
+
+    until = time.monotonic() + seconds
+    while True:
+        try:
+            return open_store()
+        except OutputError:
+            if time.monotonic() > until:
+                raise
+            time.sleep(0.2)
+
+
+class _Pending:
+    """Counts ids in while they are written."""
+
+    def __init__(self, counts: dict[str, int], ids: Sequence[str]) -> None:
+        self.counts, self.ids = counts, ids
+
+    def __enter__(self) -> None:
+        for one in self.ids:
+            self.counts[one] = self.counts.get(one, 0) + 1
+
+    def __exit__(self, *error: object) -> None:
+        for one in self.ids:
+            self.counts[one] -= 1
+            if not self.counts[one]:
+                del self.counts[one]
+
+
+def writer_deployment(plan: Plan) -> Any:
+    """The deployment, not bound yet."""
+    from ray import serve
+
+    return serve.deployment(
+        Writer,
+        name="Writer",
+        num_replicas=1,
+        max_ongoing_requests=256,
+        max_queued_requests=256,
+        **common_options(
+            plan.serve.writer_cpus, drain_seconds=plan.serve.drain_seconds, resource=plan.serve.state_resource
+        ),
+    )

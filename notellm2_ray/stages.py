@@ -1,0 +1,39 @@
+"""Running a stage: skipped where its output is there, continued where it was stopped, else done anew."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from notellm2_ray.core.run import Output, read_manifest
+
+log = logging.getLogger("notellm2_ray")
+
+
+def run_stage(output: Output, work: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
+    """Do a stage's work unless its output is there; its manifest's counts either way.
+
+    Args:
+        output: what the stage writes, with all that shapes it.
+        work: writes into the directory it is given, and returns the manifest's counts.
+    """
+    name = f"{output.stage} ({output.directory.name})"
+    if output.complete:
+        log.info("%s: already there", name)
+        return read_manifest(output.directory)["counts"]
+    log.info("%s: %s", name, "continuing" if output.resumable else "starting")
+    started = time.time()
+    with output.write() as counts:
+        counts.update(work(output.directory))
+    log.info("%s: done in %.0f s: %s", name, time.time() - started, _brief(counts))
+    return dict(counts)
+
+
+def _brief(counts: Mapping[str, Any]) -> str:
+    shown = {key: value for key, value in counts.items() if isinstance(value, (int, float, str))}
+    return ", ".join(
+        f"{key} {value:.4g}" if isinstance(value, float) else f"{key} {value}" for key, value in shown.items()
+    )

@@ -1,0 +1,185 @@
+"""The training loop that every rank runs, whatever is trained: steps, history, checkpoints, the best weights so far."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+
+from notellm2_ray.core.config import to_plain
+from notellm2_ray.core.run import stream_seed
+from notellm2_ray.core.settings.train import TrainSettings
+from notellm2_ray.train import distributed
+from notellm2_ray.train.batches import prefetched
+from notellm2_ray.train.checkpoints import RunFiles, State, begin_checkpoint, read_state, write_state
+from notellm2_ray.train.engine import Engine
+from notellm2_ray.train.history import History, Progress, open_logger
+from notellm2_ray.train.schedule import learning_rate_factor
+
+log = logging.getLogger("notellm2_ray")
+
+Step = TypeVar("Step")
+Report = Callable[[Path, dict[str, Any]], None]
+
+
+class TrainingRun(ABC, Generic[Step]):
+    """One rank of a training run.
+
+    A subclass builds ``engine`` and says what a step is; order, learning rate and dropout follow from the step's number
+    alone, so that a resumed run does what an undisturbed one does.
+
+    Attributes:
+        total: updates of the whole run.
+        unit, per_step: what a step's progress is counted in, and how many of them a step has.
+    """
+
+    engine: Engine
+    total: int
+    unit: str
+    per_step: int
+
+    def __init__(self, files: RunFiles, settings: TrainSettings, seed: int, device: torch.device, report: Report):
+        """Begin at step 0.
+
+        Args:
+            report: is told of a checkpoint's directory and figures, on every rank, once all of it is written.
+        """
+        self.files, self.settings, self.seed, self.device, self._report = files, settings, seed, device, report
+        self.state = State()
+        self._reported: list[State] = []
+
+    @abstractmethod
+    def prepare(self, step: int) -> Step:
+        """Read what this rank needs for a step (from 0); may be called from a thread."""
+
+    @abstractmethod
+    def train(self, step: int, prepared: Step) -> dict[str, Any]:
+        """Take a step; figures for its row of the history, ``loss`` among them: that of the whole batch before it."""
+
+    @abstractmethod
+    def validate(self) -> dict[str, Any] | None:
+        """Figures of a validation, or None where there is nothing to validate on. May call :meth:`keep`."""
+
+    @abstractmethod
+    def write_weights(self, directory: Path) -> None:
+        """Write what the run keeps; every rank calls it, rank 0 writes."""
+
+    @abstractmethod
+    def figures(self) -> dict[str, Any]:
+        """Figures of the run beyond those that every run has."""
+
+    def resume(self, checkpoint: Path) -> None:
+        """Go on after ``checkpoint``."""
+        self.state = read_state(checkpoint)
+        self.engine.load(checkpoint)
+        self._reported = [self.state]
+        if distributed.rank() == 0:
+            log.info("continuing after step %d", self.state.step)
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end; the run's figures on rank 0."""
+        first = distributed.rank() == 0
+        history = History(self.files.history, self.state.step) if first else None
+        name = self.settings.logger if first else "none"
+        add_to_log, close_log = open_logger(name, self.files.output, to_plain(self.settings), self.state.step)
+        progress = Progress(self.state.step, self.total, self.per_step, unit=self.unit)
+        self.engine.module.train()
+        steps = prefetched(self._numbered, range(self.state.step, self.total), self.settings.prefetch_batches)
+        for step, prepared in steps:
+            progress.begin()
+            # Dropout follows from the step, so that a resumed run drops what an undisturbed one does.
+            torch.manual_seed(stream_seed(self.seed, "train", "dropout", step, distributed.rank()))
+            figures = self.train(step, prepared)
+            self.state = self.state.model_copy(update={"step": step + 1})
+            speed = progress.end(step + 1, figures["loss"], quiet=not first)
+            row = {"step": step + 1, "loss": figures["loss"], "lr": self.factor(step) * self.settings.learning_rate}
+            row |= {**figures, f"{self.unit}_per_s": round(speed, 1)}
+            rows = [row, *self._validation_rows()]
+            if history is not None:
+                for row in rows:
+                    history.add(row)
+                    add_to_log(row)
+            self._checkpoint_if_due()
+        close_log()
+        if history is not None:
+            history.close()
+        if self.state.best_step is None:
+            self.keep()  # without validation the last weights are the best there are
+        return self._all_figures(history, progress)
+
+    def factor(self, step: int) -> float:
+        """What the peak learning rates are multiplied by in ``step``."""
+        return learning_rate_factor(step, self.total, self.settings.warmup_ratio)
+
+    def keep(self, **best: float) -> None:
+        """The weights as they are now are the best so far; ``best`` are fields of the state."""
+        self.write_weights(self.files.best(self.state.step))
+        self.state = self.state.model_copy(update={"best_step": self.state.step, **best})
+        distributed.barrier()
+
+    def _numbered(self, step: int) -> tuple[int, Step]:
+        return step, self.prepare(step)
+
+    def _validation_rows(self) -> list[dict[str, Any]]:
+        step = self.state.step
+        if step % self.settings.validate_every_steps and step < self.total:
+            return []
+        figures = self.validate()
+        return [] if figures is None else [{"step": step, **figures}]
+
+    def _checkpoint_if_due(self) -> None:
+        step = self.state.step
+        if step % self.settings.checkpoint_every_steps or step == self.total:
+            return
+        directory = self.files.checkpoint(step)
+        if distributed.rank() == 0:
+            begin_checkpoint(directory)
+        distributed.barrier()
+        self.engine.save(directory)
+        distributed.barrier()
+        if distributed.rank() == 0:
+            write_state(directory, self.state)
+        self._report(directory, {"step": step})
+        # Ray takes note of a checkpoint a little after it is told; a run killed before that resumes from an earlier
+        # one, whose best weights must still be there.
+        self._reported = [*self._reported[-2:], self.state]
+        if distributed.rank() == 0:
+            self.files.keep_best(state.best_step for state in self._reported)
+
+    def _all_figures(self, history: History | None, progress: Progress) -> dict[str, Any]:
+        if history is None:
+            return {}
+        losses = [row["loss"] for row in history.rows if "loss" in row]
+        return {
+            "steps": self.total,
+            **self.figures(),
+            "best_step": self.state.best_step,
+            "final_loss": losses[-1],
+            f"{self.unit}_per_s": round(progress.notes_per_s(self.total), 1),
+        }
+
+
+def resolved_precision(settings: TrainSettings, device: torch.device) -> TrainSettings:
+    """The settings with ``precision=auto`` decided for a device."""
+    from notellm2_ray.models.device import multiplies_bf16
+
+    if settings.precision != "auto":
+        return settings
+    return settings.model_copy(update={"precision": "bf16" if multiplies_bf16(device) else "fp32"})
+
+
+def prepare_process(cpus: float) -> None:
+    """Set up a worker process: threads, search path of compilers, no chatter in the log."""
+    torch.set_num_threads(max(1, int(cpus)))
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja lies there
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train sets INFO, for every library
+    log.setLevel(logging.INFO)
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

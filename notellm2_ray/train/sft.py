@@ -1,0 +1,104 @@
+"""Tuning the ranker as a stage: a Ray Train run from examples to an adapter and the model with it merged in."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from pathlib import Path
+from typing import Any
+
+from notellm2_ray.core.settings import RaySettings
+from notellm2_ray.core.settings.ranking import RankerSettings, TuneSettings
+from notellm2_ray.train.checkpoints import RunFiles, publish
+from notellm2_ray.train.launch import absolute, run_training, train_rank
+
+log = logging.getLogger("notellm2_ray")
+
+
+def train_ranker(
+    ranker: RankerSettings,
+    tune: TuneSettings,
+    *,
+    model_path: str,
+    sequences: Path,
+    notes: Path,
+    preferences: Path | None,
+    output: Path,
+) -> dict[str, Any]:
+    """Tune a ranker with LoRA on Ray Train; a run that was stopped in ``output`` goes on.
+
+    Args:
+        model_path: what ``ranker.model`` stands for.
+        sequences: holds {train,valid}.parquet (EXAMPLE_SCHEMA) and candidates/{train,valid}.parquet
+            (CANDIDATE_SCHEMA), on storage that every worker sees. A candidate is a question; every epoch has the same.
+        notes: prepared notes, a directory of Parquet files (NOTE_SCHEMA).
+        preferences: PREFERENCE_SCHEMA; None for ``tallrec``.
+        output: gets ``adapter/`` (peft; the weights with the best validation AUC, or the last ones if there is nothing
+            to validate on), ``model/`` (the whole model with it merged in, which vLLM loads), ``history.jsonl``
+            ({step, loss, lr, prompts_per_s} after every step, {step, valid_loss, valid_auc} after every validation)
+            and, where candidates have no note, ``quarantine/``.
+
+    Returns:
+        steps, prompts, validation_prompts, quarantined, without_preference (examples with a history but no preference,
+        shown as users without a history), best_step, best_auc, final_loss, trained_parameters, prompts_per_s.
+
+    Raises:
+        ConfigError: the cluster is too small.
+        DataError: a table is missing or unusable, or an image is.
+        ModelError: the model cannot be read or shown what the variant shows, or the loss is not finite.
+        ray.train.TrainingFailedError: workers failed more often than ``tune.max_failures``.
+    """
+    from notellm2_ray.core.cluster import connect
+    from notellm2_ray.train.sft_data import SftFiles, check_rows, gather_notes
+    from notellm2_ray.train.sft_loop import SftJob, mechanics
+
+    connect(RaySettings())
+    files = RunFiles(Path(output).absolute(), "adapter")
+    if files.result.exists():
+        return _finish(files, {}, model_path, tune)
+    data = SftFiles(
+        Path(sequences).absolute(),
+        None if preferences is None else Path(preferences).absolute(),
+        files.root / "notes.arrow",
+    )
+    gather_notes(data, Path(notes).absolute(), ranker)
+    counts = check_rows(data, ranker, tune, files.output)
+    log.info("train-ranker: %d prompts, %d to validate on", counts["prompts"], counts["validation_prompts"])
+    job = SftJob(ranker, tune, absolute(model_path), data, files.output)
+    result = run_training(sft_rank, job._asdict(), mechanics(tune), files, section="tune")
+    return _finish(files, {**counts, **result}, model_path, tune)
+
+
+def sft_rank(config: dict[str, Any]) -> dict[str, Any]:
+    """What each Ray Train worker does."""
+    from notellm2_ray.train.sft_loop import SftJob, SftTrainer, mechanics
+
+    job = SftJob(**config["job"])
+    return train_rank(
+        lambda device, report: SftTrainer(job, device, report),
+        RunFiles(job.output, "adapter"),
+        mechanics(job.tune),
+        config["resume_from"],
+    )
+
+
+def _finish(files: RunFiles, result: dict[str, Any], model_path: str, tune: TuneSettings) -> dict[str, Any]:
+    """Publish the adapter and merge it; done again after a kill at any point, it ends in the same."""
+    import ray
+
+    result = publish(files, result)
+    merged = files.output / "model"
+    if not merged.exists():
+        # On whichever machine has the room: the driver's may be a small one.
+        task = ray.remote(num_cpus=tune.cpus_per_worker, max_retries=1)(_merge)
+        ray.get(task.remote(absolute(model_path), files.model, merged))
+    return result
+
+
+def _merge(base: str, adapter: Path, directory: Path) -> None:
+    from notellm2_ray.models.ranker import merge_adapter
+
+    partial = directory.with_name(f".{directory.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    merge_adapter(base, adapter, partial)
+    partial.rename(directory)

@@ -1,0 +1,190 @@
+"""Questions of a tuning run: read, joined with their notes, tokenised ahead of the model, in groups of like length."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.note_store import NoteStore
+from notellm2_ray.core.ranking_rows import CandidateRow, CandidateRows, store_notes
+from notellm2_ray.core.run import stream_seed
+from notellm2_ray.core.schema import QUARANTINE_SCHEMA
+from notellm2_ray.core.settings.ranking import RankerSettings, TuneSettings
+from notellm2_ray.models.ranker_inputs import Question, RankerFeatures, RankerPreprocessor
+
+
+class SftFiles(NamedTuple):
+    """What a tuning run reads."""
+
+    sequences: Path  # {train,valid}.parquet and candidates/{train,valid}.parquet
+    preferences: Path | None
+    store: Path  # a NoteStore of all notes that are shown
+
+    def candidates(self, split: str) -> CandidateRows:
+        """The candidates of ``train`` or ``valid``.
+
+        Raises:
+            DataError: a table is missing or damaged.
+        """
+        return CandidateRows(
+            self.sequences / f"{split}.parquet", self.sequences / "candidates" / f"{split}.parquet", self.preferences
+        )
+
+
+class SftRows:
+    """The candidates of a split that can be shown.
+
+    Attributes:
+        missing: (example_id, note_id) of the candidates whose note is not in the store.
+    """
+
+    def __init__(self, files: SftFiles, split: str, ranker: RankerSettings) -> None:
+        self.candidates = files.candidates(split)
+        self._store, self._ranker = NoteStore(files.store), ranker
+        there = np.array([note_id in self._store for note_id in self.candidates.note_ids], bool)
+        self._places = np.flatnonzero(there)
+        self.missing = [row[:2] for row in self.candidates.rows(np.flatnonzero(~there))]
+
+    def __len__(self) -> int:
+        return len(self._places)
+
+    @property
+    def labels(self) -> np.ndarray:
+        """(R,) bool."""
+        return self.candidates.labels[self._places].astype(bool)
+
+    def of_examples(self, max_examples: int, seed: int) -> np.ndarray:
+        """Rows of some examples, chosen at random, all candidates of each; in the order of the table."""
+        examples = self.candidates.example_of[self._places]
+        rng = np.random.default_rng(stream_seed(seed, "train", "validation"))
+        chosen = rng.permutation(np.unique(examples))[:max_examples]
+        return np.flatnonzero(np.isin(examples, chosen))
+
+    def question(self, row: int) -> tuple[CandidateRow, Question]:
+        """One candidate with what is shown of it."""
+        (candidate,) = self.candidates.rows([self._places[row]])
+        (note,) = self._store.get([candidate.note_id])
+        titles: tuple[str, ...] = ()
+        if self._ranker.variant == "tallrec":
+            shown = [one for one in candidate.history_ids[-self._ranker.max_history :] if one in self._store]
+            titles = tuple(one.title for one in self._store.get(shown))
+        return candidate, Question(note.title, note.image, candidate.preference, titles)
+
+
+class SftPreparer:
+    """Rows to features. Called from several threads at once."""
+
+    def __init__(self, rows: SftRows, preprocessor: RankerPreprocessor) -> None:
+        self._rows, self._preprocessor = rows, preprocessor
+        self._own = threading.local()
+
+    def __call__(self, rows: Sequence[int], *, answered: bool) -> list[RankerFeatures]:
+        """Features of some rows, with their answers and labels or as prompts alone.
+
+        Raises:
+            DataError: an image cannot be decoded; the message names the note.
+        """
+        preprocessor, features = self._thread_own(), []
+        for row in rows:
+            candidate, question = self._rows.question(int(row))
+            try:
+                features.append(preprocessor.features(question, bool(candidate.label) if answered else None))
+            except DataError as error:
+                raise DataError(f"note {candidate.note_id}: {error}") from error
+        return features
+
+    def _thread_own(self) -> RankerPreprocessor:
+        # A fast tokenizer cannot be used by two threads at a time, and a processor has one.
+        if not hasattr(self._own, "preprocessor"):
+            self._own.preprocessor = copy.deepcopy(self._preprocessor)
+        return self._own.preprocessor
+
+
+def length_groups(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Places in groups of like length, short ones first, each of at most ``max_tokens`` tokens with its padding.
+
+    One that is longer than that is a group of its own.
+    """
+    groups: list[list[int]] = []
+    for place in np.argsort(lengths, kind="stable").tolist():
+        if groups and (len(groups[-1]) + 1) * lengths[place] <= max_tokens:
+            groups[-1].append(place)
+        else:
+            groups.append([place])
+    return groups
+
+
+def split_groups(groups: Sequence[Sequence[int]], count: int) -> list[list[int]]:
+    """The groups, the largest ones halved until there are ``count``."""
+    split = [list(group) for group in groups]
+    while len(split) < count:
+        largest = max(range(len(split)), key=lambda number: len(split[number]))
+        group = split[largest]
+        assert len(group) > 1, "a rank has fewer rows than groups are asked for"
+        split[largest : largest + 1] = [group[: len(group) // 2], group[len(group) // 2 :]]
+    return split
+
+
+def gather_notes(files: SftFiles, notes: Path, ranker: RankerSettings) -> None:
+    """Write the store of all notes that a run shows, if an earlier run has not.
+
+    Raises:
+        DataError: a table is missing or damaged, or there are no notes.
+    """
+    if files.store.exists():
+        return
+    ids: set[str] = set()
+    for split in ("train", "valid"):
+        rows = files.candidates(split)
+        ids |= set(rows.note_ids)
+        if ranker.variant == "tallrec":
+            ids |= rows.history_ids(ranker.max_history)
+    files.store.parent.mkdir(parents=True, exist_ok=True)
+    store_notes(notes, ids, files.store)
+
+
+def check_rows(files: SftFiles, ranker: RankerSettings, tune: TuneSettings, output: Path) -> dict[str, Any]:
+    """Look at the examples before anything is started.
+
+    Candidates without a note are left out and quarantined.
+
+    Returns:
+        prompts, validation_prompts, quarantined, without_preference.
+
+    Raises:
+        DataError: there are fewer prompts than a batch holds, or a table is unusable.
+    """
+    train, valid = (SftRows(files, split, ranker) for split in ("train", "valid"))
+    if len(train) < tune.batch_size:
+        raise DataError(
+            f"{len(train)} training prompts do not fill one batch of tune.batch_size={tune.batch_size}: lower "
+            "tune.batch_size, or make more examples (see sequences.* and candidates.*)"
+        )
+    missing = [
+        {
+            "table": "candidates",
+            "source": str(files.sequences / "candidates" / f"{split}.parquet"),
+            "key": f"{example_id} {note_id}",
+            "reason": f"there is no note {note_id!r}",
+        }
+        for split, rows in (("train", train), ("valid", valid))
+        for example_id, note_id in rows.missing
+    ]
+    if missing:
+        (output / "quarantine").mkdir(parents=True, exist_ok=True)
+        table = pa.Table.from_pylist(missing, schema=QUARANTINE_SCHEMA)
+        pq.write_table(table, output / "quarantine" / "candidates.parquet")
+    return {
+        "prompts": len(train),
+        "validation_prompts": len(valid.of_examples(tune.max_validation_examples, tune.seed)),
+        "quarantined": len(missing),
+        "without_preference": train.candidates.without_preference + valid.candidates.without_preference,
+    }

@@ -1,0 +1,215 @@
+"""Tuning the ranker: the steps of :class:`~notellm2_ray.train.run_loop.TrainingRun` on questions and their answers."""
+
+from __future__ import annotations
+
+import logging
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import nn
+
+from notellm2_ray.core.errors import ModelError
+from notellm2_ray.core.settings.ranking import RankerSettings, TuneSettings
+from notellm2_ray.core.settings.train import TrainSettings
+from notellm2_ray.models.chat import ChatTokenizer, load_processor
+from notellm2_ray.models.ranker import RankerModel, answer_loss, answer_probability, load_network
+from notellm2_ray.models.ranker_inputs import IGNORED, RankerBatch, RankerFeatures, RankerPreprocessor, RankerPrompter
+from notellm2_ray.train import distributed
+from notellm2_ray.train.batches import prefetched
+from notellm2_ray.train.checkpoints import RunFiles
+from notellm2_ray.train.engine import make_engine
+from notellm2_ray.train.run_loop import Report, TrainingRun, resolved_precision
+from notellm2_ray.train.sampler import StepSampler
+from notellm2_ray.train.sft_data import SftFiles, SftPreparer, SftRows, length_groups, split_groups
+
+log = logging.getLogger("notellm2_ray")
+
+
+class SftJob(NamedTuple):
+    """What a rank needs to know."""
+
+    ranker: RankerSettings
+    tune: TuneSettings
+    model_path: str
+    files: SftFiles
+    output: Path
+
+
+class SftStep(nn.Module):
+    """The ranker and its loss, as one module that an engine can wrap."""
+
+    def __init__(self, model: RankerModel, bf16: bool) -> None:
+        super().__init__()
+        self.model, self._bf16 = model, bf16
+
+    def forward(self, batch: RankerBatch, ids: tuple[int, int] | None = None) -> Any:
+        """The loss of :func:`answer_loss`; or with the ids of Yes and No, every row's P(yes) (N,)."""
+        with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self._bf16):
+            if ids is None:
+                return answer_loss(self.model, batch)
+            return answer_probability(self.model, batch, *ids)
+
+
+class SftTrainer(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
+    """One rank of a ranker's tuning."""
+
+    unit = "prompts"
+
+    def __init__(self, job: SftJob, device: torch.device, report: Report) -> None:
+        """Build everything; the same weights on every rank."""
+        tune, settings = job.tune, resolved_precision(mechanics(job.tune), device)
+        super().__init__(RunFiles(job.output, "adapter"), settings, tune.seed, device, report)
+        self.job, self.per_step = job, tune.batch_size
+        bf16 = settings.precision == "bf16"
+        # What is frozen need not be more exact than what it is multiplied in.
+        network = load_network(job.model_path, torch.bfloat16 if bf16 else torch.float32)
+        self.ranker = RankerModel(network, tune)
+        self.module = SftStep(self.ranker, bf16)
+        self.chat = ChatTokenizer.from_pretrained(job.model_path)
+        prompter = RankerPrompter(self.chat, job.ranker)
+        self.preprocessor = RankerPreprocessor(prompter, load_processor(job.model_path), tune.loss_on)
+        self._blank = self.preprocessor.blank() if self._needs_blanks() else None
+        self.engine = make_engine(self.module, settings, device)
+        self._read_data()
+        steps = max(1, int(tune.epochs * self.sampler.steps_per_epoch))
+        self.total = steps if tune.max_steps is None else min(steps, tune.max_steps)
+
+    def _read_data(self) -> None:
+        job, tune = self.job, self.job.tune
+        rows, valid = (SftRows(job.files, split, job.ranker) for split in ("train", "valid"))
+        ranks = distributed.rank(), distributed.world_size()
+        self.sampler = StepSampler(len(rows), tune.batch_size, tune.seed, *ranks)
+        self._prepare = SftPreparer(rows, self.preprocessor)
+        self._prepare_valid = SftPreparer(valid, self.preprocessor)
+        self._valid_rows = valid.of_examples(tune.max_validation_examples, tune.seed)
+        self._valid_labels = valid.labels[self._valid_rows]
+
+    def prepare(self, step: int) -> tuple[np.ndarray, list[RankerFeatures]]:
+        rows = self.sampler.rows(step)
+        return rows, self._prepare(rows.tolist(), answered=True)
+
+    def train(self, step: int, prepared: tuple[np.ndarray, list[RankerFeatures]]) -> dict[str, Any]:
+        _, features = prepared
+        tokens = torch.tensor(sum(int((item.labels != IGNORED).sum()) for item in features))
+        per_rank = distributed.mean_over_ranks(tokens)
+        groups = list(self._groups(features))
+        losses: list[torch.Tensor] = []
+        for number, group in enumerate(groups):
+            total, _ = self.engine(self._batch([features[place] for place in group]))
+            loss = total / per_rank
+            losses.append(loss.detach())
+            if number < len(groups) - 1:
+                self.engine.accumulate(loss)
+                continue
+            mean = distributed.mean_over_ranks(torch.stack(losses).sum())
+            if not math.isfinite(mean):
+                raise ModelError(
+                    f"step {step + 1}: the loss is {mean}. Lower tune.learning_rate, or set tune.precision=fp32"
+                )
+            self.engine.update(loss, self.factor(step))
+        return {"loss": mean}
+
+    def validate(self) -> dict[str, Any] | None:
+        if not len(self._valid_rows):
+            return None
+        self.module.eval()
+        with torch.no_grad():
+            scores = np.concatenate(list(self._scores()))[: len(self._valid_rows)]
+        self.module.train()
+        auc, loss = pooled_auc(scores, self._valid_labels), _log_loss(scores, self._valid_labels)
+        if distributed.rank() == 0:
+            log.info("step %d/%d: validation AUC %.4f, loss %.4f", self.state.step, self.total, auc, loss)
+        best = (-(self.state.best_score or 0.0), self.state.best_loss or math.inf)
+        if self.state.best_step is None or (-auc, loss) < best:
+            self.keep(best_score=auc, best_loss=loss)
+        return {"valid_loss": loss, "valid_auc": auc}
+
+    def write_weights(self, directory: Path) -> None:
+        weights = self.engine.state_dict(trained_only=True)
+        if weights is not None:
+            self.ranker.save_adapter(directory, dict(weights), self.job.model_path)
+
+    def figures(self) -> dict[str, Any]:
+        return {
+            "best_auc": self.state.best_score,
+            "trained_parameters": sum(p.numel() for p in self.ranker.parameters() if p.requires_grad),
+        }
+
+    def _needs_blanks(self) -> bool:
+        """Whether the other ranks wait for this one's share of the vision tower in every forward pass."""
+        sharded = self.settings.engine == "deepspeed" and self.settings.zero_stage == 3
+        return sharded and distributed.world_size() > 1 and self.job.ranker.variant != "tallrec"
+
+    def _groups(self, features: list[RankerFeatures]) -> list[list[int]]:
+        """Places of the features, a forward pass each; as many on every rank."""
+        own = length_groups([len(item.input_ids) for item in features], self.job.tune.max_batch_tokens)
+        return split_groups(own, max(distributed.gather_objects(len(own))))
+
+    def _batch(self, features: list[RankerFeatures]) -> RankerBatch:
+        if self._blank is not None and not any(item.vision for item in features):
+            features = [*features, self._blank]
+        return self.preprocessor.collate(features).to(self.device)
+
+    def _scores(self) -> Iterator[np.ndarray]:
+        """P(yes) of the validation rows in order, some at a time, on every rank; the last row may be repeated."""
+        world_size = distributed.world_size()
+        share = max(1, min(self.job.tune.batch_size, len(self._valid_rows)) // world_size)
+        begins = range(0, len(self._valid_rows), share * world_size)
+        ids = (self.chat.yes_id, self.chat.no_id)
+
+        def prepare(begin: int) -> list[RankerFeatures]:
+            places = begin + distributed.rank() * share + np.arange(share)
+            rows = self._valid_rows[np.minimum(places, len(self._valid_rows) - 1)]
+            return self._prepare_valid(rows.tolist(), answered=False)
+
+        for features in prefetched(prepare, begins, self.settings.prefetch_batches):
+            own = torch.empty(share, device=self.device)
+            for group in self._groups(features):
+                own[group] = self.module(self._batch([features[place] for place in group]), ids)[: len(group)]
+            yield distributed.gather_rows(own)[0].cpu().numpy()
+
+
+def mechanics(tune: TuneSettings) -> TrainSettings:
+    """How an engine, Ray Train and the loop are to run a tuning: their settings are those of embedder training."""
+    stage = {"zero_stage": tune.zero_stage} if tune.engine == "deepspeed" else {}
+    return TrainSettings(
+        engine=tune.engine,
+        **stage,
+        seed=tune.seed,
+        num_workers=tune.num_workers,
+        cpus_per_worker=tune.cpus_per_worker,
+        gpus_per_worker=tune.gpus_per_worker,
+        batch_pairs=tune.batch_size,
+        learning_rate=tune.learning_rate,
+        weight_decay=tune.weight_decay,
+        warmup_ratio=tune.warmup_ratio,
+        max_grad_norm=tune.max_grad_norm,
+        precision=tune.precision,
+        gradient_checkpointing=tune.gradient_checkpointing,
+        validate_every_steps=tune.validate_every_steps,
+        checkpoint_every_steps=tune.validate_every_steps,
+        max_failures=tune.max_failures,
+    )
+
+
+def pooled_auc(scores: np.ndarray, labels: np.ndarray) -> float:
+    """Share of all (positive, negative) pairs of rows in which the positive scores higher, ties half.
+
+    0.5 where there is no pair.
+    """
+    from scipy.stats import rankdata
+
+    positives, negatives = int(labels.sum()), int((~labels).sum())
+    if not positives or not negatives:
+        return 0.5
+    above = rankdata(scores)[labels].sum() - positives * (positives + 1) / 2
+    return float(above / (positives * negatives))
+
+
+def _log_loss(scores: np.ndarray, labels: np.ndarray) -> float:
+    told = np.where(labels, scores, 1 - scores).astype(np.float64)
+    return float(-np.log(np.maximum(told, 1e-12)).mean())

@@ -1,0 +1,78 @@
+"""Questions about one picture or one title that are answered by yes or no, as instruction-tuned models know them."""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Mapping, Sequence
+from typing import NamedTuple
+
+from notellm2_ray.core.prompts import Language, quote
+from notellm2_ray.core.recommend_prompts import IMAGE, NO, YES, Part, Text
+from notellm2_ray.models.tiny.lessons import Exercise
+
+
+class Scene(NamedTuple):
+    """What a drawing shows, by name."""
+
+    number: int
+    pattern: str
+    palette: str
+
+
+class _Words(NamedTuple):
+    palette: str  # before the names
+    pattern: str
+    topic: str
+    either: str
+    end: str
+    title: str
+
+
+_WORDS: Mapping[Language, _Words] = {
+    "en": _Words("Is this picture in ", "Does this picture show ", "Is this note about ", " or ", "? ", 'title: "'),
+    "zh": _Words("这张图片是", "这张图片画着", "这条笔记关于", "或", "吗？", '标题："'),
+}
+
+
+def question(
+    rng: random.Random,
+    scene: Scene,
+    topic: str,
+    title: str,
+    names: tuple[Sequence[str], Sequence[str], Sequence[str]],
+    language: Language,
+) -> Exercise:
+    """One question on the colours or the pattern of a picture or on the topic of a title, answered yes half the time.
+
+    It names one or two, before what it asks about or after it.
+
+    Args:
+        names: the palettes, patterns and topics that there are.
+    """
+    words = _WORDS[language]
+    subject = rng.choices(("palette", "pattern", "topic"), (3, 2, 3))[0]
+    asked, truth, every = {
+        "palette": (words.palette, scene.palette, names[0]),
+        "pattern": (words.pattern, scene.pattern, names[1]),
+        "topic": (words.topic, topic, names[2]),
+    }[subject]
+    answer = truth in every and rng.random() < 0.5
+    options = rng.sample([name for name in every if name != truth], rng.randint(1, min(2, len(every) - 1)))
+    if answer:
+        options[rng.randrange(len(options))] = truth
+    asking = asked + words.either.join(options) + words.end
+    about_title = subject == "topic"
+    shown: list[Part] = [words.title, Text(quote(title, language)), '"'] if about_title else [IMAGE]
+    prompt = joined([asking, *shown] if rng.random() < 0.7 else [*shown, "\n", asking])
+    return Exercise("question", tuple(prompt), YES if answer else NO, None if about_title else scene.number)
+
+
+def joined(parts: Sequence[Part]) -> list[Part]:
+    """Parts with neighbouring strings made one, so that their tokens do not depend on how they were put together."""
+    found: list[Part] = []
+    for part in parts:
+        if isinstance(part, str) and found and isinstance(found[-1], str):
+            found[-1] += part
+        else:
+            found.append(part)
+    return found

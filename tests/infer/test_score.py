@@ -1,0 +1,271 @@
+"""Scores: vLLM's are the model's own, controls exchange what they say, and a kill costs only the parts in hand."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import torch
+
+from notellm2_ray.core.errors import DataError, ModelError, OutputError
+from notellm2_ray.core.schema import SCORE_SCHEMA
+from notellm2_ray.core.settings import GenerationSettings
+from notellm2_ray.infer.score import score_candidates
+from notellm2_ray.infer.score_parts import Part, clear_leftovers, commit_part, compile_scores, plan_parts, read_scored
+from notellm2_ray.infer.score_questions import Controls, Questions, ScoreFiles
+from tests.train import ranking_material as material
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory) -> Path:
+    return material.write(tmp_path_factory.mktemp("material"), test_negatives=8)
+
+
+def _files(directory: Path, store: Path, preferences: bool = True) -> ScoreFiles:
+    from notellm2_ray.core.ranking_rows import store_notes
+
+    sequences = directory / "sequences"
+    likes = directory / "preferences.parquet" if preferences else None
+    files = ScoreFiles(sequences / "test.parquet", sequences / "candidates" / "uniform.parquet", likes, store)
+    if not store.exists():
+        store_notes(directory / "notes", {f"n{i}" for i in range(material.NUM_NOTES)}, store)
+    return files
+
+
+def test_parts_hold_whole_examples():
+    example_of = np.array([4, 4, 1, 1, 1, 4, 2])
+    parts = plan_parts(example_of, 3, "model")
+    assert [part.places for part in parts] == [[2, 3, 4], [6, 0, 1, 5]]
+    assert parts == plan_parts(example_of, 3, "model")
+    assert {part.part_id for part in parts}.isdisjoint(part.part_id for part in plan_parts(example_of, 3, "other"))
+    assert plan_parts(np.empty(0, np.int64), 3, "model") == []
+
+
+def test_a_part_is_there_or_not(tmp_path):
+    part = Part("000000-abc", [0])
+    assert clear_leftovers(tmp_path, [part]) == 0
+    assert read_scored(tmp_path, part.part_id) is None
+    row = {"example_id": "e", "note_id": "n", "label": 1, "score": 0.5}
+    done = commit_part(tmp_path, part, [row], [("e m", "bad")], (10, 4))
+    assert read_scored(tmp_path, part.part_id) == done == (part.part_id, 1, 1, 10, 4)
+    assert compile_scores(tmp_path, [part]) == 1
+    assert pq.read_schema(tmp_path / "scores.parquet").equals(SCORE_SCHEMA)
+    assert pq.read_table(tmp_path / "quarantine" / "000000-abc.parquet").column("reason").to_pylist() == ["bad"]
+    assert clear_leftovers(tmp_path, [Part("000000-other", [0])]) == 1
+    (tmp_path / "parts" / "000000-abc.parquet").write_bytes(b"half")
+    with pytest.raises(OutputError, match="is damaged"):
+        read_scored(tmp_path, part.part_id)
+
+
+def test_questions_say_what_is_there(directory, tmp_path):
+    files = _files(directory, tmp_path / "notes.arrow")
+    questions = Questions(files, material.ranker_settings(), Controls())
+    shown = questions(range(len(questions.rows)))
+    cold = [question for row, question in shown if row.example_id.startswith(("u0/", "u1/"))]
+    assert all(question.preference is None for question in cold)
+    assert all(question.preference.startswith("likes") for row, question in shown if question not in cold)
+    assert {row.note_id for row, question in shown if question.image is None} == {"n3", "n7", "n11", "n15"}
+    tallrec = Questions(files, material.ranker_settings(variant="tallrec", max_history=2), Controls())
+    row, question = tallrec([len(shown) - 1])[0]
+    assert len(question.history_titles) == 2 and len(row.history_ids) == 3
+
+
+def test_controls_exchange_one_thing_and_nothing_else(directory, tmp_path):
+    files = _files(directory, tmp_path / "notes.arrow")
+    every = range(9 * 12)
+
+    def shown(**changes: Any) -> list:
+        return Questions(files, material.ranker_settings(), Controls(**changes))(every)
+
+    plain, image, taste = shown(), shown(shuffled_image=True), shown(other_preference=True)
+    assert image == shown(shuffled_image=True) and image != shown(shuffled_image=True, seed=1)
+    for (row, one), (_, two), (_, three) in zip(plain, image, taste, strict=True):
+        assert one._replace(image=None) == two._replace(image=None)
+        assert (one.image is None) == (two.image is None)
+        assert one._replace(preference=None) == three._replace(preference=None)
+        assert (one.preference is None) == (three.preference is None)
+        assert row == plain[plain.index((row, one))][0]
+    assert any(one.image != two.image for (_, one), (_, two) in zip(plain, image, strict=True))
+    by_example = {row.example_id: question.preference for row, question in taste}
+    assert all(question.preference == by_example[row.example_id] for row, question in taste)
+    without = _files(directory, tmp_path / "notes.arrow", preferences=False)
+    with pytest.raises(DataError, match="other_preference"):
+        Questions(without, material.ranker_settings(), Controls(other_preference=True))
+
+
+# --- with vLLM ------------------------------------------------------------------------------------------------------
+
+
+def _score(directory: Path, output: Path, layout: str = "shared_prefix", **changes: Any) -> dict[str, Any]:
+    generation = {"dtype": "float32", "max_model_len": 512, "max_sequences": 4, "cpus_per_engine": 1, **changes}
+    sequences = directory / "sequences"
+    output.mkdir(exist_ok=True)
+    return score_candidates(
+        directory / "mllm",
+        material.ranker_settings(layout=layout),
+        GenerationSettings(**generation),
+        examples=sequences / "test.parquet",
+        candidates=sequences / "candidates" / "uniform.parquet",
+        notes=directory / "notes",
+        preferences=directory / "preferences.parquet",
+        output=output,
+    )
+
+
+def _own_scores(directory: Path, store: Path, layout: str) -> dict[tuple[str, str], float]:
+    """P(yes) as Hugging Face's own forward pass has it, one candidate at a time."""
+    from notellm2_ray.models.chat import ChatTokenizer, load_processor
+    from notellm2_ray.models.ranker import answer_probability, forward_logits, load_network
+    from notellm2_ray.models.ranker_inputs import RankerPreprocessor, RankerPrompter
+
+    settings, path = material.ranker_settings(layout=layout), str(directory / "mllm")
+    network, chat = load_network(path, torch.float32).eval(), ChatTokenizer.from_pretrained(path)
+    preprocessor = RankerPreprocessor(RankerPrompter(chat, settings), load_processor(path))
+    questions = Questions(_files(directory, store), settings, Controls())
+    found = {}
+    with torch.no_grad():
+        for row, question in questions(range(len(questions.rows))):
+            batch = preprocessor.collate([preprocessor.features(question)])
+            told = answer_probability(lambda b, p: forward_logits(network, b, p), batch, chat.yes_id, chat.no_id)
+            found[row.example_id, row.note_id] = float(told)
+    return found
+
+
+def _table(output: Path) -> dict[tuple[str, str], float]:
+    rows = pq.read_table(output / "scores.parquet").to_pylist()
+    return {(row["example_id"], row["note_id"]): row["score"] for row in rows}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(ray_cluster, directory, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+    output = tmp_path_factory.mktemp("undisturbed")
+    return output, _score(directory, output)
+
+
+@pytest.mark.slow
+def test_vllm_says_what_the_model_says(undisturbed, directory, tmp_path):
+    output, counts = undisturbed
+    found, own = _table(output), _own_scores(directory, tmp_path / "notes.arrow", "shared_prefix")
+    assert found.keys() == own.keys() and counts["scored"] == counts["candidates"] == 108
+    assert np.ptp(list(own.values())) > 0.01
+    assert [found[key] for key in own] == pytest.approx(list(own.values()), abs=2e-4)
+    assert counts["computed_tokens"] + counts["cached_tokens"] == counts["prompt_tokens"]
+    assert counts["cached_tokens"] > 0.3 * counts["prompt_tokens"]
+    assert {path.name for path in output.iterdir()} == {"parts", "quarantine", "scores.parquet"}
+
+
+@pytest.mark.slow
+def test_the_other_layout_too_and_a_finished_job_is_not_done_again(ray_cluster, directory, tmp_path):
+    counts = _score(directory, tmp_path / "scores", "image_first")
+    found, own = _table(tmp_path / "scores"), _own_scores(directory, tmp_path / "notes.arrow", "image_first")
+    assert [found[key] for key in own] == pytest.approx(list(own.values()), abs=2e-4)
+    began = time.monotonic()
+    again = _score(directory, tmp_path / "scores", "image_first")
+    assert time.monotonic() - began < 5 and again["parts_reused"] == counts["parts"] == again["parts"]
+
+
+def _when_parts(output: Path, count: int, act: Callable[[], None]) -> threading.Thread:
+    def watch() -> None:
+        while len(list((output / "parts").glob("*.parquet"))) < count:
+            time.sleep(0.005)
+        act()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
+
+
+def _engines_of(process: int) -> list[psutil.Process]:
+    """vLLM's engine processes below a process; nobody else's."""
+    family = psutil.Process(process).children(recursive=True)
+    return [one for one in family if one.is_running() and "EngineCore" in " ".join(one.cmdline() or [one.name()])]
+
+
+def _same(output: Path, reference: Path) -> None:
+    found, expected = _table(output), _table(reference)
+    assert list(found) == list(expected)
+    assert list(found.values()) == pytest.approx(list(expected.values()), abs=2e-4)
+
+
+@pytest.mark.slow
+def test_a_killed_engine_is_started_anew(undisturbed, directory, tmp_path):
+    killed: list[int] = []
+
+    def kill() -> None:
+        for process in _engines_of(os.getpid()):
+            killed.append(process.pid)
+            process.kill()
+
+    thread = _when_parts(tmp_path / "scores", 2, kill)
+    _score(directory, tmp_path / "scores")
+    thread.join()
+    assert killed
+    _same(tmp_path / "scores", undisturbed[0])
+
+
+@pytest.mark.slow
+def test_a_killed_driver_costs_the_parts_in_hand(undisturbed, directory, tmp_path):
+    program = "import sys; from pathlib import Path; from tests.infer.test_score import _driver; _driver(*sys.argv[1:])"
+    output = tmp_path / "scores"
+    with open(tmp_path / "log", "w") as log:
+        driver = subprocess.Popen(
+            [sys.executable, "-c", program, str(directory), str(output)],
+            cwd=Path(__file__).parents[2],
+            env={**os.environ, "PYTHONPATH": "."},
+            stdout=log,
+            stderr=log,
+        )
+        family: list[psutil.Process] = []
+
+        def kill() -> None:
+            family.extend(psutil.Process(driver.pid).children(recursive=True))
+            driver.kill()
+
+        _when_parts(output, 2, kill).join(240)
+        driver.wait()
+        psutil.wait_procs(family, timeout=60)
+    left = {path.name: path.stat().st_mtime_ns for path in (output / "parts").glob("*.parquet")}
+    assert left and not (output / "scores.parquet").exists()
+    counts = _score(directory, output)
+    assert 2 <= counts["parts_reused"] == len(left) < counts["parts"]
+    assert all((output / "parts" / name).stat().st_mtime_ns == written for name, written in left.items())
+    _same(output, undisturbed[0])
+
+
+def _driver(directory: str, output: str) -> None:
+    from notellm2_ray.core.cluster import connect
+    from notellm2_ray.core.settings import RaySettings
+
+    connect(RaySettings(num_cpus=4, object_store_gb=0.2))
+    _score(Path(directory), Path(output))
+
+
+@pytest.mark.slow
+def test_bfloat16_leaves_no_ties(undisturbed, directory, tmp_path):
+    _score(directory, tmp_path / "scores", dtype="bfloat16")
+    found, exact = _table(tmp_path / "scores"), _table(undisturbed[0])
+    assert len(set(found.values())) >= len(set(exact.values())) - 2
+    assert list(found.values()) == pytest.approx([exact[key] for key in found], abs=0.1)
+
+
+@pytest.mark.slow
+def test_missing_notes_are_quarantined_up_to_a_share(ray_cluster, tmp_path):
+    broken = material.write(tmp_path / "broken", missing=("n0", "n1"))
+    with pytest.raises(DataError, match=r"got no score, more than 5%; reasons: u\d+/\d n[01]: there is no note"):
+        _score(broken, tmp_path / "scores")
+
+
+@pytest.mark.slow
+def test_prompts_that_are_too_long_are_named(ray_cluster, directory, tmp_path):
+    with pytest.raises((ModelError, DataError), match=r"vLLM refuses the prompt.*generation.max_model_len"):
+        _score(directory, tmp_path / "scores", max_model_len=64)

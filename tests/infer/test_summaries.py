@@ -1,0 +1,128 @@
+"""Item summaries through ray.data.llm, with a real vLLM over a random tiny Qwen2-VL."""
+
+from __future__ import annotations
+
+import io
+import pickle
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from infer.tiny_mllm import picture, save_mllm
+from PIL import Image
+
+from notellm2_ray.core.errors import DataError, ModelError
+from notellm2_ray.core.schema import SUMMARY_SCHEMA, Note
+from notellm2_ray.core.settings import GenerationSettings, SummarySettings
+from notellm2_ray.infer.answers import cut_at_sentence, is_repetitive, one_paragraph
+from notellm2_ray.infer.summaries import sort_rows, summarize_images
+from notellm2_ray.infer.summary_rows import ERROR, EncodedImage, checked
+
+# Sampled: a random model's greedy answers go round in circles.
+SETTINGS = SummarySettings(max_tokens=16, batch_rows=8, temperature=1.0, min_characters=0, max_bad_share=0.2)
+GENERATION = GenerationSettings(dtype="float32", max_model_len=512, max_sequences=16)
+
+
+def test_images_travel_encoded_and_arrive_scaled_down() -> None:
+    buffer = io.BytesIO()
+    Image.effect_noise((1200, 900), 50).convert("RGB").save(buffer, "JPEG")
+    sent = pickle.dumps({"image": EncodedImage(buffer.getvalue(), 262_144)})
+    assert len(sent) < len(buffer.getvalue()) + 500
+    arrived = pickle.loads(sent)["image"]
+    assert isinstance(arrived, Image.Image) and arrived.mode == "RGB"
+    assert 0.95 * 262_144 < arrived.width * arrived.height <= 262_144
+    assert abs(arrived.width / arrived.height - 4 / 3) < 0.01
+    assert pickle.loads(pickle.dumps(EncodedImage(picture(1), 262_144))).size == (56, 56)
+
+
+def test_bad_images_are_known_before_the_engine() -> None:
+    assert checked(picture(1)) == (picture(1), "")
+    assert checked(None)[1] == "the note has no image"
+    assert checked(b"no image")[0] is None and "not a readable" in checked(b"no image")[1]
+    assert "cannot be decoded" in checked(picture(1)[:300])[1]
+
+
+def test_answers_are_cut_cleaned_and_judged() -> None:
+    assert one_paragraph(" a\n\n b\tc ") == "a b c"
+    assert cut_at_sentence("One. Two is 3.5 long. Thr") == "One. Two is 3.5 long."
+    assert cut_at_sentence("红色的猫。蓝色的") == "红色的猫。"
+    assert cut_at_sentence("no end") == "no end"
+    assert is_repetitive("a red cat and " * 30) and not is_repetitive(
+        "A red cat sleeps on the blue sofa by the window."
+    )
+
+
+def test_rows_are_sorted_into_good_bad_and_once_more() -> None:
+    settings = SummarySettings(max_tokens=10)
+
+    def row(note_id: str, summary: str = "", tokens: int = 5, **more: str) -> dict:
+        return {"note_id": note_id, "version": "v", "summary": summary, "generated_tokens": tokens, **more}
+
+    rows = [
+        row("good", "A cat.\n"),
+        row("cut", "A cat. And a", 10),
+        row("empty", " "),
+        row("circles", "red cat " * 40, 10),
+        row("failed", **{ERROR: "too long", "error": ""}),
+        row("broken", **{ERROR: "image is empty", "error": "image is empty"}),
+    ]
+    good, bad, again = sort_rows(rows, settings, 0)
+    assert [(one["note_id"], one["summary"]) for one in good] == [("good", "A cat."), ("cut", "A cat.")]
+    assert [one["note_id"] for one in bad] == ["broken"] and again == {"empty", "circles", "failed"}
+    good, bad, again = sort_rows(rows, settings, 1)
+    assert [one["note_id"] for one in bad] == ["empty", "circles", "failed", "broken"] and not again
+
+
+@pytest.fixture(scope="module")
+def mllm(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return save_mllm(tmp_path_factory.mktemp("mllm"))
+
+
+def test_unfit_models_are_named(tmp_path: Path, mllm: str, write_notes) -> None:
+    from models import fixtures
+
+    path = write_notes(tmp_path / "n.parquet", [Note("a", image=picture(0))])
+    with pytest.raises(ModelError, match="there is no model directory"):
+        summarize_images(tmp_path / "absent", path, tmp_path / "out", SETTINGS, GENERATION, "en")
+    text_only = fixtures.save_llm(tmp_path / "llm")
+    with pytest.raises(ModelError, match="Qwen2ForCausalLM reads no images"):
+        summarize_images(text_only, path, tmp_path / "out", SETTINGS, GENERATION, "en")
+
+
+@pytest.mark.slow
+def test_images_become_summaries(tmp_path: Path, ray_cluster, mllm: str, write_notes) -> None:
+    notes = [Note(f"n{i:03d}", f"title {i}", image=picture(i)) for i in range(60)]
+    notes[3] = notes[3]._replace(image=None)
+    notes[7] = notes[7]._replace(image=b"broken")
+    buffer = io.BytesIO()
+    Image.effect_noise((3000, 2000), 50).convert("RGB").save(buffer, "JPEG")
+    notes[9] = notes[9]._replace(image=buffer.getvalue())
+    write_notes(tmp_path / "notes" / "a.parquet", notes[:40])
+    write_notes(tmp_path / "notes" / "b.parquet", notes[40:])
+    pq.write_table(pa.table({"note_id": [note.note_id for note in notes[:55]]}), tmp_path / "only.parquet")
+
+    def run(only: Path | None) -> dict:
+        return summarize_images(mllm, tmp_path / "notes", tmp_path / "out", SETTINGS, GENERATION, "en", only_ids=only)
+
+    counts = run(tmp_path / "only.parquet")
+    # A random model may answer nothing, or nonsense, twice.
+    empty = counts["quarantined"] - 1
+    assert (counts["notes"], counts["without_image"], counts["summaries"]) == (55, 1, 53 - empty) and empty < 8
+    table = pq.read_table(tmp_path / "out" / "summaries.parquet")
+    assert table.schema.equals(SUMMARY_SCHEMA)
+    bad = pq.read_table(tmp_path / "out" / "quarantine").to_pylist()
+    reasons = {row["key"]: row["reason"] for row in bad}
+    assert "not a readable" in reasons["n007"] and reasons["n003"] == "the note has no image"
+    assert all(", twice (" in reasons[key] for key in reasons if key not in ("n003", "n007"))
+    described = [note.note_id for note in notes[:55] if note.note_id not in reasons]
+    assert table["note_id"].to_pylist() == described and "n009" in described
+    assert len(set(table["summary"].to_pylist())) > 40
+    # nothing is left to do: no engine is started
+    again = run(tmp_path / "only.parquet")
+    assert again["reused"] == 55 and again["startup_seconds"] == 0
+    assert pq.read_table(tmp_path / "out" / "summaries.parquet").equals(table)
+    # more is asked for, with a strict share: five more are described, and the broken one is still too many
+    with pytest.raises(DataError, match=r"of the first \d+ images .*max_bad_share=0.01.*note n0"):
+        strict = SETTINGS.model_copy(update={"max_bad_share": 0.01})
+        summarize_images(mllm, tmp_path / "notes", tmp_path / "out", strict, GENERATION, "en")

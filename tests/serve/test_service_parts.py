@@ -1,0 +1,202 @@
+"""A service with keys, a ranker, preferences and an experiment; then its replicas killed one after the other."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+
+import engines
+import httpx
+import pytest
+from serving import SMALL, wait_for
+
+from notellm2_ray.serve.keys import create_key
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def service(world, start, tmp_path_factory):
+    path = tmp_path_factory.mktemp("keys") / "keys.json"
+    reading = create_key(path, "page", ["read"])
+    writing = create_key(path, "platform", ["read", "write"])
+    arms = [{"name": "ranked", "share": 0.5}, {"name": "recalled", "share": 0.5, "use_ranker": False}]
+    made = start(
+        world.plan(
+            "parts",
+            auth="on",
+            keys_file=path,
+            arms=arms,
+            gateway=SMALL.model_copy(update={"replicas": 2}),
+            ranker=SMALL,
+            preferences=SMALL,
+            plan_ranker_engine=engines.make_ranker,
+            plan_preference_engine=engines.make_preferences,
+        )
+    )
+    made.http.headers["authorization"] = f"Bearer {writing}"
+    made.reading = reading
+    return made
+
+
+def click(service, user, *notes, request_id=None):
+    events = [
+        {"user_id": user, "note_id": note, "action": "click", "request_id": request_id,
+         "timestamp": f"2026-02-01T00:00:{row:02d}Z"}
+        for row, note in enumerate(notes)
+    ]  # fmt: skip
+    answer = service.http.post("/v1/events", json={"events": events})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def user_in(arm):
+    from notellm2_ray.core.settings.serve import ArmSettings, RecommendSettings
+    from notellm2_ray.serve.experiments import arm_of
+
+    arms = (ArmSettings(name="ranked", share=0.5), ArmSettings(name="recalled", share=0.5))
+    return lambda prefix: next(
+        name
+        for name in (f"{prefix}{number}" for number in range(1000))
+        if arm_of(name, "default", arms, RecommendSettings()).name == arm
+    )
+
+
+def recommend(service, user, **body):
+    answer = service.http.post("/v1/recommend", json={"user_id": user, "k": 5, **body})
+    assert answer.status_code == 200, answer.text
+    return answer.json()
+
+
+def test_keys_and_scopes(service):
+    read = {"authorization": f"Bearer {service.reading}"}
+    assert service.http.get("/v1/stats", headers={"authorization": ""}).status_code == 401
+    assert service.http.post("/v1/similar", json={"note_id": "n1"}, headers=read).status_code == 200
+    refused = service.http.put("/v1/notes", json={"notes": [{"note_id": "x"}]}, headers=read)
+    assert refused.status_code == 403 and refused.json()["error"]["type"] == "forbidden"
+    assert service.http.get("/v1/health", headers={"authorization": ""}).status_code == 200
+    log = service.output.read_text()
+    assert service.reading not in log
+
+
+def test_a_taste_is_put_into_words_block_by_block(service):
+    user = user_in("ranked")("ann")
+    click(service, user, *(f"n{row}" for row in range(1, 8)))
+
+    def words():
+        blocks = service.http.get(f"/v1/users/{user}").json()["blocks"]
+        return blocks if len(blocks) == 2 and all(block["preference"] for block in blocks) else None
+
+    first, second = (block["preference"] for block in wait_for(words))
+    assert first == f"{user}|red cat 1,red cat 2,red cat 3"
+    assert second == f"{first}|red cat 4,red cat 5,red cat 6"
+    answer = recommend(service, user)
+    assert answer["preference"] == second and answer["arm"] == "ranked"
+
+
+def test_the_ranker_ranks_and_the_other_arm_does_not_use_it(service):
+    user, other = user_in("ranked")("ann"), user_in("recalled")("bob")
+    answer = recommend(service, user)
+    assert answer["ranked_by"] == "ranker" and answer["fallback"] is None
+    p_yes = [one["p_yes"] for one in answer["results"]]
+    assert p_yes == sorted(p_yes, reverse=True) and None not in p_yes
+    click(service, other, "n1", "n2")
+    answer = recommend(service, other)
+    assert (answer["ranked_by"], answer["fallback"], answer["arm"]) == ("recall", "arm", "recalled")
+    scores = [one["score"] for one in answer["results"]]
+    assert scores == sorted(scores, reverse=True)
+
+
+@pytest.mark.parametrize(("name", "fallback"), [("slow", "budget"), ("broken", "failed")])
+def test_a_ranker_that_is_late_or_fails_leaves_recalls_order(service, name, fallback):
+    user = user_in("ranked")(name)
+    click(service, user, "n1", "n2", "n3")
+    wait_for(lambda: recommend(service, user, budget_ms=200)["preference"])
+    started = time.perf_counter()
+    answer = recommend(service, user, budget_ms=300)
+    assert answer["ranked_by"] == "recall" and answer["fallback"] == fallback
+    assert len(answer["results"]) == 5 and time.perf_counter() - started < 3
+    assert recommend(service, user, budget_ms=0.01)["fallback"] == "budget"
+
+
+def test_what_was_shown_and_clicked_is_kept_by_arm(service):
+    user = user_in("ranked")("carol")
+    click(service, user, "n1")
+    answer = recommend(service, user)
+    shown = [one["note_id"] for one in answer["results"]]
+    click(service, user, shown[0], request_id=answer["request_id"])
+    database = sqlite3.connect(service.plan.directory / "users.sqlite")
+
+    def kept():
+        rows = database.execute(
+            "SELECT note_id, position, arm FROM exposures WHERE request_id = ? ORDER BY position",
+            (answer["request_id"],),
+        ).fetchall()
+        return rows if len(rows) == 5 else None
+
+    assert wait_for(kept) == [(note_id, row, "ranked") for row, note_id in enumerate(shown)]
+
+
+CUT_OFF = 0
+
+
+def kill(service, deployment):
+    """Kill one replica of a deployment without a warning; wait until another process has taken its place."""
+    before = {one.pid for one in service.replicas(deployment)}
+    victim = service.replicas(deployment)[0]
+    victim.kill()
+    wait_for(lambda: {one.pid for one in service.replicas(deployment)} - before, 90)
+
+
+@pytest.mark.parametrize(
+    ("deployment", "request_of"),
+    [
+        ("Gateway", ("POST", "/v1/similar", {"note_id": "n1", "k": 3})),
+        ("Encoder", ("POST", "/v1/embeddings", {"input": "a text"})),
+        ("Writer", ("PUT", "/v1/notes", {"notes": [{"note_id": "again", "title": "red cat"}]})),
+        ("Users", ("POST", "/v1/events", {"events": [{"user_id": "z", "note_id": "n1", "action": "click"}]})),
+        ("Ranker", ("POST", "/v1/recommend", {"user_id": "ann0", "k": 3})),
+    ],
+)
+def test_a_killed_replica_comes_back_and_nothing_acknowledged_is_lost(service, deployment, request_of):
+    method, path, body = request_of
+    written = {"notes": [{"note_id": f"before-{deployment}", "title": "kept"}]}
+    assert service.http.put("/v1/notes", json=written).status_code == 200
+    statuses, stop = [], threading.Event()
+
+    def keep_asking():
+        while not stop.wait(0.05):
+            try:
+                answer = service.http.request(method, path, json=body)
+            except httpx.TransportError:  # it was in flight at the killed gateway
+                statuses.append((CUT_OFF, ""))
+                continue
+            statuses.append((answer.status_code, answer.headers["content-type"].partition(";")[0]))
+
+    asking = threading.Thread(target=keep_asking)
+    asking.start()
+    try:
+        wait_for(lambda: len(statuses) > 3)
+        kill(service, deployment)
+        wait_for(lambda: statuses[-1][0] == 200 and service.http.get("/v1/ready").status_code == 200, 90)
+        count = len(statuses)
+        wait_for(lambda: len(statuses) > count + 10)
+    finally:
+        stop.set()
+        asking.join()
+    assert {status for status, _ in statuses[count:]} == {200}
+    # While it was away: refusals that say when to come again, and never a failure without a type.
+    assert {status for status, _ in statuses} <= {200, 429, 503} | ({CUT_OFF} if deployment == "Gateway" else set())
+    assert sum(status != 200 for status, _ in statuses) <= len(statuses) // 2 + 60
+    if deployment in ("Gateway", "Ranker"):
+        assert sum(status != 200 for status, _ in statuses) <= 2
+    assert service.http.get(f"/v1/notes/before-{deployment}").json()["title"] == "kept"
+    found = service.http.post("/v1/similar", json={"note_id": f"before-{deployment}", "k": 1})
+    assert wait_for(lambda: found.status_code == 200)
+
+
+def test_it_ends_softly(world, service):
+    started = time.monotonic()
+    assert service.stop() == 0
+    assert time.monotonic() - started < 40

@@ -1,0 +1,143 @@
+"""The typed builder, the configuration files, HAProxy's script, the doctor, small checks."""
+
+from __future__ import annotations
+
+import ast
+import asyncio
+import inspect
+import socket
+import subprocess
+from pathlib import Path
+
+import pytest
+import yaml
+
+from notellm2_ray.core.errors import ConfigError, DataError
+from notellm2_ray.core.settings.serve import LimitSettings
+from notellm2_ray.serve import checks, doctor, haproxy, schemas
+
+CONFIGS = Path(__file__).resolve().parents[2] / "serve_configs"
+
+
+def test_the_builders_module_evaluates_its_annotations():
+    """Ray hands a builder whose annotation is a string a plain dict, and a misspelt key passes unseen."""
+    from notellm2_ray import online
+
+    assert inspect.get_annotations(online.build_app)["args"] is online.ServeArguments
+    imports = [node for node in ast.walk(ast.parse(inspect.getsource(online))) if isinstance(node, ast.ImportFrom)]
+    assert all(node.module != "__future__" for node in imports)
+
+
+@pytest.mark.slow
+def test_a_misspelt_key_is_an_error_through_rays_own_builder_call():
+    from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as call
+
+    from notellm2_ray.online import build_app
+
+    with pytest.raises(ValueError, match="presett"):
+        call(build_app, {"presett": "demo"})
+    with pytest.raises(ConfigError, match="did you mean"):
+        call(build_app, {"preset": "demo", "overrides": ["serve.gateway.replica=2"]})
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
+def test_configuration_files_name_settings_that_there_are(path):
+    from notellm2_ray.cli import load_settings
+    from notellm2_ray.online import ServeArguments
+
+    documents = [one for one in yaml.safe_load_all(path.read_text()) if one]
+    for document in documents:
+        inner = document
+        if document.get("kind") == "RayService":
+            inner = yaml.safe_load(document["spec"]["serveConfigV2"])
+        if "applications" not in inner:
+            continue
+        (application,) = inner["applications"]
+        assert application["import_path"] == "notellm2_ray.online:build_app"
+        arguments = ServeArguments.model_validate(application["args"])
+        settings = load_settings(None, arguments.preset, arguments.overrides)  # a file named there is the user's own
+        assert settings.serve.port == inner["http_options"]["port"]
+        assert settings.serve.host == inner["http_options"]["host"]
+
+
+def test_haproxys_side_doors_are_moved_to_loopback(tmp_path, monkeypatch):
+    monkeypatch.setattr(haproxy, "real_binary", lambda: "/bin/echo")
+    config = tmp_path / "haproxy.cfg"
+    binds = [":9101", "*:8404", "127.0.0.1:8000", ":80"]
+    config.write_text("frontend some\n" + "".join(f"    bind {one}\n" for one in binds))
+    script = haproxy.write_script(tmp_path / "haproxy", ["9101", "8404"])
+    done = subprocess.run([script, "-db", "-f", config, "-dR"], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["-db", "-f", str(config), "-dR"]
+    lines = [line.strip() for line in config.read_text().splitlines() if "bind" in line]
+    assert lines == ["bind 127.0.0.1:9101", "bind 127.0.0.1:8404", "bind 127.0.0.1:8000", "bind :80"]
+
+
+def test_a_taken_side_port_is_replaced():
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        assert haproxy.free_port(port) != str(port)
+
+
+def test_the_doctor_sees_who_listens_to_others():
+    with socket.socket() as inner, socket.socket() as outer:
+        for one, address in ((inner, "127.0.0.1"), (outer, "0.0.0.0")):
+            one.bind((address, 0))
+            one.listen()
+        import os
+
+        port = outer.getsockname()[1]
+        finding = doctor.examine(os.getpid(), service_port=port)
+        assert port in [one.port for one in finding.listeners]
+        assert inner.getsockname()[1] not in [one.port for one in finding.listeners]
+        with pytest.raises(ConfigError, match="without API keys"):
+            doctor.check(finding)
+        assert doctor.check(doctor.examine(os.getpid(), port, service_keys=True)._replace(problems=[])) is None
+        assert "0.0.0.0" in doctor.report(finding)
+
+
+def test_loopback_addresses():
+    assert all(map(doctor.is_loopback, ["127.0.0.1", "::1", "::ffff:127.0.0.1"]))
+    assert not any(map(doctor.is_loopback, ["::", "0.0.0.0", "10.0.0.1", "::ffff:10.0.0.1"]))
+
+
+def prepare(limits=None, **fields):
+    limits = limits or LimitSettings()
+    note = schemas.Note(note_id="a", **fields)
+    return asyncio.run(checks.prepare_note(note, limits, None, checks.Images(limits)))
+
+
+def bomb():
+    """A small file of 40 megapixels."""
+    import struct
+    import zlib
+
+    def chunk(kind, data):
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    rows = zlib.compress(b"\0" * (8001 * 5000), 9)
+    header = struct.pack(">IIBBBBB", 8000, 5000, 8, 0, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_images_are_looked_through_before_anything_decodes_them():
+    import base64
+
+    data = bomb()
+    assert len(data) < 100_000
+    with pytest.raises(DataError, match="megapixels"):
+        prepare(image=base64.b64encode(data).decode())
+    for text in ("not base64!", "data:image/png;base64,AAAA", base64.b64encode(b"plain").decode(), ""):
+        with pytest.raises(DataError, match="image"):
+            prepare(image=text)
+    with pytest.raises(DataError, match="bytes"):
+        prepare(LimitSettings(image_bytes=1024), image="A" * 5000)
+
+
+@pytest.mark.parametrize(
+    "fields", [{"title": "x" * 3000}, {"topics": ["a"] * 101}, {"topics": [""]}, {"content": "x" * 200_000}]
+)
+def test_notes_beyond_the_limits_are_refused(fields):
+    with pytest.raises(DataError):
+        prepare(**fields)
