@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -25,13 +26,21 @@ SIZES = TinySettings(
 )
 
 
-def save_mllm(directory: Path) -> str:
-    """Save the model with its tokenizer, image processing and chat template; returns the directory."""
+def save_mllm(directory: Path, *, answers: Literal["varied", "certain"] = "varied") -> str:
+    """Save the model with its tokenizer, image processing and chat template; returns the directory.
+
+    Args:
+        answers: ``varied``: a text that wanders on; ``certain``: a probability that depends much on the prompt, and an
+            answer that can be learned by heart.
+    """
     tokenizer = new_tokenizer([*PREFERENCE_TEMPLATES.values(), *SUMMARY_TEMPLATES.values()] * 5, SIZES.vocab_size)
     torch.manual_seed(0)
     model = new_model(SIZES, tokenizer)
-    # Louder answers, that depend on the prompt as before; larger weights everywhere would saturate what lies below.
-    model.model.language_model.norm.weight.data.mul_(6.0)
+    if answers == "certain":
+        model.model.language_model.norm.weight.data.mul_(6.0)
+    else:
+        for weight in model.parameters():
+            weight.data.mul_(2.0)
     save(model, new_processor(tokenizer, SIZES.mllm_image_side), directory)
     return str(directory)
 

@@ -35,7 +35,7 @@ PLAIN = Question("red cat", fixtures.picture(1), "likes cats")
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory) -> str:
-    return save_mllm(tmp_path_factory.mktemp("mllm"))
+    return save_mllm(tmp_path_factory.mktemp("mllm"), answers="certain")
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ def write(directory: Path, *, test_negatives: int = 3, missing: tuple[str, ...] 
     Half of the notes are red, half blue; users like one colour. Users 0 and 1 have no history, every fourth note no
     image.
     """
-    save_mllm(directory / "mllm")
+    save_mllm(directory / "mllm", answers="certain")
     rows = [_note(i) for i in range(NUM_NOTES) if f"n{i}" not in missing]
     _write(directory / "notes" / "a.parquet", rows[:9], NOTE_SCHEMA)
     _write(directory / "notes" / "b.parquet", rows[9:], NOTE_SCHEMA)
