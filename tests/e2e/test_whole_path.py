@@ -26,21 +26,21 @@ def notellm2(verb: str, workspace: Path, *arguments: str) -> subprocess.Complete
 @pytest.mark.slow
 def test_the_whole_path_leaves_a_table_and_a_report_and_is_not_done_twice(tmp_path):
     workspace = tmp_path / "world"
-    first = notellm2("run", workspace)
+    first = notellm2("run-retrieval", workspace)
     assert first.returncode == 0, first.stderr[-3000:]
     for row in ("notellm2", "text_only", "bm25", "popularity", "random"):
         assert f"\n{row} " in first.stdout
     assert str(workspace / "report" / "index.html") in first.stdout
-    results = json.loads((workspace / "report" / "results.json").read_text())
+    results = json.loads((workspace / "report" / "retrieval" / "results.json").read_text())
     tested = {(row["method"], row["inputs"]) for row in results["rows"]}
     assert {("notellm2", "multimodal"), ("notellm2", "image"), ("notellm2", "text"), ("text_only", "text")} <= tested
-    assert (workspace / "report" / "index.html").stat().st_size > 10_000
+    assert (workspace / "report" / "retrieval" / "index.html").stat().st_size > 10_000
 
     manifests = sorted(workspace.rglob("manifest.json"))
     written = [path.stat().st_mtime_ns for path in manifests]
-    plan = notellm2("run", workspace, "--dry-run")
+    plan = notellm2("run-retrieval", workspace, "--dry-run")
     assert "to do" not in plan.stdout
-    second = notellm2("run", workspace)
+    second = notellm2("run-retrieval", workspace)
     assert second.returncode == 0, second.stderr[-3000:]
     assert second.stdout[second.stdout.index("Method") :] == first.stdout[first.stdout.index("Method") :]
     assert [path.stat().st_mtime_ns for path in manifests] == written
