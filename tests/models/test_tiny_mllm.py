@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import os
 from pathlib import Path
 
 import pytest
@@ -188,12 +189,19 @@ def trained(tmp_path_factory) -> tuple[Path, dict, Lessons]:
     return directory, train_tiny_mllm(taught, TEXTS, settings.tiny, directory, settings.seed), taught
 
 
+long = pytest.mark.skipif(
+    "NOTELLM2_LONG_TESTS" not in os.environ, reason="trains for ten minutes: set NOTELLM2_LONG_TESTS=1 to run it"
+)
+
+
+@long
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_it_names_both_attributes_of_nine_unseen_drawings_in_ten(trained):
     assert trained[1]["caption_accuracy"] >= 0.9
 
 
+@long
 @pytest.mark.slow
 @pytest.mark.timeout(1800)
 def test_vllm_gives_the_same_captions(trained, monkeypatch):
