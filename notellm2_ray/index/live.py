@@ -254,7 +254,7 @@ class LiveIndex:
         return self._rebuilding
 
     def _rebuild(self, now: Snapshot, rows: Rows) -> None:
-        started = time.perf_counter()
+        started, rebuilt = time.perf_counter(), False
         try:
             import faiss
 
@@ -266,11 +266,13 @@ class LiveIndex:
                 self._rows, self._snapshot, self._since, self._not_before = fresh_rows, snapshot, None, 0
                 self._rebuilds["rebuilds"] += 1
                 self._rebuilds["rebuild_seconds"] = round(time.perf_counter() - started, 3)
-        except Exception:
-            log.exception("the rebuild of the live index failed: it goes on with the old one and tries again later")
-            with self._lock:
-                self._since, self._not_before = None, 2 * self._out_of_place()
-                self._rebuilds["rebuild_failures"] += 1
+            rebuilt = True
+        finally:  # whatever stopped it goes on to the thread's own report
+            if not rebuilt:
+                log.error("the rebuild of the live index failed: it goes on with the old one and tries again later")
+                with self._lock:
+                    self._since, self._not_before = None, 2 * self._out_of_place()
+                    self._rebuilds["rebuild_failures"] += 1
 
 
 def _applied(rows: Rows, now: Snapshot, changes: Batch) -> Snapshot:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
+from jinja2 import TemplateError
 from transformers import AutoProcessor, PreTrainedTokenizerBase
 
 from notellm2_ray.core.errors import ModelError
@@ -21,6 +22,8 @@ from notellm2_ray.models.user_text import UserTextEncoder, leading_ids
 
 _SYSTEM, _USER = "0SYSTEM0WORDS0", "0USER0WORDS0"  # stand-ins that no template alters
 _CACHED_TEXTS = 4096
+# What a template does with words or lists that it was not written for: it refuses, or stumbles over their type.
+_RENDERING = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
 class Layout(NamedTuple):
@@ -290,7 +293,7 @@ def _cut(text: str, stand_in: str) -> tuple[str, str] | None:
 def _cut_or_fail(render: Any) -> tuple[str, str]:
     try:
         around = _cut(render(), _USER)
-    except Exception as error:
+    except _RENDERING as error:
         raise ModelError(f"the model's chat template cannot be rendered: {first_line(error)}") from error
     if around is None:
         raise ModelError("the model's chat template does not repeat the user's words once, as a chat template must")
@@ -303,7 +306,7 @@ def _image_words(render: Any, before: str, image_token: str | None) -> str:
         return ""
     try:
         around = _cut(render([{"type": "image"}, {"type": "text", "text": _USER}]), _USER)
-    except Exception:
+    except _RENDERING:
         around = None
     if around is None or not around[0].startswith(before) or around[0].count(image_token) != 1:
         return f"{image_token}\n"
@@ -313,7 +316,7 @@ def _image_words(render: Any, before: str, image_token: str | None) -> str:
 def _system_words(render: Any, content: Any) -> tuple[str | None, str]:
     try:
         around = _cut(render(content, _SYSTEM), _SYSTEM)
-    except Exception:  # Mistral's and Gemma's refuse a system message
+    except _RENDERING:  # Mistral's and Gemma's refuse a system message
         return None, ""
     between = None if around is None else _cut(around[1], _USER)
     return (None, "") if around is None or between is None else (around[0], between[0])
@@ -323,7 +326,7 @@ def _answer_words(render: Any, content: Any, prompt: str) -> tuple[str, str]:
     """What stands between prompt and answer in a finished conversation, and what after the answer."""
     try:
         around = _cut(render(content, None, _SYSTEM), _SYSTEM)
-    except Exception:
+    except _RENDERING:
         around = None
     if around is None:
         return "", ""

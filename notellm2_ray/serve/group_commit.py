@@ -85,7 +85,7 @@ class GroupCommitter(Generic[T]):
             if self._upkeep is not None:
                 try:
                     self._upkeep(not group)
-                except Exception:
+                except Exception:  # any: a writer that ended here would leave its callers waiting for ever
                     log.exception("%s: upkeep failed; it is tried again", self._name)
 
     def _next_group(self) -> tuple[list[tuple[T, Future]], bool]:

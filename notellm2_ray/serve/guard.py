@@ -67,7 +67,7 @@ class Guard:
         except errors.ApiError as error:
             self.figures.refused(error.kind)
             await answer.refuse(error)
-        except Exception:
+        except Exception:  # any: the outermost layer, where a fault becomes a typed answer and a trace in the log
             log.exception("%s %s failed", scope["method"], _route(scope))
             await answer.refuse(errors.ApiError("the service failed on this request; its log says why"))
         finally:

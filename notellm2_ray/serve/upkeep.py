@@ -124,7 +124,7 @@ class Upkeep:
         def clean() -> None:
             try:
                 dataset.cleanup_old_versions(older_than=self.keep_versions)
-            except Exception:
+            except (OSError, RuntimeError, ValueError):  # what Lance raises
                 log.exception("%s: old versions could not be removed; it is tried again", table.path)
 
         self._cleaner = threading.Thread(target=clean, name="cleanup")
