@@ -31,14 +31,8 @@ def parent(tmp_path) -> Path:
 
 
 @pytest.mark.slow
-def test_every_value_is_a_trial_and_a_failed_one_stops_no_other(tmp_path):
-    import ray
-
-    ray.init(address="local", num_cpus=4, include_dashboard=False)
-    try:
-        found = run_sweep(SWEEPS["block_size"], make_trial(), parent(tmp_path), values=[5, 3, 1])
-    finally:
-        ray.shutdown()
+def test_every_value_is_a_trial_and_a_failed_one_stops_no_other(tmp_path, ray_cluster):
+    found = run_sweep(SWEEPS["block_size"], make_trial(), parent(tmp_path), values=[5, 3, 1])
     assert [point["value"] for point in found["points"]] == [5, 3, 1]
     assert [point["metrics"].get("auc") for point in found["points"]] == [None, 0.8, pytest.approx(0.78)]
     assert "nothing to summarise" in found["points"][0]["error"]
