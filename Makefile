@@ -11,8 +11,8 @@ export RAY_USAGE_STATS_ENABLED := 0
 install:  ## the virtual environment with the locked CPU stack
 	@$(PYTHON) requirements/install.py $(VENV)
 
-demo: install  ## from raw notes to recall on the synthetic world: data, training, recall table, report
-	@$(BIN)/notellm2 run-retrieval --preset demo
+demo: install  ## from raw notes to recall and ranking on the synthetic world: data, training, tables, report
+	@$(BIN)/notellm2 run --preset demo
 
 test: install browser  ## lint, types and all tests
 	@$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Takes the README's pictures of the page from a running service, small enough for a repository.
 
     notellm2 serve --preset demo &
-    python docs/screenshots.py --url http://127.0.0.1:8000 --query garden
+    python docs/screenshots.py --url http://127.0.0.1:8000 --query pruner
 
 Needs Chromium and Playwright (the extra "dev").
 """
@@ -36,7 +36,7 @@ def main() -> None:
     options.add_argument("--url", default="http://127.0.0.1:8000", help="of the service")
     options.add_argument("--out", type=Path, default=HERE / "images", help="folder of the pictures")
     options.add_argument("--key", default="", help="API key, where the service needs one")
-    options.add_argument("--query", default="garden", help="words to search for")
+    options.add_argument("--query", default="pruner", help="words to search for")
     options.add_argument("--user", help="whom to show; none: one of the service's sample, with the longest history")
     given = options.parse_args()
     chromium = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)

@@ -94,9 +94,10 @@ def embedder(settings: Settings) -> Output:
 
 
 def inputs_of(settings: Settings, pool: str) -> tuple[str, ...]:
-    """What an embedder is shown: of the whole pool what it is meant for, of the test pool what it is tested with."""
+    """What an embedder is shown: of the test pool what it is tested with, of the whole pool what it is meant for, and
+    ``embed.by_modality`` each part of it alone."""
     inputs = tested_inputs(settings, settings.model.variant)
-    return inputs if pool == "test" else inputs[:1]
+    return inputs if pool == "test" or settings.embed.by_modality else inputs[:1]
 
 
 def embeddings(settings: Settings, pool: str) -> Output:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
@@ -82,7 +83,9 @@ class Baselines:
         """
         seeds, task = self._settings.ranking.seeds, protocol.task
         if name == "popularity":
-            return {None: task.popularity_scores(protocol.clicks)}
+            return {None: task.scores_by_note(protocol.clicks)}
+        if name == "newest":
+            return {None: task.scores_by_note(self._births())}
         if name == "random":
             return {seed: task.random_scores(seed) for seed in seeds}
         rows = [task.candidates_of(example) for example in range(task.num_examples)]
@@ -123,6 +126,19 @@ class Baselines:
                     self._summaries(), self._llm, attention=model.attention, revision=model.revision
                 )
         return self._features[name]
+
+    def _births(self) -> dict[str, int]:
+        """When each note was created, in microseconds.
+
+        Raises:
+            DataError: no note says.
+        """
+        notes = ds.dataset(self._workspace / "prepared" / "notes").to_table(columns=["note_id", "created_at"])
+        dated = notes.filter(pc.is_valid(notes["created_at"]))
+        if not len(dated):
+            raise DataError("the row newest needs notes with created_at: leave it out of ranking.baselines")
+        born = dated["created_at"].cast(pa.timestamp("us", tz="UTC")).cast(pa.int64())
+        return dict(zip(dated["note_id"].to_pylist(), born.to_pylist(), strict=True))
 
     def _used_notes(self) -> set[str]:
         """Notes of any sequence, or that any protocol asks for."""

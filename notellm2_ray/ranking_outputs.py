@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -82,7 +83,7 @@ def scored(settings: Settings) -> list[Scored]:
                 found.append(Scored(name, _UNTUNED[name], None, None, protocol))
         for variant in settings.ranking.rankers:
             found += [Scored(variant, variant, seed, None, protocol) for seed in settings.ranking.seeds]
-        for control in settings.ranking.controls:
+        for control in settings.ranking.controls if protocol == settings.candidates.protocols[0] else ():
             first = settings.ranking.rankers[0]
             found += [Scored(first, first, seed, control, protocol) for seed in settings.ranking.seeds]
     return found
@@ -113,8 +114,12 @@ def sequences(settings: Settings) -> Output:
 
 
 def tiny_mllm(settings: Settings) -> Output:
-    tiny = {name: value for name, value in to_plain(settings.tiny).items() if name.startswith("mllm_")}
-    shaped = {"tiny": tiny, "seed": settings.seed, "prompt_language": settings.ranker.prompt_language}
+    shaped = {
+        "tiny": {name: value for name, value in to_plain(settings.tiny).items() if re.match("mllm_|vocab_size", name)},
+        "seed": settings.seed,
+        "prompt_language": settings.ranker.prompt_language,
+        "templates": [settings.summaries.template, settings.preferences.template],
+    }
     prepared = workspace_of(settings) / "prepared"
     return Output(prepared.with_name("tiny_mllm"), "build-tiny-mllm", shaped, {"prepared": fingerprint_of(prepared)})
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ from notellm2_ray.core.errors import OutputError
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.core.settings.ranking import RankerVariant
 from notellm2_ray.outputs import workspace_of
-from notellm2_ray.stages import run_stage
+from notellm2_ray.stages import run_stage, run_together
 
 SPLITS = ("train", "valid", "test")
 
@@ -148,8 +150,8 @@ def _preferences(settings: Settings, variant: RankerVariant, history: str = "") 
 
 
 def score_candidates(settings: Settings) -> dict[str, Any]:
-    """P(yes) of every compared model for every candidate."""
-    counts = {}
+    """P(yes) of every compared model for every candidate; each model's engine is started once."""
+    by_model: dict[str, list[outputs.Scored]] = defaultdict(list)
     for table in outputs.scored(settings):
         if (
             table.seed is not None
@@ -159,37 +161,45 @@ def score_candidates(settings: Settings) -> dict[str, Any]:
                 f"ranker {table.ranker}-seed{table.seed} is not tuned with these settings: run train-ranker, or "
                 "`notellm2 run-ranking` for all of them"
             )
-        counts[f"{table.name}/{table.protocol}"] = _score(settings, table)
+        by_model[_scoring_model(settings, table)].append(table)
+    counts: dict[str, Any] = {}
+    for model, tables in by_model.items():
+        found = run_together(
+            [outputs.scores(settings, table) for table in tables], partial(_score, settings, model, tables)
+        )
+        counts |= {f"{table.name}/{table.protocol}": one for table, one in zip(tables, found, strict=True)}
     return counts
 
 
-def _score(settings: Settings, table: outputs.Scored) -> dict[str, Any]:
+def _scoring_model(settings: Settings, table: outputs.Scored) -> str:
+    if table.seed is None:
+        return outputs.ranking_model(settings, settings.ranker.model)
+    return str(workspace_of(settings) / "rankers" / f"{table.ranker}-seed{table.seed}" / "model")
+
+
+def _score(
+    settings: Settings, model: str, tables: Sequence[outputs.Scored], todo: Sequence[int], directories: Sequence[Path]
+) -> list[dict[str, Any]]:
+    from notellm2_ray.infer.score import ScoreTable
     from notellm2_ray.infer.score import score_candidates as work
+    from notellm2_ray.infer.score_questions import Controls
 
+    connect(settings.ray)
     workspace = workspace_of(settings)
-    model = (
-        Path(outputs.ranking_model(settings, settings.ranker.model))
-        if table.seed is None
-        else workspace / "rankers" / f"{table.ranker}-seed{table.seed}" / "model"
-    )
-
-    def run(output: Path) -> dict[str, Any]:
-        connect(settings.ray)
-        return work(
-            model,
-            settings.ranker.model_copy(update={"variant": table.ranker}),
-            settings.generation,
-            examples=workspace / "sequences" / f"{table.history or 'test'}.parquet",
-            candidates=workspace / "sequences" / "candidates" / f"{table.protocol}.parquet",
-            notes=workspace / "prepared" / "notes",
-            preferences=_preferences(settings, table.ranker, table.history),
-            output=output,
-            shuffled_image=table.control == "shuffled_image",
-            other_preference=table.control == "other_preference",
-            seed=settings.seed,
+    asked = []
+    for number, directory in zip(todo, directories, strict=True):
+        table = tables[number]
+        asked.append(
+            ScoreTable(
+                settings.ranker.model_copy(update={"variant": table.ranker}),
+                workspace / "sequences" / f"{table.history or 'test'}.parquet",
+                workspace / "sequences" / "candidates" / f"{table.protocol}.parquet",
+                _preferences(settings, table.ranker, table.history),
+                directory,
+                Controls(table.control == "shuffled_image", table.control == "other_preference", settings.seed),
+            )
         )
-
-    return run_stage(outputs.scores(settings, table), run)
+    return work(model, settings.generation, workspace / "prepared" / "notes", asked)
 
 
 def eval_ranking(settings: Settings) -> dict[str, Any]:
@@ -212,8 +222,6 @@ def eval_ranking(settings: Settings) -> dict[str, Any]:
 
 def sweep(settings: Settings) -> None:
     """How the first ranker's figures change with ``ranking.sweep``; a plot joins the report."""
-    from functools import partial
-
     from notellm2_ray.sweep import SWEEPS, run_sweep
 
     connect(settings.ray)

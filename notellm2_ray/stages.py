@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +31,30 @@ def run_stage(output: Output, work: Callable[[Path], Mapping[str, Any]]) -> dict
         counts.update(work(output.directory))
     log.info("%s: done in %.0f s: %s", name, time.time() - started, _brief(counts))
     return dict(counts)
+
+
+def run_together(
+    outputs: Sequence[Output], work: Callable[[Sequence[int], Sequence[Path]], Sequence[Mapping[str, Any]]]
+) -> list[dict[str, Any]]:
+    """Do the work of several outputs of one stage in one go, those left out that are there; the counts of each.
+
+    Args:
+        work: gets the places of the outputs to make and their directories, and returns the counts of each of these.
+    """
+    todo = [number for number, output in enumerate(outputs) if not output.complete]
+    if there := len(outputs) - len(todo):
+        log.info("%s: %d output(s) already there", outputs[0].stage, there)
+    if todo:
+        names = ", ".join("/".join(outputs[number].directory.parts[-2:]) for number in todo)
+        log.info("%s: starting %s", outputs[0].stage, names)
+        started = time.time()
+        with ExitStack() as stack:
+            counts = [stack.enter_context(outputs[number].write()) for number in todo]
+            for one, found in zip(counts, work(todo, [outputs[number].directory for number in todo]), strict=True):
+                one.update(found)
+                log.info("%s: %s", outputs[0].stage, _brief(found))
+        log.info("%s: done in %.0f s", outputs[0].stage, time.time() - started)
+    return [read_manifest(output.directory)["counts"] for output in outputs]
 
 
 def _brief(counts: Mapping[str, Any]) -> str:

@@ -182,9 +182,13 @@ def run_ranking(settings: Settings) -> None:
 
 
 def run_all(settings: Settings) -> None:
-    """Both halves: recall, then ranking."""
-    run_retrieval(settings)
-    ranking.run_ranking(settings)
+    """Both halves, at the same time."""
+    from notellm2_ray.evaluate.front_page import write_front_page
+    from notellm2_ray.halves import run_halves
+
+    prepare(settings)
+    run_halves(settings, outputs.workspace_of(settings))
+    write_front_page(outputs.workspace_of(settings) / "report")  # two that end at once may each miss the other
 
 
 STAGES: dict[str, Callable[[Settings], Any]] = {

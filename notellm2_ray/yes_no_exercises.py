@@ -50,7 +50,7 @@ def question(
         names: the palettes, patterns and topics that there are.
     """
     words = _WORDS[language]
-    subject = rng.choices(("palette", "pattern", "topic"), (3, 2, 3))[0]
+    subject = rng.choices(("palette", "pattern", "topic"), (4, 1, 4))[0]
     asked, truth, every = {
         "palette": (words.palette, scene.palette, names[0]),
         "pattern": (words.pattern, scene.pattern, names[1]),

@@ -181,6 +181,8 @@ def test_popularity_and_random_need_no_training(workspace):
     baselines = Baselines(settings_for(workspace), workspace, [protocol], llm="", vision="")
     (clicks,) = baselines.scores("popularity", protocol).values()
     assert set(clicks) == {0, 1, 2}
+    with pytest.raises(DataError, match="newest needs notes with created_at"):
+        baselines.scores("newest", protocol)
     drawn = baselines.scores("random", protocol)
     assert list(drawn) == [1, 2]
     assert not np.array_equal(drawn[1], drawn[2])

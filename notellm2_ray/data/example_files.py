@@ -25,6 +25,7 @@ EVER = -(1 << 62)  # as a birth in microseconds: before everything
 SMOOTHING = 10  # popularity-matched negatives: weight clicks + 1/10, so that a note nobody clicked can be drawn at all
 TOO_FEW_NOTES = "too few notes"
 _ROW_GROUP = 65_536
+_DAY = 24 * 60 * 60 * 1_000_000  # microseconds
 
 POPULARITY_SCHEMA = pa.schema(
     [pa.field("note_id", pa.string(), nullable=False), pa.field("clicks", pa.int64(), nullable=False)]
@@ -61,6 +62,8 @@ class PartWriter:
     ) -> None:
         self.vocabulary, self.notes, self.split, self.seed = vocabulary, notes, split, seed
         self.sequences, self.candidates = sequences, candidates
+        days = candidates.max_negative_age_days
+        self._max_age = None if days is None else round(days * _DAY)
         ones = np.ones(len(notes.births), np.int64)
         self.pools = {
             "uniform": Pool.build(notes.births, ones, notes.alive),
@@ -115,7 +118,8 @@ class PartWriter:
         pool = self.pools["published" if name == "published" else "uniform"]
         liked = Liked.build(full.owners, full.notes, pool)
         targets = examples.targets(kept)
-        eligible = num_eligible(pool, liked, examples.users, kept.times[targets])
+        max_age = None if name == "published" else self._max_age
+        eligible = num_eligible(pool, liked, examples.users, kept.times[targets], max_age)
         short = (eligible < count) & bool(draws)
         tables["quarantine"] = pa.concat_tables(
             [tables["quarantine"], _too_few(t.example_ids(kept, examples), eligible, short, count)]
@@ -131,7 +135,7 @@ class PartWriter:
             keys = hash_strings(ids, f"{stream_seed(self.seed, 'candidates', protocol):016x}")
             pool = self.pools[source]
             liked = Liked.build(full.owners, full.notes, pool)
-            negatives = sample(pool, liked, keys, examples.users, kept.times[targets], count)
+            negatives = sample(pool, liked, keys, examples.users, kept.times[targets], count, max_age)
             tables[f"candidates-{protocol}"] = t.candidate_table(
                 ids, kept.notes[targets], negatives, shuffle_keys(keys, count + 1), self.vocabulary
             )
@@ -185,7 +189,8 @@ def write_parquet(path: Path, tables: Iterable[pa.Table]) -> None:
 
 def _too_few(ids: pa.Array, eligible: np.ndarray, short: np.ndarray, count: int) -> pa.Table:
     reasons = [
-        f"{TOO_FEW_NOTES}: {number} notes that the user did not like existed at the target's time, {count} are needed"
+        f"{TOO_FEW_NOTES}: {number} notes that the user did not like could be negatives at the target's time, {count} "
+        "are needed"
         for number in eligible[short]
     ]
     keys = ids.filter(pa.array(short))

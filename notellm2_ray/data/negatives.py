@@ -16,7 +16,7 @@ _ROWS = 8192  # examples sampled at once: about 2 kB each at 20 negatives
 
 
 class Pool(NamedTuple):
-    """Candidate notes in the order of their birth, so that what existed at a moment is a prefix.
+    """Candidate notes in the order of their birth, so that what came into being between two moments is a range.
 
     Weights are integers: their sums are exact, the same on every machine.
     """
@@ -35,9 +35,13 @@ class Pool(NamedTuple):
         places[codes] = np.arange(len(codes))
         return Pool(codes, births[codes], np.append(0, np.cumsum(weights[codes])), places)
 
-    def limits(self, times: np.ndarray) -> np.ndarray:
-        """(X,) int64, how many notes existed at each of ``times``."""
-        return np.searchsorted(self.births, times, side="right")
+    def ranges(self, times: np.ndarray, max_age: int | None) -> tuple[np.ndarray, np.ndarray]:
+        """Begin and end, (X,) int64 each, of the places of the notes that existed at each of ``times``, and were not
+        older than ``max_age`` microseconds by then; None: of any age."""
+        ends = np.searchsorted(self.births, times, side="right")
+        if max_age is None:
+            return np.zeros_like(ends), ends
+        return np.searchsorted(self.births, times - max_age, side="left"), ends
 
 
 class Liked(NamedTuple):
@@ -59,19 +63,29 @@ class Liked(NamedTuple):
         keys = users * self.base + places
         return self.keys[np.searchsorted(self.keys, keys)] == keys
 
-    def num_among(self, users: np.ndarray, limits: np.ndarray) -> np.ndarray:
-        """(X,) int64, how many of the first ``limits`` notes of the pool each user liked."""
+    def num_among(self, users: np.ndarray, begins: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """(X,) int64, how many of the pool's notes from ``begins`` to before ``ends`` each user liked."""
         first = users * self.base
-        return np.searchsorted(self.keys, first + limits) - np.searchsorted(self.keys, first)
+        return np.searchsorted(self.keys, first + ends) - np.searchsorted(self.keys, first + begins)
 
 
-def num_eligible(pool: Pool, liked: Liked, users: np.ndarray, times: np.ndarray) -> np.ndarray:
-    """(X,) int64, notes that existed at ``times`` and that the user did not like."""
-    limits = pool.limits(times)
-    return limits - liked.num_among(users, limits)
+def num_eligible(
+    pool: Pool, liked: Liked, users: np.ndarray, times: np.ndarray, max_age: int | None = None
+) -> np.ndarray:
+    """(X,) int64, notes that existed at ``times``, not older than ``max_age``, and that the user did not like."""
+    begins, ends = pool.ranges(times, max_age)
+    return ends - begins - liked.num_among(users, begins, ends)
 
 
-def sample(pool: Pool, liked: Liked, keys: np.ndarray, users: np.ndarray, times: np.ndarray, count: int) -> np.ndarray:
+def sample(
+    pool: Pool,
+    liked: Liked,
+    keys: np.ndarray,
+    users: np.ndarray,
+    times: np.ndarray,
+    count: int,
+    max_age: int | None = None,
+) -> np.ndarray:
     """(X, count) note codes: distinct notes that existed, none of the user's, drawn by the pool's weights one after
     another without replacement. Every example must have ``count`` eligible notes.
 
@@ -79,9 +93,10 @@ def sample(pool: Pool, liked: Liked, keys: np.ndarray, users: np.ndarray, times:
         keys: (X,) uint64, a random number of each example.
         users: (X,) the users of ``liked``.
         times: (X,) microseconds.
+        max_age: microseconds at most from a note's birth to the example's time; None: any.
     """
     pieces = [
-        _sample(pool, liked, keys[i : i + _ROWS], users[i : i + _ROWS], times[i : i + _ROWS], count)
+        _sample(pool, liked, keys[i : i + _ROWS], users[i : i + _ROWS], times[i : i + _ROWS], count, max_age)
         for i in range(0, len(keys), _ROWS)
     ]
     return pool.codes[np.concatenate(pieces)] if pieces else np.zeros((0, count), np.int64)
@@ -92,12 +107,12 @@ def shuffle_keys(keys: np.ndarray, width: int) -> np.ndarray:
     return _mix(_mix(~keys)[:, None] + _GOLDEN * np.arange(width, dtype=np.uint64))
 
 
-def _sample(pool, liked, keys, users, times, count) -> np.ndarray:
-    limits = pool.limits(times)
+def _sample(pool, liked, keys, users, times, count, max_age) -> np.ndarray:
+    begins, ends = pool.ranges(times, max_age)
     chosen = np.zeros((len(keys), count), np.int64)
     missing = np.arange(len(keys))
     for draws in (2 * count + 16, 8 * count + 64):
-        places = _draw(pool, keys[missing], limits[missing], draws)
+        places = _draw(pool, keys[missing], begins[missing], ends[missing], draws)
         good = ~_repeats(places) & ~liked.holds(users[missing][:, None], places)
         nth = np.cumsum(good, axis=1)
         full = nth[:, -1] >= count
@@ -107,19 +122,20 @@ def _sample(pool, liked, keys, users, times, count) -> np.ndarray:
         if not len(missing):
             return chosen
     for row, drawn, fine in zip(missing, places[~full], good[~full], strict=True):
-        chosen[row] = _complete(pool, liked, keys[row], users[row], limits[row], count, drawn[fine])
+        chosen[row] = _complete(pool, liked, keys[row], users[row], begins[row], ends[row], count, drawn[fine])
     return chosen
 
 
-def _draw(pool: Pool, keys: np.ndarray, limits: np.ndarray, draws: int) -> np.ndarray:
+def _draw(pool: Pool, keys: np.ndarray, begins: np.ndarray, ends: np.ndarray, draws: int) -> np.ndarray:
     numbers = _unit(_mix(keys[:, None] + _GOLDEN * np.arange(1, draws + 1, dtype=np.uint64)))
-    values = (numbers * pool.totals[limits][:, None]).astype(np.int64)
+    before = pool.totals[begins][:, None]
+    values = before + (numbers * (pool.totals[ends][:, None] - before)).astype(np.int64)
     return np.searchsorted(pool.totals, values, side="right") - 1
 
 
-def _complete(pool, liked, key: np.uint64, user: int, limit: int, count: int, drawn: np.ndarray) -> np.ndarray:
+def _complete(pool, liked, key: np.uint64, user: int, begin: int, end: int, count: int, drawn) -> np.ndarray:
     """``count`` places, ``drawn`` first: a note of weight w comes next with probability w / the weights left."""
-    places = np.setdiff1d(np.arange(limit), drawn)
+    places = np.setdiff1d(np.arange(begin, end), drawn)
     places = places[~liked.holds(np.full(len(places), user), places)]
     numbers = _unit(_mix(_mix(key + places.astype(np.uint64) * _GOLDEN)))
     waits = -np.log1p(-numbers) / np.diff(pool.totals)[places]

@@ -49,7 +49,7 @@ from notellm2_ray.data.example_files import (
 )
 from notellm2_ray.data.histories import HISTORY_SCHEMA, Histories, k_core, within_core
 from notellm2_ray.data.protocol_checks import check_actions, check_short, check_tables
-from notellm2_ray.data.ranking_statistics import summarise
+from notellm2_ray.data.ranking_statistics import format_statistics, summarise
 from notellm2_ray.data.sequences import SPILLED_SCHEMA, build_histories, spill_unit
 from notellm2_ray.data.spill import read_arrow, run_here, run_on_ray, write_arrow
 from notellm2_ray.data.targets import TargetSplit, fit_split
@@ -127,7 +127,7 @@ def make_sequences(
         _write_quarantine(job, output)
         statistics = summarise(answers, spilt, num_notes=int(alive.sum()), split=split, settings=candidates)
     write_atomically(output / "statistics.json", json.dumps(statistics, indent=2))
-    _log.info("sequences: %s", json.dumps(statistics))
+    _log.info("statistics of the sequences:\n%s", format_statistics(statistics))
     return {name: value for name, value in statistics.items() if isinstance(value, int)} | {"partitions": partitions}
 
 

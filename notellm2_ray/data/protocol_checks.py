@@ -105,10 +105,14 @@ def check_short(answers: Sequence[Mapping[str, Any]], settings: CandidateSetting
             continue
         knob = "num_train_negatives" if name == "train" else "num_negatives"
         example = next(answer["short_example"] for answer in answers if answer["short_example"])
+        remedy = (
+            "let notes that were created later be negatives with candidates.existing_notes_only=false"
+            if settings.max_negative_age_days is None
+            else "raise candidates.max_negative_age_days (notes without created_at are of no age)"
+        )
         raise DataError(
             f"{short} of {all_} {name} examples have fewer than candidates.{knob}={getattr(settings, knob)} notes to "
-            f"draw negatives from ({example}): lower candidates.{knob}, give more notes, or let notes that were "
-            "created later be negatives with candidates.existing_notes_only=false"
+            f"draw negatives from ({example}): lower candidates.{knob}, give more notes, or {remedy}"
         )
 
 

@@ -85,3 +85,30 @@ def summarise(
         times = (str(np.datetime64(bound, "us")) for bound in split.bounds)
         statistics |= dict(zip(("validation_from", "test_from"), times, strict=True))
     return statistics
+
+
+def format_statistics(statistics: Mapping[str, Any]) -> str:
+    """The statistics as lines to read: the data set, then a line per set of examples."""
+    lines = [
+        f"{statistics['users']:,} users ({statistics['cold_users']:,} cold, {statistics['untested_users']:,} without a "
+        f"target), {statistics['notes']:,} notes, {statistics['interactions']:,} interactions, sparsity "
+        f"{statistics['sparsity']:.2%}",
+        f"events of a user: {_lengths(statistics['sequence_length'])}; {statistics['truncated_users']:,} users cut to "
+        f"their last ones, {statistics['blocks']:,} blocks",
+    ]
+    for kind in (*SIDES, "published"):
+        if f"{kind}_examples" in statistics:
+            lines.append(
+                f"{kind}: {statistics[f'{kind}_examples']:,} examples, histories of "
+                f"{_lengths(statistics[f'{kind}_history_length'])} events, "
+                f"{statistics[f'{kind}_targets_never_clicked']:,} targets that no other event clicks"
+            )
+    return "\n".join(lines)
+
+
+def _lengths(described: Mapping[str, float]) -> str:
+    if not described["count"]:
+        return "none"
+    return (
+        f"{described['min']:,} to {described['max']:,} (mean {described['mean']:.1f}, median {described['median']:,})"
+    )

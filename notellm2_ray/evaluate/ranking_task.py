@@ -140,9 +140,9 @@ class RankingTask:
         if np.isnan(scores.column("score").to_numpy()).any():
             raise DataError(f"{where}: NaN among the scores")
 
-    def popularity_scores(self, clicks: Mapping[str, int]) -> np.ndarray:
-        """(R,) clicks of each candidate."""
-        return np.array([clicks.get(note, 0) for note in self.note_ids], dtype=np.float64)
+    def scores_by_note(self, values: Mapping[str, int]) -> np.ndarray:
+        """(R,) what is known of each candidate by itself, as its clicks; 0 where nothing is."""
+        return np.array([values.get(note, 0) for note in self.note_ids], dtype=np.float64)
 
     def random_scores(self, seed: int) -> np.ndarray:
         """(R,) uniform draws of the seed."""

@@ -6,17 +6,17 @@ import logging
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 
 from notellm2_ray.core import errors
 from notellm2_ray.core.config import to_plain
-from notellm2_ray.core.ranking_rows import store_notes
+from notellm2_ray.core.ranking_rows import CandidateRows, store_notes
 from notellm2_ray.core.run import fingerprint
 from notellm2_ray.core.settings import GenerationSettings, RankerSettings
 from notellm2_ray.infer.embed import own_context
-from notellm2_ray.infer.engine import check_model, engine_arguments, engine_environment
+from notellm2_ray.infer.engine import ModelFacts, check_model, engine_arguments, engine_environment
 from notellm2_ray.infer.progress import Progress
 from notellm2_ray.infer.resources import check_engines
 from notellm2_ray.infer.score_parts import (
@@ -29,7 +29,7 @@ from notellm2_ray.infer.score_parts import (
     read_scored,
 )
 from notellm2_ray.infer.score_questions import Controls, ScoreFiles
-from notellm2_ray.infer.score_worker import CALLS_AT_ONCE, PartScorer, ScoreJob
+from notellm2_ray.infer.score_worker import CALLS_AT_ONCE, PartScorer, ScoreJob, TableJob
 
 log = logging.getLogger("notellm2_ray")
 
@@ -41,57 +41,100 @@ _ENGINE_SHAPING = ("dtype", "max_model_len", "engine_kwargs")
 _MAX_RAY_BLOCKS = 20_000
 
 
+class ScoreTable(NamedTuple):
+    """One table of scores to make: who is asked about which candidates, how, and with what exchanged."""
+
+    ranker: RankerSettings
+    examples: Path  # EXAMPLE_SCHEMA
+    candidates: Path  # CANDIDATE_SCHEMA
+    preferences: Path | None  # PREFERENCE_SCHEMA; None for ``tallrec``
+    output: Path  # directory; exists, or is made
+    controls: Controls = Controls()
+
+
+class _Planned(NamedTuple):
+    table: ScoreTable
+    files: ScoreFiles
+    rows: CandidateRows
+    parts: list[Part]
+    done: list[Scored]
+    reused: frozenset[str]
+
+    @property
+    def todo(self) -> list[Part]:
+        return [part for part in self.parts if part.part_id not in self.reused]
+
+
 def score_candidates(
-    model: Path,
-    ranker: RankerSettings,
-    generation: GenerationSettings,
-    *,
-    examples: Path,
-    candidates: Path,
-    notes: Path,
-    preferences: Path | None,
-    output: Path,
-    shuffled_image: bool = False,
-    other_preference: bool = False,
-    seed: int = 0,
-) -> dict[str, Any]:
-    """Score candidates into ``output/scores.parquet`` (SCORE_SCHEMA, an example's candidates together).
+    model: Path | str, generation: GenerationSettings, notes: Path, tables: Sequence[ScoreTable]
+) -> list[dict[str, Any]]:
+    """Score candidates with one model into ``scores.parquet`` of each table's output (SCORE_SCHEMA).
 
     A score is P(yes) / (P(yes) + P(no)) at the place of the answer's first token. Requests of one example follow each
-    other, so that vLLM computes what they share once. Parts of whole examples are committed one by one
-    (``output/parts``); a later run of the same job skips those that are there, so that a killed engine or driver costs
-    the parts in hand.
+    other, so that vLLM computes what they share once; an engine is started once for all tables. Parts of whole examples
+    are committed one by one (``parts`` in the output); a later run of the same job skips those that are there, so that
+    a killed engine or driver costs the parts in hand.
 
     Ray must be connected. On several machines all paths lie on storage that they share.
 
     Args:
         model: directory (or hub name) of a Hugging Face model: a tuned ranker's ``model/``, or an untuned one.
-        examples: EXAMPLE_SCHEMA. candidates: CANDIDATE_SCHEMA. preferences: PREFERENCE_SCHEMA; None for ``tallrec``.
         notes: prepared notes, a directory of Parquet files.
-        output: directory; exists, or is made.
-        shuffled_image: control: a candidate is shown another random candidate's image.
-        other_preference: control: a user is given another random user's preference.
-        seed: of the controls' choices.
+        tables: what to score, each with an output of its own.
 
     Returns:
-        Counts for the manifest: examples, candidates, scored, quarantined, without_preference (examples with a history
-        but no preference, shown as users without a history), parts, parts_reused, prompt_tokens, cached_tokens,
-        computed_tokens, startup_seconds, score_seconds, candidates_per_s.
+        Counts for each table's manifest: examples, candidates, scored, quarantined, without_preference (examples with a
+        history but no preference, shown as users without a history), parts, parts_reused, prompt_tokens, cached_tokens,
+        computed_tokens; and, of all tables together, startup_seconds, score_seconds, candidates_per_s.
 
     Raises:
         ConfigError: the engines do not fit into the cluster, or the settings contradict each other.
-        DataError: a table is unusable, or more than 5% of the candidates got no score.
+        DataError: a table is unusable, or more than 5% of its candidates got no score.
         ModelError: the model sees no images, vLLM cannot run it, or its engines keep dying.
     """
-    output = Path(output).absolute()
-    facts = check_model(model, images=ranker.variant != "tallrec")
+    facts = check_model(model, images=any(table.ranker.variant != "tallrec" for table in tables))
     generation = for_scoring(generation)
     engine_arguments(facts, generation, images=1)  # fails at once if it must
-    controls = Controls(shuffled_image, other_preference, seed)
-    paths = [None if path is None else Path(path).absolute() for path in (examples, candidates, preferences, notes)]
-    shaping = [to_plain(ranker), {name: to_plain(generation)[name] for name in _ENGINE_SHAPING}, controls]
-    made_by = fingerprint(facts.fingerprint, shaping, [_versions(path) for path in paths if path])
-    files = ScoreFiles(paths[0], paths[1], paths[2], output / f"notes-{made_by}.arrow")  # type: ignore[arg-type]
+    notes = Path(notes).absolute()
+    store = Path(tables[0].output).absolute() / "notes.arrow"
+    planned = [_plan(table, notes, store, facts, generation) for table in tables]
+    jobs = tuple(TableJob(one.table.ranker, one.files, one.table.controls, one.table.output) for one in planned)
+    todo = [part._replace(table=number) for number, one in enumerate(planned) for part in one.todo]
+    total, known = sum(len(one.rows) for one in planned), sum(_seen(entry) for one in planned for entry in one.done)
+    first = 0
+    with Progress(total, known, stage=STAGE, unit="candidates", waits_for="the engine") as progress:
+        if todo:
+            store.unlink(missing_ok=True)
+            store_notes(notes, set().union(*(_shown(one) for one in planned)), store)
+            with closing(_run(ScoreJob(facts, generation, jobs), todo)) as results:  # closed at once: it holds actors
+                for number, entry in results:
+                    first = first or _seen(entry)
+                    planned[number].done.append(entry)
+                    progress.add(_seen(entry))
+                    _check_bad_share(planned[number])
+    for one in planned:
+        _check_bad_share(one)
+    store.unlink(missing_ok=True)
+    seconds = progress.seconds()
+    # The first part's arrival ends the start-up; it is not in the time, so neither are its candidates in the rate.
+    active = seconds["embed_seconds"] - seconds["startup_seconds"]
+    together = {
+        "startup_seconds": seconds["startup_seconds"],
+        "score_seconds": seconds["embed_seconds"],
+        "candidates_per_s": round((progress.added - first) / active, 2) if active > 0 else None,
+    }
+    return [{**_counts(one), **together} for one in planned]
+
+
+def _plan(table: ScoreTable, notes: Path, store: Path, facts: ModelFacts, generation: GenerationSettings) -> _Planned:
+    """A table cut into parts, with those that are done already."""
+    examples, candidates, output = (Path(path).absolute() for path in (table.examples, table.candidates, table.output))
+    preferences = table.preferences and Path(table.preferences).absolute()
+    table = table._replace(examples=examples, candidates=candidates, preferences=preferences, output=output)
+    kept = {name: to_plain(generation)[name] for name in _ENGINE_SHAPING}
+    versions = [_versions(path) for path in (examples, candidates, preferences, notes) if path]
+    made_by = fingerprint(facts.fingerprint, [to_plain(table.ranker), kept, table.controls], versions)
+    files = ScoreFiles(examples, candidates, preferences, store)
     rows = files.rows()
     parts = plan_parts(rows.example_of, 2 * generation.max_sequences, made_by)
     if removed := clear_leftovers(output, parts):
@@ -99,40 +142,29 @@ def score_candidates(
     if rows.without_preference:
         log.warning("%s: %d examples have a history but no preference", STAGE, rows.without_preference)
     done = [entry for part in parts if (entry := read_scored(output, part.part_id))]
-    reused = {entry.part_id for entry in done}
-    todo = [part for part in parts if part.part_id not in reused]
-    with Progress(len(rows), sum(map(_seen, done)), stage=STAGE, unit="candidates", waits_for="the engine") as progress:
-        if todo:
-            _gather_notes(files, Path(notes).absolute(), ranker)
-            job = ScoreJob(facts, ranker, generation, files, controls, output)
-            with closing(_run(job, todo)) as results:  # closed at once on an error: it holds the actors
-                for entry in results:
-                    done.append(entry)
-                    progress.add(_seen(entry))
-                    _check_bad_share(done, len(rows), output)
-    _check_bad_share(done, len(rows), output)
-    scored = compile_scores(output, parts)
-    for path in output.glob("notes-*.arrow"):
-        path.unlink()
+    return _Planned(table, files, rows, parts, done, frozenset(entry.part_id for entry in done))
+
+
+def _shown(planned: _Planned) -> set[str]:
+    """The notes that a table's questions show."""
+    rows, ranker = planned.rows, planned.table.ranker
+    return set(rows.note_ids) | (rows.history_ids(ranker.max_history) if ranker.variant == "tallrec" else set())
+
+
+def _counts(planned: _Planned) -> dict[str, Any]:
+    done, rows = planned.done, planned.rows
     prompt_tokens, cached = sum(one.prompt_tokens for one in done), sum(one.cached_tokens for one in done)
-    seconds = progress.seconds()
-    # The first part's arrival ends the start-up; it is not in the time, so neither are its candidates in the rate.
-    active = seconds["embed_seconds"] - seconds["startup_seconds"]
-    first = _seen(done[len(reused)]) if len(done) > len(reused) else 0
     return {
         "examples": rows.num_examples,
         "candidates": len(rows),
-        "scored": scored,
+        "scored": compile_scores(planned.table.output, planned.parts),
         "quarantined": sum(one.quarantined for one in done),
         "without_preference": rows.without_preference,
-        "parts": len(parts),
-        "parts_reused": len(reused),
+        "parts": len(planned.parts),
+        "parts_reused": len(planned.reused),
         "prompt_tokens": prompt_tokens,
         "cached_tokens": cached,
         "computed_tokens": prompt_tokens - cached,
-        "startup_seconds": seconds["startup_seconds"],
-        "score_seconds": seconds["embed_seconds"],
-        "candidates_per_s": round((progress.added - first) / active, 2) if active > 0 else None,
     }
 
 
@@ -148,20 +180,8 @@ def for_scoring(generation: GenerationSettings) -> GenerationSettings:
     return generation.model_copy(update={"engine_kwargs": {**kwargs, **generation.engine_kwargs}})
 
 
-def _gather_notes(files: ScoreFiles, notes: Path, ranker: RankerSettings) -> None:
-    if files.store.exists():
-        return
-    rows = files.rows()
-    ids = set(rows.note_ids)
-    if ranker.variant == "tallrec":
-        ids |= rows.history_ids(ranker.max_history)
-    for path in files.store.parent.glob("notes-*.arrow"):
-        path.unlink()
-    store_notes(notes, ids, files.store)
-
-
-def _run(job: ScoreJob, parts: Sequence[Part]) -> Generator[Scored]:
-    """Score parts on the cluster; yields each as it gets done, in any order.
+def _run(job: ScoreJob, parts: Sequence[Part]) -> Generator[tuple[int, Scored]]:
+    """Score parts on the cluster; yields the place of its table and each as it gets done, in any order.
 
     Raises:
         NoteLLMError, OSError: what stopped a part; the parts that are done stay.
@@ -192,7 +212,7 @@ def _run(job: ScoreJob, parts: Sequence[Part]) -> Generator[Scored]:
         for batch in reports.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
             assert isinstance(batch, pa.Table)
             for row in batch.to_pylist():
-                yield _scored(row)
+                yield row["table"], _scored(row)
 
 
 def _scored(row: Mapping[str, Any]) -> Scored:
@@ -207,11 +227,11 @@ def _seen(entry: Scored) -> int:
     return entry.scored + entry.quarantined
 
 
-def _check_bad_share(done: Sequence[Scored], total: int, output: Path) -> None:
-    bad = sum(entry.quarantined for entry in done)
+def _check_bad_share(planned: _Planned) -> None:
+    bad, total, output = sum(entry.quarantined for entry in planned.done), len(planned.rows), planned.table.output
     if bad > MAX_BAD_SHARE * total:
         raise errors.DataError(
-            f"{bad} of the first {sum(map(_seen, done))} candidates ({total} in all) got no score, more than "
+            f"{bad} of the first {sum(map(_seen, planned.done))} candidates ({total} in all) got no score, more than "
             f"{MAX_BAD_SHARE:.0%}; reasons: {'; '.join(first_reasons(output))}. All are in {output / 'quarantine'}. "
             "Repair the notes, or make the sequences again"
         )

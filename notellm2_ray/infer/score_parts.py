@@ -24,6 +24,7 @@ class Part(NamedTuple):
 
     part_id: str
     places: list[int]  # in the candidates' file
+    table: int = 0  # the place of the table, where several are scored together
 
 
 class Scored(NamedTuple):

@@ -21,11 +21,13 @@ from notellm2_ray.infer.score_questions import Controls, Questions, ScoreFiles
 
 if TYPE_CHECKING:
     from notellm2_ray.models.chat import ChatTokenizer
+    from notellm2_ray.models.ranker_inputs import RankerPrompter
 
 CALLS_AT_ONCE = 2  # one part at the engine, the next being read and tokenised
 MAX_ATTEMPTS = 4  # at a part within one run
 _REPORT = pa.schema(
     [
+        ("table", pa.int64()),
         ("part_id", pa.string()),
         ("scored", pa.int64()),
         ("quarantined", pa.int64()),
@@ -38,15 +40,21 @@ _REPORT = pa.schema(
 )
 
 
+class TableJob(NamedTuple):
+    """One table of a job."""
+
+    ranker: RankerSettings
+    files: ScoreFiles
+    controls: Controls
+    output: Path
+
+
 class ScoreJob(NamedTuple):
     """What every actor of a job is told."""
 
     facts: ModelFacts
-    ranker: RankerSettings
     generation: GenerationSettings
-    files: ScoreFiles
-    controls: Controls
-    output: Path
+    tables: tuple[TableJob, ...]
 
 
 class Prompt(NamedTuple):
@@ -63,6 +71,7 @@ class PartScorer:
     def __init__(self, job: ScoreJob) -> None:
         self.job, self.engine = job, None
         self.lock = threading.Lock()
+        self.asked: dict[int, tuple[Questions, RankerPrompter]] = {}
         # vLLM's engine lives in an event loop; Ray Data calls from threads.
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, name="engine", daemon=True).start()
@@ -76,16 +85,24 @@ class PartScorer:
             self.engine.shutdown()
 
     def _report(self, part: Part) -> dict[str, Any]:
+        output = self.job.tables[part.table].output
         try:
             # Ray hands a dead actor's parts to another; one that was finished already need not be done again.
-            return (read_scored(self.job.output, part.part_id) or self._attempt(part))._asdict()
+            scored = read_scored(output, part.part_id) or self._attempt(part)
+            return {"table": part.table, **scored._asdict()}
         except (NoteLLMError, OSError) as error:
             kind = type(error).__name__ if isinstance(error, NoteLLMError) else "OSError"
             number = getattr(error, "errno", None)
-            return {"part_id": part.part_id, "error": kind, "message": str(error), "errno": number}
+            return {
+                "table": part.table,
+                "part_id": part.part_id,
+                "error": kind,
+                "message": str(error),
+                "errno": number,
+            }
 
     def _attempt(self, part: Part) -> Scored:
-        if begin_attempt(self.job.output, part.part_id) > MAX_ATTEMPTS:
+        if begin_attempt(self.job.tables[part.table].output, part.part_id) > MAX_ATTEMPTS:
             raise ModelError(
                 f"{MAX_ATTEMPTS} engines of {self.job.facts.model} died while they had part {part.part_id} in hand. "
                 "If memory ran out, lower generation.max_sequences, generation.max_model_len or "
@@ -94,9 +111,12 @@ class PartScorer:
         with self.lock:
             if self.engine is None:
                 self._load()
-        prompts, bad = self._prompts(part.places)
+            if part.table not in self.asked:
+                self.asked[part.table] = self._questions(self.job.tables[part.table])
+        questions, prompter = self.asked[part.table]
+        prompts, bad = _prompts(questions, prompter, part.places)
         try:
-            asking = ask(self.engine, self.prompter.chat, prompts, f"{part.part_id}/{os.getpid()}")
+            asking = ask(self.engine, self.chat, prompts, f"{part.part_id}/{part.table}/{os.getpid()}")
             answers = asyncio.run_coroutine_threadsafe(asking, self.loop).result()
         except Exception as error:
             if type(error).__name__ == "EngineDeadError":
@@ -108,30 +128,18 @@ class PartScorer:
         # Where Ray started this process for something else first, its environment is not all there yet.
         os.environ.update(engine_environment(self.job.generation))
         from notellm2_ray.models.chat import ChatTokenizer
-        from notellm2_ray.models.ranker_inputs import RankerPrompter
 
-        job = self.job
-        self.questions = Questions(job.files, job.ranker, job.controls)
-        self.prompter = RankerPrompter(ChatTokenizer.from_pretrained(job.facts.model), job.ranker)
+        self.chat = ChatTokenizer.from_pretrained(self.job.facts.model)
         self.engine = asyncio.run_coroutine_threadsafe(self._start(), self.loop).result()
 
     async def _start(self) -> Any:
-        return start_engine(
-            self.job.facts, self.job.generation, images=0 if self.job.ranker.variant == "tallrec" else 1
-        )
+        sees = any(table.ranker.variant != "tallrec" for table in self.job.tables)
+        return start_engine(self.job.facts, self.job.generation, images=int(sees))
 
-    def _prompts(self, places: Sequence[int]) -> tuple[list[Prompt], list[tuple[str, str]]]:
-        prompts: list[Prompt] = []
-        bad: list[tuple[str, str]] = []
-        for row, question in self.questions(places):
-            if isinstance(question, str):
-                bad.append((_key(row), question))
-                continue
-            try:
-                prompts.append(Prompt(row, self.prompter.prompt(question), self.prompter.image(question)))
-            except DataError as error:
-                bad.append((_key(row), str(error)))
-        return prompts, bad
+    def _questions(self, table: TableJob) -> tuple[Questions, RankerPrompter]:
+        from notellm2_ray.models.ranker_inputs import RankerPrompter
+
+        return Questions(table.files, table.ranker, table.controls), RankerPrompter(self.chat, table.ranker)
 
     def _commit(
         self, part: Part, prompts: Sequence[Prompt], answers: Sequence[Any], bad: list[tuple[str, str]]
@@ -141,7 +149,7 @@ class PartScorer:
             if isinstance(answer, ValueError):
                 bad.append((_key(prompt.row), f"vLLM refuses the prompt: {answer}"))
                 continue
-            score = yes_share(answer, self.prompter.chat)
+            score = yes_share(answer, self.chat)
             if not math.isfinite(score):
                 bad.append((_key(prompt.row), "its score is NaN"))
                 continue
@@ -155,7 +163,24 @@ class PartScorer:
                 f"the last: {bad[-1][1]}. If prompts are too long, raise generation.max_model_len or lower "
                 "ranker.max_preference_tokens; if scores are NaN, try generation.dtype=float32"
             )
-        return commit_part(self.job.output, part, rows, bad, (prompt_tokens, cached))
+        return commit_part(self.job.tables[part.table].output, part, rows, bad, (prompt_tokens, cached))
+
+
+def _prompts(
+    questions: Questions, prompter: RankerPrompter, places: Sequence[int]
+) -> tuple[list[Prompt], list[tuple[str, str]]]:
+    """Requests for some candidates; key and reason of those that cannot be asked about."""
+    prompts: list[Prompt] = []
+    bad: list[tuple[str, str]] = []
+    for row, question in questions(places):
+        if isinstance(question, str):
+            bad.append((_key(row), question))
+            continue
+        try:
+            prompts.append(Prompt(row, prompter.prompt(question), prompter.image(question)))
+        except DataError as error:
+            bad.append((_key(row), str(error)))
+    return prompts, bad
 
 
 async def ask(engine: Any, chat: ChatTokenizer, prompts: Sequence[Prompt], name: str) -> list[Any]:

@@ -7,7 +7,8 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from notellm2_ray.core.errors import ConfigError
@@ -18,6 +19,8 @@ from notellm2_ray.serve.keys import read_keys
 from notellm2_ray.serve.plan import Plan
 
 log = logging.getLogger("notellm2_ray")
+
+_SECONDS_BETWEEN_LINES = 5.0
 
 
 def serve_forever(plan: Plan, connect: Callable[[], Any]) -> None:
@@ -60,9 +63,40 @@ def start(plan: Plan, connect: Callable[[], Any]) -> Any:
 
     options = HTTPOptions(host=plan.serve.host, port=plan.serve.port, keep_alive_timeout_s=60)
     serve.start(proxy_location=ProxyLocation.EveryNode, http_options=options)
-    handle = serve.run(compose(plan), name=plan.serve.name, route_prefix="/")
-    wait_ready(plan.serve)
+    with _saying_how_far(plan.serve.name):
+        handle = serve.run(compose(plan), name=plan.serve.name, route_prefix="/")
+        wait_ready(plan.serve)
     return handle
+
+
+@contextmanager
+def _saying_how_far(name: str) -> Iterator[None]:
+    """Log every few seconds which deployments are still starting: an engine takes up to a minute."""
+    done, started = threading.Event(), time.monotonic()
+
+    def say() -> None:
+        from ray import serve
+
+        while not done.wait(_SECONDS_BETWEEN_LINES):
+            application = serve.status().applications.get(name)
+            states = {} if application is None else {key: one.status for key, one in application.deployments.items()}
+            waiting = [key for key, status in states.items() if status != "HEALTHY"]
+            up = len(states) - len(waiting)
+            log.info(
+                "starting (%.0f s): %d of %d deployments up%s",
+                time.monotonic() - started,
+                up,
+                len(states),
+                f", waiting for {', '.join(waiting)}" if waiting else "",
+            )
+
+    thread = threading.Thread(target=say, name="how-far", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
 
 
 def check_safe(plan: Plan) -> None:

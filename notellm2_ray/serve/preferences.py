@@ -28,6 +28,7 @@ class Preferences:
         self.figures = Figures(f"preferences-{serve.get_replica_context().replica_id.unique_id}")
         self.summaries = await asyncio.to_thread(read_summaries, plan)
         self.engine = plan.preference_engine()  # vLLM's needs this loop
+        await self.engine.advance(None, [Item("")], user="", block=0)  # the first call takes longest: of nobody's
 
     async def advance(self, user: str, block: int, previous: str | None, note_ids: Sequence[str]) -> str:
         """The taste after a block.

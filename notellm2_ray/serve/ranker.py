@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -19,6 +20,8 @@ class Ranker:
         assert plan.ranker_engine is not None
         self.figures = Figures(f"ranker-{serve.get_replica_context().replica_id.unique_id}")
         self.engine = plan.ranker_engine()  # vLLM's needs this loop
+        # The first request with a picture takes many times as long, kernels being compiled: let nobody wait for it.
+        await self.engine.score(None, [], [("0", _plain_picture())])
 
     async def score(
         self,
@@ -53,6 +56,14 @@ class Ranker:
     def report(self) -> list[Family]:
         """This replica's figures."""
         return self.figures.snapshot()
+
+
+def _plain_picture() -> bytes:
+    from PIL import Image
+
+    buffer = io.BytesIO()
+    Image.new("RGB", (224, 224), "gray").save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def ranker_deployment(plan: Plan) -> Any:

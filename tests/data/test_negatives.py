@@ -22,10 +22,11 @@ def unit(number: int) -> float:
     return (number >> 11) * 2.0**-53
 
 
-def twin(births, weights, own: set[int], key: int, time: int, count: int) -> list[int]:
+def twin(births, weights, own: set[int], key: int, time: int, count: int, max_age: int | None) -> list[int]:
     """Draw after draw; what 8 * count + 64 draws do not find, by the smallest exponential keys."""
     order = sorted(range(len(births)), key=lambda note: (births[note], note))
-    born = [note for note in order if births[note] <= time]
+    early = [note for note in order if max_age is not None and births[note] < time - max_age]
+    born = [note for note in order if births[note] <= time and note not in early]
     found: list[int] = []
     for draw in range(1, 8 * count + 65):
         value = int(unit(mix((key + draw * 0x9E3779B97F4A7C15) % WORD)) * sum(weights[note] for note in born))
@@ -35,7 +36,8 @@ def twin(births, weights, own: set[int], key: int, time: int, count: int) -> lis
             place += 1
         if born[place] not in own and born[place] not in found and len(found) < count:
             found.append(born[place])
-    left = [(place, note) for place, note in enumerate(born) if note not in own and note not in found]
+    places = enumerate(born, start=len(early))
+    left = [(place, note) for place, note in places if note not in own and note not in found]
     waits = [
         (-np.log1p(-unit(mix(mix((key + place * 0x9E3779B97F4A7C15) % WORD)))) / weights[note], note)
         for place, note in left
@@ -44,8 +46,14 @@ def twin(births, weights, own: set[int], key: int, time: int, count: int) -> lis
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**32), st.integers(3, 30), st.integers(1, 4), st.sampled_from([1, 3, 10_000]))
-def test_equals_the_plain_twin(seed, num_notes, count, skew):
+@given(
+    st.integers(0, 2**32),
+    st.integers(3, 30),
+    st.integers(1, 4),
+    st.sampled_from([1, 3, 10_000]),
+    st.none() | st.integers(0, 4),
+)
+def test_equals_the_plain_twin(seed, num_notes, count, skew, max_age):
     rng = np.random.default_rng(seed)
     births, weights = rng.integers(0, 5, num_notes), rng.integers(1, 1 + skew, num_notes)
     owners, notes = rng.integers(0, 4, 2 * num_notes), rng.integers(0, num_notes, 2 * num_notes)
@@ -54,13 +62,20 @@ def test_equals_the_plain_twin(seed, num_notes, count, skew):
     users, times = rng.integers(0, 4, 12), rng.integers(0, 6, 12)
     keys = rng.integers(0, 2**64, 12, dtype=np.uint64)
     own = [set(notes[owners == user].tolist()) for user in range(4)]
-    born = [{note for note in range(num_notes) if births[note] <= time} for time in times]
-    eligible = num_eligible(pool, liked, users, times)
+    oldest = [-1 if max_age is None else time - max_age for time in times]
+    born = [
+        {note for note in range(num_notes) if begin <= births[note] <= time}
+        for begin, time in zip(oldest, times, strict=True)
+    ]
+    eligible = num_eligible(pool, liked, users, times, max_age)
     assert eligible.tolist() == [len(b - own[user]) for b, user in zip(born, users, strict=True)]
     fine = eligible >= count
     users, times, keys = users[fine], times[fine], keys[fine]
-    drawn = sample(pool, liked, keys, users, times, count)
-    expected = [twin(births, weights, own[u], int(k), t, count) for u, k, t in zip(users, keys, times, strict=True)]
+    drawn = sample(pool, liked, keys, users, times, count, max_age)
+    expected = [
+        twin(births, weights, own[user], int(key), time, count, max_age)
+        for user, key, time in zip(users, keys, times, strict=True)
+    ]
     assert drawn.tolist() == expected
 
 

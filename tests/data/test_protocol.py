@@ -253,6 +253,26 @@ def test_only_notes_that_existed_are_negatives_unless_told_otherwise(tmp_path):
     assert any(row["note_id"].startswith("later") for row in read(strict, "candidates/published"))  # as published
 
 
+def test_negatives_are_not_older_than_wanted(tmp_path):
+    rows = make_log()
+    ids = sorted({note for _, note, _ in rows})
+    born = {note: -24.0 * (number % 6) for number, note in enumerate(ids)}
+    prepared = prepare(tmp_path / "a", rows, ids, born)
+    free = make(tmp_path / "any", rows, prepared=prepared)
+    when = {row["example_id"]: row["timestamp"] for row in read(free, "test")}
+
+    def ages(directory: Path) -> list[timedelta]:
+        negatives = [row for row in read(directory, "candidates/uniform") if not row["label"]]
+        return [when[row["example_id"]] - START - timedelta(hours=born[row["note_id"]]) for row in negatives]
+
+    oldest = max(ages(free))
+    limited = make(tmp_path / "limited", rows, prepared=prepared, max_negative_age_days=oldest.days - 2)
+    assert len(ages(limited)) == len(ages(free))
+    assert max(ages(limited)) <= timedelta(days=oldest.days - 2) < oldest
+    with pytest.raises(DataError, match="raise candidates.max_negative_age_days"):
+        make(tmp_path / "none", rows, prepared=prepared, max_negative_age_days=0.001)
+
+
 def test_too_few_notes_name_the_numbers_and_the_knobs(tmp_path):
     with pytest.raises(DataError, match=r"fewer than candidates\.num_negatives=500 notes .*lower candidates\.num_neg"):
         make(tmp_path, make_log(), num_negatives=500)

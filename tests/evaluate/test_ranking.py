@@ -55,7 +55,7 @@ def test_strata_and_figures(task):
     good = {seed: noisy(task, 2.0, seed) for seed in (1, 2, 3)}
     methods = [
         MethodScores("random", "baseline", {seed: task.random_scores(seed) for seed in (1, 2, 3)}),
-        MethodScores("popularity", "baseline", {None: task.popularity_scores(clicks())}),
+        MethodScores("popularity", "baseline", {None: task.scores_by_note(clicks())}),
         MethodScores("mllm_msr", "ranker", good),
         MethodScores("direct", "ranker", {seed: noisy(task, 0.5, seed + 9) for seed in (1, 2, 3)}),
         MethodScores("mllm_msr, shuffled image", "control", {1: noisy(task, 0.0, 5)}),

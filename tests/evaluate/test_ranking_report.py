@@ -34,7 +34,7 @@ SWEEP = {
 def evaluated(protocol):
     task = RankingTask.build(protocol, *tables(20), clicks(20))
     methods = [
-        MethodScores("popularity", "baseline", {None: task.popularity_scores(clicks(20))}),
+        MethodScores("popularity", "baseline", {None: task.scores_by_note(clicks(20))}),
         MethodScores("mllm_msr", "ranker", {seed: noisy(task, 3.0, seed) for seed in (1, 2)}),
         MethodScores("<b>direct</b>", "ranker", {seed: noisy(task, 1.0, seed) for seed in (1, 2)}),
         MethodScores("mllm_msr, shuffled image", "control", {1: noisy(task, 0.0, 8)}),

@@ -20,7 +20,7 @@ import torch
 from notellm2_ray.core.errors import DataError, ModelError, OutputError
 from notellm2_ray.core.schema import SCORE_SCHEMA
 from notellm2_ray.core.settings import GenerationSettings
-from notellm2_ray.infer.score import score_candidates
+from notellm2_ray.infer.score import ScoreTable, score_candidates
 from notellm2_ray.infer.score_parts import Part, clear_leftovers, commit_part, compile_scores, plan_parts, read_scored
 from notellm2_ray.infer.score_questions import Controls, Questions, ScoreFiles
 from tests.train import ranking_material as material
@@ -110,16 +110,15 @@ def _score(directory: Path, output: Path, layout: str = "shared_prefix", **chang
     generation = {"dtype": "float32", "max_model_len": 512, "max_sequences": 4, "cpus_per_engine": 1, **changes}
     sequences = directory / "sequences"
     output.mkdir(exist_ok=True)
-    return score_candidates(
-        directory / "mllm",
+    table = ScoreTable(
         material.ranker_settings(layout=layout),
-        GenerationSettings(**generation),
-        examples=sequences / "test.parquet",
-        candidates=sequences / "candidates" / "uniform.parquet",
-        notes=directory / "notes",
-        preferences=directory / "preferences.parquet",
-        output=output,
+        sequences / "test.parquet",
+        sequences / "candidates" / "uniform.parquet",
+        directory / "preferences.parquet",
+        output,
     )
+    (counts,) = score_candidates(directory / "mllm", GenerationSettings(**generation), directory / "notes", [table])
+    return counts
 
 
 def _own_scores(directory: Path, store: Path, layout: str) -> dict[tuple[str, str], float]:

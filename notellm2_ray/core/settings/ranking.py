@@ -12,7 +12,7 @@ PreferenceVariant = Literal["recurrent", "direct", "no_image_summary"]
 RankerVariant = Literal["mllm_msr", "direct", "no_image_summary", "tallrec"]
 ProtocolName = Literal["uniform", "popular", "published"]
 BaselineName = Literal[
-    "random", "popularity", "gru4rec", "sasrec", "gru4rec_image", "gru4rec_summary", "untuned", "untuned_text"
+    "random", "popularity", "newest", "gru4rec", "sasrec", "gru4rec_image", "gru4rec_summary", "untuned", "untuned_text"
 ]
 Control = Literal["shuffled_image", "other_preference"]
 
@@ -59,6 +59,12 @@ class CandidateSettings(Frozen):
         description="negatives are notes that were created before the target was liked, where notes carry created_at: "
         "a later one could be told by its date alone; false: any note",
     )
+    max_negative_age_days: float | None = Field(
+        None,
+        gt=0,
+        description="negatives were created at most so many days before the target was liked: where users are shown "
+        "new notes, an old one can be told by its age alone (see the row `newest`); null: any age",
+    )
     k_core: tuple[int, int] | None = Field(
         None,
         description="keep only users with so many notes and notes with so many users, among each other (published "
@@ -71,6 +77,8 @@ class CandidateSettings(Frozen):
             raise ValueError("candidates.validation_share and candidates.test_share leave nothing to train on")
         if len(set(self.protocols)) != len(self.protocols):
             raise ValueError(f"candidates.protocols names one twice: {list(self.protocols)}")
+        if self.max_negative_age_days is not None and not self.existing_notes_only:
+            raise ValueError("candidates.max_negative_age_days needs candidates.existing_notes_only=true")
         if self.k_core is not None and min(self.k_core) < 1:
             raise ValueError(f"candidates.k_core must be two numbers of at least 1: {list(self.k_core)}")
         return self
@@ -196,7 +204,8 @@ class RankEvaluateSettings(Frozen):
     )
     controls: tuple[Control, ...] = Field(
         ("shuffled_image", "other_preference"),
-        description="the first ranker scored with another candidate's image, or another user's preference",
+        description="the first ranker scored with another candidate's image, or another user's preference, under the "
+        "first protocol",
     )
     image_tower: str = Field(
         "", description="vision tower of the row gru4rec_image: as model.vision, or vgg19; empty: model.vision"

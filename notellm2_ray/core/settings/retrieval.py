@@ -29,6 +29,11 @@ class EmbedSettings(Frozen):
     max_batch_notes: int = Field(256, ge=1, description="notes in a forward batch at most")
     precision: Literal["bf16", "fp32"] = Field("fp32", description="precision of the forward pass")
     max_bad_share: float = Field(0.05, ge=0, le=1, description="above this share of quarantined notes the job stops")
+    by_modality: bool = Field(
+        False,
+        description="keep vectors of a note's image alone and text alone too (three passes for one): the service then "
+        "tells whether two notes are alike by image, by text or by both",
+    )
 
 
 class IndexSettings(Frozen):
