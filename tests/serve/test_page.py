@@ -147,6 +147,8 @@ def test_filters_and_hiding(tab, service):
     page.locator(f".grid .card[data-note={ids[0]}]").wait_for()
     page.get_by_label("Another topic").fill("nothing has this")
     page.get_by_role("button", name="Add").click()
+    page.wait_for_function("location.hash.includes('nothing')")
+    tab.settled()
     page.get_by_role("checkbox", name="a note must have all of them").check()
     page.get_by_text("No note meets these filters.").wait_for()
     page.get_by_role("link", name="Search without filters").click()

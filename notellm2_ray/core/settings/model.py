@@ -43,7 +43,7 @@ class TinySettings(Frozen):
     mllm_preferences: int = Field(5000, ge=1, description="tastes that it learns to sum up")
     mllm_held_out: int = Field(200, ge=1, description="exercises of each of these that it is measured on, unseen")
     mllm_first_steps: int = Field(350, ge=1, description="training steps of its word vectors and vision tower alone")
-    mllm_steps: int = Field(700, ge=1, description="training steps of the whole MLLM")
+    mllm_steps: int = Field(1200, ge=1, description="training steps of the whole MLLM")
     mllm_batch_size: int = Field(8, ge=1, description="captions in a training batch; the other exercises go by it")
 
     @model_validator(mode="after")

@@ -34,10 +34,10 @@ _TEXT_TOKENS = 64  # of a stretch of plain text
 # Rows of a kind in a batch, for one caption; below one row in every few batches only.
 _SHARES: Mapping[str, float] = {
     "caption": 1.0,
-    "topic": 0.5,
+    "topic": 0.25,
     "question": 3.0,
     "text": 0.125,
-    "preference": 1.0,
+    "preference": 0.5,
     "history": 0.03,
 }
 # Kinds of about one length share a forward pass.
