@@ -123,6 +123,16 @@ PRESETS: Mapping[str, tuple[str, dict[str, Any]]] = {
                 "train": {"epochs": 1},
                 "model": {"variant": "text_only"},
                 "evaluate": {"variants": ["text_only"], "inputs": ["text"]},
+                # There are no covers: preferences from titles, candidates by their titles.
+                "preferences": {"variant": "no_image_summary"},
+                "ranker": {"variant": "no_image_summary"},
+                "ranking": {
+                    "rankers": ["no_image_summary", "tallrec"],
+                    "controls": ["other_preference"],
+                    "baselines": ["random", "popularity", "gru4rec", "sasrec", "untuned_text"],
+                },
+                "candidates": {"train_targets": "last", "max_test_users": 200},
+                "tune": {"epochs": 1},
             },
         ),
     ),

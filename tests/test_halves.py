@@ -1,0 +1,27 @@
+"""Both halves at once: a share of the machine each, whole tables, and one that fails stops no other."""
+
+import pytest
+
+from notellm2_ray import halves
+from notellm2_ray.cli import load_settings
+from notellm2_ray.core.errors import OutputError
+
+
+def test_each_half_gets_half_of_this_machine_and_all_of_a_cluster(monkeypatch):
+    settings = load_settings(None, "demo", ["train.cpus_per_worker=64"])
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr("os.cpu_count", lambda: 8)
+    shared = halves.shared_out(settings)
+    assert (shared["train"]["cpus_per_worker"], shared["embed"]["cpus_per_actor"]) == (4, 2)
+    monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert halves.shared_out(settings)["train"]["cpus_per_worker"] == 64
+
+
+def test_a_half_that_fails_stops_no_other_and_is_named(monkeypatch, tmp_path, capfd):
+    monkeypatch.setattr(halves, "HALVES", ("mine-pairs", "settings"))
+    settings = load_settings(None, "demo", [f"workspace={tmp_path}"])
+    with pytest.raises(OutputError, match="mine-pairs failed, for the reason given above"):
+        halves.run_halves(settings, tmp_path)
+    printed = capfd.readouterr()
+    assert "run its stage first" in printed.err
+    assert f"workspace: {tmp_path}" in printed.out
