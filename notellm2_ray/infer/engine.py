@@ -81,6 +81,7 @@ def engine_arguments(facts: ModelFacts, settings: GenerationSettings, *, images:
         # Instructions are the same in all prompts, and a user's candidates share their preference.
         "enable_prefix_caching": True,
         "disable_log_stats": True,
+        "use_tqdm_on_load": False,
         "seed": 0,
     }
     if on_gpu:
@@ -100,6 +101,9 @@ def engine_environment(settings: GenerationSettings) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "TOKENIZERS_PARALLELISM": "false",
+        # Of no use to anybody: a deprecated argument that vLLM passes, and where its memory lies.
+        "TRANSFORMERS_VERBOSITY": "error",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",
         "RAY_LOGGER_LEVEL": "warning",  # Ray's own engine stage has a line for every batch
     }
     if not settings.gpus_per_engine:

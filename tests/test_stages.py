@@ -1,0 +1,42 @@
+"""Several outputs made in one go: what is there is left out, what failed is not complete."""
+
+import pytest
+
+from notellm2_ray.core.run import Output
+from notellm2_ray.stages import run_together
+
+
+def outputs(directory, *sizes):
+    return [Output(directory / str(number), "score", {"size": size}) for number, size in enumerate(sizes)]
+
+
+def test_only_what_is_missing_is_made(tmp_path):
+    asked = []
+
+    def work(todo, directories):
+        asked.append(list(todo))
+        for directory in directories:
+            (directory / "scores").write_text("made")
+        return [{"rows": number} for number in todo]
+
+    assert run_together(outputs(tmp_path, 1, 2), work) == [{"rows": 0}, {"rows": 1}]
+    assert run_together(outputs(tmp_path, 1, 3), work) == [{"rows": 0}, {"rows": 1}]
+    assert run_together(outputs(tmp_path, 1, 3), work) == [{"rows": 0}, {"rows": 1}]
+    assert asked == [[0, 1], [1]]
+
+
+def test_what_failed_goes_on_where_it_stopped(tmp_path):
+    def fail(todo, directories):
+        (directories[0] / "part").write_text("half")
+        raise ValueError("engine gone")
+
+    with pytest.raises(ValueError, match="engine gone"):
+        run_together(outputs(tmp_path, 1, 2), fail)
+    assert not any(output.complete for output in outputs(tmp_path, 1, 2))
+
+    def finish(todo, directories):
+        assert (directories[0] / "part").read_text() == "half"
+        return [{}, {}]
+
+    run_together(outputs(tmp_path, 1, 2), finish)
+    assert all(output.complete for output in outputs(tmp_path, 1, 2))
