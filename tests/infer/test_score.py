@@ -103,22 +103,29 @@ def test_controls_exchange_one_thing_and_nothing_else(directory, tmp_path):
         Questions(without, material.ranker_settings(), Controls(other_preference=True))
 
 
+LAYOUTS = ("shared_prefix", "image_first")
+
+
 # --- with vLLM ------------------------------------------------------------------------------------------------------
 
 
-def _score(directory: Path, output: Path, layout: str = "shared_prefix", **changes: Any) -> dict[str, Any]:
-    generation = {"dtype": "float32", "max_model_len": 512, "max_sequences": 4, "cpus_per_engine": 1, **changes}
+def _tables(directory: Path, output: Path, *layouts: str) -> list[ScoreTable]:
     sequences = directory / "sequences"
-    output.mkdir(exist_ok=True)
-    table = ScoreTable(
-        material.ranker_settings(layout=layout),
-        sequences / "test.parquet",
-        sequences / "candidates" / "uniform.parquet",
-        directory / "preferences.parquet",
-        output,
-    )
-    (counts,) = score_candidates(directory / "mllm", GenerationSettings(**generation), directory / "notes", [table])
-    return counts
+    return [
+        ScoreTable(
+            material.ranker_settings(layout=layout),
+            sequences / "test.parquet",
+            sequences / "candidates" / "uniform.parquet",
+            directory / "preferences.parquet",
+            output / layout,
+        )
+        for layout in layouts
+    ]
+
+
+def _score(directory: Path, tables: list[ScoreTable], **changes: Any) -> list[dict[str, Any]]:
+    generation = {"dtype": "float32", "max_model_len": 512, "max_sequences": 4, "cpus_per_engine": 1, **changes}
+    return score_candidates(directory / "mllm", GenerationSettings(**generation), directory / "notes", tables)
 
 
 def _own_scores(directory: Path, store: Path, layout: str) -> dict[tuple[str, str], float]:
@@ -146,31 +153,37 @@ def _table(output: Path) -> dict[tuple[str, str], float]:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(ray_cluster, directory, tmp_path_factory) -> tuple[Path, dict[str, Any]]:
+def undisturbed(ray_cluster, directory, tmp_path_factory) -> tuple[Path, list[dict[str, Any]]]:
+    """Both layouts, scored by one engine, and their counts."""
     output = tmp_path_factory.mktemp("undisturbed")
-    return output, _score(directory, output)
+    return output, _score(directory, _tables(directory, output, *LAYOUTS))
 
 
 @pytest.mark.slow
-def test_vllm_says_what_the_model_says(undisturbed, directory, tmp_path):
-    output, counts = undisturbed
-    found, own = _table(output), _own_scores(directory, tmp_path / "notes.arrow", "shared_prefix")
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_vllm_says_what_the_model_says(undisturbed, directory, tmp_path, layout):
+    output, counts = undisturbed[0] / layout, undisturbed[1][LAYOUTS.index(layout)]
+    found, own = _table(output), _own_scores(directory, tmp_path / "notes.arrow", layout)
     assert found.keys() == own.keys() and counts["scored"] == counts["candidates"] == 108
     assert np.ptp(list(own.values())) > 0.01
     assert [found[key] for key in own] == pytest.approx(list(own.values()), abs=2e-4)
     assert counts["computed_tokens"] + counts["cached_tokens"] == counts["prompt_tokens"]
-    assert counts["cached_tokens"] > 0.3 * counts["prompt_tokens"]
     assert {path.name for path in output.iterdir()} == {"parts", "quarantine", "scores.parquet"}
 
 
 @pytest.mark.slow
-def test_the_other_layout_too_and_a_finished_job_is_not_done_again(ray_cluster, directory, tmp_path):
-    counts = _score(directory, tmp_path / "scores", "image_first")
-    found, own = _table(tmp_path / "scores"), _own_scores(directory, tmp_path / "notes.arrow", "image_first")
-    assert [found[key] for key in own] == pytest.approx(list(own.values()), abs=2e-4)
+def test_a_users_candidates_share_their_prefix(undisturbed):
+    shared, image_first = undisturbed[1]
+    assert shared["cached_tokens"] > 0.3 * shared["prompt_tokens"]
+    assert shared["computed_tokens"] < image_first["computed_tokens"]
+
+
+@pytest.mark.slow
+def test_a_finished_job_is_not_done_again(undisturbed, directory):
     began = time.monotonic()
-    again = _score(directory, tmp_path / "scores", "image_first")
-    assert time.monotonic() - began < 5 and again["parts_reused"] == counts["parts"] == again["parts"]
+    again = _score(directory, _tables(directory, undisturbed[0], *LAYOUTS))
+    assert time.monotonic() - began < 5
+    assert [one["parts_reused"] for one in again] == [one["parts"] for one in undisturbed[1]]
 
 
 def _when_parts(output: Path, count: int, act: Callable[[], None]) -> threading.Thread:
@@ -191,7 +204,7 @@ def _engines_of(process: int) -> list[psutil.Process]:
 
 
 def _same(output: Path, reference: Path) -> None:
-    found, expected = _table(output), _table(reference)
+    found, expected = _table(output / "shared_prefix"), _table(reference / "shared_prefix")
     assert list(found) == list(expected)
     assert list(found.values()) == pytest.approx(list(expected.values()), abs=2e-4)
 
@@ -205,20 +218,20 @@ def test_a_killed_engine_is_started_anew(undisturbed, directory, tmp_path):
             killed.append(process.pid)
             process.kill()
 
-    thread = _when_parts(tmp_path / "scores", 2, kill)
-    _score(directory, tmp_path / "scores")
+    thread = _when_parts(tmp_path / "shared_prefix", 2, kill)
+    _score(directory, _tables(directory, tmp_path, "shared_prefix"))
     thread.join()
     assert killed
-    _same(tmp_path / "scores", undisturbed[0])
+    _same(tmp_path, undisturbed[0])
 
 
 @pytest.mark.slow
 def test_a_killed_driver_costs_the_parts_in_hand(undisturbed, directory, tmp_path):
     program = "import sys; from pathlib import Path; from tests.infer.test_score import _driver; _driver(*sys.argv[1:])"
-    output = tmp_path / "scores"
+    output = tmp_path / "shared_prefix"
     with open(tmp_path / "log", "w") as log:
         driver = subprocess.Popen(
-            [sys.executable, "-c", program, str(directory), str(output)],
+            [sys.executable, "-c", program, str(directory), str(tmp_path)],
             cwd=Path(__file__).parents[2],
             env={**os.environ, "PYTHONPATH": "."},
             stdout=log,
@@ -235,10 +248,10 @@ def test_a_killed_driver_costs_the_parts_in_hand(undisturbed, directory, tmp_pat
         psutil.wait_procs(family, timeout=60)
     left = {path.name: path.stat().st_mtime_ns for path in (output / "parts").glob("*.parquet")}
     assert left and not (output / "scores.parquet").exists()
-    counts = _score(directory, output)
+    (counts,) = _score(directory, _tables(directory, tmp_path, "shared_prefix"))
     assert 2 <= counts["parts_reused"] == len(left) < counts["parts"]
     assert all((output / "parts" / name).stat().st_mtime_ns == written for name, written in left.items())
-    _same(output, undisturbed[0])
+    _same(tmp_path, undisturbed[0])
 
 
 def _driver(directory: str, output: str) -> None:
@@ -246,13 +259,13 @@ def _driver(directory: str, output: str) -> None:
     from notellm2_ray.core.settings import RaySettings
 
     connect(RaySettings(num_cpus=4, object_store_gb=0.2))
-    _score(Path(directory), Path(output))
+    _score(Path(directory), _tables(Path(directory), Path(output), "shared_prefix"))
 
 
 @pytest.mark.slow
 def test_bfloat16_leaves_no_ties(undisturbed, directory, tmp_path):
-    _score(directory, tmp_path / "scores", dtype="bfloat16")
-    found, exact = _table(tmp_path / "scores"), _table(undisturbed[0])
+    _score(directory, _tables(directory, tmp_path, "shared_prefix"), dtype="bfloat16")
+    found, exact = _table(tmp_path / "shared_prefix"), _table(undisturbed[0] / "shared_prefix")
     assert len(set(found.values())) >= len(set(exact.values())) - 2
     assert list(found.values()) == pytest.approx([exact[key] for key in found], abs=0.1)
 
@@ -261,10 +274,10 @@ def test_bfloat16_leaves_no_ties(undisturbed, directory, tmp_path):
 def test_missing_notes_are_quarantined_up_to_a_share(ray_cluster, tmp_path):
     broken = material.write(tmp_path / "broken", missing=("n0", "n1"))
     with pytest.raises(DataError, match=r"got no score, more than 5%; reasons: u\d+/\d n[01]: there is no note"):
-        _score(broken, tmp_path / "scores")
+        _score(broken, _tables(broken, tmp_path, "shared_prefix"))
 
 
 @pytest.mark.slow
 def test_prompts_that_are_too_long_are_named(ray_cluster, directory, tmp_path):
     with pytest.raises((ModelError, DataError), match=r"vLLM refuses the prompt.*generation.max_model_len"):
-        _score(directory, tmp_path / "scores", max_model_len=64)
+        _score(directory, _tables(directory, tmp_path, "shared_prefix"), max_model_len=64)
