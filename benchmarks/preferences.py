@@ -1,7 +1,7 @@
 """Recurrent preferences: our chains against one user after another, and against a barrier after every block.
 
     python benchmarks/preferences.py            # 400 users with 1 to 12 blocks, a random MLLM of the demo's size
-    python benchmarks/preferences.py --model runs/demo/tiny/mllm --users 48
+    python benchmarks/preferences.py --model runs/world/tiny_mllm --users 48
 
 Contenders, each in a process of its own:
     ray           summarize_preferences itself: Ray actor, logs on disk, AsyncLLM; its rate leaves the start-up out

@@ -2,7 +2,7 @@
 candidate's image.
 
     python benchmarks/scoring.py            # 32 users, 21 candidates each, a random MLLM of the demo's size
-    python benchmarks/scoring.py --model runs/demo/tiny_mllm --users 64 --block-tokens 32 64 128
+    python benchmarks/scoring.py --model runs/world/tiny_mllm --users 64 --block-tokens 32 64 128
 
 Both layouts hold the same words and take turns on the same vLLM engine, whose prefix cache is emptied in between.
 Tokens are vLLM's own counters (prefix_cache_queries and prefix_cache_hits). vLLM shares whole blocks of a prompt: what

@@ -1,7 +1,7 @@
 """Image summaries through Ray Data against the bare loop around the same vLLM engine, on the same images.
 
     python benchmarks/summaries.py                         # 600 notes of the world, a random MLLM of the demo's size
-    python benchmarks/summaries.py --model runs/demo/tiny/mllm --trained --notes 2000
+    python benchmarks/summaries.py --model runs/world/tiny_mllm --trained --notes 2000
 
 The bare loop is one process that reads the Parquet files, decodes the images and hands vLLM's LLM class as many of them
 at a time as the pipeline keeps under way. The other contender is summarize_images, which also checks every image, puts

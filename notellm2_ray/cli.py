@@ -70,23 +70,34 @@ def load_settings(config: str | None, preset_name: str | None, overrides: Sequen
     return build(Settings, apply_overrides(merge(base, values), overrides))
 
 
-def describe(model: type[BaseModel], prefix: str) -> list[str]:
-    """One line per knob below ``prefix``: key, default, explanation."""
+def describe(model: type[BaseModel], prefix: str, own: BaseModel | None = None) -> list[str]:
+    """One line per knob below ``prefix``: key, default, explanation.
+
+    Args:
+        own: the defaults where they are not the model's.
+    """
     lines = []
     for name, field in model.model_fields.items():
         nested = nested_models(field.annotation)
         if nested:
+            if field.default is None:
+                lines += [f"  {prefix}{name} = null", *_wrapped(field.description)]
             for inner in nested:
-                lines += describe(inner, f"{prefix}{name}.")
+                lines += describe(
+                    inner, f"{prefix}{name}.", field.default if isinstance(field.default, inner) else None
+                )
         else:
-            default = (
-                "required" if field.is_required() else yaml.safe_dump(_plain(field.default), default_flow_style=True)
-            )
+            value = field.default if own is None else getattr(own, name)
+            default = "required" if field.is_required() else yaml.safe_dump(_plain(value), default_flow_style=True)
             default = default.replace("\n...", "").strip()
             head = f"  {prefix}{name} = {default}"
             lines.append(head)
-            lines += textwrap.wrap(field.description or "", 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
+            lines += _wrapped(field.description)
     return lines
+
+
+def _wrapped(text: str | None) -> list[str]:
+    return textwrap.wrap(text or "", 110, initial_indent=" " * 6, subsequent_indent=" " * 6)
 
 
 def _plain(value: Any) -> Any:

@@ -27,15 +27,18 @@ def run_halves(settings: Settings, workspace: Path) -> None:
     """Run both halves to their ends, each with Ray of its own or both in the cluster of RAY_ADDRESS.
 
     Progress of both goes to standard error as it comes; what they print, their tables, is printed whole, one half after
-    the other. A half that fails does not stop the other.
+    the other. A half that fails does not stop the other. On one machine with GPUs they run one after the other: each
+    would count on all of them.
 
     Raises:
         OutputError: a half failed; its own message stands above.
     """
     workspace.mkdir(parents=True, exist_ok=True)
-    started = [_start(half, settings, workspace) for half in HALVES]
+    together = side_by_side(settings)
+    started = {half: _start(half, settings, workspace) for half in HALVES[: None if together else 1]}
     failed = []
-    for half, process in zip(HALVES, started, strict=True):
+    for half in HALVES:
+        process = started.get(half) or _start(half, settings, workspace)
         printed, _ = process.communicate()
         print(printed, end="", flush=True)
         if process.returncode:
@@ -47,10 +50,16 @@ def run_halves(settings: Settings, workspace: Path) -> None:
         )
 
 
+def side_by_side(settings: Settings) -> bool:
+    """Whether the halves run at the same time: in a cluster, and where no GPU is asked for."""
+    asked = settings.train.gpus_per_worker, settings.embed.gpus_per_actor, settings.tune.gpus_per_worker
+    return bool(os.environ.get("RAY_ADDRESS")) or not any((*asked, settings.generation.gpus_per_engine))
+
+
 def shared_out(settings: Settings) -> dict[str, Any]:
-    """The settings as one half gets them: on this machine alone, each works with half of its cores."""
+    """The settings as one half gets them: side by side on this machine, each works with half of its cores."""
     plain = to_plain(settings)
-    if os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS") or not side_by_side(settings):
         return plain
     half = max(1, (os.cpu_count() or 1) // 2)
     cpus = (("train", "cpus_per_worker"), ("embed", "cpus_per_actor"), ("tune", "cpus_per_worker"))

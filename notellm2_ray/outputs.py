@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from notellm2_ray.comparison import tested_inputs
 from notellm2_ray.core.config import to_plain
-from notellm2_ray.core.run import Output, read_manifest
+from notellm2_ray.core.run import MANIFEST, Output, fingerprint, read_manifest
 from notellm2_ray.core.settings import Settings
 
 log = logging.getLogger("notellm2_ray")
@@ -69,7 +69,21 @@ def _tiny_inputs(settings: Settings) -> dict[str, str]:
 
 def prepared(settings: Settings) -> Output:
     shaped = {"source": to_plain(settings.source), "prepare": to_plain(settings.prepare), "seed": settings.seed}
-    return Output(workspace_of(settings) / "prepared", "prepare", shaped)
+    directory = workspace_of(settings) / "prepared"
+    return Output(directory, "prepare", shaped, _source_versions(settings, directory))
+
+
+def _source_versions(settings: Settings, directory: Path) -> dict[str, str]:
+    """Names, sizes and times of the source's tables (image files are not looked at), so that new content is noticed.
+
+    Where they are gone, what was made of them stands.
+    """
+    from notellm2_ray.data.sources.versions import table_versions
+
+    versions = table_versions(settings.source)
+    if versions is None and (directory / MANIFEST).is_file():
+        return dict(read_manifest(directory)["inputs"])
+    return {} if versions is None else {name: fingerprint(version) for name, version in versions.items()}
 
 
 def pairs(settings: Settings) -> Output:

@@ -53,7 +53,7 @@ _LAPTOP: dict[str, Any] = {
         "learning_rate": 2e-3,
         "lora_rank": 16,
         "lora_dropout": 0.0,
-        "validate_every_steps": 50,
+        "validate_every_steps": 100,
         "max_validation_examples": 30,
     },
 }

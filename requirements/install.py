@@ -3,7 +3,7 @@
     python3 requirements/install.py .venv
 
 Needs Python 3.11 and a C++ compiler (DeepSpeed builds its shared-memory collectives at first use). Takes about two
-minutes and 4 GB. torch and torchvision come from PyTorch's own package index (CPU builds) where it can be reached, else
+minutes and 6 GB. torch and torchvision come from PyTorch's own package index (CPU builds) where it can be reached, else
 from the indexes pip is configured with. Nothing outside the given folder is changed.
 """
 
@@ -39,7 +39,7 @@ def main(folder: Path) -> None:
     wanted = hashlib.sha256(b"".join(path.read_bytes() for path in inputs)).hexdigest()
     if stamp.exists() and stamp.read_text() == wanted:
         return
-    print(f"installing the CPU stack into {folder} (about two minutes, 4 GB)", flush=True)
+    print(f"installing the CPU stack into {folder} (about two minutes, 6 GB)", flush=True)
     python = folder / "bin" / "python"
     if not python.exists():
         venv.create(folder, with_pip=True)

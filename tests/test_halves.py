@@ -13,11 +13,17 @@ def test_each_half_gets_half_of_this_machine_and_all_of_a_cluster(monkeypatch):
     monkeypatch.setattr("os.cpu_count", lambda: 8)
     shared = halves.shared_out(settings)
     assert (shared["train"]["cpus_per_worker"], shared["embed"]["cpus_per_actor"]) == (4, 2)
+    on_gpu = load_settings(None, "demo", ["train.cpus_per_worker=64", "generation.gpus_per_engine=1"])
+    assert not halves.side_by_side(on_gpu)
+    assert halves.shared_out(on_gpu)["train"]["cpus_per_worker"] == 64
     monkeypatch.setenv("RAY_ADDRESS", "auto")
+    assert halves.side_by_side(on_gpu)
     assert halves.shared_out(settings)["train"]["cpus_per_worker"] == 64
 
 
-def test_a_half_that_fails_stops_no_other_and_is_named(monkeypatch, tmp_path, capfd):
+@pytest.mark.parametrize("together", [True, False])
+def test_a_half_that_fails_stops_no_other_and_is_named(monkeypatch, tmp_path, capfd, together):
+    monkeypatch.setattr(halves, "side_by_side", lambda settings: together)
     monkeypatch.setattr(halves, "HALVES", ("mine-pairs", "settings"))
     settings = load_settings(None, "demo", [f"workspace={tmp_path}"])
     with pytest.raises(OutputError, match="mine-pairs failed, for the reason given above"):

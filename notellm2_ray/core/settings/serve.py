@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, model_validator
 
@@ -141,6 +141,16 @@ class ServeSettings(Frozen):
     commit_rows: int = Field(512, ge=1, description="rows in a commit")
     rebuild_share: float = Field(0.1, gt=0, description="fresh and dead rows, as a share of the index, that rebuild it")
     rebuild_rows: int = Field(2000, ge=1, description="fresh and dead rows below which it is not rebuilt")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _keep_what_is_not_given(cls, values: Any) -> Any:
+        """A part of ``gateway`` or ``encoder`` leaves the rest of it as it is here, and not as of any deployment."""
+        if not isinstance(values, dict):
+            return values
+        parts = {name: values[name] for name in ("gateway", "encoder") if isinstance(values.get(name), dict)}
+        own = {name: cls.model_fields[name].default.model_dump() for name in parts}
+        return {**values, **{name: {**own[name], **part} for name, part in parts.items()}}
 
     @model_validator(mode="after")
     def _consistent(self) -> ServeSettings:

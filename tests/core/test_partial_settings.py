@@ -1,0 +1,17 @@
+"""A part of a deployment's settings leaves the rest as the service has it."""
+
+from notellm2_ray.cli import knobs, load_settings
+from notellm2_ray.core.settings.serve import ServeSettings
+
+
+def test_one_knob_of_a_deployment_changes_no_other():
+    plain = ServeSettings()
+    changed = load_settings(None, None, ["serve.gateway.cpus=0.2", "serve.encoder.max_queued=7"]).serve
+    assert changed.gateway == plain.gateway.model_copy(update={"cpus": 0.2})
+    assert changed.encoder == plain.encoder.model_copy(update={"max_queued": 7})
+
+
+def test_help_shows_the_defaults_that_hold():
+    text = knobs(("serve",))
+    assert f"serve.gateway.max_queued = {ServeSettings().gateway.max_queued}\n" in text
+    assert "serve.ranker = null\n" in text
