@@ -22,6 +22,10 @@ MAX_BYTES = 20_000_000
 # A processor that resizes the shorter side blows a 10 x 1,000,000 strip up to billions of pixels; the longest
 # screenshots that people post are some 20 times as long as wide.
 MAX_ASPECT = 100
+# Every scan of a progressive JPEG goes over the whole picture again, so a small file of very many scans takes very
+# long. Cameras and libraries write some 10.
+MAX_SCANS = 100
+_JPEG, _SCAN = b"\xff\xd8", b"\xff\xda"
 
 _ORIENTATION_TAG = 0x0112
 
@@ -65,6 +69,7 @@ def _decode(data: bytes, min_side: int | None, max_pixels: int) -> Image.Image:
     try:
         with _open(data) as image:
             _check_size(image.size, max_pixels)
+            _check_scans(data)
             orientation = _orientation(image)
             if min_side is not None:
                 image.draft(image.mode, (min_side, min_side))  # acts on JPEG only
@@ -102,6 +107,13 @@ def _check_size(size: tuple[int, int], max_pixels: int) -> None:
         )
     if max(size) > MAX_ASPECT * min(size):
         raise DataError(f"declares {width} x {height} pixels, longer than {MAX_ASPECT} times its width")
+
+
+def _check_scans(data: bytes) -> None:
+    # Compressed data never holds the marker: a 0xff in it is followed by a zero.
+    scans = data.count(_SCAN) if data.startswith(_JPEG) else 0
+    if scans > MAX_SCANS:
+        raise DataError(f"a JPEG of {scans:,} scans, more than the {MAX_SCANS} allowed")
 
 
 def _orientation(image: Image.Image) -> int:

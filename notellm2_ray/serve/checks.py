@@ -2,17 +2,22 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import binascii
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 from notellm2_ray.core import schema
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.images import check_image
 from notellm2_ray.core.settings.serve import LimitSettings
 from notellm2_ray.serve import schemas
-from notellm2_ray.serve.errors import InvalidError, TooLargeError
+from notellm2_ray.serve.errors import InvalidError, OverloadedError, TookTooLongError, TooLargeError
 from notellm2_ray.serve.fetch import ImageFetcher
+
+IMAGES_IN_HAND = 64
+PREPARE_SECONDS = 20.0
 
 
 def check_count(values: Sequence[object], most: int, param: str) -> None:
@@ -73,6 +78,30 @@ def note_problem(note: schemas.Note, limits: LimitSettings) -> str | None:
     return None
 
 
+async def prepare_notes(
+    notes: Sequence[schemas.Note], limits: LimitSettings, fetcher: ImageFetcher, images: Images
+) -> tuple[list[schema.Note], dict[int, str]]:
+    """Notes as the model takes them, and the rows that are refused with their reasons.
+
+    Raises:
+        OverloadedError: too many images are in hand already.
+        TookTooLongError: fetching and looking through took too long.
+    """
+    with images.room_for(sum(note.image is not None or note.image_url is not None for note in notes)):
+        try:
+            async with asyncio.timeout(PREPARE_SECONDS):
+                found = await asyncio.gather(
+                    *(prepare_note(note, limits, fetcher, images) for note in notes), return_exceptions=True
+                )
+        except TimeoutError:
+            raise TookTooLongError(f"the images took longer than {PREPARE_SECONDS:g} s: try again later") from None
+    problems = {row: str(one) for row, one in enumerate(found) if isinstance(one, DataError)}
+    for one in found:
+        if isinstance(one, BaseException) and not isinstance(one, DataError):
+            raise one
+    return [one for one in found if isinstance(one, schema.Note)], problems
+
+
 async def prepare_note(note: schemas.Note, limits: LimitSettings, fetcher: ImageFetcher, images: Images) -> schema.Note:
     """A note as the model takes it, its image decoded from base64 or fetched, and looked through.
 
@@ -105,13 +134,34 @@ def decode_base64(text: str) -> bytes:
 
 
 class Images:
-    """Looks images through in threads of its own: a decoder holds no lock, and one large image delays nobody."""
+    """Looks images through in threads of its own: a decoder holds no lock, and one large image delays nobody.
 
-    def __init__(self, limits: LimitSettings, threads: int = 1) -> None:
+    Args:
+        limits: of an image.
+        threads: that decode.
+        most: images in hand at once, beyond which requests with images are refused.
+    """
+
+    def __init__(self, limits: LimitSettings, threads: int = 1, most: int = IMAGES_IN_HAND) -> None:
         from concurrent.futures import ThreadPoolExecutor
 
-        self.limits = limits
+        self.limits, self.most, self.in_hand = limits, most, 0
         self.threads = ThreadPoolExecutor(threads, thread_name_prefix="images")
+
+    @contextmanager
+    def room_for(self, count: int) -> Iterator[None]:
+        """Count a request's images in, from before they are fetched; a request that is alone always has room.
+
+        Raises:
+            OverloadedError: others' images are in hand, and too many.
+        """
+        if count and self.in_hand and self.in_hand + count > self.most:
+            raise OverloadedError(f"{self.in_hand} images are in hand already: try again soon")
+        self.in_hand += count
+        try:
+            yield
+        finally:
+            self.in_hand -= count
 
     async def check(self, image: bytes) -> None:
         """Refuse an image that is too large, absurd, or does not decode.
@@ -119,8 +169,6 @@ class Images:
         Raises:
             DataError: with the reason.
         """
-        import asyncio
-
         await asyncio.get_running_loop().run_in_executor(self.threads, self._check, image)
 
     def _check(self, image: bytes) -> None:

@@ -31,6 +31,7 @@ class Vectors(NamedTuple):
     columns: dict[str, np.ndarray]  # (N, D) float32 each; rows of notes with a problem are NaN
     problems: dict[int, str]  # row to why it has no vector
     tokens: int  # that the notes took
+    fingerprint: str  # of the model
 
 
 class EncoderParts:
@@ -149,7 +150,7 @@ def encoder_deployment(plan: Plan) -> Any:
                 found[column] = matrix
                 if column == columns[0]:
                     tokens = sum(one.num_tokens for one in features if not isinstance(one, str))
-            return Vectors(found, problems, tokens)
+            return Vectors(found, problems, tokens, self.fingerprint)
 
         def describe(self) -> dict[str, Any]:
             """What this replica runs, and its figures."""

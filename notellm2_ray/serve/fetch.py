@@ -17,6 +17,8 @@ from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.settings.serve import FetchSettings
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
+# A translator of networks without IPv4 carries the last 32 bits on as an IPv4 address, private ones too.
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _REDIRECTS = (301, 302, 303, 307, 308)
 
 
@@ -53,7 +55,10 @@ class ImageFetcher:
             found = await self._get(target)
             if isinstance(found, bytes):
                 return found
-            url = urljoin(url, found)
+            try:
+                url = urljoin(url, found)
+            except ValueError:
+                raise DataError("image_url: the host redirects to no valid URL") from None
         raise DataError(f"image_url: more than {self.settings.redirects} redirects")
 
     async def _get(self, target: SplitResult) -> bytes | str:
@@ -65,10 +70,10 @@ class ImageFetcher:
         address = check_addresses(await self.resolve(name, port))
         shown = f"[{address}]" if ":" in address else address
         path = (target.path or "/") + (f"?{target.query}" if target.query else "")
-        request_url = httpx.URL(f"{target.scheme}://{shown}:{port}{path}")
         # The certificate is checked against the name, while the connection goes to the address that was checked.
         options: dict[str, Any] = {"extensions": {"sni_hostname": name}, "headers": {"host": target.netloc}}
         try:
+            request_url = httpx.URL(f"{target.scheme}://{shown}:{port}{path}")
             async with (
                 httpx.AsyncClient(
                     transport=self.transport, follow_redirects=False, trust_env=False, timeout=self.settings.seconds
@@ -80,7 +85,8 @@ class ImageFetcher:
                 if answer.status_code != 200:
                     raise DataError(f"image_url: the host answered {answer.status_code}")
                 return await self._body(answer)
-        except (httpx.HTTPError, httpx.InvalidURL, ssl_error()) as error:
+        # ValueError: what httpx makes of a strange path or header; none of it is the service's fault.
+        except (httpx.HTTPError, httpx.InvalidURL, ssl_error(), ValueError) as error:
             raise DataError(f"image_url: could not be fetched ({type(error).__name__})") from None
 
     async def _body(self, answer: Any) -> bytes:
@@ -139,7 +145,7 @@ def check_addresses(addresses: Iterable[str]) -> str:
     for text in addresses:
         address = ipaddress.ip_address(text.partition("%")[0])
         mapped = getattr(address, "ipv4_mapped", None) or getattr(address, "sixtofour", None) or address
-        if not (address.is_global and mapped.is_global) or mapped.is_multicast:
+        if not (address.is_global and mapped.is_global) or mapped.is_multicast or address in _NAT64:
             raise DataError("image_url: the host resolves to a private address")
     return addresses[0]
 

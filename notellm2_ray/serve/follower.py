@@ -25,7 +25,7 @@ from notellm2_ray.index.ann import AnnIndex
 from notellm2_ray.index.live import LiveIndex
 from notellm2_ray.serve.files import current_table
 from notellm2_ray.serve.live_rows import StoredNote, to_batch
-from notellm2_ray.serve.live_table import LiveTable
+from notellm2_ray.serve.live_table import LiveTable, newest_if_gone
 
 log = logging.getLogger(__name__)
 
@@ -112,10 +112,7 @@ class StoreFollower:
 
     def notes(self, note_ids: Sequence[str]) -> list[StoredNote | None]:
         """Titles, pictures and the rest by id, in this order, read from disk; None where there is no such note."""
-        try:
-            return self.state.table.notes(note_ids)
-        except Exception:  # its files were cleaned up under a version that is minutes old
-            return LiveTable(self.state.table.path).notes(note_ids)
+        return newest_if_gone(self.state.table, lambda table: table.notes(note_ids))
 
     def freshness(self) -> dict[str, Any]:
         """JSON values: seq, version, seconds_since_commit of the newest group in the index, delay_seconds between its

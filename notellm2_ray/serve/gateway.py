@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.schema import Note
 from notellm2_ray.index.live import LiveIndex
 from notellm2_ray.index.live_search import Filter, Hits
@@ -28,6 +28,7 @@ from notellm2_ray.serve.fetch import ImageFetcher
 from notellm2_ray.serve.figures import Figures
 from notellm2_ray.serve.keys import KeyRing
 from notellm2_ray.serve.live_rows import StoredNote
+from notellm2_ray.serve.live_table import LiveTable, newest_if_gone
 from notellm2_ray.serve.plan import Plan, replica_options
 
 log = logging.getLogger("notellm2_ray.serve")
@@ -80,21 +81,36 @@ class Gateway:
         task.add_done_callback(self._ended)
 
     async def search(
-        self, query: np.ndarray | str, k: int, exclude: Sequence[str] = (), where: Filter | None = None
+        self,
+        query: np.ndarray | str,
+        k: int,
+        exclude: Sequence[str] = (),
+        where: Filter | None = None,
+        *,
+        index: LiveIndex | None = None,
+        model: str | None = None,
     ) -> Hits:
-        """The index's nearest notes.
+        """The nearest notes of ``index`` (None: the one there is now).
+
+        Args:
+            model: fingerprint that came with a query vector.
 
         Raises:
             NotFoundError: the query is an id that the index does not have.
+            UnavailableError: the query vector is another model's: encoder and index are being changed.
         """
-        index = self.follower.index
+        index = index or self.follower.index
         if isinstance(query, str) and query not in index:
             raise NotFoundError(f"note {query!r} is not in the index", "note_id")
         started = time.perf_counter()
         try:
             if where is None and self._search_seconds < _INLINE_SECONDS:
-                return index.search(query, k, exclude=exclude)
-            return await asyncio.to_thread(index.search, query, k, exclude=exclude, where=where)
+                return index.search(query, k, exclude=exclude, model_fingerprint=model)
+            return await asyncio.to_thread(
+                index.search, query, k, exclude=exclude, where=where, model_fingerprint=model
+            )
+        except ModelError as error:
+            raise UnavailableError(str(error)) from None
         except DataError:
             if isinstance(query, str) and query not in index:  # deleted meanwhile
                 raise NotFoundError(f"note {query!r} is not in the index", "note_id") from None
@@ -142,9 +158,8 @@ class Gateway:
             await asyncio.sleep(0.005)
 
     def _newest(self, note_ids: list[str]) -> list[StoredNote | None]:
-        from notellm2_ray.serve.live_table import LiveTable
-
-        return LiveTable(self.follower.state.table.path).notes(note_ids)
+        newest = LiveTable(self.follower.state.table.path)
+        return newest_if_gone(newest, lambda table: table.notes(note_ids))
 
     async def other_figures(self) -> list[Any]:
         """Figures of deployments that do not report by themselves: one replica of each."""

@@ -180,14 +180,18 @@ class _Answer:
 
 
 def check_json(body: bytes, most: int) -> None:
-    """Refuse JSON nested deeper than ``most``, or of more than half a million tokens.
+    """Refuse JSON nested deeper than ``most``, of more than half a million tokens, or not in UTF-8.
 
     Python's parser recurses, and pydantic's errors grow with the depth; 32 MB of ``[],`` become a gigabyte of lists.
     What is checked costs at most a tenth of a second, whatever the body is.
 
     Raises:
-        InvalidError: it is.
+        InvalidError: it is too deep or too long.
+        MalformedError: it holds a NUL byte.
     """
+    # Python's parser also reads UTF-16 and UTF-32, whose brackets are not found below; NUL is in no valid UTF-8 JSON.
+    if b"\0" in body:
+        raise errors.MalformedError("JSON in UTF-8 is needed")
     if len(body) < _SMALL and body.count(b"[") + body.count(b"{") <= most:
         return
     depth = 0

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pyarrow as pa
 
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.index.table import DIM_KEY, MODEL_KEY
 from notellm2_ray.serve.live_rows import FOLLOWED, StoredNote, to_notes, vector_columns
+
+T = TypeVar("T")
 
 PURGED_KEY = "notellm2.purged_seq"  # tombstones up to this seq may be gone: who is behind it must load again
 _CACHE_BYTES = 128 * 2**20  # Lance's defaults are gigabytes, in every replica
@@ -96,6 +98,14 @@ class LiveTable:
         quoted = ", ".join("'" + note_id.replace("'", "''") + "'" for note_id in set(note_ids))
         found = to_notes(self.dataset.to_table(columns=_NOTE_COLUMNS, filter=f"note_id IN ({quoted})"))
         return [found.get(note_id) for note_id in note_ids]
+
+
+def newest_if_gone(table: LiveTable, read: Callable[[LiveTable], T]) -> T:
+    """What ``read`` gives of a version, or of the newest one if its files were compacted and cleaned away."""
+    try:
+        return read(table)
+    except Exception:  # what Lance raises on a missing file differs by the call; a second failure is the caller's
+        return read(LiveTable(table.path))
 
 
 def _open(path: Path) -> Any:

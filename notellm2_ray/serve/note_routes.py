@@ -9,13 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.schema import Note
 from notellm2_ray.serve import schemas
 from notellm2_ray.serve.calls import call
-from notellm2_ray.serve.checks import check_count, check_ids, check_k, check_text, prepare_note
+from notellm2_ray.serve.checks import check_count, check_ids, check_k, check_text, prepare_notes
 from notellm2_ray.serve.errors import InvalidError, NotFoundError
 from notellm2_ray.serve.live_rows import LiveNote, StoredNote
+from notellm2_ray.serve.live_table import newest_if_gone
 from notellm2_ray.serve.similar import find_similar
 
 if TYPE_CHECKING:
@@ -67,7 +67,9 @@ def build(gateway: Gateway) -> Any:
     async def search(body: schemas.SearchRequest) -> Any:
         """Notes whose title, topic or id holds the text."""
         check_text(body.text, gateway.limits.title_characters, "text")
-        ids = await asyncio.to_thread(search_titles, gateway.follower.state.table, body.text, body.limit)
+        ids = await asyncio.to_thread(
+            newest_if_gone, gateway.follower.state.table, lambda table: search_titles(table, body.text, body.limit)
+        )
         found = await cards(gateway, ids)
         return {"notes": [found[note_id] for note_id in ids if note_id in found]}
 
@@ -111,30 +113,18 @@ async def _one(gateway: Gateway, note_id: str) -> StoredNote:
     return note
 
 
-async def prepare(gateway: Gateway, notes: Sequence[schemas.Note]) -> tuple[list[Note], dict[int, str]]:
-    """Notes as the model takes them, and the rows that are refused with their reasons."""
-    found = await asyncio.gather(
-        *(prepare_note(note, gateway.limits, gateway.fetcher, gateway.images) for note in notes), return_exceptions=True
-    )
-    problems = {row: str(one) for row, one in enumerate(found) if isinstance(one, DataError)}
-    for one in found:
-        if isinstance(one, BaseException) and not isinstance(one, DataError):
-            raise one
-    return [one for one in found if isinstance(one, Note)], problems
-
-
 async def upsert_notes(gateway: Gateway, notes: Sequence[schemas.Note]) -> dict[str, Any]:
     """Check, embed and commit notes; of two versions of one note in a request the later counts."""
     check_count(notes, gateway.limits.notes, "notes")
     notes = list({note.note_id: note for note in notes}.values())
     with gateway.figures.timing("prepare_notes"):
-        prepared, problems = await prepare(gateway, notes)
+        prepared, problems = await prepare_notes(notes, gateway.limits, gateway.fetcher, gateway.images)
     rejected = [{"note_id": notes[row].note_id, "reason": reason} for row, reason in problems.items()]
     columns = gateway.follower.state.table.columns
-    written, refused = await _embedded(gateway, prepared, columns, {note.note_id: note.created_at for note in notes})
+    created = {note.note_id: note.created_at for note in notes}
+    written, refused, fingerprint = await _embedded(gateway, prepared, columns, created)
     seq = -1
     if written:
-        fingerprint = gateway.encoder_fingerprint or gateway.index.model_fingerprint
         seq = await call(gateway.writer.upsert, written, fingerprint, what="writer", seconds=WRITE_SECONDS)
         await gateway.applied(seq)
     return {"seq": seq, "upserted": len(written), "rejected": rejected + refused}
@@ -142,10 +132,10 @@ async def upsert_notes(gateway: Gateway, notes: Sequence[schemas.Note]) -> dict[
 
 async def _embedded(
     gateway: Gateway, notes: Sequence[Note], columns: Sequence[str], created: dict[str, Any]
-) -> tuple[list[LiveNote], list[dict[str, str]]]:
-    """Notes with their vectors, and those that have none with the reason."""
+) -> tuple[list[LiveNote], list[dict[str, str]], str]:
+    """Notes with their vectors, those that have none with the reason, and the fingerprint of the vectors' model."""
     if not notes:
-        return [], []
+        return [], [], ""
     vectors = await gateway.encode(notes, columns)
     refused = [{"note_id": notes[row].note_id, "reason": reason} for row, reason in vectors.problems.items()]
     written = []
@@ -156,7 +146,7 @@ async def _embedded(
                 others["embedding_image"] = None  # what the model makes of no image says nothing about one
             own = vectors.columns["embedding"][row]
             written.append(LiveNote(note.note_id, own, *note[1:], created[note.note_id], others))
-    return written, refused
+    return written, refused, vectors.fingerprint
 
 
 async def embed(gateway: Gateway, body: schemas.EmbeddingsRequest) -> dict[str, Any]:
@@ -172,7 +162,7 @@ async def embed(gateway: Gateway, body: schemas.EmbeddingsRequest) -> dict[str, 
         one if isinstance(one, schemas.Note) else schemas.Note(note_id=f"input-{row}", content=one)
         for row, one in enumerate(inputs)
     ]
-    prepared, problems = await prepare(gateway, given)
+    prepared, problems = await prepare_notes(given, gateway.limits, gateway.fetcher, gateway.images)
     for row, reason in problems.items():
         raise InvalidError(reason, f"input.{row}")
     vectors = await gateway.encode(prepared)
@@ -183,7 +173,7 @@ async def embed(gateway: Gateway, body: schemas.EmbeddingsRequest) -> dict[str, 
         for row, vector in enumerate(vectors.columns["embedding"])
     ]
     usage = {"prompt_tokens": vectors.tokens, "total_tokens": vectors.tokens}
-    return {"object": "list", "data": data, "model": model, "usage": usage}
+    return {"object": "list", "data": data, "model": vectors.fingerprint, "usage": usage}
 
 
 def _shown(vector: np.ndarray, encoding: str) -> list[float] | str:

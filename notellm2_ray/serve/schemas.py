@@ -9,9 +9,9 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 
 def _in_range(value: datetime) -> datetime:
-    # Years that a 64-bit count of microseconds (Arrow's) and every client can hold.
-    if not 1 <= value.year <= 9998:
-        raise ValueError("a year from 1 to 9998 is needed")
+    # A zone moves a moment by up to a day: in the first or the last year that Python has it could leave them.
+    if not 2 <= value.year <= 9998:
+        raise ValueError("a year from 2 to 9998 is needed")
     return value.astimezone(UTC)
 
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from notellm2_ray.core.errors import DataError
+from notellm2_ray.index.live import LiveIndex
 from notellm2_ray.index.live_search import Filter, Hits
 from notellm2_ray.serve import schemas
-from notellm2_ray.serve.checks import check_count, check_ids, prepare_note
+from notellm2_ray.serve.checks import check_count, check_ids, prepare_notes
 from notellm2_ray.serve.errors import InvalidError
 
 if TYPE_CHECKING:
@@ -28,16 +28,19 @@ async def find_similar(gateway: Gateway, body: schemas.SimilarRequest) -> bytes:
     own: dict[str, np.ndarray] = {}
     if body.note_id is not None:
         check_ids([body.note_id], gateway.limits, "note_id")
-        hits = await gateway.search(body.note_id, body.k, exclude, where)
+        hits = await gateway.search(body.note_id, body.k, exclude, where, index=state.index)
     else:
         assert body.note is not None
-        own = await query_vectors(gateway, body.note, state.table.columns if body.explain else ("embedding",))
-        hits = await gateway.search(own["embedding"], body.k, exclude, where)
+        columns = state.table.columns if body.explain else ("embedding",)
+        own, model = await query_vectors(gateway, body.note, columns)
+        # A new model's table may have taken the old one's place while the note was encoded.
+        state = gateway.follower.state
+        hits = await gateway.search(own["embedding"], body.k, exclude, where, index=state.index, model=model)
     results: list[dict[str, Any]] = [
         {"note_id": note_id, "score": score} for note_id, score in zip(hits.ids, hits.scores.tolist(), strict=True)
     ]
     if body.explain:
-        await explain(gateway, body.note_id, own, hits, results)
+        await explain(gateway, state.index, body.note_id, own, hits, results)
     info = state.index.info()
     return to_json(
         {
@@ -48,20 +51,21 @@ async def find_similar(gateway: Gateway, body: schemas.SimilarRequest) -> bytes:
     )
 
 
-async def query_vectors(gateway: Gateway, note: schemas.Note, columns: tuple[str, ...]) -> dict[str, np.ndarray]:
-    """(D,) vectors of a note that is given with the request.
+async def query_vectors(
+    gateway: Gateway, note: schemas.Note, columns: tuple[str, ...]
+) -> tuple[dict[str, np.ndarray], str]:
+    """(D,) vectors of a note that is given with the request, and the fingerprint of the model that made them.
 
     Raises:
         InvalidError: it cannot be embedded.
     """
-    try:
-        prepared = await prepare_note(note, gateway.limits, gateway.fetcher, gateway.images)
-    except DataError as error:
-        raise InvalidError(str(error), "note") from None
-    vectors = await gateway.encode([prepared], columns)
+    prepared, problems = await prepare_notes([note], gateway.limits, gateway.fetcher, gateway.images)
+    if problems:
+        raise InvalidError(problems[0], "note")
+    vectors = await gateway.encode(prepared, columns)
     if vectors.problems:
         raise InvalidError(vectors.problems[0], "note")
-    return {name: matrix[0] for name, matrix in vectors.columns.items()}
+    return {name: matrix[0] for name, matrix in vectors.columns.items()}, vectors.fingerprint
 
 
 def index_filter(gateway: Gateway, given: schemas.Filter) -> tuple[list[str], Filter | None]:
@@ -85,14 +89,20 @@ def _microseconds(moment: datetime | None) -> int | None:
 
 
 async def explain(
-    gateway: Gateway, query_id: str | None, own: dict[str, np.ndarray], hits: Hits, results: list[dict[str, Any]]
+    gateway: Gateway,
+    index: LiveIndex,
+    query_id: str | None,
+    own: dict[str, np.ndarray],
+    hits: Hits,
+    results: list[dict[str, Any]],
 ) -> None:
-    """Add cards, and the cosines of image and text apart where the table has those vectors."""
+    """Add cards, and the cosines of image and text apart where the index that was searched has those vectors."""
     from notellm2_ray.serve.note_routes import cards
 
-    index = gateway.index
     shown = await cards(gateway, hits.ids)
-    columns = {name: column for name, column in _MODALITIES.items() if column in index.others}
+    # A given note has the vectors that its model makes; the index that is searched may be of other columns.
+    known = set(index.others) if query_id is not None else own.keys() & set(index.others)
+    columns = {name: column for name, column in _MODALITIES.items() if column in known}
     by_column: dict[str, list[float | None]] = {}
     for name, column in columns.items():
         if query_id is not None:

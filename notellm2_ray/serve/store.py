@@ -24,7 +24,7 @@ from notellm2_ray.index.vectors import name_some
 from notellm2_ray.serve import files
 from notellm2_ray.serve.group_commit import GroupCommitter
 from notellm2_ray.serve.live_rows import LiveNote, StoredNote, check_note, now, to_table
-from notellm2_ray.serve.live_table import LiveTable
+from notellm2_ray.serve.live_table import LiveTable, newest_if_gone
 from notellm2_ray.serve.upkeep import FRAGMENT_ROWS, Upkeep
 
 log = logging.getLogger(__name__)
@@ -177,7 +177,7 @@ class LiveStore:
 
     def notes(self, note_ids: Sequence[str]) -> list[StoredNote | None]:
         """Notes as last committed, in this order; None where there is none."""
-        return self._table.notes(note_ids)
+        return newest_if_gone(self._table, lambda table: table.notes(note_ids))
 
     @property
     def seq(self) -> int:

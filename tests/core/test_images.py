@@ -117,3 +117,12 @@ def test_broken_metadata_does_not_cost_the_picture():
     data = encoded(picture(), "JPEG", exif=b"Exif\x00\x00MM\x00*garbage garbage garbage")
     check_image(data)
     assert decode_image(data).size == (64, 48)
+
+
+def test_a_jpeg_of_very_many_scans_is_refused_and_a_progressive_one_is_not():
+    data = encoded(picture(), "JPEG", progressive=True)
+    check_image(data)
+    start = data.rindex(b"\xff\xda")
+    scan = data[start:-2]
+    with pytest.raises(DataError, match="scans"):
+        check_image(data[:start] + scan * 200 + data[-2:])

@@ -70,7 +70,7 @@ def test_a_wildcard_covers_subdomains():
 @pytest.mark.parametrize(
     "address",
     ["127.0.0.1", "10.0.0.1", "169.254.169.254", "::1", "fd00::1", "::ffff:127.0.0.1", "0.0.0.0", "224.0.0.1",
-     "100.64.0.1", "fe80::1%eth0", "2002:7f00:1::", "192.168.0.1"],
+     "64:ff9b::7f00:1", "64:ff9b::808:808", "100.64.0.1", "fe80::1%eth0", "2002:7f00:1::", "192.168.0.1"],
 )  # fmt: skip
 def test_private_addresses_are_refused_even_beside_a_public_one(address):
     with pytest.raises(DataError, match="private"):
@@ -105,3 +105,16 @@ def test_size_and_time_are_bounded():
         fetch("https://img.example.org/", lambda _: httpx.Response(404, content=b"inside"))
     with pytest.raises(DataError, match="resolve"):
         check_addresses([])
+
+
+@pytest.mark.parametrize(
+    "location", ["https://[", "https://img.example.org:x/", "//[::1", "https://img.example.org/\x01"]
+)
+def test_a_redirect_to_nonsense_is_refused(location):
+    with pytest.raises(DataError, match="image_url"):
+        fetch("https://img.example.org/", lambda _: httpx.Response(302, headers={"location": location}))
+
+
+def test_an_address_that_the_client_cannot_take_is_refused():
+    with pytest.raises(DataError, match="image_url"):
+        fetch("https://img.example.org/" + "a" * 70_000, lambda _: httpx.Response(404))

@@ -11,7 +11,7 @@ import httpx
 import pytest
 
 from notellm2_ray.core.settings.serve import LimitSettings
-from notellm2_ray.serve.errors import InvalidError
+from notellm2_ray.serve.errors import InvalidError, MalformedError
 from notellm2_ray.serve.figures import Figures, quantile, render, summary
 from notellm2_ray.serve.guard import Guard, check_json
 from notellm2_ray.serve.keys import KeyRing, create_key
@@ -165,6 +165,14 @@ def test_depth_is_counted_outside_of_strings():
     with pytest.raises(InvalidError):
         check_json(b'{"a":' * 100_000, 16)
     check_json(b'"' + b"[" * 1000, 4)  # an open string: the parser will say so
+
+
+@pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
+def test_brackets_in_another_encoding_do_not_pass_uncounted(encoding):
+    body = ("[" * 100 + "]" * 100).encode(encoding)
+    assert json.loads(body)
+    with pytest.raises(MalformedError, match="UTF-8"):
+        check_json(body, 16)
 
 
 @pytest.mark.parametrize("unit", [b"[],", b'\\"', b'"",', b"1,", b'"', b"{}"])

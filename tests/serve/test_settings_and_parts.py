@@ -7,14 +7,17 @@ import asyncio
 import inspect
 import socket
 import subprocess
+import threading
 from pathlib import Path
 
 import pytest
 import yaml
+from pydantic import ValidationError
 
 from notellm2_ray.core.errors import ConfigError, DataError
 from notellm2_ray.core.settings.serve import LimitSettings
 from notellm2_ray.serve import checks, doctor, haproxy, schemas
+from notellm2_ray.serve.errors import OverloadedError, TookTooLongError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "serve_configs"
 
@@ -133,6 +136,60 @@ def test_images_are_looked_through_before_anything_decodes_them():
             prepare(image=text)
     with pytest.raises(DataError, match="bytes"):
         prepare(LimitSettings(image_bytes=1024), image="A" * 5000)
+
+
+class Decoder(checks.Images):
+    """Looks images through once it is told to."""
+
+    def __init__(self, **arguments):
+        super().__init__(LimitSettings(), **arguments)
+        self.go, self.looked_at = threading.Event(), 0
+
+    def _check(self, image):
+        self.looked_at += 1
+        self.go.wait(10)
+
+
+def prepare_all(images, count):
+    notes = [schemas.Note(note_id=f"n{row}", image="AAAA") for row in range(count)]
+    return checks.prepare_notes(notes, LimitSettings(), None, images)
+
+
+def test_images_beyond_what_is_in_hand_are_refused_and_texts_are_not():
+    async def run():
+        images = Decoder(most=4)
+        first = asyncio.create_task(prepare_all(images, 6))  # alone: it always has room
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError):
+            await prepare_all(images, 1)
+        texts, problems = await checks.prepare_notes([schemas.Note(note_id="t")], LimitSettings(), None, images)
+        assert [note.note_id for note in texts] == ["t"] and not problems
+        images.go.set()
+        assert len((await first)[0]) == 6
+        assert len((await prepare_all(images, 4))[0]) == 4 and images.in_hand == 0
+
+    asyncio.run(run())
+
+
+def test_images_that_take_too_long_are_given_up(monkeypatch):
+    monkeypatch.setattr(checks, "PREPARE_SECONDS", 0.1)
+
+    async def run():
+        images = Decoder()
+        with pytest.raises(TookTooLongError) as caught:
+            await prepare_all(images, 3)
+        assert caught.value.status == 503 and "retry-after" in caught.value.headers
+        images.go.set()
+        images.threads.shutdown(wait=True)
+        assert (images.looked_at, images.in_hand) == (1, 0), "what nobody waits for any more was decoded"
+
+    asyncio.run(run())
+
+
+@pytest.mark.parametrize("text", ["0001-01-01T00:00:00+01:00", "9999-12-31T23:59:59-01:00"])
+def test_a_time_that_its_zone_moves_out_of_the_calendar_is_refused(text):
+    with pytest.raises(ValidationError, match="year"):
+        schemas.Note(note_id="a", created_at=text)
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,8 @@ from notellm2_ray.index.table import embedding_schema, write_table
 from notellm2_ray.serve import files
 from notellm2_ray.serve.follower import StoreFollower
 from notellm2_ray.serve.live_rows import LiveNote, live_schema
-from notellm2_ray.serve.live_table import LiveTable
+from notellm2_ray.serve.live_table import LiveTable, newest_if_gone
+from notellm2_ray.serve.note_routes import search_titles
 from notellm2_ray.serve.seed import seed_from_bulk
 from notellm2_ray.serve.store import LiveStore
 from notellm2_ray.serve.upkeep import Upkeep
@@ -400,3 +401,19 @@ def test_seeding_joins_notes_and_vectors_and_counts_what_is_missing(tmp_path):
     follower.close()
     with pytest.raises(OutputError, match="there already"):
         seed_from_bulk(tmp_path / "notes", tmp_path / "e.lance", tmp_path / "serving" / "live.lance")
+
+
+def test_a_version_that_was_compacted_away_is_read_from_the_newest(path):
+    old = LiveTable(path)
+    with LiveStore.open(path, upkeep=Upkeep(**BUSY)) as store:
+        for value in range(1, 6):
+            store.upsert([note(f"n{row}", value) for row in range(20)])
+        store._committer.close()
+        store._upkeep.run(store._table, store.seq)
+        store._upkeep.wait()
+        with pytest.raises((OSError, ValueError, RuntimeError)):
+            old.notes(["n1"])
+        assert newest_if_gone(old, lambda table: table.notes(["n1"]))[0].title == "5"
+        assert newest_if_gone(old, lambda table: search_titles(table, "n1", 5)) == ["n1"]
+        store._table = old
+        assert store.notes(["n1"])[0].title == "5"
