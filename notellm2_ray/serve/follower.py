@@ -29,6 +29,8 @@ from notellm2_ray.serve.live_table import LiveTable, newest_if_gone
 
 log = logging.getLogger(__name__)
 
+_FAILING_SECONDS = 5.0
+
 
 @dataclass(frozen=True)
 class Following:
@@ -92,6 +94,7 @@ class StoreFollower:
         self._loading: threading.Thread | None = None
         self._counts: dict[str, Any] = {"polls": 0, "changes": 0, "reloads": 0, "errors": 0, "last_error": ""}
         self._delay = 0.0
+        self._failing_since: float | None = None  # the first of the looks that failed one after the other
 
     def start(self) -> StoreFollower:
         """Load the table and follow it from a thread.
@@ -129,6 +132,19 @@ class StoreFollower:
             **self._counts,
         }
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread still follows."""
+        return all(thread.is_alive() for thread in self._threads)
+
+    @property
+    def problem(self) -> str | None:
+        """Why the index has been standing still for more than five seconds; None while it follows."""
+        since = self._failing_since
+        if since is None or time.monotonic() - since < _FAILING_SECONDS:
+            return None
+        return f"the table cannot be followed: {self._counts['last_error']}"
+
     def wait_for(self, seq: int, timeout: float = 10.0) -> bool:
         """Wait until a commit group is in the index; whether it is."""
         until = time.monotonic() + timeout
@@ -162,7 +178,11 @@ class StoreFollower:
         while not self._stop.wait(self._poll_seconds):
             try:
                 self.poll()
-            except Exception as error:  # such as files that a clean-up removed: the next look sees a newer version
+                self._failing_since = None
+            # Such as files that a clean-up removed: the next look sees a newer version. BaseException, because a panic
+            # inside Lance is one (pyo3's PanicException), and without this thread the index would stand still for ever.
+            except BaseException as error:
+                self._failing_since = self._failing_since or time.monotonic()
                 self._counts["errors"] += 1
                 if self._counts["last_error"] != str(error):
                     log.warning("following %s: %s; it is tried again", self._directory, error)
@@ -195,13 +215,14 @@ class StoreFollower:
         return True
 
     def _load_beside(self, target: Path) -> None:
-        if self._loading is not None and self._loading.is_alive():
+        # In this order: a load that ends between the two looks has left what it loaded, which the next poll takes.
+        if (self._loading is not None and self._loading.is_alive()) or self._loaded is not None:
             return
 
         def load() -> None:
             try:
                 self._loaded = self._load(target)
-            except Exception as error:
+            except BaseException as error:  # a panic too, as above
                 self._counts["errors"] += 1
                 self._counts["last_error"] = str(error)
                 log.warning("loading %s: %s; the index before it stays", target, error)

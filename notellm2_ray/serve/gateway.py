@@ -21,9 +21,9 @@ from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.schema import Note
 from notellm2_ray.index.live import LiveIndex
 from notellm2_ray.index.live_search import Filter, Hits
-from notellm2_ray.serve.calls import call
+from notellm2_ray.serve.calls import Dependency, call
 from notellm2_ray.serve.checks import Images
-from notellm2_ray.serve.errors import ApiError, NotFoundError, UnavailableError
+from notellm2_ray.serve.errors import ApiError, NotFoundError, OverloadedError, UnavailableError
 from notellm2_ray.serve.fetch import ImageFetcher
 from notellm2_ray.serve.figures import Figures
 from notellm2_ray.serve.keys import KeyRing
@@ -34,6 +34,7 @@ from notellm2_ray.serve.plan import Plan, replica_options
 log = logging.getLogger("notellm2_ray.serve")
 
 _EXCHANGE_SECONDS = 2.0
+_SHARE = 0.25  # of this replica's slots, that calls of one other deployment may take
 _INLINE_SECONDS = 0.003  # a search that takes longer than this runs in a thread, so that others are answered meanwhile
 
 
@@ -42,16 +43,20 @@ class Gateway:
 
     Attributes:
         follower: the index and the table behind it.
-        encoder, writer, users, ranker: handles of the other deployments; ``ranker`` is None where there is none.
+        encoder, writer, users, ranker: the other deployments; ``ranker`` is None where there is none.
         reports: every replica's last figures, by name.
         problems: what is missing for this replica to be ready.
+        missing: what is not there and can be done without.
     """
 
     def __init__(self, plan: Plan, encoder: Any, writer: Any, users: Any, ranker: Any = None) -> None:
         from ray import serve
 
         self.plan, self.settings, self.limits = plan, plan.serve, plan.serve.limits
-        self.encoder, self.writer, self.users, self.ranker = encoder, writer, users, ranker
+        most = max(4, int(_SHARE * (self.settings.gateway.max_ongoing + self.settings.gateway.max_queued)))
+        self.encoder, self.writer = Dependency(encoder, "encoder", most), Dependency(writer, "writer", most)
+        self.users = Dependency(users, "users", most)
+        self.ranker = None if ranker is None else Dependency(ranker, "ranker", most)
         self.name = f"gateway-{serve.get_replica_context().replica_id.unique_id}"
         self.figures = Figures(self.name)
         self.guard: Any = None  # set by build_api
@@ -61,6 +66,7 @@ class Gateway:
         self.reports: dict[str, dict[str, Any]] = {}
         self.encoder_fingerprint = ""
         self.problems = ["the other deployments were not asked yet"]
+        self.missing: list[str] = []
         self._search_seconds = 0.0
         self._tasks: set[asyncio.Task[Any]] = set()
         self.follower = _follow(plan)
@@ -136,7 +142,7 @@ class Gateway:
             raise UnavailableError("the encoder runs another model than the index was made with")
         with self.figures.timing("encode"):
             seconds = self.settings.encode.timeout_seconds
-            return await call(self.encoder.encode, list(notes), tuple(columns), what="encoder", seconds=seconds)
+            return await self.encoder.call("encode", list(notes), tuple(columns), seconds=seconds)
 
     async def notes(self, note_ids: Sequence[str]) -> list[StoredNote | None]:
         """Notes as stored; None where there is none."""
@@ -148,8 +154,7 @@ class Gateway:
         missing = list(dict.fromkeys(note_id for note_id in note_ids if note_id not in self.index))
         if not missing:
             return set()
-        found = await asyncio.to_thread(self._newest, missing)
-        return {note_id for note_id, note in zip(missing, found, strict=True) if note is None}
+        return set(missing) - await asyncio.to_thread(self._newest, missing)
 
     async def applied(self, seq: int, seconds: float = 1.0) -> None:
         """Wait until this replica's index has a commit, for a moment: who wrote a note then finds it here at once."""
@@ -157,43 +162,56 @@ class Gateway:
         while self.follower.state.seq < seq and time.monotonic() < until:
             await asyncio.sleep(0.005)
 
-    def _newest(self, note_ids: list[str]) -> list[StoredNote | None]:
+    def _newest(self, note_ids: list[str]) -> set[str]:
+        """Those of the ids that the newest version has."""
         newest = LiveTable(self.follower.state.table.path)
-        return newest_if_gone(newest, lambda table: table.notes(note_ids))
+        return newest_if_gone(newest, lambda table: table.existing(note_ids))
 
     async def other_figures(self) -> list[Any]:
         """Figures of deployments that do not report by themselves: one replica of each."""
         found = []
-        for handle in (self.encoder, self.users, self.ranker):
-            if handle is not None:
+        for one in (self.encoder, self.users, self.ranker):
+            if one is not None:
                 with contextlib.suppress(ApiError):
-                    found.append(await call(handle.report, what="replica", seconds=2))
+                    found.append(await call(one.handle.report, what=one.name, seconds=2))
         return found
+
+    def check_health(self) -> None:
+        """Serve restarts the replica when this raises."""
+        if not self.follower.alive:
+            raise RuntimeError("the thread that follows the live table has ended")
 
     async def _exchange_forever(self) -> None:
         while True:
-            problems: list[str] = []
-            try:
-                self.reports = await call(self.writer.exchange, self.name, self._report(), what="writer", seconds=5)
-            except Exception as error:
-                problems.append(f"writer: {error}")
-            for name, handle in (("encoder", self.encoder), ("users", self.users), ("ranker", self.ranker)):
-                problems += await self._problem(name, handle)
-            if not problems and self.encoder_fingerprint != self.index.model_fingerprint:
-                problems.append("the encoder runs another model than the index was made with")
-            self.problems = problems
-            await asyncio.sleep(_EXCHANGE_SECONDS if not problems else 0.5)
+            self.problems, self.missing = await self._look_around()
+            await asyncio.sleep(0.5 if self.problems or self.missing else _EXCHANGE_SECONDS)
 
-    async def _problem(self, name: str, handle: Any) -> list[str]:
-        if handle is None:
-            return []
-        try:
-            described = await call(handle.describe, what=name, seconds=5)
-        except Exception as error:
-            return [f"{name}: {error}"]
-        if name == "encoder":
+    async def _look_around(self) -> tuple[list[str], list[str]]:
+        """Exchange figures, ask everybody; what is missing for being ready, and what can be done without."""
+        report = self._report()
+        reports, problems = await self._ask(self.writer, "exchange", self.name, report)
+        self.reports = reports or self.reports
+        described, away = await self._ask(self.encoder, "describe")
+        if described is not None:
             self.encoder_fingerprint = described["fingerprint"]
-        return []
+        problems += away + (await self._ask(self.users, "describe"))[1]
+        if self.follower.problem is not None:
+            problems.append(self.follower.problem)
+        if not problems and self.encoder_fingerprint != self.index.model_fingerprint:
+            problems.append("the encoder runs another model than the index was made with")
+        # Recall answers in the ranker's place, and says so.
+        missing = [] if self.ranker is None else (await self._ask(self.ranker, "describe"))[1]
+        return problems, missing
+
+    async def _ask(self, other: Dependency, method: str, *arguments: Any) -> tuple[Any, list[str]]:
+        """The answer, or None; and why there is none. One that is too busy to answer is there all the same."""
+        try:
+            # Not counted among the calls in hand: what is full of requests is there.
+            return await call(getattr(other.handle, method), *arguments, what=other.name, seconds=5), []
+        except OverloadedError:
+            return None, []
+        except Exception as error:  # whatever it was, this replica is not ready, and says why
+            return None, [f"{other.name}: {error.message if isinstance(error, ApiError) else error}"]
 
     def _report(self) -> dict[str, Any]:
         index, freshness = self.index.info(), self.follower.freshness()

@@ -57,7 +57,7 @@ class GroupCommitter(Generic[T]):
         """A future of the item's result; ``asyncio.wrap_future`` makes it awaitable.
 
         Raises:
-            OutputError: closed.
+            OutputError: closed, or its thread has ended.
         """
         future: Future = Future()
         future.set_running_or_notify_cancel()  # it will be written, whoever stops waiting for it
@@ -75,7 +75,27 @@ class GroupCommitter(Generic[T]):
                 self._queue.put(None)
         self._thread.join()
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread runs; after :meth:`close` it does not."""
+        return self._thread.is_alive()
+
     def _run(self) -> None:
+        try:
+            self._commit_groups()
+        finally:
+            self._refuse_the_rest()
+
+    def _refuse_the_rest(self) -> None:
+        """Answer what nobody will commit; nothing is, unless the thread ends by a fault of ours."""
+        with self._closing:
+            self._closed = True
+            while not self._queue.empty():
+                entry = self._queue.get()
+                if entry is not None:
+                    entry[1].set_exception(OutputError(f"{self._name} has ended: this was not written"))
+
+    def _commit_groups(self) -> None:
         while True:
             group, ended = self._next_group()
             if group:
@@ -85,7 +105,9 @@ class GroupCommitter(Generic[T]):
             if self._upkeep is not None:
                 try:
                     self._upkeep(not group)
-                except Exception:  # any: a writer that ended here would leave its callers waiting for ever
+                # Any, and BaseException: a panic inside Lance is one (pyo3's PanicException). A writer that ended here
+                # could write nothing any more.
+                except BaseException:
                     log.exception("%s: upkeep failed; it is tried again", self._name)
 
     def _next_group(self) -> tuple[list[tuple[T, Future]], bool]:
@@ -112,11 +134,11 @@ class GroupCommitter(Generic[T]):
     def _write(self, group: list[tuple[T, Future]]) -> None:
         try:
             results = self._commit([item for item, _ in group])
-        except BaseException as error:
+        except BaseException as error:  # a panic inside Lance too: see _commit_groups
+            # Callers await this: an asyncio task would take a BaseException for its own end.
+            told = error if isinstance(error, Exception) else OutputError(f"{self._name} failed: {error}")
             for _, future in group:
-                future.set_exception(error)
-            if not isinstance(error, Exception):
-                raise
+                future.set_exception(told)
             return
         for (_, future), result in zip(group, results, strict=True):
             if isinstance(result, Exception):

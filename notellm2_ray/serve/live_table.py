@@ -93,11 +93,21 @@ class LiveTable:
 
     def notes(self, note_ids: Sequence[str]) -> list[StoredNote | None]:
         """Notes by id through the table's index, in the order asked for; None where there is none."""
-        if not note_ids:
-            return []
-        quoted = ", ".join("'" + note_id.replace("'", "''") + "'" for note_id in set(note_ids))
-        found = to_notes(self.dataset.to_table(columns=_NOTE_COLUMNS, filter=f"note_id IN ({quoted})"))
+        found = to_notes(self._rows(note_ids, _NOTE_COLUMNS))
         return [found.get(note_id) for note_id in note_ids]
+
+    def existing(self, note_ids: Sequence[str]) -> set[str]:
+        """Those of the ids that are notes."""
+        rows = self._rows(note_ids, ["note_id", "deleted"])
+        gone = rows["deleted"].to_pylist()
+        return {note_id for note_id, dead in zip(rows["note_id"].to_pylist(), gone, strict=True) if not dead}
+
+    def _rows(self, note_ids: Sequence[str], columns: list[str]) -> pa.Table:
+        """Rows of the ids, tombstones too, through the table's index."""
+        if not note_ids:
+            return self.dataset.schema.empty_table().select(columns)
+        quoted = ", ".join("'" + note_id.replace("'", "''") + "'" for note_id in set(note_ids))
+        return self.dataset.to_table(columns=columns, filter=f"note_id IN ({quoted})")
 
 
 def newest_if_gone(table: LiveTable, read: Callable[[LiveTable], T]) -> T:

@@ -11,7 +11,6 @@ import numpy as np
 
 from notellm2_ray.core.schema import Note
 from notellm2_ray.serve import schemas
-from notellm2_ray.serve.calls import call
 from notellm2_ray.serve.checks import check_count, check_ids, check_k, check_text, prepare_notes
 from notellm2_ray.serve.errors import InvalidError, NotFoundError
 from notellm2_ray.serve.live_rows import LiveNote, StoredNote
@@ -59,7 +58,7 @@ def build(gateway: Gateway) -> Any:
         """Delete notes; 200 means that it is on the disk."""
         check_count(body.note_ids, gateway.limits.ids, "note_ids")
         check_ids(body.note_ids, gateway.limits, "note_ids")
-        done = await call(gateway.writer.delete, body.note_ids, what="writer", seconds=WRITE_SECONDS)
+        done = await gateway.writer.call("delete", body.note_ids, seconds=WRITE_SECONDS)
         await gateway.applied(done.seq)
         return done._asdict()
 
@@ -125,7 +124,7 @@ async def upsert_notes(gateway: Gateway, notes: Sequence[schemas.Note]) -> dict[
     written, refused, fingerprint = await _embedded(gateway, prepared, columns, created)
     seq = -1
     if written:
-        seq = await call(gateway.writer.upsert, written, fingerprint, what="writer", seconds=WRITE_SECONDS)
+        seq = await gateway.writer.call("upsert", written, fingerprint, seconds=WRITE_SECONDS)
         await gateway.applied(seq)
     return {"seq": seq, "upserted": len(written), "rejected": rejected + refused}
 

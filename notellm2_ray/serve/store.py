@@ -179,6 +179,15 @@ class LiveStore:
         """Notes as last committed, in this order; None where there is none."""
         return newest_if_gone(self._table, lambda table: table.notes(note_ids))
 
+    def existing(self, note_ids: Sequence[str]) -> set[str]:
+        """Those of the ids that are notes, as last committed."""
+        return newest_if_gone(self._table, lambda table: table.existing(note_ids))
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread still writes."""
+        return self._committer.alive
+
     @property
     def seq(self) -> int:
         """Number of the last commit group."""
@@ -226,7 +235,7 @@ class LiveStore:
         try:
             self._check_alone()
             self._merge(changes)
-        except Exception as error:
+        except BaseException as error:  # a panic inside Lance is no Exception
             self._load()  # the failed commit may be there or not; its callers are told that it failed
             raise _disk_error(error, self.path) from error
         self._counts["commits"] += 1
@@ -303,7 +312,7 @@ class _FirstRows(Iterator[pa.RecordBatch]):
         return pa.RecordBatch.from_arrays(cast, schema=self._schema)
 
 
-def _disk_error(error: Exception, path: Path) -> Exception:
+def _disk_error(error: BaseException, path: Path) -> Exception:
     text = str(error)
     if "No space left" in text or getattr(error, "errno", None) == errno.ENOSPC:
         return OutputError(f"no space left while writing {path}: nothing of this call is acknowledged; free some")

@@ -10,7 +10,6 @@ from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
 from notellm2_ray.serve import schemas
-from notellm2_ray.serve.calls import call
 from notellm2_ray.serve.checks import check_count, check_ids, check_k
 from notellm2_ray.serve.errors import ApiError, NotFoundError, TookTooLongError
 from notellm2_ray.serve.experiments import Arm, arm_of
@@ -43,7 +42,7 @@ def build(gateway: Gateway) -> Any:
     @routes.get("/v1/users", response_model=schemas.UsersAnswer)
     async def users(limit: int = Query(20, ge=1, le=1000)) -> Any:
         """Some users with a history."""
-        return {"users": await call(gateway.users.sample, limit, what="users", seconds=USER_SECONDS)}
+        return {"users": await gateway.users.call("sample", limit, seconds=USER_SECONDS)}
 
     @routes.get("/v1/users/{user_id:path}", response_model=schemas.UserAnswer)
     async def user(user_id: str) -> Any:
@@ -71,7 +70,7 @@ async def log_events(gateway: Gateway, events: Sequence[schemas.Event]) -> dict[
             rejected.append({"index": row, "event_id": event.event_id, "reason": reason})
     accepted = duplicates = 0
     if kept:
-        done = await call(gateway.users.log_events, kept, what="users", seconds=USER_SECONDS)
+        done = await gateway.users.call("log_events", kept, seconds=USER_SECONDS)
         accepted, duplicates = done["accepted"], done["duplicates"]
         for row, reason in done["rejected"]:
             rejected.append({"index": rows[row], "event_id": events[rows[row]].event_id, "reason": reason})
@@ -94,7 +93,7 @@ def _problem(gateway: Gateway, event: schemas.Event, unknown: set[str], latest: 
 
 async def show_user(gateway: Gateway, user_id: str) -> dict[str, Any]:
     """Blocks and preferences of a user, with the notes' cards."""
-    found = await call(gateway.users.blocks, user_id, what="users", seconds=USER_SECONDS)
+    found = await gateway.users.call("blocks", user_id, seconds=USER_SECONDS)
     if found is None:
         raise NotFoundError(f"user {user_id!r} is not known", "user_id")
     ids = [note_id for block in found["blocks"] for note_id in block["note_ids"]] + list(found["open_block"])
@@ -169,7 +168,7 @@ class Recommendation:
         """history (oldest first), seen, preference."""
         if self.body.history is not None:
             return {"history": self.body.history, "seen": self.body.history, "preference": None}
-        return await call(self.gateway.users.view, self.body.user_id, what="users", seconds=USER_SECONDS)
+        return await self.gateway.users.call("view", self.body.user_id, seconds=USER_SECONDS)
 
     async def _recall(self, view: dict[str, Any]) -> list[Candidate]:
         settings, index = self.arm.recommend, self.gateway.index
@@ -193,7 +192,7 @@ class Recommendation:
     async def _popular(self, excluded: frozenset[str] | set[str], have: int) -> list[Candidate]:
         """Notes that many liked lately, for who has no history yet or has seen what is near to it."""
         wanted = self.body.k - have
-        ids = await call(self.gateway.users.popular, wanted + len(excluded), what="users", seconds=USER_SECONDS)
+        ids = await self.gateway.users.call("popular", wanted + len(excluded), seconds=USER_SECONDS)
         left = [note_id for note_id in ids if note_id not in excluded and note_id in self.gateway.index]
         return [Candidate(note_id, 0.0, ()) for note_id in left[:wanted]]
 
@@ -222,13 +221,12 @@ class Recommendation:
 
     async def _scores(self, view: dict[str, Any], candidates: list[Candidate], seconds: float) -> list[float | None]:
         gateway = self.gateway
+        assert gateway.ranker is not None  # _rank asks before
         last = view["history"][-gateway.plan.ranker.max_history :]
         stored = await gateway.notes([*last, *(one.note_id for one in candidates)])
         titles = [note.title for note in stored[: len(last)] if note is not None]
         shown = [None if note is None else (note.title, note.image) for note in stored[len(last) :]]
-        return await call(
-            gateway.ranker.score, view["preference"], titles, shown, what="ranker", seconds=max(seconds, 0.001)
-        )
+        return await gateway.ranker.call("score", view["preference"], titles, shown, seconds=max(seconds, 0.001))
 
     def _expose(self, note_ids: list[str], fallback: str | None) -> None:
         """Log what was shown, beside the answer: it must not wait for a disk."""
@@ -240,4 +238,4 @@ class Recommendation:
             "ranked_by": "ranker" if fallback is None else "recall",
             "note_ids": note_ids,
         }
-        self.gateway.background(call(self.gateway.users.expose, exposure, what="users", seconds=USER_SECONDS))
+        self.gateway.background(self.gateway.users.call("expose", exposure, seconds=USER_SECONDS))

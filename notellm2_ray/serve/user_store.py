@@ -218,6 +218,11 @@ class UserStore:
         counts["users"] = self._read("SELECT count(DISTINCT user_id) FROM sequence")[0][0]
         return counts
 
+    @property
+    def alive(self) -> bool:
+        """Whether its thread still writes."""
+        return self._committer.alive
+
     def close(self) -> None:
         """Commit what was submitted and close the file."""
         self._committer.close()

@@ -118,6 +118,11 @@ class Users:
         """This replica's figures."""
         return self.figures.snapshot()
 
+    def check_health(self) -> None:
+        """Serve restarts the replica when this raises."""
+        if not self.store.alive:
+            raise RuntimeError("the thread that writes the users' database has ended")
+
     def __del__(self) -> None:
         store = getattr(self, "store", None)
         if store is not None:
@@ -239,7 +244,7 @@ def users_deployment(plan: Plan) -> Any:
         name="Users",
         num_replicas=1,
         max_ongoing_requests=256,
-        max_queued_requests=256,
+        max_queued_requests=32,  # each waits in a gateway's slot, until the next replica is there or its time is up
         **common_options(
             plan.serve.users_cpus, drain_seconds=plan.serve.drain_seconds, resource=plan.serve.state_resource
         ),

@@ -9,10 +9,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from notellm2_ray.core.errors import DataError, OutputError
 from notellm2_ray.serve.figures import Figures
 from notellm2_ray.serve.files import FIRST_TABLE, VERSIONS, current_table
 from notellm2_ray.serve.live_rows import LiveNote
 from notellm2_ray.serve.plan import Plan, common_options
+from notellm2_ray.serve.store import LiveStore
 
 log = logging.getLogger("notellm2_ray.serve")
 
@@ -28,20 +30,17 @@ class Deleted(NamedTuple):
 
 
 class Writer:
-    """One replica, around one :class:`~notellm2_ray.serve.store.LiveStore`.
+    """One replica, around one :class:`~notellm2_ray.serve.store.LiveStore`, that of the table which CURRENT names.
 
     Serve starts the next replica only after the last one's process is gone, and the store's lock, which the system
     releases with the process, keeps a straggler out. At the very first start the table is made from the bulk outputs.
     """
 
     def __init__(self, plan: Plan) -> None:
-        from notellm2_ray.serve.store import LiveStore
-
         path = ensure_table(plan)
-        serve = plan.serve
-        self.store = _opened(
-            lambda: LiveStore.open(path, gather_seconds=serve.commit_wait_ms / 1000, max_group_rows=serve.commit_rows)
-        )
+        self.plan = plan
+        self.store: LiveStore = _opened(lambda: self._open(path))
+        self.opening = asyncio.Lock()
         self.figures = Figures("writer")
         self.pending: dict[str, int] = {}  # ids on their way to the disk, counted
         self.reports: dict[str, tuple[float, dict[str, Any]]] = {}
@@ -52,19 +51,21 @@ class Writer:
         Raises:
             DataError, ModelError, OutputError: nothing of the call was written.
         """
+        store = await self._current()
         with self.figures.timing("commit"), _Pending(self.pending, [note.note_id for note in notes]):
-            seq = await self.store.upsert_async(notes, model_fingerprint)
+            seq = await store.upsert_async(notes, model_fingerprint)
         self.figures.wrote("upserted", len(notes))
         self.figures.batch("upsert", len(notes))
         return seq
 
     async def delete(self, note_ids: Sequence[str]) -> Deleted:
         """Delete those of the notes that there are."""
+        store = await self._current()
         pending = [note_id for note_id in note_ids if note_id in self.pending]
-        found = await asyncio.to_thread(self._existing, note_ids)
+        found = await asyncio.to_thread(store.existing, note_ids)
         known = list(dict.fromkeys(note_id for note_id in note_ids if note_id in found or note_id in pending))
         with self.figures.timing("commit"):
-            seq = await self.store.delete_async(known)
+            seq = await store.delete_async(known)
         self.figures.wrote("deleted", len(known))
         return Deleted(seq, len(known), [note_id for note_id in dict.fromkeys(note_ids) if note_id not in set(known)])
 
@@ -72,7 +73,7 @@ class Writer:
         """The table's vector columns, ``embedding`` first."""
         return self.store.columns
 
-    def exchange(self, replica: str, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    async def exchange(self, replica: str, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Keep a replica's report and return everybody's, so that any replica can answer for all."""
         now = time.monotonic()
         self.reports[replica] = (now, report)
@@ -82,14 +83,37 @@ class Writer:
 
     def check_health(self) -> None:
         """Serve restarts the replica when this raises."""
+        if not self.store.alive:
+            raise RuntimeError("the thread that writes the live table has ended")
 
     def __del__(self) -> None:
         store = getattr(self, "store", None)
         if store is not None:
             store.close()
 
-    def _existing(self, note_ids: Sequence[str]) -> set[str]:
-        return {note.note_id for note in self.store.notes(note_ids) if note is not None}
+    async def _current(self) -> LiveStore:
+        """The store of the table that CURRENT names; opened when it names another one.
+
+        Raises:
+            OutputError: that table is not there; the one before stays open, but what followers no longer read must not
+                be acknowledged as written.
+        """
+        async with self.opening:
+            before = self.store
+            try:
+                path = current_table(self.plan.directory)
+                if path != before.path:
+                    self.store = await asyncio.to_thread(self._open, path)
+            except DataError as error:
+                raise OutputError(str(error)) from error
+            if self.store is not before:
+                log.info("writing %s from now on, and %s no more", path, before.path)
+                await asyncio.to_thread(before.close)
+            return self.store
+
+    def _open(self, path: Path) -> LiveStore:
+        serve = self.plan.serve
+        return LiveStore.open(path, gather_seconds=serve.commit_wait_ms / 1000, max_group_rows=serve.commit_rows)
 
 
 def ensure_table(plan: Plan) -> Path:
@@ -109,8 +133,6 @@ def ensure_table(plan: Plan) -> Path:
 
 def _opened(open_store: Any, seconds: float = 30.0) -> Any:
     """The store, after the process before has let go of its lock."""
-    from notellm2_ray.core.errors import OutputError
-
     until = time.monotonic() + seconds
     while True:
         try:
@@ -147,7 +169,7 @@ def writer_deployment(plan: Plan) -> Any:
         name="Writer",
         num_replicas=1,
         max_ongoing_requests=256,
-        max_queued_requests=256,
+        max_queued_requests=32,  # each waits in a gateway's slot, until the next replica is there or its time is up
         **common_options(
             plan.serve.writer_cpus, drain_seconds=plan.serve.drain_seconds, resource=plan.serve.state_resource
         ),

@@ -1,0 +1,218 @@
+"""Parts that fail: threads that panic, deployments that are away or busy, a table that is swapped for another."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from types import SimpleNamespace
+
+import pytest
+
+from notellm2_ray.core.errors import ModelError, OutputError
+from notellm2_ray.core.settings.retrieval import IndexSettings
+from notellm2_ray.core.settings.serve import ServeSettings
+from notellm2_ray.serve import files, follower
+from notellm2_ray.serve.calls import Dependency
+from notellm2_ray.serve.errors import OverloadedError, UnavailableError
+from notellm2_ray.serve.follower import StoreFollower
+from notellm2_ray.serve.gateway import Gateway
+from notellm2_ray.serve.group_commit import GroupCommitter
+from notellm2_ray.serve.live_table import LiveTable
+from notellm2_ray.serve.store import LiveStore
+from notellm2_ray.serve.writer import Writer
+from tests.serve.notes import MODEL, make_table, note
+
+EXACT = IndexSettings(kind="exact", recall_queries=5)
+
+
+class Panic(BaseException):
+    """As pyo3's PanicException: not an Exception."""
+
+
+def panic(*_, **__):
+    raise Panic("index out of bounds")
+
+
+def soon(condition, seconds=10):
+    until = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < until
+        time.sleep(0.01)
+
+
+@pytest.fixture
+def path(tmp_path):
+    make_table(tmp_path / "live.lance")
+    return tmp_path / "live.lance"
+
+
+def test_a_panic_in_a_commit_reaches_its_callers_and_the_next_one_is_written(path, monkeypatch):
+    with LiveStore.open(path) as store:
+        with monkeypatch.context() as patch:
+            patch.setattr(files, "sync_transaction", panic)
+            with pytest.raises(OutputError, match="out of bounds"):
+                store.upsert([note("a")])
+        assert store.upsert([note("b")]) == 1 and store.alive
+        assert store.existing(["a", "b", "n1"]) == {"b", "n1"}
+
+
+def test_a_panic_in_upkeep_does_not_end_the_writer():
+    tidied = []
+
+    def upkeep(idle):
+        tidied.append(idle)
+        panic()
+
+    committer = GroupCommitter("test", lambda items: items, upkeep=upkeep, idle_seconds=0.01)
+    soon(lambda: len(tidied) > 2)
+    assert committer.submit(7).result(5) == 7 and committer.alive
+    committer.close()
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+def test_nothing_waits_for_a_writer_whose_thread_has_ended():
+    committer = GroupCommitter("test", lambda items: items, gather_seconds=0)
+    committer._next_group = panic
+    assert committer.submit(1).result(5) == 1  # the last that it takes
+    soon(lambda: not committer.alive)
+    with pytest.raises(OutputError):
+        committer.submit(2)
+
+
+def test_a_follower_that_fails_goes_on_and_says_so_after_a_while(path, monkeypatch):
+    monkeypatch.setattr(follower, "_FAILING_SECONDS", 0.2)
+    one = StoreFollower(path, EXACT, poll_seconds=0.01).start()
+    with monkeypatch.context() as patch:
+        patch.setattr(one, "poll", panic)
+        soon(lambda: one.freshness()["errors"] > 2)
+        assert one.alive
+        soon(lambda: one.problem is not None)
+        assert "out of bounds" in one.problem
+    soon(lambda: one.problem is None)
+    with LiveStore.open(path) as store:
+        assert one.wait_for(store.upsert([note("a")]))
+    one.close()
+
+
+def test_what_was_loaded_is_not_loaded_again_before_it_is_taken(path):
+    one = StoreFollower(path, EXACT)
+    one.state = one._load(path)
+    one._load_beside(path)
+    one._loading.join()
+    loaded, one._load = one._loaded, panic
+    one._load_beside(path)
+    one._loading.join()
+    assert one.poll() and one.state is loaded and not one.freshness()["errors"]
+
+
+def make_writer(directory) -> Writer:
+    return Writer(SimpleNamespace(directory=directory, serve=ServeSettings()))
+
+
+def test_the_writer_goes_over_to_the_table_that_is_current(path, tmp_path):
+    async def run():
+        writer = make_writer(tmp_path)
+        assert await writer.upsert([note("a", 1)], MODEL) == 1
+        make_table(tmp_path / "live-2.lance", model="model-2")
+        files.set_current(tmp_path, "live-2.lance")
+        with pytest.raises(ModelError, match="cannot be mixed"):
+            await writer.upsert([note("b", 1)], MODEL)
+        assert await writer.upsert([note("c", 1)], "model-2") == 1
+        done = await writer.delete(["n1", "a"])
+        assert (done.deleted, done.unknown) == (1, ["a"])
+        LiveStore.open(path).close()  # the old table is free
+        (tmp_path / "CURRENT").write_text(json.dumps({"table": "live-3.lance"}))
+        with pytest.raises(OutputError, match="live-3"):
+            await writer.upsert([note("d", 1)], "model-2")
+        writer.check_health()
+        writer.store.close()
+        with pytest.raises(RuntimeError, match="has ended"):
+            writer.check_health()
+
+    asyncio.run(run())
+    assert LiveTable(tmp_path / "live-2.lance").existing(["a", "b", "c", "d", "n1", "n2"]) == {"c", "n2"}
+
+
+class Handle:
+    """A deployment's handle; ``answer`` is what its methods do."""
+
+    def __init__(self, answer):
+        self.answer = answer
+
+    def __getattr__(self, name):
+        return SimpleNamespace(remote=lambda *arguments: self.answer(name))
+
+
+def answering(**answers):
+    async def answer(name):
+        return answers.get(name)
+
+    return Handle(answer)
+
+
+def failing(error):
+    async def answer(name):
+        raise error
+
+    return Handle(answer)
+
+
+def test_calls_to_a_part_that_is_away_are_bounded():
+    async def run():
+        back = asyncio.Event()
+
+        async def answer(name):
+            await back.wait()
+            return name
+
+        users = Dependency(Handle(answer), "users", most=3)
+        waiting = [asyncio.create_task(users.call("view", seconds=10)) for _ in range(3)]
+        await asyncio.sleep(0)
+        with pytest.raises(OverloadedError, match="users"):
+            await asyncio.wait_for(users.call("view", seconds=10), 1)
+        back.set()
+        assert await asyncio.gather(*waiting) == ["view"] * 3
+        assert await users.call("view", seconds=10) == "view" and users.in_hand == 0
+
+    asyncio.run(run())
+
+
+def gateway_of(problem=None, **handles):
+    """A gateway as far as looking around goes."""
+    described = answering(describe={"fingerprint": MODEL}, exchange={"other": {}})
+    made = Gateway.__new__(Gateway)
+    made.name, made.reports, made.encoder_fingerprint = "gateway-1", {}, ""
+    made._report = dict
+    index = SimpleNamespace(model_fingerprint=MODEL)
+    made.follower = SimpleNamespace(problem=problem, index=index, alive=True)
+    for name in ("encoder", "writer", "users", "ranker"):
+        setattr(made, name, Dependency(handles.get(name, described), name, 4))
+    return made
+
+
+@pytest.mark.parametrize("name", ["encoder", "writer", "users"])
+def test_a_part_that_is_needed_makes_a_replica_unready(name):
+    problems, missing = asyncio.run(gateway_of(**{name: failing(UnavailableError("away"))})._look_around())
+    assert [one.startswith(name) for one in problems] == [True] and "away" in problems[0] and not missing
+
+
+def test_a_part_that_can_be_done_without_does_not():
+    problems, missing = asyncio.run(gateway_of(ranker=failing(UnavailableError("away")))._look_around())
+    assert problems == [] and missing == ["ranker: away"]
+
+
+def test_a_busy_part_is_there():
+    gateway = gateway_of(writer=failing(OverloadedError("full")))
+    gateway.reports = {"before": {}}
+    assert asyncio.run(gateway._look_around()) == ([], [])
+    assert gateway.reports == {"before": {}}
+
+
+def test_an_index_that_stands_still_makes_a_replica_unready_and_a_dead_thread_ends_it():
+    gateway = gateway_of(problem="the table cannot be followed: gone")
+    assert asyncio.run(gateway._look_around()) == (["the table cannot be followed: gone"], [])
+    gateway.check_health()
+    gateway.follower.alive = False
+    with pytest.raises(RuntimeError):
+        gateway.check_health()
