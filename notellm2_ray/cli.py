@@ -156,6 +156,12 @@ def parser() -> argparse.ArgumentParser:
     keys.add_argument("name", help="whose key it is")
     keys.add_argument("--scope", action="append", choices=("read", "write"), help="what a new key may do; may repeat")
     _common(keys)
+    lift = verbs.add_parser(
+        "lift",
+        help="compare the arms of the service's experiment by their clicks",
+        description="Users, exposures and clicks of each arm of serve.experiment, and its lift over the first arm.",
+    )
+    _common(lift)
     verbs.add_parser("doctor", help="list the sockets of Ray and the service that other machines can reach")
     verbs.add_parser("env", help="print versions and devices")
     return top
@@ -199,6 +205,11 @@ def _dispatch(options: argparse.Namespace) -> None:
     settings = load_settings(options.config, options.preset, options.overrides)
     if options.verb in ("serve", "keys"):
         _online(options, settings)
+        return
+    if options.verb == "lift":
+        from notellm2_ray.online_lift import lift_report
+
+        print(lift_report(settings))
         return
     from notellm2_ray import workflow
 

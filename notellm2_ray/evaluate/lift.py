@@ -43,7 +43,7 @@ def click_lift(
     """Lift of one arm over a base arm, its interval by bootstrap over users.
 
     Users are what was drawn into the arms, and one user's exposures are alike; an interval over exposures would be far
-    too narrow. The serving statistics give the same by the delta method, which needs many users; this one does not.
+    too narrow. A normal approximation would need many users; this does not.
 
     Args:
         shown: (U,) exposures of each user of the arm; all above 0.

@@ -158,13 +158,23 @@ class SimilarAnswer(BaseModel):
 
 
 class Event(Body):
-    event_id: Id | None = Field(None, description="the same again is a duplicate; none: derived from the rest")
+    event_id: Id | None = Field(
+        None, description="the same again is a duplicate; none: derived from the rest, which then needs a timestamp"
+    )
     user_id: Id
     note_id: Id
     timestamp: Time | None = Field(None, description="none: now", strict=False)
     action: Annotated[str, Field(min_length=1, max_length=64)]
     session_id: Id | None = None
     request_id: Id | None = Field(None, description="of the recommendation that the event answers")
+
+    @model_validator(mode="after")
+    def _known_again(self) -> Event:
+        # Without either the time of arrival would tell one from another: sent again after a cut connection it would
+        # count twice.
+        if self.event_id is None and self.timestamp is None:
+            raise ValueError("give event_id or timestamp: by one of them an event that is sent again is known")
+        return self
 
 
 class EventsRequest(Body):

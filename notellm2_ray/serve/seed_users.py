@@ -1,10 +1,12 @@
-"""The first users' database, from what the bulk jobs left: sequences, blocks and preferences."""
+"""The first users' database, from what the bulk jobs left: sequences, blocks and preferences, or events alone."""
 
 from __future__ import annotations
 
+import logging
 import os
 import sqlite3
 from collections.abc import Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,9 +18,13 @@ from notellm2_ray.serve.files import sync
 from notellm2_ray.serve.live_rows import now
 from notellm2_ray.serve.user_blocks import BlockRule
 from notellm2_ray.serve.user_rows import TABLES, PendingBlock, UserEvent, micros
-from notellm2_ray.serve.user_store import connect
+from notellm2_ray.serve.user_store import UserStore, connect
+
+log = logging.getLogger("notellm2_ray.serve")
 
 _ROWS_PER_BATCH = 1000
+_EVENTS_PER_BATCH = 5000
+_MAX_EVENTS = 2_000_000
 
 
 class SeededUsers(NamedTuple):
@@ -51,28 +57,59 @@ def seed_users(
         DataError: a file is missing, or a block names a note that is not in its user's sequence.
         OutputError: the database is there already.
     """
-    path = Path(path)
+    gap = None if session_gap_minutes is None else round(session_gap_minutes * 60e6)
+    rule = BlockRule(frozenset([action]), block_size, gap)
+    with _new_database(Path(path)) as temporary, closing(connect(temporary)) as db:
+        return _fill(db, rule, action, Path(sequences), Path(blocks), Path(preferences))
+
+
+def seed_events(path: str | Path, events: str | Path, **rule: Any) -> int:
+    """Make a users' database from prepared events; the number kept.
+
+    A service that starts with an empty history can recommend nothing of one's own; a log of billions is no seed
+    either, so it ends after the first two million rows and says so.
+
+    Args:
+        events: Parquet file or directory.
+        rule: block_size, session_gap_minutes and actions, as of :class:`UserStore`.
+
+    Raises:
+        OutputError: the database is there already.
+    """
+    import pyarrow.dataset as pads
+
+    kept = 0
+    with _new_database(Path(path)) as temporary, UserStore(temporary, **rule) as store:
+        for batch in pads.dataset(str(events), format="parquet").to_batches(batch_size=_EVENTS_PER_BATCH):
+            rows = batch.select(["user_id", "note_id", "timestamp", "action", "session_id"]).to_pylist()
+            store.add_events([UserEvent(**row) for row in rows])
+            kept += len(rows)
+            if kept >= _MAX_EVENTS:
+                log.warning("%s: only the first %d events were taken as histories", events, kept)
+                break
+    return kept
+
+
+@contextmanager
+def _new_database(path: Path) -> Iterator[Path]:
+    """Where to fill a database, which then takes its place at ``path``, whole or not at all: who finds a file there
+    after a kill takes it for what was kept since.
+    """
     if path.exists():
         raise OutputError(f"{path} is there already: remove it to seed it again")
     path.parent.mkdir(parents=True, exist_ok=True)
-    gap = None if session_gap_minutes is None else round(session_gap_minutes * 60e6)
-    rule = BlockRule(frozenset([action]), block_size, gap)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    _remove(temporary)
+    temporary = path.with_name(f".{path.name}.seeding")
+    _remove(temporary)  # of a seeding that was killed
     try:
-        db = connect(temporary)
-        try:
-            seeded = _fill(db, rule, action, Path(sequences), Path(blocks), Path(preferences))
+        yield temporary
+        with closing(connect(temporary)) as db:
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
             db.execute("PRAGMA journal_mode = DELETE")  # so that one file holds everything when it is renamed
-        finally:
-            db.close()
         sync([temporary])
         os.replace(temporary, path)
         sync([path.parent])
     finally:
         _remove(temporary)
-    return seeded
 
 
 def _fill(

@@ -165,9 +165,9 @@ class Recommendation:
         return arm_of(self.body.user_id, settings.experiment, settings.arms, settings.recommend)
 
     async def _view(self) -> dict[str, Any]:
-        """history (oldest first), seen, preference."""
+        """history (oldest first), seen, all_seen, preference."""
         if self.body.history is not None:
-            return {"history": self.body.history, "seen": self.body.history, "preference": None}
+            return {"history": self.body.history, "seen": self.body.history, "all_seen": True, "preference": None}
         return await self.gateway.users.call("view", self.body.user_id, seconds=USER_SECONDS)
 
     async def _recall(self, view: dict[str, Any]) -> list[Candidate]:
@@ -185,15 +185,26 @@ class Recommendation:
             kept = [row for row, one in enumerate(hits.ids) if one not in excluded]
             found[note_id] = ([hits.ids[row] for row in kept], hits.scores[kept])
         candidates = merge(searched, found, excluded, settings)
+        seen = await self._seen_long_ago(view, [one.note_id for one in candidates])
+        candidates = [one for one in candidates if one.note_id not in seen]
         if len(candidates) < self.body.k:
-            candidates += await self._popular(excluded | {one.note_id for one in candidates}, len(candidates))
+            known = excluded | {one.note_id for one in candidates}
+            candidates += await self._popular(view, known, len(candidates))
         return candidates
 
-    async def _popular(self, excluded: frozenset[str] | set[str], have: int) -> list[Candidate]:
+    async def _seen_long_ago(self, view: dict[str, Any], note_ids: list[str]) -> set[str]:
+        """Those of the notes that the user has seen; asked only where ``seen`` does not hold all of them."""
+        if view["all_seen"] or not note_ids:
+            return set()
+        return set(await self.gateway.users.call("seen", self.body.user_id, note_ids, seconds=USER_SECONDS))
+
+    async def _popular(self, view: dict[str, Any], excluded: frozenset[str], have: int) -> list[Candidate]:
         """Notes that many liked lately, for who has no history yet or has seen what is near to it."""
         wanted = self.body.k - have
         ids = await self.gateway.users.call("popular", wanted + len(excluded), seconds=USER_SECONDS)
         left = [note_id for note_id in ids if note_id not in excluded and note_id in self.gateway.index]
+        seen = await self._seen_long_ago(view, left)
+        left = [note_id for note_id in left if note_id not in seen]
         return [Candidate(note_id, 0.0, ()) for note_id in left[:wanted]]
 
     async def _rank(self, view: dict[str, Any], candidates: list[Candidate]) -> tuple[list[float | None], str | None]:

@@ -22,6 +22,7 @@ CREATE TABLE IF NOT EXISTS events (
     request_id TEXT
 );
 CREATE INDEX IF NOT EXISTS events_of_user ON events (user_id, timestamp, arrival);
+CREATE INDEX IF NOT EXISTS events_of_user_and_note ON events (user_id, note_id);
 CREATE TABLE IF NOT EXISTS sequence (  -- each note that a user liked, once, at the first positive event
     user_id TEXT NOT NULL,
     note_id TEXT NOT NULL,

@@ -21,7 +21,7 @@ from typing import Any, Literal
 
 from notellm2_ray.core.errors import DataError, OutputError
 from notellm2_ray.serve import exposures, user_blocks
-from notellm2_ray.serve.exposures import ArmStatistics, Exposure
+from notellm2_ray.serve.exposures import Exposure
 from notellm2_ray.serve.group_commit import GroupCommitter
 from notellm2_ray.serve.live_rows import now
 from notellm2_ray.serve.user_blocks import BlockRule
@@ -138,19 +138,23 @@ class UserStore:
         """
         return self.submit_preference(user_id, block, input_fingerprint, text).result()
 
-    def pending(self, limit: int = 100, at: datetime | None = None) -> list[PendingBlock]:
+    def pending(
+        self, limit: int = 100, at: datetime | None = None, without: frozenset[str] | set[str] = frozenset()
+    ) -> list[PendingBlock]:
         """Blocks that wait for a preference, longest waiting first; one per user, since each needs the one before.
 
         Args:
             limit: blocks at most.
             at: the time to judge by whether a session has ended; None: now.
+            without: users to be passed over.
         """
-        time = micros(at or now())
+        time, limit = micros(at or now()), limit + len(without)
         users = "SELECT user_id FROM waiting WHERE ready = 1 ORDER BY last_timestamp LIMIT ?"
         found = [row[0] for row in self._read(users, (limit,))]
         if self.rule.session_gap is not None and len(found) < limit:
             ended = "SELECT user_id FROM waiting WHERE ready = 0 AND last_timestamp < ? ORDER BY last_timestamp LIMIT ?"
             found += [row[0] for row in self._read(ended, (time - self.rule.session_gap, limit - len(found)))]
+        found = [user_id for user_id in found if user_id not in without][: limit - len(without)]
         blocks = [user_blocks.pending_block(self._reader(), user_id, self.rule, time) for user_id in found]
         return [block for block in blocks if block is not None]
 
@@ -186,6 +190,16 @@ class UserStore:
         last = "SELECT note_id FROM events WHERE user_id = ? ORDER BY timestamp DESC, arrival DESC LIMIT ?"
         return list(dict.fromkeys(row[0] for row in self._read(last, (user_id, limit))))
 
+    def seen_among(self, user_id: str, note_ids: Sequence[str]) -> set[str]:
+        """Those of the notes that any event of a user names."""
+        marks = ", ".join("?" for _ in note_ids)
+        named = f"SELECT DISTINCT note_id FROM events WHERE user_id = ? AND note_id IN ({marks})"
+        return {row[0] for row in self._read(named, (user_id, *note_ids))}
+
+    def more_events(self, user_id: str, than: int) -> bool:
+        """Whether a user has more than so many events."""
+        return bool(self._read("SELECT 1 FROM events WHERE user_id = ? LIMIT 1 OFFSET ?", (user_id, than)))
+
     def users(self, limit: int = 100) -> list[str]:
         """Some users with liked notes, by id."""
         return [
@@ -204,12 +218,6 @@ class UserStore:
     def submit_exposures(self, shown: Sequence[Exposure]) -> Future[int]:
         """Keep what answers showed (once per request and note); the future gives how many were new."""
         return self.submit(lambda db: exposures.add(db, shown))
-
-    def statistics(self, experiment: str, since: datetime | None = None) -> list[ArmStatistics]:
-        """Users, requests, exposures, clicks and click rate of each arm, and its lift over the first (by name)."""
-        return exposures.statistics(
-            self._reader(), experiment, None if since is None else micros(since), self.rule.actions
-        )
 
     def info(self) -> dict[str, int]:
         """Counts: events, users, preferences, waiting."""

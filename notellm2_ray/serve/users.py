@@ -8,7 +8,6 @@ import logging
 import time
 from collections.abc import Sequence
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 from notellm2_ray.serve.exposures import Exposure
@@ -24,8 +23,7 @@ _PREFERENCE_SECONDS = 120.0
 _RETRY_SECONDS = 60.0
 _POPULAR_SECONDS = 30.0
 _POPULAR = 2000
-_MAX_SEED_EVENTS = 2_000_000
-_SEED_ROWS = 5000
+_SEEN = 1000
 
 
 class Users:
@@ -39,7 +37,9 @@ class Users:
         self.plan, self.preferences = plan, preferences
         self.store = open_users(plan)
         self.figures = Figures("users")
-        self.popular_notes: tuple[float, list[str]] = (0.0, [])
+        self.popular_notes: list[str] | None = None
+        self.counted = float("-inf")  # when they were
+        self.counting: asyncio.Task[None] | None = None
         self.wake = asyncio.Event()
         self.not_before: dict[str, float] = {}
         self.under_way: set[str] = set()
@@ -64,9 +64,15 @@ class Users:
         return {"accepted": len(rows) - duplicates, "duplicates": duplicates, "rejected": []}
 
     async def view(self, user_id: str) -> dict[str, Any]:
-        """What recommending needs: history (oldest first), seen, preference (the newest, or None)."""
+        """What recommending needs: history (oldest first), seen (lately), whether that is all_seen, and preference (the
+        newest, or None).
+        """
         self._start()
         return await asyncio.to_thread(self._view, user_id)
+
+    async def seen(self, user_id: str, note_ids: Sequence[str]) -> list[str]:
+        """Those of the notes that a user has seen, however long ago."""
+        return sorted(await asyncio.to_thread(self.store.seen_among, user_id, note_ids))
 
     async def blocks(self, user_id: str) -> dict[str, Any] | None:
         """Blocks with their preferences and the open block; None for a user never heard of."""
@@ -88,12 +94,15 @@ class Users:
         return await asyncio.to_thread(self.store.users, limit)
 
     async def popular(self, limit: int) -> list[str]:
-        """Notes by how many users liked them, most first; counted anew every half minute."""
-        counted, notes = self.popular_notes
-        if time.monotonic() - counted > _POPULAR_SECONDS or not counted:
-            notes = await asyncio.to_thread(self.store.popular, _POPULAR)
-            self.popular_notes = (time.monotonic(), notes)
-        return notes[:limit]
+        """Notes by how many users liked them, most first; counted anew every half minute, by one task for all callers,
+        who get the list as it was meanwhile.
+        """
+        idle = self.counting is None or self.counting.done()
+        if idle and time.monotonic() - self.counted > _POPULAR_SECONDS:
+            self.counting = asyncio.get_running_loop().create_task(self._count_popular())
+        if self.popular_notes is None and self.counting is not None:
+            await asyncio.shield(self.counting)  # a caller that goes away leaves it to the others
+        return (self.popular_notes or [])[:limit]
 
     async def expose(self, exposure: dict[str, Any]) -> None:
         """Keep what an answer showed."""
@@ -105,14 +114,12 @@ class Users:
         ]  # fmt: skip
         await asyncio.shield(asyncio.wrap_future(self.store.submit_exposures(rows)))
 
-    async def lift(self, experiment: str) -> list[dict[str, Any]]:
-        """Each arm's users, clicks, click rate and lift."""
-        return [one._asdict() for one in await asyncio.to_thread(self.store.statistics, experiment)]
-
     async def describe(self) -> dict[str, Any]:
-        """Counts; also wakes the search for blocks that wait, after a restart without events."""
+        """Whether there are users, which shows that the database answers; every gateway asks every two seconds, so it
+        counts nothing. Also wakes the search for blocks that wait, after a restart without events.
+        """
         self._start()
-        return await asyncio.to_thread(self.store.info)
+        return {"users": bool(await asyncio.to_thread(self.store.users, 1))}
 
     def report(self) -> list[Family]:
         """This replica's figures."""
@@ -134,9 +141,14 @@ class Users:
         newest = self.store.preference(user_id)
         return {
             "history": liked[::-1],
-            "seen": [*self.store.seen(user_id), *liked],
+            "seen": [*self.store.seen(user_id, _SEEN), *liked],
+            "all_seen": not self.store.more_events(user_id, _SEEN),
             "preference": None if newest is None else newest[1],
         }
+
+    async def _count_popular(self) -> None:
+        self.popular_notes = await asyncio.to_thread(self.store.popular, _POPULAR)
+        self.counted = time.monotonic()
 
     def _start(self) -> None:
         if self.preferences is not None and (self.loop_task is None or self.loop_task.done()):
@@ -145,9 +157,11 @@ class Users:
     async def _write_preferences(self) -> None:
         while True:
             now = time.monotonic()
-            for pending in await asyncio.to_thread(self.store.pending, _AT_ONCE):
-                late = self.not_before.get(pending.user_id, 0.0) > now
-                if not late and pending.user_id not in self.under_way and len(self.under_way) < _AT_ONCE:
+            self.not_before = {user_id: at for user_id, at in self.not_before.items() if at > now}
+            # Those that wait longest come first, and whose preference fails over and over waits longest of all.
+            passed_over = frozenset(self.not_before) | self.under_way
+            for pending in await asyncio.to_thread(self.store.pending, _AT_ONCE, without=passed_over):
+                if len(self.under_way) < _AT_ONCE:
                     self.under_way.add(pending.user_id)
                     task = asyncio.get_running_loop().create_task(self._write(pending))
                     self.tasks.add(task)
@@ -183,56 +197,21 @@ class Users:
 
 def open_users(plan: Plan) -> Any:
     """The users' store; at the first start filled from what the bulk jobs left."""
+    from notellm2_ray.serve.seed_users import seed_events, seed_users
     from notellm2_ray.serve.user_store import UserStore
 
     path = plan.users_file
     path.parent.mkdir(parents=True, exist_ok=True)
-    fresh = not path.exists()
-    if fresh and plan.sequences is not None and plan.preferences is not None:
-        _seed_from_bulk(plan, path)
-        fresh = False
-    store = UserStore(
-        path, block_size=plan.block_size, session_gap_minutes=plan.session_gap_minutes, actions=plan.actions
-    )
-    if fresh and plan.events is not None and plan.events.exists():
-        seed_events(store, plan.events)
-    return store
-
-
-def _seed_from_bulk(plan: Plan, path: Path) -> None:
-    from notellm2_ray.serve.seed_users import seed_users
-
-    assert plan.sequences is not None and plan.preferences is not None
-    seeded = seed_users(
-        path,
-        plan.sequences / "sequences.parquet",
-        plan.sequences / "blocks.parquet",
-        plan.preferences / "preferences.parquet",
-        block_size=plan.block_size,
-        session_gap_minutes=plan.session_gap_minutes,
-        action=plan.actions[0],
-    )
-    log.info("%s: seeded with %d users, %d events, %d preferences", path, *seeded)
-
-
-def seed_events(store: Any, events: Path) -> int:
-    """Put prepared events into an empty store; the number kept.
-
-    A service that starts with an empty history can recommend nothing of one's own; a log of billions is no seed
-    either, so it ends after the first two million rows and says so.
-    """
-    import pyarrow.dataset as pads
-
-    kept = 0
-    for batch in pads.dataset(str(events), format="parquet").to_batches(batch_size=_SEED_ROWS):
-        rows = batch.select(["user_id", "note_id", "timestamp", "action", "session_id"]).to_pylist()
-        store.add_events([UserEvent(**row) for row in rows])
-        kept += len(rows)
-        if kept >= _MAX_SEED_EVENTS:
-            log.warning("%s: only the first %d events were taken as histories", events, kept)
-            break
-    log.info("seeded with %d events", kept)
-    return kept
+    rule: Any = {"block_size": plan.block_size, "session_gap_minutes": plan.session_gap_minutes}
+    if not path.exists():
+        if plan.sequences is not None and plan.preferences is not None:
+            bulk = (plan.sequences / "sequences.parquet", plan.sequences / "blocks.parquet")
+            seeded = seed_users(path, *bulk, plan.preferences / "preferences.parquet", action=plan.actions[0], **rule)
+            log.info("%s: seeded with %d users, %d events, %d preferences", path, *seeded)
+        elif plan.events is not None and plan.events.exists():
+            count = seed_events(path, plan.events, actions=plan.actions, **rule)
+            log.info("%s: seeded with %d events", path, count)
+    return UserStore(path, actions=plan.actions, **rule)
 
 
 def users_deployment(plan: Plan) -> Any:

@@ -130,7 +130,7 @@ def test_events_make_a_history_and_recommendations(service):
          "timestamp": f"2026-02-01T00:00:{row:02d}Z"}
         for row in (1, 2, 3, 4)
     ]  # fmt: skip
-    bad = {"user_id": "ann/1", "note_id": "never", "action": "click"}
+    bad = {"event_id": "bad", "user_id": "ann/1", "note_id": "never", "action": "click"}
     late = {"user_id": "ann/1", "note_id": "n1", "action": "click", "timestamp": "2126-01-01T00:00:00Z"}
     done = service.http.post("/v1/events", json={"events": [*events, bad, late]}).json()
     assert (done["accepted"], done["duplicates"]) == (4, 0)
@@ -149,7 +149,7 @@ def test_events_make_a_history_and_recommendations(service):
 
 
 def test_who_is_new_gets_what_others_liked(service):
-    event = {"user_id": "bob", "note_id": "n8", "action": "click"}
+    event = {"event_id": "b1", "user_id": "bob", "note_id": "n8", "action": "click"}
     service.http.post("/v1/events", json={"events": [event]})
     answer = service.http.post("/v1/recommend", json={"user_id": "nobody", "k": 1}).json()
     assert len(answer["results"]) == 1 and answer["results"][0]["from_history"] == []
@@ -187,6 +187,7 @@ HOSTILE = [
     ("POST", "/v1/recommend", b'{"user_id": "a", "history": []}', 422),
     ("POST", "/v1/recommend", b'{"user_id": "a", "k": 100000}', 422),
     ("POST", "/v1/events", b'{"events": [{"user_id": "", "note_id": "n1", "action": "click"}]}', 422),
+    ("POST", "/v1/events", b'{"events": [{"user_id": "a", "note_id": "n1", "action": "click"}]}', 422),
     ("DELETE", "/v1/notes", b"", 405),
     ("GET", "/v1/nothing", b"", 404),
     ("GET", "/v1/notes/%00", b"", 422),

@@ -155,7 +155,14 @@ def kill(service, deployment):
         ("Gateway", ("POST", "/v1/similar", {"note_id": "n1", "k": 3})),
         ("Encoder", ("POST", "/v1/embeddings", {"input": "a text"})),
         ("Writer", ("PUT", "/v1/notes", {"notes": [{"note_id": "again", "title": "red cat"}]})),
-        ("Users", ("POST", "/v1/events", {"events": [{"user_id": "z", "note_id": "n1", "action": "click"}]})),
+        (
+            "Users",
+            (
+                "POST",
+                "/v1/events",
+                {"events": [{"event_id": "z1", "user_id": "z", "note_id": "n1", "action": "click"}]},
+            ),
+        ),
         ("Ranker", ("POST", "/v1/recommend", {"user_id": "ann0", "k": 3})),
     ],
 )

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -21,8 +22,8 @@ from hypothesis import strategies as st
 
 from notellm2_ray.core.errors import DataError, OutputError
 from notellm2_ray.core.schema import BLOCK_SCHEMA, PREFERENCE_SCHEMA, SEQUENCE_SCHEMA
-from notellm2_ray.serve.exposures import Exposure
-from notellm2_ray.serve.seed_users import seed_users
+from notellm2_ray.serve.exposures import Exposure, clicks_by_arm
+from notellm2_ray.serve.seed_users import seed_events, seed_users
 from notellm2_ray.serve.user_rows import UserEvent, micros, moment
 from notellm2_ray.serve.user_store import UserStore
 
@@ -224,15 +225,55 @@ def test_experiments_count_clicks_per_arm_whatever_came_first(users):
             users.submit_events(events)
         users.submit_exposures(shown)
     assert users.add_exposures(shown) == 0
-    one, two = users.statistics("ranking")
-    assert (one.arm, one.users, one.requests, one.exposures, one.clicks) == ("a", 150, 150, 1500, clicks["a"])
-    assert two.clicks == clicks["b"]
-    assert two.lift == pytest.approx(clicks["b"] / clicks["a"] - 1)
-    assert 0.3 < two.lift_low < two.lift < two.lift_high < 2
-    assert one.click_rate_error == pytest.approx((0.1 * 0.9 / 1500) ** 0.5, rel=0.2)
-    assert users.statistics("another") == []
-    assert users.statistics("ranking", since=START + timedelta(seconds=1)) == []
+    users.add_events([event(f"n{n}", 0, "somebody else", request_id=f"r{n}") for n in range(10)])
+    with closing(sqlite3.connect(users.path)) as db:
+        one, two = clicks_by_arm(db, "ranking", ["click"])
+        assert (one.arm, one.requests, one.clicked.sum(), two.clicked.sum()) == ("a", 150, clicks["a"], clicks["b"])
+        assert one.shown.tolist() == [10] * 150 and (one.clicked <= 10).all()
+        assert clicks_by_arm(db, "another", ["click"]) == []
+        assert clicks_by_arm(db, "ranking", ["click"], since=micros(START) + 1) == []
     assert users.popular(1)[0] == "n11"
+
+
+def test_what_was_seen_long_ago_is_still_known(users):
+    users.add_events([event(f"n{n}", n, action="view") for n in range(1200)])
+    assert "n3" not in users.seen("u", 1000) and users.more_events("u", 1000) and not users.more_events("u", 1200)
+    assert users.seen_among("u", ["n3", "n1199", "never"]) == {"n3", "n1199"}
+    assert users.seen_among("v", ["n3"]) == set() == users.seen_among("u", [])
+
+
+def test_users_to_be_passed_over_take_nobodys_place(users):
+    for number in range(6):
+        users.add_events([event(note, number, f"u{number}") for note in "abc"])
+    assert [block.user_id for block in users.pending(2, without={"u0", "u1", "u4", "gone"})] == ["u2", "u3"]
+
+
+def test_seeding_that_is_cut_short_is_done_again(tmp_path, monkeypatch):
+    (tmp_path / "events").mkdir()
+    for name in "ab":
+        rows = [
+            {"user_id": "u", "note_id": f"{name}{n}", "timestamp": START, "action": "click", "session_id": None}
+            for n in range(5)
+        ]
+        pq.write_table(pa.Table.from_pylist(rows), tmp_path / "events" / f"{name}.parquet")
+    path, add, calls = tmp_path / "serving" / "users.sqlite", UserStore.add_events, []
+
+    def cut_short(store, events):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return add(store, events)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(UserStore, "add_events", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            seed_events(path, tmp_path / "events")
+    assert len(calls) == 2 and not path.exists()
+    (path.parent / f".{path.name}.seeding").write_bytes(b"what a kill leaves")
+    assert seed_events(path, tmp_path / "events") == 10
+    assert os.listdir(path.parent) == [path.name]
+    with UserStore(path) as users:
+        assert len(users.liked("u")) == 10
 
 
 def write_bulk(folder: Path, sequences, blocks, preferences) -> tuple[Path, Path, Path]:
@@ -287,6 +328,7 @@ def test_seeding_closes_the_blocks_that_have_preferences(tmp_path):
 
 WRITER = """
 import os, sys, threading
+from contextlib import closing
 from datetime import UTC, datetime, timedelta
 from notellm2_ray.serve.user_rows import UserEvent
 from notellm2_ray.serve.user_store import UserStore
