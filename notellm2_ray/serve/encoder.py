@@ -17,11 +17,13 @@ from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.schema import Note
 from notellm2_ray.serve.figures import Family, Figures
 from notellm2_ray.serve.plan import Plan, replica_options
+from notellm2_ray.serve.workload import Workload
 
 if TYPE_CHECKING:
     from notellm2_ray.models.preprocess import NoteFeatures
 
 _INPUTS = {"embedding": "multimodal", "embedding_image": "image", "embedding_text": "text"}
+_MOST_SECONDS = 10.0  # of notes in hand; serve.encode.timeout_seconds must leave room for them
 _SWITCH_SECONDS = 2e-4  # as in bulk embedding: a thread that keeps the interpreter longer starves a small model
 
 
@@ -52,6 +54,7 @@ class EncoderParts:
         self.threads = ThreadPoolExecutor(settings.threads, thread_name_prefix="preprocess")
         self.model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self.local = threading.local()
+        self.workload = Workload(_MOST_SECONDS)
         self.figures = Figures(f"encoder-{_replica()}")
 
     async def preprocess(self, notes: Sequence[Note], inputs: str) -> list[NoteFeatures | str]:
@@ -76,20 +79,25 @@ class EncoderParts:
         # A fast tokenizer must not be used by two threads at once: each thread has its own.
         if not hasattr(self.local, "preprocessor"):
             self.local.preprocessor = copy.deepcopy(self.encoder.preprocessor)
+        started = time.perf_counter()
         found: list[NoteFeatures | str] = []
         for note in notes:
             try:
                 found.append(self.local.preprocessor.features(note, inputs))
             except DataError as error:
                 found.append(str(error))
+        self.workload.took("preprocess", (time.perf_counter() - started) / self.settings.threads, len(notes))
         return found
 
     def _encode(self, features: Sequence[NoteFeatures]) -> np.ndarray:
         """Vectors; rows that are not finite stay so, for their caller alone to be told."""
+        started = time.perf_counter()
         try:
             return self._batches(features)
         except DataError:
             return np.concatenate([self._one(one) for one in features])
+        finally:
+            self.workload.took("model", time.perf_counter() - started, len(features))
 
     def _one(self, features: NoteFeatures) -> np.ndarray:
         try:
@@ -132,7 +140,14 @@ def encoder_deployment(plan: Plan) -> Any:
             Args:
                 notes: to be encoded.
                 columns: which of ``embedding``, ``embedding_image``, ``embedding_text``.
+
+            Raises:
+                OverloadedError: the notes in hand take as long as anybody should wait.
             """
+            with self.workload.room_for(len(notes) * len(columns)):
+                return await self._vectors(notes, columns)
+
+        async def _vectors(self, notes: Sequence[Note], columns: Sequence[str]) -> Vectors:
             found: dict[str, np.ndarray] = {}
             problems: dict[int, str] = {}
             tokens = 0

@@ -24,7 +24,7 @@ from notellm2_ray.core.settings.retrieval import IndexSettings
 from notellm2_ray.index.ann import AnnIndex
 from notellm2_ray.index.live import LiveIndex
 from notellm2_ray.serve.files import current_table
-from notellm2_ray.serve.live_rows import StoredNote, to_batch
+from notellm2_ray.serve.live_rows import StoredCard, StoredNote, to_batch
 from notellm2_ray.serve.live_table import LiveTable, newest_if_gone
 
 log = logging.getLogger(__name__)
@@ -116,6 +116,10 @@ class StoreFollower:
     def notes(self, note_ids: Sequence[str]) -> list[StoredNote | None]:
         """Titles, pictures and the rest by id, in this order, read from disk; None where there is no such note."""
         return newest_if_gone(self.state.table, lambda table: table.notes(note_ids))
+
+    def cards(self, note_ids: Sequence[str]) -> dict[str, StoredCard]:
+        """Notes by id as they are shown, read from disk; those that are not there are left out."""
+        return newest_if_gone(self.state.table, lambda table: table.cards(note_ids))
 
     def freshness(self) -> dict[str, Any]:
         """JSON values: seq, version, seconds_since_commit of the newest group in the index, delay_seconds between its

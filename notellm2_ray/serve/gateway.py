@@ -27,7 +27,7 @@ from notellm2_ray.serve.errors import ApiError, NotFoundError, OverloadedError, 
 from notellm2_ray.serve.fetch import ImageFetcher
 from notellm2_ray.serve.figures import Figures
 from notellm2_ray.serve.keys import KeyRing
-from notellm2_ray.serve.live_rows import StoredNote
+from notellm2_ray.serve.live_rows import StoredCard, StoredNote
 from notellm2_ray.serve.live_table import LiveTable, newest_if_gone
 from notellm2_ray.serve.plan import Plan, replica_options
 
@@ -148,6 +148,11 @@ class Gateway:
         """Notes as stored; None where there is none."""
         with self.figures.timing("read_notes"):
             return await asyncio.to_thread(self.follower.notes, list(note_ids))
+
+    async def cards(self, note_ids: Sequence[str]) -> dict[str, StoredCard]:
+        """Notes as they are shown, by id; without those that are not there."""
+        with self.figures.timing("read_cards"):
+            return await asyncio.to_thread(self.follower.cards, list(note_ids))
 
     async def unknown(self, note_ids: Sequence[str]) -> set[str]:
         """Those of the ids that are no notes; what was committed a moment ago counts although no index has it yet."""

@@ -44,6 +44,17 @@ class StoredNote(NamedTuple):
     seq: int
 
 
+class StoredCard(NamedTuple):
+    """A note as it is shown, its image left where it is."""
+
+    note_id: str
+    title: str
+    topics: tuple[str, ...]
+    content: str
+    has_image: bool
+    created_at: datetime | None
+
+
 def live_schema(dim: int, columns: Sequence[str] = ("embedding",), *, model_fingerprint: str) -> pa.Schema:
     """The live table's schema: the note's columns, ``columns`` of vectors, seq, deleted, committed_at."""
     fields = [pa.field(field.name, field.type) for field in NOTE_SCHEMA]
@@ -127,6 +138,17 @@ def to_notes(table: pa.Table) -> dict[str, StoredNote]:
             row["image"],
             row["created_at"],
             row["seq"],
+        )
+        for row in table.to_pylist()
+        if not row["deleted"]
+    }
+
+
+def to_cards(table: pa.Table) -> dict[str, StoredCard]:
+    """Rows by id, tombstones left out."""
+    return {
+        row["note_id"]: StoredCard(
+            row["note_id"], row["title"], tuple(row["topics"]), row["content"], row["has_image"], row["created_at"]
         )
         for row in table.to_pylist()
         if not row["deleted"]

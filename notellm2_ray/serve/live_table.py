@@ -10,13 +10,15 @@ import pyarrow as pa
 
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.index.table import DIM_KEY, MODEL_KEY
-from notellm2_ray.serve.live_rows import FOLLOWED, StoredNote, to_notes, vector_columns
+from notellm2_ray.serve.live_rows import FOLLOWED, StoredCard, StoredNote, to_cards, to_notes, vector_columns
 
 T = TypeVar("T")
 
 PURGED_KEY = "notellm2.purged_seq"  # tombstones up to this seq may be gone: who is behind it must load again
 _CACHE_BYTES = 128 * 2**20  # Lance's defaults are gigabytes, in every replica
 _NOTE_COLUMNS = ["note_id", "title", "topics", "content", "image", "created_at", "seq", "deleted"]
+_CARD_COLUMNS = {name: name for name in ("note_id", "title", "topics", "content", "created_at", "deleted")}
+_CARD_COLUMNS |= {"has_image": "image IS NOT NULL"}
 
 
 class LiveTable:
@@ -96,16 +98,20 @@ class LiveTable:
         found = to_notes(self._rows(note_ids, _NOTE_COLUMNS))
         return [found.get(note_id) for note_id in note_ids]
 
+    def cards(self, note_ids: Sequence[str]) -> dict[str, StoredCard]:
+        """Notes by id as they are shown: of an image, which may have megabytes, only whether there is one."""
+        return to_cards(self._rows(note_ids, _CARD_COLUMNS)) if note_ids else {}
+
     def existing(self, note_ids: Sequence[str]) -> set[str]:
         """Those of the ids that are notes."""
         rows = self._rows(note_ids, ["note_id", "deleted"])
         gone = rows["deleted"].to_pylist()
         return {note_id for note_id, dead in zip(rows["note_id"].to_pylist(), gone, strict=True) if not dead}
 
-    def _rows(self, note_ids: Sequence[str], columns: list[str]) -> pa.Table:
-        """Rows of the ids, tombstones too, through the table's index."""
+    def _rows(self, note_ids: Sequence[str], columns: list[str] | dict[str, str]) -> pa.Table:
+        """Columns (or expressions, by name) of the ids' rows, tombstones too, through the table's index."""
         if not note_ids:
-            return self.dataset.schema.empty_table().select(columns)
+            return self.dataset.schema.empty_table().select(list(columns))
         quoted = ", ".join("'" + note_id.replace("'", "''") + "'" for note_id in set(note_ids))
         return self.dataset.to_table(columns=columns, filter=f"note_id IN ({quoted})")
 

@@ -13,7 +13,7 @@ from notellm2_ray.core.schema import Note
 from notellm2_ray.serve import schemas
 from notellm2_ray.serve.checks import check_count, check_ids, check_k, check_text, prepare_notes
 from notellm2_ray.serve.errors import InvalidError, NotFoundError
-from notellm2_ray.serve.live_rows import LiveNote, StoredNote
+from notellm2_ray.serve.live_rows import LiveNote
 from notellm2_ray.serve.live_table import newest_if_gone
 from notellm2_ray.serve.similar import find_similar
 
@@ -24,21 +24,10 @@ WRITE_SECONDS = 30.0
 _MAGIC = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"GIF8": "image/gif", b"BM": "image/bmp"}
 
 
-def card(note: StoredNote) -> schemas.NoteCard:
-    """A note as it is shown."""
-    return schemas.NoteCard(
-        note_id=note.note_id,
-        title=note.title,
-        topics=list(note.topics),
-        content=note.content,
-        has_image=note.image is not None,
-        created_at=note.created_at,
-    )
-
-
 async def cards(gateway: Gateway, note_ids: Sequence[str]) -> dict[str, schemas.NoteCard]:
     """Cards by id; notes that are not there are left out."""
-    return {note.note_id: card(note) for note in await gateway.notes(note_ids) if note is not None}
+    found = await gateway.cards(note_ids)
+    return {note_id: schemas.NoteCard(**one._asdict()) for note_id, one in found.items()}
 
 
 def build(gateway: Gateway) -> Any:
@@ -86,7 +75,11 @@ def build(gateway: Gateway) -> Any:
     @routes.get("/v1/notes/{note_id:path}/image", responses={200: {"content": {"image/*": {}}}, 404: _NOT_FOUND})
     async def image(note_id: str) -> Any:
         """A note's picture as it was stored."""
-        data = (await _one(gateway, note_id)).image
+        check_ids([note_id], gateway.limits, "note_id")
+        (note,) = await gateway.notes([note_id])
+        if note is None:
+            raise _missing(note_id)
+        data = note.image
         if data is None:
             raise NotFoundError(f"note {note_id!r} has no image", "note_id")
         # It came from a stranger: it is an image to every browser, or nothing.
@@ -96,7 +89,11 @@ def build(gateway: Gateway) -> Any:
     @routes.get("/v1/notes/{note_id:path}", response_model=schemas.NoteCard, responses={404: _NOT_FOUND})
     async def get(note_id: str) -> Any:
         """A note's card."""
-        return card(await _one(gateway, note_id))
+        check_ids([note_id], gateway.limits, "note_id")
+        found = await cards(gateway, [note_id])
+        if note_id not in found:
+            raise _missing(note_id)
+        return found[note_id]
 
     return routes
 
@@ -104,12 +101,8 @@ def build(gateway: Gateway) -> Any:
 _NOT_FOUND: dict[str, Any] = {"model": schemas.ErrorAnswer, "description": "no such note"}
 
 
-async def _one(gateway: Gateway, note_id: str) -> StoredNote:
-    check_ids([note_id], gateway.limits, "note_id")
-    note = (await gateway.notes([note_id]))[0]
-    if note is None:
-        raise NotFoundError(f"note {note_id!r} is not there", "note_id")
-    return note
+def _missing(note_id: str) -> NotFoundError:
+    return NotFoundError(f"note {note_id!r} is not there", "note_id")
 
 
 async def upsert_notes(gateway: Gateway, notes: Sequence[schemas.Note]) -> dict[str, Any]:

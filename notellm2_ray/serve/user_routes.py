@@ -234,9 +234,9 @@ class Recommendation:
         gateway = self.gateway
         assert gateway.ranker is not None  # _rank asks before
         last = view["history"][-gateway.plan.ranker.max_history :]
-        stored = await gateway.notes([*last, *(one.note_id for one in candidates)])
-        titles = [note.title for note in stored[: len(last)] if note is not None]
-        shown = [None if note is None else (note.title, note.image) for note in stored[len(last) :]]
+        read, stored = await asyncio.gather(gateway.cards(last), gateway.notes([one.note_id for one in candidates]))
+        titles = [read[note_id].title for note_id in last if note_id in read]
+        shown = [None if note is None else (note.title, note.image) for note in stored]
         return await gateway.ranker.call("score", view["preference"], titles, shown, seconds=max(seconds, 0.001))
 
     def _expose(self, note_ids: list[str], fallback: str | None) -> None:

@@ -20,6 +20,7 @@ from notellm2_ray.serve.gateway import Gateway
 from notellm2_ray.serve.group_commit import GroupCommitter
 from notellm2_ray.serve.live_table import LiveTable
 from notellm2_ray.serve.store import LiveStore
+from notellm2_ray.serve.workload import Workload
 from notellm2_ray.serve.writer import Writer
 from tests.serve.notes import MODEL, make_table, note
 
@@ -176,6 +177,36 @@ def test_calls_to_a_part_that_is_away_are_bounded():
         assert await users.call("view", seconds=10) == "view" and users.in_hand == 0
 
     asyncio.run(run())
+
+
+def test_work_beyond_ten_seconds_is_refused_whatever_the_number_of_requests():
+    workload = Workload(10.0)
+    with workload.room_for(10_000), workload.room_for(64):  # nothing is known of their time yet
+        pass
+    for _ in range(30):
+        workload.took("preprocess", 0.1, 10)
+        workload.took("model", 6.4, 64)
+    with workload.room_for(1000):  # nothing was in hand
+        with pytest.raises(OverloadedError, match="106 s"):
+            workload.room_for(64).__enter__()
+        assert workload.items == 1000
+    with workload.room_for(64):
+        with workload.room_for(36):
+            pass
+        with pytest.raises(OverloadedError):
+            workload.room_for(37).__enter__()
+    assert workload.items == 0
+
+
+def test_a_refusal_of_another_deployment_is_told_as_it_is():
+    from ray.exceptions import RayTaskError
+
+    told = OverloadedError("106 s of work")
+    sent = RayTaskError("encode", "a trace", told).as_instanceof_cause()
+    encoder = Dependency(failing(sent), "encoder", 4)
+    with pytest.raises(OverloadedError) as caught:
+        asyncio.run(encoder.call("encode", seconds=1))
+    assert caught.value is told and caught.value.message == "106 s of work"
 
 
 def gateway_of(problem=None, **handles):

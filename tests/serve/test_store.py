@@ -65,6 +65,9 @@ def test_written_notes_read_back_whole(tmp_path):
         found = store.notes([strange, "nobody", "n3", "n4", strange])
     assert found[0] == (strange, "title", ("a", "b"), "text", b"\xff\x00", created, 1)
     assert found[1] is None
+    cards = LiveTable(path).cards([strange, "n3", "n4", "nobody"])
+    assert cards[strange] == (strange, "title", ("a", "b"), "text", True, created)
+    assert {note_id: card.has_image for note_id, card in cards.items()} == {strange: True, "n3": False, "n4": True}
     assert (found[2].title, found[2].seq, found[3].seq) == ("7", 1, 0)
     assert found[4] == found[0]
     follower = StoreFollower(path, EXACT).start()
