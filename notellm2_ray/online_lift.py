@@ -32,7 +32,8 @@ def lift_report(settings: Settings) -> str:
     arms.sort(key=lambda one: order.get(one.arm, len(order)))  # stable: by name among those that are not set
     if not arms:
         return f"experiment {experiment}: nothing was shown to a user yet"
-    rows, notes = [_COLUMNS], []
+    rows: list[tuple[str, ...]] = [_COLUMNS]
+    notes: list[str] = []
     for arm in arms:
         lift: tuple[str, str, str] = ("", "", "")
         if arm is not arms[0]:
