@@ -11,18 +11,23 @@ import pytest
 
 from notellm2_ray.core.errors import ModelError, OutputError
 from notellm2_ray.core.settings.retrieval import IndexSettings
-from notellm2_ray.core.settings.serve import ServeSettings
+from notellm2_ray.core.settings.serve import LimitSettings, ServeSettings
 from notellm2_ray.serve import files, follower
 from notellm2_ray.serve.calls import Dependency
+from notellm2_ray.serve.checks import Images
+from notellm2_ray.serve.encoder import Vectors
 from notellm2_ray.serve.errors import OverloadedError, UnavailableError
+from notellm2_ray.serve.figures import Figures
 from notellm2_ray.serve.follower import StoreFollower
 from notellm2_ray.serve.gateway import Gateway
 from notellm2_ray.serve.group_commit import GroupCommitter
 from notellm2_ray.serve.live_table import LiveTable
+from notellm2_ray.serve.schemas import Note, SimilarRequest
+from notellm2_ray.serve.similar import find_similar
 from notellm2_ray.serve.store import LiveStore
 from notellm2_ray.serve.workload import Workload
 from notellm2_ray.serve.writer import Writer
-from tests.serve.notes import MODEL, make_table, note
+from tests.serve.notes import MODEL, make_table, note, unit
 
 EXACT = IndexSettings(kind="exact", recall_queries=5)
 
@@ -247,3 +252,35 @@ def test_an_index_that_stands_still_makes_a_replica_unready_and_a_dead_thread_en
     gateway.follower.alive = False
     with pytest.raises(RuntimeError):
         gateway.check_health()
+
+
+def searching_gateway(state, now, vectors=None):
+    """A gateway as far as searching goes, whose follower goes over to the index ``now`` meanwhile."""
+    made = Gateway.__new__(Gateway)
+    made.limits, made.figures, made._search_seconds = LimitSettings(), Figures("test"), 0.0
+    made.fetcher, made.images = None, Images(made.limits)
+    made.follower = SimpleNamespace(state=state, index=now)
+
+    async def encode(notes, columns):
+        return vectors
+
+    async def cards(note_ids):
+        return {}
+
+    made.encode, made.cards = encode, cards
+    return made
+
+
+def test_one_index_answers_a_request_though_another_takes_its_place(path, tmp_path):
+    make_table(tmp_path / "live-2.lance", 3, model="model-2")
+    one, two = StoreFollower(path, EXACT), StoreFollower(tmp_path / "live-2.lance", EXACT)
+    state, now = one._load(path), two._load(tmp_path / "live-2.lance")
+    body = SimilarRequest(note_id="n9", k=5, explain=True)
+    answer = json.loads(asyncio.run(find_similar(searching_gateway(state, now.index), body)))
+    assert len(answer["results"]) == 5 and answer["index"]["size"] == 20
+    given = SimilarRequest(note=Note(note_id="q", title="a"), k=2)
+    vectors = Vectors({"embedding": unit(1, seed=3)}, {}, 1, "model-2")
+    with pytest.raises(UnavailableError, match="model-2"):
+        asyncio.run(find_similar(searching_gateway(state, state.index, vectors), given))
+    answer = json.loads(asyncio.run(find_similar(searching_gateway(now, now.index, vectors), given)))
+    assert len(answer["results"]) == 2
