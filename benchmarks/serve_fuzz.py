@@ -42,7 +42,7 @@ VALID: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("POST", "/v1/embeddings", {"input": ["a"], "encoding_format": "float"}),
     ("POST", "/v1/similar", {"note_id": "n1", "k": 5, "filter": {"topics_any": ["red"], "exclude": ["n2"]}}),
     ("POST", "/v1/similar", {"note": {"note_id": "q", "title": "green"}, "k": 5, "explain": True}),
-    ("POST", "/v1/events", {"events": [{"user_id": "u", "note_id": "n1", "action": "click"}]}),
+    ("POST", "/v1/events", {"events": [{"event_id": "e", "user_id": "u", "note_id": "n1", "action": "click"}]}),
     ("POST", "/v1/recommend", {"user_id": "u", "k": 3}),
     ("POST", "/v1/recommend", {"history": ["n1", "n2"], "k": 3, "budget_ms": 100}),
 )

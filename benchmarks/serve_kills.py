@@ -164,12 +164,13 @@ def main() -> None:
 def recovered(load: Load, service: Any) -> float:
     """Seconds until a write, an event and a search are answered again."""
     begun = time.monotonic()
+    event = {"user_id": "p", "note_id": "n1", "action": "view", "event_id": f"probe-{begun}"}
     with load.client() as http:
         while time.monotonic() - begun < 120:
             try:
                 fine = [
                     http.put("/v1/notes", json={"notes": [{"note_id": "probe", "title": "probe"}]}),
-                    http.post("/v1/events", json={"events": [{"user_id": "p", "note_id": "n1", "action": "view"}]}),
+                    http.post("/v1/events", json={"events": [event]}),
                     http.post("/v1/similar", json={"note_id": "n5", "k": 1}),
                 ]
                 if all(one.status_code == 200 for one in fine):
