@@ -60,7 +60,8 @@ async def capacity(port: int, seconds: float) -> float:
         nonlocal done
         connection = Connection(port)
         while time.perf_counter() < until:
-            done += await connection.ask(done) == 200
+            fine = await connection.ask(done) == 200
+            done += fine  # not in one line: an await between reading and adding would lose what others add
 
     await asyncio.gather(*(client() for _ in range(CONNECTIONS)))
     return done / seconds
