@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 import torch
 from fixtures import picture, save_clip, save_llm
+from safetensors.torch import save_file
 
 from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.models.baselines.features import image_features, text_features
@@ -21,12 +22,19 @@ def test_images_have_their_towers_pooled_vector_and_unreadable_ones_none(tmp_pat
 
 
 def test_vgg19_without_its_weights_is_an_error(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    with pytest.raises(ModelError, match=r"no weights of vgg19.*download"):
+    def nothing(*_):
+        raise OSError("no network")
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", nothing)
+    with pytest.raises(ModelError, match=r"weights of vgg19 cannot be had \(no network\): download"):
         image_features([("a", picture(1))], "vgg19")
-    (tmp_path / "checkpoints").mkdir()
-    (tmp_path / "checkpoints" / "vgg19-dcbb9e9d.pth").write_bytes(b"something else")
-    with pytest.raises(ModelError, match="damaged or not torchvision's"):
+    (tmp_path / "damaged").write_bytes(b"something else")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: str(tmp_path / "damaged"))
+    with pytest.raises(ModelError, match="weights of vgg19 cannot be had"):
+        image_features([("a", picture(1))], "vgg19")
+    save_file({"features.0.weight": torch.zeros(2)}, tmp_path / "other")
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: str(tmp_path / "other"))
+    with pytest.raises(ModelError, match="other weights than vgg19's"):
         image_features([("a", picture(1))], "vgg19")
 
 

@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import islice
-from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
@@ -21,7 +19,7 @@ from notellm2_ray.models.vision import load_tower
 log = logging.getLogger(__name__)
 
 VGG19 = "vgg19"
-_VGG19_URL = "https://download.pytorch.org/models/vgg19-dcbb9e9d.pth"
+_VGG19_REPOSITORY = "timm/vgg19.tv_in1k"  # torchvision's weights as safetensors
 _IMAGENET_MEAN, _IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 _MAX_TEXT_TOKENS = 256
 T = TypeVar("T")
@@ -100,29 +98,34 @@ def _tower(name: str, device: torch.device) -> tuple[ImageSettings, Callable[[to
 
 
 def _vgg19(device: torch.device) -> tuple[ImageSettings, Callable[[torch.Tensor], torch.Tensor]]:
-    from torchvision.models import vgg19
+    import timm
 
     state = _vgg19_weights()  # before the 140 million random weights are drawn
-    model = vgg19(weights=None)
-    model.load_state_dict(state)
+    model = timm.create_model("vgg19", pretrained=False, num_classes=0)  # ends after the second ReLU
+    try:
+        model.load_state_dict({name: value for name, value in state.items() if not name.startswith("head.fc.")})
+    except RuntimeError as error:
+        raise ModelError(f"{_VGG19_REPOSITORY} holds other weights than vgg19's: {error}") from error
     model.eval().requires_grad_(False).to(device)
-    model.classifier = model.classifier[:5]  # up to the second ReLU
     settings = ImageSettings(224, _IMAGENET_MEAN, _IMAGENET_STD, resize_to=256, resample=2)
     mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (_IMAGENET_MEAN, _IMAGENET_STD))
     return settings, lambda pixels: model((pixels.float() / 255 - mean) / std)
 
 
 def _vgg19_weights() -> dict[str, torch.Tensor]:
-    """The published weights from torch's cache; nothing is fetched, and the pickle may hold tensors alone."""
-    path = Path(torch.hub.get_dir()) / "checkpoints" / _VGG19_URL.rsplit("/", 1)[1]
-    remedy = f"download {_VGG19_URL} to {path}, or set ranking.image_tower to another vision tower"
-    if not path.is_file():
-        raise ModelError(f"there are no weights of vgg19 at {path}: {remedy}")
-    with open(path, "rb") as file:
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-    if not digest.startswith("dcbb9e9d"):  # the name carries the first digits
-        raise ModelError(f"{path} is damaged or not torchvision's vgg19: {remedy}")
-    return torch.load(path, map_location="cpu", weights_only=True)
+    """torchvision's weights as safetensors, from the hub or its local cache."""
+    from huggingface_hub import hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(hf_hub_download(_VGG19_REPOSITORY, "model.safetensors"))
+    except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, SafetensorError, OSError) as error:
+        raise ModelError(
+            f"the weights of vgg19 cannot be had ({error}): download model.safetensors of {_VGG19_REPOSITORY} into the "
+            "hub's cache, or set ranking.image_tower to another vision tower"
+        ) from error
 
 
 def _readable(images: Iterable[tuple[str, bytes | None]], settings: ImageSettings) -> Iterator[tuple[str, np.ndarray]]:
