@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -143,7 +144,7 @@ class AnnIndex:
         """
         info = self.info
         if wider > 1 and info["num_lists"]:
-            info = {**info, "num_probes": min(info["num_lists"], round(info["num_probes"] * wider))}
+            info = {**info, "num_probes": min(info["num_lists"], math.ceil(info["num_probes"] * wider))}
         nothing = np.empty(0, dtype=np.int64)
         index, given = faiss_kinds.parameters(self._index, info, k, nothing, complete=complete, selector=selector)
         scores, rows = index.search(queries, k, params=given)

@@ -98,7 +98,9 @@ class Snapshot:
 
     def _candidates(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
         """At least the ``k`` best living rows, and their scores, in no order."""
-        rows, scores = self._from_main(query, k, self.main_selector, self.main_alive)
+        # The dead are passed over: as many living rows as the probes were chosen for lie in so many more cells.
+        wider = self.main_count / max(self.main_alive, 1)
+        rows, scores = self._from_main(query, k, self.main_selector, self.main_alive, wider=wider)
         delta = self.vectors[self.main_count :] @ query
         better = self.alive[self.main_count :]
         if len(scores) >= k > 0:

@@ -85,7 +85,8 @@ class NoteEncoder:
     ) -> np.ndarray:
         """As :meth:`encode`, of notes that went through the preprocessor already."""
         vectors = np.empty((len(features), self.embedding_dim), np.float32)
-        self.model.eval()
+        if self.model.training:  # eval() visits every module: a millisecond, as long as a tiny model's forward pass
+            self.model.eval()
         with torch.inference_mode():
             for rows in batches_by_length([item.num_tokens for item in features], batch_tokens, max_batch_notes):
                 batch = self.preprocessor.collate([features[row] for row in rows]).to(self.device)

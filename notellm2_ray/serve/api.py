@@ -61,7 +61,7 @@ def build_api(gateway: Gateway) -> Any:
     if WEB.is_dir():
         app.mount("/ui", StaticFiles(directory=WEB), name="ui")
     settings = gateway.settings.gateway
-    most = settings.max_ongoing + settings.max_queued
+    most = settings.slots
     gateway.guard = Guard(app, gateway.limits, most, gateway.keys, gateway.figures)
     return gateway.guard
 

@@ -34,7 +34,6 @@ from notellm2_ray.serve.plan import Plan, replica_options
 log = logging.getLogger("notellm2_ray.serve")
 
 _EXCHANGE_SECONDS = 2.0
-_SHARE = 0.25  # of this replica's slots, that calls of one other deployment may take
 _INLINE_SECONDS = 0.003  # a search that takes longer than this runs in a thread, so that others are answered meanwhile
 
 
@@ -53,7 +52,7 @@ class Gateway:
         from ray import serve
 
         self.plan, self.settings, self.limits = plan, plan.serve, plan.serve.limits
-        most = max(4, int(_SHARE * (self.settings.gateway.max_ongoing + self.settings.gateway.max_queued)))
+        most = self.settings.gateway.slots_of_one
         self.encoder, self.writer = Dependency(encoder, "encoder", most), Dependency(writer, "writer", most)
         self.users = Dependency(users, "users", most)
         self.ranker = None if ranker is None else Dependency(ranker, "ranker", most)
@@ -277,6 +276,6 @@ def gateway_deployment(plan: Plan) -> Any:
     settings = plan.serve.gateway
     # Serve's own refusal has a plain text body. The guard refuses first, typed, at max_ongoing + max_queued requests;
     # Serve's bound lies beyond it and is for what the guard cannot see.
-    wider = settings.model_copy(update={"max_ongoing": settings.max_ongoing + settings.max_queued + 16})
+    wider = settings.model_copy(update={"max_ongoing": settings.slots + 16})
     options = replica_options(wider, drain_seconds=plan.serve.drain_seconds)
     return serve.deployment(serve.ingress()(Gateway), name="Gateway", **options)

@@ -1,10 +1,13 @@
-"""Ray Serve's HAProxy: the environment that turns it on, and what keeps its side doors on loopback.
+"""Ray Serve's HAProxy: the environment that turns it on, what keeps its side doors on loopback, and admission.
 
 Ray 2.60 renders HAProxy's configuration itself. Whatever the service's host, it binds the statistics and metrics
 ports (8404 and 9101) to every interface, without a password, and no setting changes the address. Ray does let an
 operator name the binary to run (RAY_SERVE_HAPROXY_BINARY_PATH); named is a small script that rewrites those lines of
 the file and then becomes the real HAProxy. The admin socket is made for everybody; its directory here is its owner's
 alone.
+
+The script also has HAProxy refuse what the replicas would refuse for want of room. A refusal costs a replica about a
+millisecond, so that under five times their capacity they would do little else; it costs HAProxy some ten microseconds.
 """
 
 from __future__ import annotations
@@ -16,26 +19,46 @@ import tempfile
 from collections.abc import Iterable
 from pathlib import Path
 
+from notellm2_ray.core.settings.serve import ServeSettings
+from notellm2_ray.serve.errors import OverloadedError
+
 _SCRIPT = """#!/bin/sh
-# Runs HAProxy with the configuration that Ray wrote, its ports for statistics and metrics on loopback.
+# Runs HAProxy with the configuration that Ray wrote, its ports for statistics and metrics on loopback, and with the
+# rules of admission once the service has a backend to count at.
 previous=
 for argument in "$@"; do
   if [ "$previous" = -f ] && [ -f "$argument" ]; then
     sed -i -E 's/^( *bind +)(\\*|0\\.0\\.0\\.0)?:({ports})( |$)/\\1127.0.0.1:\\3\\4/' "$argument"
+    if grep -q '^backend {backend}$' "$argument" && ! grep -q nl2_ "$argument"; then
+      sed -i '/^frontend http_frontend/r {rules}' "$argument"
+      printf 'backend nl2_paths\\n    stick-table type string len 32 size 64 store conn_cur\\n' >> "$argument"
+    fi
   fi
   previous=$argument
 done
 exec {binary} "$@"
 """
 
+# The variables hold the room that is left. Health and readiness are always answered.
+_RULES = """\
+    acl nl2_encoded path {paths}
+    acl nl2_always path /v1/health /v1/ready
+    http-request set-var(txn.nl2_room) nbsrv({backend}),mul({most})
+    http-request set-var(txn.nl2_room_encoded) nbsrv({backend}),mul({most_encoded})
+    http-request track-sc0 path table nl2_paths if nl2_encoded
+    http-request return status {refusal} if nl2_encoded {{ sc0_conn_cur,sub(txn.nl2_room_encoded) gt 0 }}
+    http-request return status {refusal} if !nl2_always {{ be_conn({backend}),sub(txn.nl2_room) ge 0 }}
+"""
+_ENCODED = ("/v1/embeddings", "/v1/notes")  # every request there needs the encoder
+
 _SIDE_DOORS = {"RAY_SERVE_HAPROXY_METRICS_PORT": 9101, "RAY_SERVE_HAPROXY_STATS_PORT": 8404}
 
 
-def serve_environment(haproxy: bool, directory: Path | None = None) -> dict[str, str]:
+def serve_environment(settings: ServeSettings, directory: Path | None = None) -> dict[str, str]:
     """Variables that Ray has to see before it starts.
 
     Args:
-        haproxy: put HAProxy in front.
+        settings: of the service.
         directory: for its files, readable by its owner alone; None: a new one. Its path is kept short: a Unix
             socket's may have some hundred characters.
 
@@ -44,7 +67,7 @@ def serve_environment(haproxy: bool, directory: Path | None = None) -> dict[str,
     """
     # Ray's half a minute of draining is for load balancers that look that seldom; its own HAProxy is told at once.
     wanted = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2"}
-    if haproxy:
+    if settings.haproxy:
         directory = directory or Path(tempfile.mkdtemp(prefix="nl2-"))
         directory.chmod(0o700)
         ports = {name: os.environ.get(name) or free_port(usual) for name, usual in _SIDE_DOORS.items()}
@@ -55,26 +78,52 @@ def serve_environment(haproxy: bool, directory: Path | None = None) -> dict[str,
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
             "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_script(directory / "haproxy", ports.values())),
+            "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_script(directory / "haproxy", ports.values(), settings)),
             **ports,
         }
     return {name: value for name, value in wanted.items() if name not in os.environ}
 
 
-def write_script(path: Path, ports: Iterable[str]) -> Path:
-    """The script around the binary.
+def write_script(path: Path, ports: Iterable[str], settings: ServeSettings) -> Path:
+    """The script around the binary, and the rules that it puts in, in a file beside it.
 
     Args:
         path: where.
         ports: those that are bound on loopback alone.
+        settings: of the service.
 
     Raises:
         FileNotFoundError: there is no HAProxy to run.
     """
-    text = _SCRIPT.format(ports="|".join(str(int(port)) for port in ports), binary=shlex.quote(real_binary()))
+    rules = path.with_suffix(".rules")
+    rules.write_text(admission_rules(settings), encoding="utf-8")
+    text = _SCRIPT.format(
+        ports="|".join(str(int(port)) for port in ports),
+        backend=_backend(settings),
+        rules=rules,
+        binary=shlex.quote(real_binary()),
+    )
     path.write_text(text, encoding="utf-8")
     path.chmod(0o700)
     return path
+
+
+def admission_rules(settings: ServeSettings) -> str:
+    """Lines of HAProxy's frontend that refuse what the replicas that are up have no room for."""
+    error = OverloadedError("as many requests are in hand as there may be: try again soon")
+    headers = " ".join(f"hdr {name} {value}" for name, value in error.headers.items())
+    return _RULES.format(
+        paths=" ".join(_ENCODED),
+        backend=_backend(settings),
+        most=settings.gateway.slots,
+        most_encoded=settings.gateway.slots_of_one,
+        refusal=f"{error.status} content-type application/json {headers} string '{error.body().decode()}'",
+    )
+
+
+def _backend(settings: ServeSettings) -> str:
+    """Ray's name for the application's servers."""
+    return f"http-{settings.name}"
 
 
 def free_port(usual: int) -> str:

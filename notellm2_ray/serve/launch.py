@@ -50,7 +50,7 @@ def start(plan: Plan, connect: Callable[[], Any]) -> Any:
     """Bring the application up; the handle of its ingress."""
     check_safe(plan)
     check_port(plan.serve)
-    os.environ.update(serve_environment(plan.serve.haproxy))
+    os.environ.update(serve_environment(plan.serve))
     # Ray's own ports run code for whoever reaches them, and they listen to every machine.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     connect()

@@ -1,4 +1,4 @@
-"""The typed builder, the configuration files, HAProxy's script, the doctor, small checks."""
+"""The typed builder, the configuration files, the doctor, small checks."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ast
 import asyncio
 import inspect
 import socket
-import subprocess
 import threading
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from pydantic import ValidationError
 
 from notellm2_ray.core.errors import ConfigError, DataError
 from notellm2_ray.core.settings.serve import LimitSettings
-from notellm2_ray.serve import checks, doctor, haproxy, schemas
+from notellm2_ray.serve import checks, doctor, schemas
 from notellm2_ray.serve.errors import OverloadedError, TookTooLongError
 
 CONFIGS = Path(__file__).resolve().parents[2] / "serve_configs"
@@ -61,26 +60,6 @@ def test_configuration_files_name_settings_that_there_are(path):
         settings = load_settings(None, arguments.preset, arguments.overrides)  # a file named there is the user's own
         assert settings.serve.port == inner["http_options"]["port"]
         assert settings.serve.host == inner["http_options"]["host"]
-
-
-def test_haproxys_side_doors_are_moved_to_loopback(tmp_path, monkeypatch):
-    monkeypatch.setattr(haproxy, "real_binary", lambda: "/bin/echo")
-    config = tmp_path / "haproxy.cfg"
-    binds = [":9101", "*:8404", "127.0.0.1:8000", ":80"]
-    config.write_text("frontend some\n" + "".join(f"    bind {one}\n" for one in binds))
-    script = haproxy.write_script(tmp_path / "haproxy", ["9101", "8404"])
-    done = subprocess.run([script, "-db", "-f", config, "-dR"], capture_output=True, text=True, check=True)
-    assert done.stdout.split() == ["-db", "-f", str(config), "-dR"]
-    lines = [line.strip() for line in config.read_text().splitlines() if "bind" in line]
-    assert lines == ["bind 127.0.0.1:9101", "bind 127.0.0.1:8404", "bind 127.0.0.1:8000", "bind :80"]
-
-
-def test_a_taken_side_port_is_replaced():
-    with socket.socket() as taken:
-        taken.bind(("127.0.0.1", 0))
-        taken.listen()
-        port = taken.getsockname()[1]
-        assert haproxy.free_port(port) != str(port)
 
 
 def test_the_doctor_sees_who_listens_to_others():

@@ -32,6 +32,16 @@ class DeploymentSettings(Frozen):
     def most_replicas(self) -> int:
         return self.max_replicas or self.replicas
 
+    @property
+    def slots(self) -> int:
+        """Requests in hand of a replica, beyond which it refuses."""
+        return self.max_ongoing + self.max_queued
+
+    @property
+    def slots_of_one(self) -> int:
+        """Of its slots, those that calls of one other deployment may take: while that one is away they all wait."""
+        return max(4, self.slots // 4)
+
 
 class LimitSettings(Frozen):
     """What a request may ask for; beyond it 413 or 422, before anything is parsed where that can be told."""
@@ -67,7 +77,6 @@ class EncodeSettings(Frozen):
     """Micro-batches of the encoder's replicas."""
 
     batch: int = Field(32, ge=1, description="notes in a micro-batch at most (and in a forward pass)")
-    wait_ms: float = Field(4, ge=0, description="time a micro-batch waits to fill")
     threads: int = Field(1, ge=1, description="threads that decode and tokenise, apart from the model's own")
     batch_tokens: int = Field(16_384, ge=64, description="padded tokens in a forward pass")
     precision: Literal["fp32", "bf16"] = Field("fp32", description="of the forward pass; as embed.precision")
