@@ -70,11 +70,16 @@ def searches(index, count: int, seconds: float) -> np.ndarray:
     return np.array(times) * 1000
 
 
-def write(store, count: int, image_bytes: int, stop: threading.Event, done: list[tuple[float, float, int]]) -> None:
-    """Batches of 64 upserts, a tenth of them new notes, one after another; (seconds taken, when, seq) of each."""
+def write(
+    store, count: int, image_bytes: int, stop: threading.Event, done: list[tuple[float, float, int]], number: int
+) -> None:
+    """Batches of 64 upserts, a tenth of them new notes, one after another; (seconds taken, when, seq) of each.
+
+    ``number`` is of the thread: each writes notes of its own choice.
+    """
     from notellm2_ray.serve.live_rows import LiveNote
 
-    rng = np.random.default_rng(4)
+    rng = np.random.default_rng([4, number])
     fresh = vectors(GROUP * 64, 5)
     while not stop.is_set():
         ids = [f"n{n}" for n in rng.choice(int(count * 1.1), GROUP, replace=False)]
@@ -119,8 +124,8 @@ def main() -> None:
         with LiveStore.open(path) as store:
             stop, done = threading.Event(), []
             threads = [
-                threading.Thread(target=write, args=(store, arguments.notes, arguments.image_bytes, stop, done))
-                for _ in range(arguments.writers)
+                threading.Thread(target=write, args=(store, arguments.notes, arguments.image_bytes, stop, done, number))
+                for number in range(arguments.writers)
             ]
             began = time.perf_counter()
             for thread in threads:

@@ -7,8 +7,9 @@ Contenders, each in a process of its own:
     ray           summarize_preferences itself: Ray actor, logs on disk, AsyncLLM; its rate leaves the start-up out
     transformers  the published way: one user after another, one block after another, model.generate; on fewer users,
                   since its rate does not depend on their number
-    engine        one AsyncLLM without Ray or logs: every chain for itself, and all users' block b before any block
-                  b + 1; the two take turns on the same engine, whose prefix cache is emptied in between
+    engine        one AsyncLLM without Ray or logs: every chain for itself, the longest first as in the product, and
+                  all users' block b before any block b + 1; the two take turns on the same engine, whose prefix cache
+                  is emptied in between
 All write greedily with the same prompts and the same limit of tokens. The machine's cores are free to all of them.
 """
 
@@ -34,7 +35,7 @@ from notellm2_ray.core.recommend_prompts import Item, preference_prompt
 from notellm2_ray.core.settings import GenerationSettings, PreferenceSettings, RaySettings
 
 SUMMARIES, BLOCKS, TITLES = "summaries.parquet", "blocks.parquet", "titles.json"
-GENERATION = GenerationSettings(max_model_len=1024, max_sequences=128)
+GENERATION = GenerationSettings(max_model_len=1024, max_sequences=128, cpus_per_engine=2)
 
 
 def write_data(directory: Path, users: int, longest: int) -> None:
@@ -152,17 +153,21 @@ async def _turns(model: Path, data: Path, settings: PreferenceSettings) -> dict[
     steps = sum(map(len, users))
     slots = asyncio.Semaphore(settings.concurrent_calls)
 
+    async def write(previous: str | None, items: list[Item]) -> str:
+        return (await writer.advance(previous, items, user="", block=0)).preference
+
     async def step(previous: str | None, items: list[Item]) -> str:
         async with slots:
-            return (await writer.advance(previous, items, user="", block=0)).preference
+            return await write(previous, items)
 
     async def chain(blocks: list[list[Item]]) -> None:
         previous: str | None = None
-        for items in blocks:
-            previous = await step(previous, items)
+        async with slots:
+            for items in blocks:
+                previous = await write(previous, items)
 
     async def chains() -> None:
-        await asyncio.gather(*map(chain, users))
+        await asyncio.gather(*map(chain, sorted(users, key=len, reverse=True)))
 
     async def barriers() -> None:
         states: list[str | None] = [None] * len(users)

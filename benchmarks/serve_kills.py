@@ -4,9 +4,9 @@
 
 Writers upsert and delete notes and send events (each event twice), readers search and ask for recommendations, without
 a pause. Meanwhile replicas of every deployment are killed (SIGKILL) one after the other, now and then the whole process
-tree, which is then started again on the same directory. At the end every write that was acknowledged is looked up, all
-events are sent once more, and the users' database is counted: nothing acknowledged may be missing, nothing may be
-there twice, and no request may have waited longer than its time-out.
+tree, which is then started again on the same directory. At the end every write that was acknowledged is looked up, the
+users' database is counted, and then the acknowledged events are sent once more: nothing acknowledged may be missing,
+nothing may be there twice, and no request may have waited longer than its time-out.
 """
 
 from __future__ import annotations
@@ -155,7 +155,10 @@ def main() -> None:
                 done = len(load.upserted), len(load.acknowledged)
                 print(f"{sum(killed.values())} kills, {done[0]} notes, {done[1]} events", flush=True)
             load.end()
-            print(report(load, service, killed, recoveries))
+            text, wrong = report(load, service, killed, recoveries)
+            print(text)
+            if wrong:
+                raise SystemExit("something that was acknowledged is not as it should be")
         finally:
             load.end()
             service.stop()
@@ -181,42 +184,53 @@ def recovered(load: Load, service: Any) -> float:
     raise SystemExit("the service did not recover within 120 s")
 
 
-def report(load: Load, service: Any, killed: Any, recoveries: Any) -> str:
-    """Look everything up; what was found."""
+def report(load: Load, service: Any, killed: Any, recoveries: Any) -> tuple[str, bool]:
+    """Look everything up; what was found, and whether anything of it is wrong."""
     with load.client() as http:
         lost = [one for one in load.upserted - load.deleted if http.get(f"/v1/notes/{one}").status_code != 200]
         back = [one for one in load.deleted if http.get(f"/v1/notes/{one}").status_code != 404]
-        events = list(load.sent.values())
-        again = collections.Counter()
-        for start in range(0, len(events), 500):
-            done = http.post("/v1/events", json={"events": events[start : start + 500]}).json()
-            again["accepted"] += done["accepted"]
-        unacknowledged = len(load.sent) - len(load.acknowledged)
-        database = f"file:{service.plan.directory / 'users.sqlite'}?mode=ro"
-    with contextlib.closing(sqlite3.connect(database, uri=True)) as rows:
-        count = "SELECT count(*), count(DISTINCT event_id) FROM events WHERE event_id LIKE 'event-%'"
-        kept = rows.execute(count).fetchone()
-        liked = rows.execute("SELECT count(*) FROM sequence WHERE user_id LIKE 'user%'").fetchone()[0]
-        blocks = rows.execute("SELECT user_id, note_ids FROM preferences WHERE user_id LIKE 'user%'").fetchall()
-    summed_up = collections.Counter((user, note) for user, notes in blocks for note in json.loads(notes))
-    wrong = [
-        f"{len(lost)} acknowledged notes lost",
-        f"{len(back)} acknowledged deletions undone",
-        f"{max(0, again['accepted'] - unacknowledged)} acknowledged events lost",
-        f"{kept[0] - len(events)} events too many or too few, {kept[0] - kept[1]} kept twice",
-        f"{liked - len(events)} clicks too many or too few in histories",
-        f"{sum(count > 1 for count in summed_up.values())} clicks in two blocks, of {len(blocks)} summed up",
-        f"{load.hangs} requests without an answer within {TIMEOUT:g} s",
-    ]
+        events = count_events(load, service)
+        again = 0
+        told = [load.sent[one] for one in load.acknowledged]
+        for start in range(0, len(told), 500):
+            done = http.post("/v1/events", json={"events": told[start : start + 500]}).json()
+            again += done["accepted"]
+    wrong = {
+        "acknowledged notes lost": len(lost),
+        "acknowledged deletions undone": len(back),
+        **events,
+        "acknowledged events taken for new ones when they were sent once more": again,
+        f"requests without an answer within {TIMEOUT:g} s": load.hangs,
+    }
     lines = [
         f"{sum(killed.values())} kills: " + ", ".join(f"{name} {count}" for name, count in killed.items()),
         f"{len(load.upserted)} notes and {len(load.deleted)} deletions acknowledged, {len(load.acknowledged)} events",
         "answers: " + ", ".join(f"{name} {count}" for name, count in load.answers.most_common()),
         "back to full service, median and longest: "
         + ", ".join(f"{name} {statistics.median(all_):.1f}/{max(all_):.1f} s" for name, all_ in recoveries.items()),
-        *wrong,
+        *(f"{count} {what}" for what, count in wrong.items()),
     ]
-    return "\n".join(lines)
+    return "\n".join(lines), any(wrong.values())
+
+
+def count_events(load: Load, service: Any) -> dict[str, int]:
+    """What is wrong with the events in the users' database; before any is sent again, which would put back what was
+    lost.
+    """
+    database = f"file:{service.plan.directory / 'users.sqlite'}?mode=ro"
+    with contextlib.closing(sqlite3.connect(database, uri=True)) as rows:
+        kept = [row[0] for row in rows.execute("SELECT event_id FROM events WHERE event_id LIKE 'event-%'")]
+        liked = rows.execute("SELECT count(*) FROM sequence WHERE user_id LIKE 'user%'").fetchone()[0]
+        blocks = rows.execute("SELECT user_id, note_ids FROM preferences WHERE user_id LIKE 'user%'").fetchall()
+    held = set(kept)
+    summed_up = collections.Counter((user, note) for user, notes in blocks for note in json.loads(notes))
+    return {
+        "acknowledged events lost": len(load.acknowledged - held),
+        "events that nobody sent": len(held - load.sent.keys()),
+        "events kept twice": len(kept) - len(held),
+        "clicks too many or too few in histories": liked - len(held),
+        f"clicks in two blocks, of {len(blocks)} summed up": sum(count > 1 for count in summed_up.values()),
+    }
 
 
 if __name__ == "__main__":

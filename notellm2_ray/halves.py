@@ -16,6 +16,7 @@ import yaml
 from notellm2_ray.core.config import apply_overrides, to_plain
 from notellm2_ray.core.errors import OutputError
 from notellm2_ray.core.settings import Settings
+from notellm2_ray.ranking_outputs import needs_tiny_embedder_parts
 
 log = logging.getLogger("notellm2_ray")
 
@@ -51,7 +52,12 @@ def run_halves(settings: Settings, workspace: Path) -> None:
 
 
 def side_by_side(settings: Settings) -> bool:
-    """Whether the halves run at the same time: in a cluster, and where no GPU is asked for."""
+    """Whether the halves run at the same time: in a cluster, and where no GPU is asked for.
+
+    Where a baseline of the second reads tiny models that the first trains, they never do.
+    """
+    if needs_tiny_embedder_parts(settings):
+        return False
     asked = settings.train.gpus_per_worker, settings.embed.gpus_per_actor, settings.tune.gpus_per_worker
     return bool(os.environ.get("RAY_ADDRESS")) or not any((*asked, settings.generation.gpus_per_engine))
 

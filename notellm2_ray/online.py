@@ -14,8 +14,9 @@ from pydantic import Field
 
 from notellm2_ray import outputs, ranking_outputs
 from notellm2_ray.core.config import Frozen
-from notellm2_ray.core.errors import OutputError
+from notellm2_ray.core.errors import ConfigError, OutputError
 from notellm2_ray.core.settings import Settings
+from notellm2_ray.serve.files import current_table, manifests
 from notellm2_ray.serve.plan import Plan
 
 
@@ -74,6 +75,7 @@ def make_plan(settings: Settings) -> Plan:
     """What the deployments are told, of these settings and of what the workspace holds.
 
     Raises:
+        ConfigError: see :func:`_engines`.
         OutputError: the embedder is not trained or the notes are not embedded; a ranker is asked for that is not there.
     """
     workspace, directory = outputs.workspace_of(settings), _directory(settings)
@@ -81,7 +83,8 @@ def make_plan(settings: Settings) -> Plan:
     embeddings = outputs.embedding_table(settings, "all")
     if not model.is_dir():
         raise OutputError(f"{model} is not there: run train-embedder (or `notellm2 run`) first")
-    if not embeddings.exists() and not directory.exists():
+    # Not whether the directory is there: making a key makes it.
+    if not embeddings.exists() and not manifests(current_table(directory)):
         raise OutputError(f"{embeddings} is not there: run embed-notes first")
     return Plan(
         directory=directory,
@@ -105,12 +108,23 @@ def make_plan(settings: Settings) -> Plan:
 
 
 def _engines(settings: Settings) -> dict[str, Any]:
-    """Factories of the engines that ``serve.preferences`` and ``serve.ranker`` ask for."""
+    """Factories of the engines that ``serve.preferences`` and ``serve.ranker`` ask for.
+
+    Raises:
+        ConfigError: preferences of a variant that cannot be advanced.
+        OutputError: the ranker is not trained yet.
+    """
     from notellm2_ray.infer.engine import engine_environment
     from notellm2_ray.online_engines import preference_writer, yes_no_scorer
 
     found: dict[str, Any] = {}
     if settings.serve.preferences is not None:
+        if settings.preferences.variant == "direct":
+            raise ConfigError(
+                "preferences.variant=direct asks the model for a whole history at once, but serve.preferences advances "
+                "a taste block by block: set preferences.variant to recurrent or no_image_summary, or leave "
+                "serve.preferences null"
+            )
         model = ranking_outputs.ranking_model(settings, settings.preferences.model)
         found["preference_engine"] = functools.partial(preference_writer, model, settings)
     if settings.serve.ranker is not None:

@@ -10,9 +10,9 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from notellm2_ray.comparison import tested_inputs
+from notellm2_ray.comparison import natural_inputs, tested_inputs
 from notellm2_ray.core.config import to_plain
-from notellm2_ray.core.run import MANIFEST, Output, fingerprint, read_manifest
+from notellm2_ray.core.run import MANIFEST, Output, files_fingerprint, fingerprint, read_manifest
 from notellm2_ray.core.settings import Settings
 
 log = logging.getLogger("notellm2_ray")
@@ -44,7 +44,8 @@ def tiny_parts(settings: Settings) -> list[str]:
 
     parts = ["llm"] if _is_tiny(settings, "llm") else []
     names = {settings.model.variant, *settings.evaluate.variants}
-    if _is_tiny(settings, "vision") and any(VARIANTS[name].sees_images for name in names):
+    compared = "gru4rec_image" in settings.ranking.baselines and not settings.ranking.image_tower
+    if _is_tiny(settings, "vision") and (compared or any(VARIANTS[name].sees_images for name in names)):
         parts.append("clip")
     return parts
 
@@ -61,10 +62,11 @@ def model_paths(settings: Settings) -> tuple[str, str]:
     return llm, vision
 
 
-def _tiny_inputs(settings: Settings) -> dict[str, str]:
-    if not (_is_tiny(settings, "llm") or _is_tiny(settings, "vision")):
-        return {}
-    return {"tiny": fingerprint_of(workspace_of(settings) / "tiny")}
+def model_inputs(settings: Settings, which: Sequence[str] = ("llm", "vision")) -> dict[str, str]:
+    """Versions of the models that an embedder is built from: of the tiny ones, and of those in directories here."""
+    names = {one: getattr(settings.model, one) for one in which}
+    found = {one: files_fingerprint(name) for one, name in names.items() if Path(name).is_dir()}
+    return found | ({"tiny": fingerprint_of(workspace_of(settings) / "tiny")} if "tiny" in names.values() else {})
 
 
 def prepared(settings: Settings) -> Output:
@@ -74,9 +76,8 @@ def prepared(settings: Settings) -> Output:
 
 
 def _source_versions(settings: Settings, directory: Path) -> dict[str, str]:
-    """Names, sizes and times of the source's tables (image files are not looked at), so that new content is noticed.
-
-    Where they are gone, what was made of them stands.
+    """Names, sizes and times of the source's tables, so that new content is noticed; where they are gone, what was made
+    of them stands. Of images it is which there are, not what is in them.
     """
     from notellm2_ray.data.sources.versions import table_versions
 
@@ -102,16 +103,18 @@ def tiny(settings: Settings) -> Output:
 
 def embedder(settings: Settings) -> Output:
     shaped = {"model": to_plain(settings.model), "train": shaping(settings.train)}
-    inputs = {"pairs": fingerprint_of(workspace_of(settings) / "pairs"), **_tiny_inputs(settings)}
+    inputs = {"pairs": fingerprint_of(workspace_of(settings) / "pairs"), **model_inputs(settings)}
     directory = workspace_of(settings) / "embedders" / settings.embedder_name
     return Output(directory, "train-embedder", shaped, inputs)
 
 
 def inputs_of(settings: Settings, pool: str) -> tuple[str, ...]:
     """What an embedder is shown: of the test pool what it is tested with, of the whole pool what it is meant for, and
-    ``embed.by_modality`` each part of it alone."""
-    inputs = tested_inputs(settings, settings.model.variant)
-    return inputs if pool == "test" or settings.embed.by_modality else inputs[:1]
+    by ``embed.by_modality`` each part of it alone."""
+    if pool == "test":
+        return tested_inputs(settings, settings.model.variant)
+    natural = natural_inputs(settings.model.variant)
+    return (natural, "image", "text") if settings.embed.by_modality and natural == "multimodal" else (natural,)
 
 
 def embeddings(settings: Settings, pool: str) -> Output:
@@ -143,7 +146,10 @@ def ann_index(settings: Settings) -> Output:
 def evaluation(settings: Settings, compared: Sequence[Settings]) -> Output:
     inputs = {each.embedder_name: fingerprint_of(embedding_table(each, "test").with_suffix("")) for each in compared}
     inputs["pairs"] = fingerprint_of(workspace_of(settings) / "pairs")
-    shaped = {"evaluate": to_plain(settings.evaluate), "llm": settings.model.llm}
+    index = workspace_of(settings) / "index" / settings.embedder_name  # its figures are shown where there is one
+    if (index / MANIFEST).is_file():
+        inputs["index"] = fingerprint_of(index)
+    shaped = {"evaluate": to_plain(settings.evaluate), "llm": settings.model.llm, "seed": settings.seed}
     return Output(workspace_of(settings) / "report" / "retrieval", "eval-retrieval", shaped, inputs)
 
 
@@ -161,6 +167,8 @@ _RESOURCES = {
     "concurrent_calls",
     "concurrent_batches",
     "batch_rows",
+    "preprocess_threads",
+    "max_bad_share",  # of what was made and what not, it decides neither
 }
 
 

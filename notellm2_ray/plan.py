@@ -11,9 +11,19 @@ from notellm2_ray.comparison import embedders
 from notellm2_ray.core.errors import OutputError
 from notellm2_ray.core.run import Output, read_manifest
 from notellm2_ray.core.settings import Settings
+from notellm2_ray.sweep import SWEEPS
 
 Make = Callable[[], Output]
 _TRAIN = "train-embedder"
+_RETRIEVAL = {"mine-pairs", "build-tiny", _TRAIN, "embed-notes", "build-index", "eval-retrieval"}
+_RANKING = {
+    "make-sequences",
+    "build-tiny-mllm",
+    "summarize-images",
+    "summarize-preferences",
+    "train-ranker",
+    "score-candidates",
+}
 
 
 def plan(settings: Settings, verb: str) -> str:
@@ -21,13 +31,22 @@ def plan(settings: Settings, verb: str) -> str:
     lines = [f"plan of `notellm2 {verb}`"]
     undone: list[str] = []
     for label, make in _outputs(settings, verb):
-        # Embedders do not depend on each other; every other stage does on all that stand before it.
-        waits = [other for other in undone if not (label.startswith(_TRAIN) and other.startswith(_TRAIN))]
-        state, done = _state(make, bool(waits))
+        state, done = _state(make, any(_depends(label, other) for other in undone))
         if not done:
             undone.append(label)
         lines.append(f"  {label:50s} {state}")
     return "\n".join([*lines, *_size(settings, verb)])
+
+
+def _depends(label: str, other: str) -> bool:
+    """Whether a stage reads what another that stands before it makes."""
+    kind, other_kind = label.split()[0], other.split()[0]
+    if kind == other_kind or (kind in _RANKING and other_kind in _RETRIEVAL):
+        return False
+    if (kind, other_kind) == ("score-candidates", "train-ranker"):
+        table, ranker = label.split()[1], other.split()[1]
+        return table == ranker or table.startswith(f"{ranker}-")
+    return True
 
 
 def _outputs(settings: Settings, verb: str) -> list[tuple[str, Make]]:
@@ -49,7 +68,7 @@ def _outputs(settings: Settings, verb: str) -> list[tuple[str, Make]]:
     }
     if verb in own:
         return [(verb, own[verb])]
-    found = [("prepare", own["prepare"])] if verb != "score-candidates" else []
+    found = [("prepare", own["prepare"])] if verb not in ("score-candidates", "sweep") else []
     if verb in ("run", "run-retrieval"):
         found += [(name, own[name]) for name in ("mine-pairs", "build-tiny")]
         found += [(f"{_TRAIN} {each.embedder_name}", partial(outputs.embedder, each)) for each in embedders(settings)]
@@ -58,14 +77,13 @@ def _outputs(settings: Settings, verb: str) -> list[tuple[str, Make]]:
         found += _ranking_outputs(settings, own)
     if verb == "score-candidates":
         found += _score_outputs(settings)
+    if verb == "sweep":
+        found += [(name, own[name]) for name in _models_and_summaries(settings)]
     return found
 
 
 def _ranking_outputs(settings: Settings, own: dict[str, Make]) -> list[tuple[str, Make]]:
-    names = ["make-sequences"]
-    names += ["build-tiny-mllm"] if ranking.uses_tiny_mllm(settings) else []
-    names += ["summarize-images"] if ranking.needs_image_summaries(settings) else []
-    found = [(name, own[name]) for name in names]
+    found = [(name, own[name]) for name in ("make-sequences", *_models_and_summaries(settings))]
     for variant in ranking.preference_variants(settings):
         found.append(
             (
@@ -76,6 +94,11 @@ def _ranking_outputs(settings: Settings, own: dict[str, Make]) -> list[tuple[str
     for each in ranking.rankers(settings):
         found.append((f"train-ranker {ranking.ranker_name(each)}", partial(ranking.ranker, each)))
     return [*found, *_score_outputs(settings), ("eval-ranking", own["eval-ranking"])]
+
+
+def _models_and_summaries(settings: Settings) -> list[str]:
+    names = ["build-tiny-mllm"] if ranking.uses_tiny_mllm(settings) else []
+    return names + (["summarize-images"] if ranking.needs_image_summaries(settings) else [])
 
 
 def _score_outputs(settings: Settings) -> list[tuple[str, Make]]:
@@ -108,6 +131,22 @@ def _size(settings: Settings, verb: str) -> list[str]:
             f"{train.gpus_per_worker:g} GPU(s) each, {share} pairs ({2 * share} notes) a rank and step, "
             f"{_steps(settings)}"
         )
+    if verb == "sweep":
+        one = SWEEPS[settings.ranking.sweep]
+        homes = settings.workspace / "sweeps" / one.name
+        lines.append(
+            f"trials: run-ranking of {settings.ranking.rankers[0]} with {one.parameter} = "
+            f"{', '.join(map(str, one.values))}, each in a workspace below {homes}"
+        )
+    if verb in ("train-ranker", "run-ranking", "run"):
+        tune = settings.tune
+        lines.append(
+            f"tuning: {tune.num_workers} rank(s) with {tune.cpus_per_worker:g} CPU(s) and {tune.gpus_per_worker:g} "
+            f"GPU(s) each, {tune.batch_size} prompts a step, {tune.epochs:g} epochs"
+        )
+    if verb in ("summarize-images", "summarize-preferences", "score-candidates", "run-ranking", "run", "sweep"):
+        engine = settings.generation
+        lines.append(f"generation: {engine.engines} vLLM engine(s) with {engine.gpus_per_engine:g} GPU(s) each")
     if verb in ("embed-notes", "run-retrieval", "run"):
         embed = settings.embed
         lines.append(

@@ -8,10 +8,10 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from notellm2_ray.core.config import to_plain
-from notellm2_ray.core.run import Output, fingerprint
+from notellm2_ray.core.run import Output, files_fingerprint, fingerprint
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.core.settings.ranking import Control, PreferenceVariant, ProtocolName, RankerVariant
-from notellm2_ray.outputs import fingerprint_of, shaping, workspace_of
+from notellm2_ray.outputs import fingerprint_of, model_inputs, shaping, workspace_of
 
 # The preferences that a ranker variant is given.
 PREFERENCES: dict[RankerVariant, PreferenceVariant | None] = {
@@ -99,8 +99,18 @@ def uses_tiny_mllm(settings: Settings) -> bool:
     return "tiny" in (settings.summaries.model, settings.preferences.model, settings.ranker.model)
 
 
+def needs_tiny_embedder_parts(settings: Settings) -> bool:
+    """Whether a baseline's features come from the tiny models that the other half trains."""
+    baselines = settings.ranking.baselines
+    by_image = "gru4rec_image" in baselines and (settings.ranking.image_tower or settings.model.vision) == "tiny"
+    return by_image or ("gru4rec_summary" in baselines and settings.model.llm == "tiny")
+
+
 def _model_input(settings: Settings, name: str) -> dict[str, str]:
-    return {"model": fingerprint_of(workspace_of(settings) / "tiny_mllm")} if name == "tiny" else {}
+    """Version of one of the recommender's models: the tiny one, or one in a directory here."""
+    if name == "tiny":
+        return {"model": fingerprint_of(workspace_of(settings) / "tiny_mllm")}
+    return {"model": files_fingerprint(name)} if Path(name).is_dir() else {}
 
 
 def sequences(settings: Settings) -> Output:
@@ -227,8 +237,11 @@ def ranking_evaluation(settings: Settings) -> Output:
     shaped = {"ranking": to_plain(settings.ranking), "seed": settings.seed}
     if "gru4rec_summary" in baselines:
         inputs["image_summaries"] = fingerprint_of(workspace / "image_summaries")
-    if baselines & {"gru4rec_image", "gru4rec_summary"}:
-        shaped["features"] = [settings.model.llm, settings.model.vision]
+        inputs |= model_inputs(settings, ["llm"])
+        shaped["llm"] = settings.model.llm
+    if "gru4rec_image" in baselines and not settings.ranking.image_tower:
+        inputs |= model_inputs(settings, ["vision"])
+        shaped["vision"] = settings.model.vision
     for path in sorted(workspace.glob("sweeps/*/sweep.json")):
         inputs[f"sweep {path.parent.name}"] = fingerprint(path.read_text(encoding="utf-8"))
     return Output(workspace / "report" / "ranking", "eval-ranking", shaped, inputs)

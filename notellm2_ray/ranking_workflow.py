@@ -127,6 +127,13 @@ def train_ranker(settings: Settings) -> dict[str, Any]:
     """Examples to a tuned recommender."""
     from notellm2_ray.train.sft import train_ranker as work
 
+    kind = outputs.PREFERENCES[settings.ranker.variant]
+    if kind is not None and not outputs.preferences(outputs.for_preferences(settings, kind)).complete:
+        raise OutputError(
+            f"preferences ({kind}) are not written with these settings: run summarize-preferences, or "
+            "`notellm2 run-ranking` for all of it"
+        )
+
     def run(output: Path) -> dict[str, Any]:
         connect(settings.ray)
         return work(
@@ -208,6 +215,12 @@ def eval_ranking(settings: Settings) -> dict[str, Any]:
     from notellm2_ray.ranking_comparison import compare_ranking
 
     tables = outputs.scored(settings)
+    missing = [f"{table.name}/{table.protocol}" for table in tables if not outputs.scores(settings, table).complete]
+    if missing:
+        raise OutputError(
+            f"candidates are not scored with these settings by {', '.join(missing)}: run score-candidates, or "
+            "`notellm2 run-ranking` for all of it"
+        )
     paths = {table: outputs.scores(settings, table).directory / "scores.parquet" for table in tables}
     counts = run_stage(
         outputs.ranking_evaluation(settings),

@@ -19,6 +19,7 @@ from notellm2_ray.core.errors import OutputError
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.core.settings.model import VariantName
 from notellm2_ray.corpus import captions, exercises
+from notellm2_ray.ranking_outputs import needs_tiny_embedder_parts
 from notellm2_ray.stages import run_stage
 
 log = logging.getLogger("notellm2_ray")
@@ -178,6 +179,9 @@ def run_retrieval(settings: Settings) -> None:
 def run_ranking(settings: Settings) -> None:
     """From raw notes to ranking, for every variant and seed of ``ranking``."""
     prepare(settings)
+    if needs_tiny_embedder_parts(settings):
+        mine_pairs(settings)
+        build_tiny(settings)
     ranking.run_ranking(settings)
 
 

@@ -29,6 +29,17 @@ def reachable(url: str) -> bool:
         return False
 
 
+def place_hook(packages: Path, *, wanted: bool) -> None:
+    """Install the hook that lets a CUDA build of torchvision be imported, or remove an earlier installation's."""
+    module, starter = packages / "torchvision_cpu_hook.py", packages / "torchvision_cpu_hook.pth"
+    if wanted:
+        shutil.copy(HERE / module.name, module)
+        starter.write_text("import torchvision_cpu_hook\n")
+    else:
+        starter.unlink(missing_ok=True)  # first: it imports the other at every start
+        module.unlink(missing_ok=True)
+
+
 def main(folder: Path) -> None:
     if sys.version_info[:2] < (3, 11):
         sys.exit(f"Python 3.11 or later is needed, this is {sys.version.split()[0]}")
@@ -48,14 +59,13 @@ def main(folder: Path) -> None:
         command = [str(python), "-m", "pip", "install", "--quiet", "--no-deps", "--disable-pip-version-check"]
         return subprocess.run([*command, *arguments], check=check).returncode == 0
 
-    if reachable(TORCH_INDEX):
+    cpu_builds = reachable(TORCH_INDEX)
+    if cpu_builds:
         pip(f"torch=={TORCH}+cpu", f"torchvision=={TORCHVISION}+cpu", "--extra-index-url", TORCH_INDEX)
     else:
         pip(f"torch=={TORCH}", f"torchvision=={TORCHVISION}")
     pip("--requirement", str(HERE / "cpu.lock"))
-    packages = next((folder / "lib").glob("python3*/site-packages"))
-    shutil.copy(HERE / "torchvision_cpu_hook.py", packages / "torchvision_cpu_hook.py")
-    (packages / "torchvision_cpu_hook.pth").write_text("import torchvision_cpu_hook\n")
+    place_hook(next((folder / "lib").glob("python3*/site-packages")), wanted=not cpu_builds)
     pip("--no-build-isolation", "--editable", str(HERE.parent))
     stamp.write_text(wanted)
 

@@ -9,7 +9,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -87,23 +87,38 @@ def build(model: type[Frozen], values: Mapping[str, Any]) -> Any:
 
 
 def _explain(model: type[BaseModel], entry: Mapping[str, Any]) -> str:
-    # A discriminated union puts its tag into the location (source.world.size); it is no key of the user's.
     loc = [str(part) for part in entry["loc"]]
-    known = _known_keys(model)
+    tag = _tag_of_union(model, loc[0]) if loc else None
+    if tag is not None:
+        del loc[1:2]  # a discriminated union puts its tag there (source.world.size); it is no key of the user's
     key = ".".join(loc)
-    if key not in known and len(loc) > 2:
-        shorter = ".".join(loc[:1] + loc[2:])
-        key = shorter if shorter in known or entry["type"] == "extra_forbidden" else key
     if entry["type"] == "extra_forbidden":
-        last = key.rpartition(".")[2]
-        near = [name for name in known if name.rpartition(".")[2] == last]
-        near = near[:3] or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
-        hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; `notellm2 settings` lists them all"
-        return f"unknown setting {key!r}{hint}"
+        return _explain_unknown(model, key, tag)
     given = entry.get("input")
     shown = "" if isinstance(given, (dict, BaseModel)) else f" (got {given!r})"
     place = f"setting {key!r}" if key else "settings"
     return f"{place}: {entry['msg'].removeprefix('Value error, ')}{shown}"
+
+
+def _explain_unknown(model: type[BaseModel], key: str, tag: str | None) -> str:
+    known = _known_keys(model)
+    if tag is not None and key in known:  # of another member of the union
+        first = key.partition(".")[0]
+        members = nested_models(model.model_fields[first].annotation)
+        kinds = [one for one in members if key in _known_keys(one, f"{first}.")]
+        named = " or ".join(f"{first}.{tag}={get_args(one.model_fields[tag].annotation)[0]}" for one in kinds)
+        return f"setting {key!r} is of another {first}.{tag}: set {named}"
+    last = key.rpartition(".")[2]
+    near = [name for name in known if name.rpartition(".")[2] == last]
+    near = near[:3] or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
+    hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; `notellm2 settings` lists them all"
+    return f"unknown setting {key!r}{hint}"
+
+
+def _tag_of_union(model: type[BaseModel], name: str) -> str | None:
+    """The key that tells the members of a discriminated union apart, where the field is one."""
+    field = model.model_fields.get(name)
+    return field.discriminator if field is not None and isinstance(field.discriminator, str) else None
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:

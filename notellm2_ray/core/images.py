@@ -7,6 +7,7 @@ take 660 MB. Only formats that notes really have are tried, so that an odd file 
 from __future__ import annotations
 
 import io
+import re
 import struct
 import warnings
 from typing import TYPE_CHECKING
@@ -25,36 +26,46 @@ MAX_ASPECT = 100
 # Every scan of a progressive JPEG goes over the whole picture again, so a small file of very many scans takes very
 # long. Cameras and libraries write some 10.
 MAX_SCANS = 100
-_JPEG, _SCAN = b"\xff\xd8", b"\xff\xda"
+_JPEG, _SCAN, _END = b"\xff\xd8", 0xDA, 0xD9
+# The markers that end an image or begin a segment with a length. Compressed data holds none of them: a 0xff in it is
+# followed by a zero or by a marker without a segment.
+_SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xd9-\xdd\xe0-\xef\xfe]")
 
 _ORIENTATION_TAG = 0x0112
 
 
-def check_image(data: bytes, *, max_pixels: int = MAX_PIXELS, max_bytes: int = MAX_BYTES) -> None:
+def check_image(
+    data: bytes,
+    *,
+    max_pixels: int | None = MAX_PIXELS,
+    max_bytes: int | None = MAX_BYTES,
+    knobs: tuple[str, str] = ("prepare.max_image_pixels", "prepare.max_image_bytes"),
+) -> None:
     """Check that an image is of a known format, of a sane declared size, and decodes to its end.
 
     Args:
         data: the encoded image.
-        max_pixels: the largest declared width x height; read before decoding.
-        max_bytes: the largest encoded size.
+        max_pixels: the largest declared width x height, read before decoding; None: Pillow's own, 179 megapixels.
+        max_bytes: the largest encoded size; None: any.
+        knobs: the settings that these two came from, for the message.
 
     Raises:
         DataError: with the reason.
     """
-    if len(data) > max_bytes:
-        raise DataError(f"{len(data):,} bytes, more than the {max_bytes:,} allowed (prepare.max_image_bytes)")
+    if max_bytes is not None and len(data) > max_bytes:
+        raise DataError(f"{len(data):,} bytes, more than the {max_bytes:,} allowed ({knobs[1]})")
     # Decoding at an eighth still reads every byte, so it finds truncation at a fraction of the cost.
-    _decode(data, 1, max_pixels)
+    _decode(data, 1, max_pixels, knobs[0])
 
 
-def decode_image(data: bytes, min_side: int | None = None, *, max_pixels: int = MAX_PIXELS) -> Image.Image:
+def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
     """The first frame of an image, upright (EXIF orientation applied), on white where it is transparent.
 
     Args:
-        data: the encoded image.
+        data: the encoded image. What size it may be is for :func:`check_image` to say, once; here Pillow's own bound
+            holds alone.
         min_side: the caller's own target for the shorter side, in pixels. A JPEG is then decoded at 1/2, 1/4 or 1/8
             of its size as far as both sides stay at least this long, which is about twice as fast.
-        max_pixels: the largest declared width x height; read before decoding.
 
     Returns:
         an RGB ``PIL.Image``.
@@ -62,13 +73,13 @@ def decode_image(data: bytes, min_side: int | None = None, *, max_pixels: int = 
     Raises:
         DataError: with the reason.
     """
-    return _decode(data, min_side, max_pixels)
+    return _decode(data, min_side)
 
 
-def _decode(data: bytes, min_side: int | None, max_pixels: int) -> Image.Image:
+def _decode(data: bytes, min_side: int | None, max_pixels: int | None = None, knob: str = "") -> Image.Image:
     try:
         with _open(data) as image:
-            _check_size(image.size, max_pixels)
+            _check_size(image.size, max_pixels, knob)
             _check_scans(data)
             orientation = _orientation(image)
             if min_side is not None:
@@ -89,7 +100,7 @@ def _open(data: bytes) -> Image.Image:
     if not data:
         raise DataError("empty, 0 bytes")
     try:
-        with warnings.catch_warnings():  # our own bound on the size follows
+        with warnings.catch_warnings():  # the check's bound follows; Pillow refuses twice what it warns of
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
@@ -98,22 +109,29 @@ def _open(data: bytes) -> Image.Image:
         raise DataError("not a readable JPEG, PNG, WebP, GIF or BMP image") from None
 
 
-def _check_size(size: tuple[int, int], max_pixels: int) -> None:
+def _check_size(size: tuple[int, int], max_pixels: int | None, knob: str) -> None:
     width, height = size
-    if width * height > max_pixels:
+    if max_pixels is not None and width * height > max_pixels:
         raise DataError(
             f"declares {width} x {height} pixels ({width * height / 1e6:,.1f} megapixels), more than the "
-            f"{max_pixels / 1e6:,.1f} megapixels allowed (prepare.max_image_pixels)"
+            f"{max_pixels / 1e6:,.1f} megapixels allowed ({knob})"
         )
     if max(size) > MAX_ASPECT * min(size):
-        raise DataError(f"declares {width} x {height} pixels, longer than {MAX_ASPECT} times its width")
+        raise DataError(f"declares {width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
 
 
 def _check_scans(data: bytes) -> None:
-    # Compressed data never holds the marker: a 0xff in it is followed by a zero.
-    scans = data.count(_SCAN) if data.startswith(_JPEG) else 0
-    if scans > MAX_SCANS:
-        raise DataError(f"a JPEG of {scans:,} scans, more than the {MAX_SCANS} allowed")
+    """Refuse too many scans; what a segment holds (a thumbnail) or what follows the image (a film) is not of it."""
+    scans, place = 0, len(_JPEG)
+    while data.startswith(_JPEG) and (found := _SEGMENT.search(data, place)):
+        marker = data[found.start() + 1]
+        if marker == _END:
+            return
+        scans += marker == _SCAN
+        if scans > MAX_SCANS:
+            raise DataError(f"a JPEG of more than {MAX_SCANS} scans")
+        # A length counts its own two bytes; a smaller one is an error that the decoder reports.
+        place = found.end() + max(2, int.from_bytes(data[found.end() : found.end() + 2], "big"))
 
 
 def _orientation(image: Image.Image) -> int:

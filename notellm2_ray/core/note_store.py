@@ -22,20 +22,25 @@ class NoteStore:
     the machine, until they are asked for. Pickles as its path.
     """
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, stage: str = "mine-pairs") -> None:
         """Open a store.
+
+        Args:
+            stage: the one that writes it, for messages.
 
         Raises:
             DataError: there is none at ``path``, or it is damaged.
         """
-        self.path = Path(path)
+        self.path, self.stage = Path(path), stage
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(self.path)))
             self._batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         except FileNotFoundError:
-            raise DataError(f"{self.path} does not exist: run mine-pairs first") from None
+            raise DataError(f"{self.path} does not exist: run {stage} first") from None
         except pa.ArrowInvalid as error:
-            raise DataError(f"{self.path} is no note store or is damaged ({error}): run mine-pairs again") from error
+            raise DataError(
+                f"{self.path} is no note store or is damaged ({error}): delete {self.path.parent} and run {stage} again"
+            ) from error
         require_columns(reader.schema, NOTE_SCHEMA, str(self.path))
         self._ends = np.cumsum([batch.num_rows for batch in self._batches])
         ids = (note_id for batch in self._batches for note_id in batch.column("note_id").to_pylist())
@@ -97,16 +102,16 @@ class NoteStore:
     def __contains__(self, note_id: str) -> bool:
         return note_id in self._rows
 
-    def __reduce__(self) -> tuple[type[NoteStore], tuple[Path]]:
-        return NoteStore, (self.path,)
+    def __reduce__(self) -> tuple[type[NoteStore], tuple[Path, str]]:
+        return NoteStore, (self.path, self.stage)
 
     def _note(self, note_id: str) -> Note:
         try:
             row = self._rows[note_id]
         except KeyError:
             raise DataError(
-                f"note {note_id!r} is not among the {len(self)} notes of {self.path}: pairs and notes must come from "
-                "the same run of mine-pairs"
+                f"note {note_id!r} is not among the {len(self)} notes of {self.path}: what names it must come from the "
+                f"same run of {self.stage}"
             ) from None
         number = int(np.searchsorted(self._ends, row, side="right"))
         batch = self._batches[number]

@@ -12,8 +12,8 @@ from __future__ import annotations
 import enum
 import json
 import re
-from collections.abc import Mapping
-from typing import Literal, NamedTuple
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal, NamedTuple, TypeVar
 
 Language = Literal["zh", "en"]
 PromptKind = Literal["basic", "micl", "text"]
@@ -30,6 +30,7 @@ class Slot(enum.Enum):
 
 
 Part = str | Slot
+T = TypeVar("T")
 
 
 class _Words(NamedTuple):
@@ -74,21 +75,24 @@ def note_prompt(kind: PromptKind, language: Language) -> tuple[Part, ...]:
         words.compress,
     )
     if kind == "text":
-        return _join(words.note, *text)
-    if kind == "basic":
-        return _join(words.note + image, Slot.IMAGE, f'"{comma}', *text)
-    return _join(words.note + image, Slot.IMAGE, words.compress, Slot.VISUAL_MARK, words.next_note + words.note, *text)
+        parts: tuple[Part, ...] = (words.note, *text)
+    elif kind == "basic":
+        parts = (words.note + image, Slot.IMAGE, f'"{comma}', *text)
+    else:
+        visual = (words.note + image, Slot.IMAGE, words.compress, Slot.VISUAL_MARK)
+        parts = (*visual, words.next_note + words.note, *text)
+    return tuple(joined(parts))
 
 
-def _join(*parts: Part) -> tuple[Part, ...]:
-    """Neighbouring literals made one, so that a template has the same tokens however it was put together."""
-    joined: list[Part] = []
+def joined(parts: Iterable[T]) -> list[T]:
+    """Neighbouring strings as one, so that a prompt has the same tokens however it was put together."""
+    found: list[Any] = []
     for part in parts:
-        if isinstance(part, str) and joined and isinstance(joined[-1], str):
-            joined[-1] += part
-        else:
-            joined.append(part)
-    return tuple(joined)
+        if isinstance(part, str) and found and isinstance(found[-1], str):
+            found[-1] += part
+        elif part != "":
+            found.append(part)
+    return found
 
 
 def quote(text: str, language: Language) -> str:
@@ -105,12 +109,12 @@ def join_topics(topics: tuple[str, ...], language: Language) -> str:
     return _TOPIC_JOIN[language].join(topics)
 
 
-_CJK = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uac00-\ud7af\uf900-\ufaff]")
+_CJK = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")  # without Korean's Hangul: it has spaces
 _WORD = re.compile(r"\S+")
 
 
 def is_mostly_cjk(text: str) -> bool:
-    """Whether more than half of the letters and digits are Chinese, Japanese or Korean."""
+    """Whether more than half of the letters and digits are Chinese or Japanese."""
     letters = sum(character.isalnum() for character in text)
     return 2 * len(_CJK.findall(text)) > letters
 

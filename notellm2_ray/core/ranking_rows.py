@@ -134,8 +134,9 @@ class _Preferences:
         return None if row < 0 else self._texts[int(row)].as_py()
 
 
-def store_notes(notes: Path, ids: Iterable[str], path: Path) -> NoteStore:
-    """A store at ``path`` of the notes with these ids, out of the Parquet files in ``notes``; unknown ids are left out.
+def store_notes(notes: Path, ids: Iterable[str], path: Path) -> None:
+    """Write a :class:`NoteStore` of the notes with these ids, out of the Parquet files in ``notes``; unknown ids are
+    left out.
 
     Raises:
         DataError: there are no notes, or they lack a column.
@@ -148,7 +149,6 @@ def store_notes(notes: Path, ids: Iterable[str], path: Path) -> NoteStore:
     chosen = pa.array(sorted(set(ids)), pa.string())
     scanner = table.scanner(columns=NOTE_SCHEMA.names, filter=pads.field("note_id").isin(chosen), batch_size=1024)
     NoteStore.write(path, (batch for batch in scanner.to_batches() if batch.num_rows))
-    return NoteStore(path)
 
 
 def _read(path: Path, schema: pa.Schema, columns: Sequence[str] | None = None) -> pa.Table:

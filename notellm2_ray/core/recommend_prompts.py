@@ -14,7 +14,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Final, Literal, NamedTuple
 
 from notellm2_ray.core.errors import ConfigError
-from notellm2_ray.core.prompts import Language, quote
+from notellm2_ray.core.prompts import Language, joined, quote
 
 
 class Text(NamedTuple):
@@ -185,8 +185,8 @@ def ranker_prompt(
     image: list[Part] = [words.image[0], IMAGE, words.image[1]] if has_image and variant != "tallrec" else []
     note = _quoted(words.title[0], title, words.title[1], language)
     if layout == "image_first":
-        return _joined([*image, words.task, *user, *note, words.question])
-    return _joined([words.task, *user, *image, *note, words.question])
+        return joined([*image, words.task, *user, *note, words.question])
+    return joined([words.task, *user, *image, *note, words.question])
 
 
 def fill(template: str, values: Mapping[str, Sequence[Part]], setting: str, *, required: Sequence[str]) -> list[Part]:
@@ -220,7 +220,7 @@ def fill(template: str, values: Mapping[str, Sequence[Part]], setting: str, *, r
     missing = [f"{{{name}}}" for name in required if name not in seen]
     if missing:
         raise ConfigError(f"{setting}: the placeholder(s) {', '.join(missing)} are missing; put each where it belongs")
-    return _joined(parts)
+    return joined(parts)
 
 
 def _fields(template: str, setting: str) -> Iterator[tuple[str, str | None]]:
@@ -244,13 +244,3 @@ def _numbered(items: Sequence[Item], language: Language, with_images: bool) -> I
 
 def _quoted(before: str, text: str, after: str, language: Language) -> list[Part]:
     return [before, Text(quote(text, language)), after]
-
-
-def _joined(parts: Sequence[Part]) -> list[Part]:
-    joined: list[Part] = []
-    for part in parts:
-        if isinstance(part, str) and joined and isinstance(joined[-1], str):
-            joined[-1] += part
-        elif part != "":
-            joined.append(part)
-    return joined

@@ -137,11 +137,10 @@ def iter_notes(table: pa.Table | pa.RecordBatch) -> Iterator[Note]:
         yield Note(note_id.as_py(), title.as_py(), tuple(topics.as_py() or ()), content.as_py(), image.as_py())
 
 
-def require_columns(schema: pa.Schema, needed: pa.Schema, where: str) -> None:
-    """Raise :class:`DataError` naming ``where`` and every column of ``needed`` that ``schema`` lacks."""
+def require_columns(
+    schema: pa.Schema, needed: pa.Schema, where: str, remedy: str = "run the stage that writes it again"
+) -> None:
+    """Raise :class:`DataError` naming ``where``, every column of ``needed`` that ``schema`` lacks, and the remedy."""
     missing = [name for name in needed.names if name not in schema.names]
     if missing:
-        raise DataError(
-            f"{where}: missing column(s) {', '.join(missing)}; it has {', '.join(schema.names)}. "
-            "Map your own names with source.columns (see `notellm2 prepare -h`)."
-        )
+        raise DataError(f"{where}: missing column(s) {', '.join(missing)}; it has {', '.join(schema.names)}: {remedy}")

@@ -125,6 +125,18 @@ def json_text(values: Iterable[object]) -> Column:
     return _each(values, text_of, pa.string())
 
 
+def json_times(values: Iterable[object]) -> Column:
+    """Times as text out of JSON values of several types, numbers digit by digit: :func:`to_timestamps` then reads each
+    by itself, so that one that is no time costs its own row alone."""
+
+    def written(value: object) -> str | None:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return None if value != value else repr(value)  # NaN is how pandas writes a missing number
+        return text_of(value)
+
+    return _each(values, written, pa.string())
+
+
 def topic_lists(values: Iterable[object], separator: str) -> Column:
     """Topics out of lists, or out of strings split at ``separator``; blank topics are left out."""
 
@@ -187,7 +199,7 @@ def _from_text(array: pa.Array, unit: str) -> Column:
     text, problems = to_text(array)
     text = pc.utf8_trim_whitespace(text)
     text = pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
-    numeric = pc.fill_null(pc.match_substring_regex(text, r"^[+-]?\d+(\.\d*)?$"), False)
+    numeric = pc.fill_null(pc.match_substring_regex(text, r"^[+-]?\d+(\.\d*)?([eE][+-]?\d+)?$"), False)
     nothing = pa.scalar(None, pa.string())
     numbers = _from_numbers(pc.if_else(numeric, text, nothing).cast(pa.float64()), UNIT_MICROSECONDS[unit],
                             f"{unit} since 1970; see source.time_unit")  # fmt: skip

@@ -17,6 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
+from notellm2_ray.data.histories import offsets_of
+
 CHUNK_PAIRS = 1 << 22  # (user, A, B) expanded at once: about 40 bytes each
 DECIMALS = 8  # of a published score; scores equal to so many decimals tie
 _TRIM_LIMIT = 8  # up to this t, rows are trimmed by t passes of maxima before they are sorted
@@ -84,7 +86,9 @@ def add_up(pieces: Sequence[Rows], num_notes: int) -> Rows:
     targets = np.concatenate([piece.targets for piece in pieces])
     sums = np.concatenate([piece.sums for piece in pieces])
     order = np.argsort(queries, kind="stable")
-    return _sum_rows(queries[order], order, np.ones(len(order), np.int64), _offsets(lengths), targets, sums, num_notes)
+    return _sum_rows(
+        queries[order], order, np.ones(len(order), np.int64), offsets_of(lengths), targets, sums, num_notes
+    )
 
 
 def select(rows: Rows, *, unit: int, lower: float, upper: float, top: int) -> Selected:
@@ -203,14 +207,14 @@ def _sum_chunk(
 ) -> Rows:
     notes, users, first, last = (column[start:stop] for column in runs)
     lengths = last - first
-    offsets = _offsets(lengths)
+    offsets = offsets_of(lengths)
     targets = click_notes[np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], lengths)]
     if deduplicate:  # within a gap, a user's views of A may reach several clicks of the same B: they count once
         group = np.cumsum(np.append(0, (notes[1:] != notes[:-1]) | (users[1:] != users[:-1])))
         keys = np.unique(np.repeat(group, lengths) * num_notes + targets)
         heads = _starts(group)
         notes, users = notes[heads], users[heads]
-        offsets = _offsets(np.bincount(keys // num_notes, minlength=len(heads)))
+        offsets = offsets_of(np.bincount(keys // num_notes, minlength=len(heads)))
         targets = keys % num_notes
     ones = np.ones(len(targets), np.int64)
     return _sum_rows(notes, np.arange(len(notes)), weights[users], offsets, targets, ones, num_notes)
@@ -265,7 +269,3 @@ def _starts(values: np.ndarray) -> np.ndarray:
     if not len(values):
         return np.zeros(0, np.int64)
     return np.append(0, np.flatnonzero(values[1:] != values[:-1]) + 1)
-
-
-def _offsets(lengths: np.ndarray) -> np.ndarray:
-    return np.append(0, np.cumsum(lengths)).astype(np.int64)

@@ -53,6 +53,18 @@ class UnitCounts(NamedTuple):
     click_counts: np.ndarray  # (C,) click events on each
 
 
+def parquet_files(directory: Path) -> list[Path]:
+    """The files of a prepared table, in the order of their names.
+
+    Raises:
+        DataError: there are none.
+    """
+    files = sorted(directory.glob("*.parquet"))
+    if not files:
+        raise DataError(f"{directory} holds no Parquet file: run prepare first")
+    return files
+
+
 def list_row_groups(files: Sequence[Path]) -> list[RowGroup]:
     """Every row group of the events files.
 

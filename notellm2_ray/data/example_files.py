@@ -85,7 +85,7 @@ class PartWriter:
         tables = {"sequences": sequence_table(kept, self.vocabulary), "blocks": blocks}
         tables["quarantine"] = QUARANTINE_SCHEMA.empty_table()
         answer = self._describe(full, kept, sides) | {"blocks": blocks.num_rows}
-        answer |= {"published_targets": np.zeros(0, np.int64), "short_example": ""}
+        answer["published_targets"] = np.zeros(0, np.int64)
         for side in t.SIDES:
             choose = t.last_targets
             if side == t.TRAIN and self.candidates.train_targets == "every_block":
@@ -124,10 +124,10 @@ class PartWriter:
         tables["quarantine"] = pa.concat_tables(
             [tables["quarantine"], _too_few(t.example_ids(kept, examples), eligible, short, count)]
         )
-        answer |= {f"{name}_short": int(short.sum()), f"{name}_all": len(short)}
+        answer |= {f"{name}_short": int(short.sum()), f"{name}_all": len(short), f"{name}_short_example": ""}
         if short.any():
             worst = int(np.argmin(eligible))
-            answer["short_example"] = f"{t.example_ids(kept, examples)[worst]} has {eligible[worst]}"
+            answer[f"{name}_short_example"] = f"{t.example_ids(kept, examples)[worst]} has {eligible[worst]}"
         examples, targets = t.Examples(*(column[~short] for column in examples)), targets[~short]
         tables[name] = t.example_table(kept, examples, self.vocabulary)
         for protocol, source in draws.items():
@@ -141,7 +141,9 @@ class PartWriter:
             )
         answer[f"{name}_examples"] = len(targets)
         answer[f"{name}_history"] = tally(examples.positions)
-        clicks = self.notes.every_click - 1 if name == "published" else self.notes.clicks
+        # A target's own click is among those counted, but that of a validation or test user is held out.
+        own = {t.TRAIN: self.notes.clicks - 1, "published": self.notes.every_click - 1}
+        clicks = own.get(name, self.notes.clicks)
         answer[f"{name}_targets_never_clicked"] = int((clicks[kept.notes[targets]] == 0).sum())
         return examples
 

@@ -16,7 +16,6 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.note_store import NoteStore
 from notellm2_ray.core.run import write_atomically
 from notellm2_ray.core.schema import NOTE_SCHEMA, require_columns
@@ -58,8 +57,8 @@ def mine(prepared: Path, output: Path, pairs: PairSettings, split: SplitSettings
     Raises:
         DataError: notes or events are missing or unusable, or no pair is left for one of the sides.
     """
-    groups = event_log.list_row_groups(_files(prepared / "events"))
-    notes = ds.dataset([str(path) for path in _files(prepared / "notes")], format="parquet")
+    groups = event_log.list_row_groups(event_log.parquet_files(prepared / "events"))
+    notes = ds.dataset([str(path) for path in event_log.parquet_files(prepared / "notes")], format="parquet")
     require_columns(notes.schema, NOTE_SCHEMA, str(prepared / "notes"))
     span = event_log.log_span(groups)
     parted = split_notes(
@@ -152,10 +151,3 @@ def _stream(notes: ds.Dataset, wanted: pa.Array | pa.ChunkedArray, columns: list
         batch_readahead=1,
         fragment_readahead=1,
     )
-
-
-def _files(directory: Path) -> list[Path]:
-    files = sorted(directory.glob("*.parquet"))
-    if not files:
-        raise DataError(f"{directory} holds no Parquet file: run prepare first")
-    return files

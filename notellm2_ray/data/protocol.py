@@ -97,7 +97,7 @@ def make_sequences(
     Raises:
         DataError: no positive event, too few users, or too few notes to draw negatives from.
     """
-    groups = event_log.list_row_groups(_parquet_files(prepared / "events"))
+    groups = event_log.list_row_groups(event_log.parquet_files(prepared / "events"))
     ids, created = _read_notes(prepared / "notes")
     units = event_log.plan_units(groups, EVER, -EVER)
     rows = sum(group.rows for group in groups)
@@ -235,7 +235,7 @@ def _write_quarantine(job: _Job, output: Path) -> None:
 
 def _read_notes(directory: Path) -> tuple[pa.Table, np.ndarray]:
     """Note ids, ascending, as a table, and when each was created in microseconds; EVER where it is not known."""
-    notes = ds.dataset([str(path) for path in _parquet_files(directory)], format="parquet")
+    notes = ds.dataset([str(path) for path in event_log.parquet_files(directory)], format="parquet")
     require_columns(notes.schema, NOTE_SCHEMA, str(directory))
     table = notes.to_table(columns=["note_id", "created_at"]).sort_by("note_id").combine_chunks()
     created = table["created_at"].cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()).fill_null(EVER)
@@ -248,10 +248,3 @@ def _read(job: _Job, name: str, index: int) -> pa.Table:
 
 def _vocabulary(job: _Job) -> pa.Array:
     return read_arrow(job.scratch / "notes.arrow").read_all().column("note_id").combine_chunks()
-
-
-def _parquet_files(directory: Path) -> list[Path]:
-    files = sorted(directory.glob("*.parquet"))
-    if not files:
-        raise DataError(f"{directory} holds no Parquet file: run prepare first")
-    return files

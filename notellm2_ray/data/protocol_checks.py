@@ -104,11 +104,12 @@ def check_short(answers: Sequence[Mapping[str, Any]], settings: CandidateSetting
         if short <= MAX_SHORT_SHARE * all_:
             continue
         knob = "num_train_negatives" if name == "train" else "num_negatives"
-        example = next(answer["short_example"] for answer in answers if answer["short_example"])
+        examples = (answer.get(f"{name}_short_example", "") for answer in answers)
+        example = next(example for example in examples if example)
         remedy = (
             "let notes that were created later be negatives with candidates.existing_notes_only=false"
             if settings.max_negative_age_days is None
-            else "raise candidates.max_negative_age_days (notes without created_at are of no age)"
+            else "raise candidates.max_negative_age_days (only null lets notes without created_at be negatives)"
         )
         raise DataError(
             f"{short} of {all_} {name} examples have fewer than candidates.{knob}={getattr(settings, knob)} notes to "

@@ -90,8 +90,9 @@ def summarise(
 def format_statistics(statistics: Mapping[str, Any]) -> str:
     """The statistics as lines to read: the data set, then a line per set of examples."""
     lines = [
-        f"{statistics['users']:,} users ({statistics['cold_users']:,} cold, {statistics['untested_users']:,} without a "
-        f"target), {statistics['notes']:,} notes, {statistics['interactions']:,} interactions, sparsity "
+        f"{statistics['users']:,} users ({statistics['cold_users']:,} cold: without a target; "
+        f"{statistics['untested_users']:,} beyond candidates.max_test_users), "
+        f"{statistics['notes']:,} notes, {statistics['interactions']:,} interactions, sparsity "
         f"{statistics['sparsity']:.2%}",
         f"events of a user: {_lengths(statistics['sequence_length'])}; {statistics['truncated_users']:,} users cut to "
         f"their last ones, {statistics['blocks']:,} blocks",

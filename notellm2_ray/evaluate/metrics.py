@@ -79,7 +79,7 @@ def ranks_in_scores(
 
 
 def popularity_ranks(clicks: np.ndarray, query_rows: np.ndarray, target_rows: np.ndarray) -> np.ndarray:
-    """Ranks by one score for all queries, such as the clicks that a note had before the test period.
+    """Ranks by one score for all queries, such as the clicks that each note had.
 
     Args:
         clicks: (P,) of each note of the pool.

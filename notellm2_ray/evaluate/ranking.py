@@ -23,7 +23,7 @@ from notellm2_ray.evaluate.significance import LEVEL, mean_and_deviation, seeds_
 from notellm2_ray.evaluate.user_tests import bootstrap_p, interval, permutation_tests, resampled_weights
 
 Kind = Literal["baseline", "untuned", "ranker", "control"]
-REFERENCES = ("popularity", "sasrec", "untuned")
+REFERENCES = ("popularity", "gru4rec", "sasrec", "untuned", "untuned_text")
 
 
 @dataclass(frozen=True)

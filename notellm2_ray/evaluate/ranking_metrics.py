@@ -67,11 +67,6 @@ def ndcg_at(ranks: np.ndarray, k: int) -> np.ndarray:
     return np.where(ranks <= k, 1.0 / np.log2(ranks + 1.0), 0.0)
 
 
-def figure_names(cutoffs: Sequence[int]) -> list[str]:
-    """Names of all figures, in the tables' order; ``auc`` is pooled, ``user_auc`` the mean over examples."""
-    return ["auc", "user_auc", *(f"{name}@{k}" for name in ("hr", "mrr", "ndcg") for k in cutoffs)]
-
-
 def example_figures(
     groups: np.ndarray, labels: np.ndarray, scores: np.ndarray, num_examples: int, cutoffs: Sequence[int]
 ) -> dict[str, np.ndarray]:

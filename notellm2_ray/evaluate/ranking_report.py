@@ -51,7 +51,7 @@ def write_ranking_report(
         histories: run name to its logged steps, each with ``step``, ``loss`` and, now and then, ``valid_auc``.
         samples: of :func:`notellm2_ray.evaluate.ranking_samples.sample_users`.
         settings: the resolved settings.
-        sweeps: of :func:`notellm2_ray.sweep.sweep`.
+        sweeps: of :func:`notellm2_ray.sweep.run_sweep`.
     """
     output = Path(output)
     sections = [

@@ -176,7 +176,8 @@ def _notes(results: Mapping[str, Any], cells: Sequence[Sequence[str]]) -> list[s
     if "±" in text:
         notes.append("±: standard deviation over seeds.")
     if "*" in text:
-        notes.append(f"*: above every reference row (popularity, sasrec, untuned), p < {results['level']}.")
+        against = list(dict.fromkeys(test["against"] for test in results["tests"] if test["role"] == "reference"))
+        notes.append(f"*: above every reference row ({', '.join(against)}), p < {results['level']}.")
     return notes
 
 

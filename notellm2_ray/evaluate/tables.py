@@ -156,11 +156,6 @@ def statistics_table(statistics: Mapping[str, Any]) -> Table:
     return Table(("", *(map(_words, parts) if parts else ("value",))), rows)
 
 
-def facts_table(facts: Mapping[str, Any]) -> Table:
-    """Two columns: name and value of each entry."""
-    return Table(("", "value"), [[_words(key), _number(value)] for key, value in facts.items()])
-
-
 def escape_markdown(text: str) -> str:
     """Text as Markdown shows it literally, on one line."""
     line = " ".join(str(text).split())

@@ -130,7 +130,7 @@ class RetrievalTask:
         return ranks
 
     def popularity_ranks(self, clicks: Mapping[str, int]) -> np.ndarray:
-        """(Q,) ranks by clicks before the test period; a note that is not listed had none."""
+        """(Q,) ranks by clicks, of test notes those in the test log itself; a note that is not listed had none."""
         counts = np.array([clicks.get(note, 0) for note in self.pool_ids], dtype=np.int64)
         return metrics.popularity_ranks(counts, self.query_rows, self.target_rows)
 

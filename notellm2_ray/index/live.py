@@ -96,7 +96,6 @@ class LiveIndex:
         *,
         exclude: Collection[str] = (),
         where: Filter | None = None,
-        predicate: Callable[[str], bool] | None = None,
         model_fingerprint: str | None = None,
     ) -> Hits:
         """The ``k`` nearest notes; fewer only where no more are left.
@@ -105,8 +104,7 @@ class LiveIndex:
             query: (D,) unit vector, or a note's id, which is then left out of the answer itself.
             k: notes wanted.
             exclude: ids never to return; unknown ones are fine.
-            where: conditions on topics, time or ids; few matching notes are searched exactly.
-            predicate: further condition on an id; slower than ``where``.
+            where: conditions on topics and time; few matching notes are searched exactly.
             model_fingerprint: of the model that made the query vector, to be checked.
 
         Raises:
@@ -122,7 +120,7 @@ class LiveIndex:
             )
         vector = None if isinstance(query, str) else live_search.checked_query(query, self.dim)
 
-        def look(now: Snapshot, k: int = k) -> Hits:
+        def look(now: Snapshot) -> Hits:
             excluded = now.rows(exclude)
             if vector is not None:
                 return now.search(vector, k, excluded, where)
@@ -131,11 +129,7 @@ class LiveIndex:
                 raise DataError(f"note {query!r} is not in the index")
             return now.search(now.vectors[own], k, np.append(excluded, own), where)
 
-        if predicate is None:
-            return self._read(look)
-        return self._read(
-            lambda now: live_search.search_by_predicate(lambda asked: look(now, asked), k, predicate, len(now.ids))
-        )
+        return self._read(look)
 
     def vector(self, note_id: str, column: str = "embedding") -> np.ndarray | None:
         """(D,) copy of a note's vector; None for an unknown note or one without a vector in that column."""

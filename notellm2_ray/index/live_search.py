@@ -5,7 +5,7 @@ A :class:`Snapshot` never changes, so any number of threads search it without a 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
@@ -28,7 +28,6 @@ class Filter(NamedTuple):
     topics: frozenset[str] = frozenset()  # at least one of them; empty: any
     created_from: int | None = None  # microseconds since 1970, inclusive; notes of unknown time never fit a range
     created_to: int | None = None  # exclusive
-    allowed_ids: frozenset[str] | None = None
     all_topics: frozenset[str] = frozenset()  # every one of them
 
 
@@ -174,29 +173,7 @@ class Snapshot:
             mask &= self.created_at < where.created_to
         if where.created_from is not None or where.created_to is not None:
             mask &= self.created_at != NO_TIME
-        if where.allowed_ids is not None:
-            allowed = np.zeros_like(mask)
-            allowed[self.rows(where.allowed_ids)] = True
-            mask &= allowed
         return mask
-
-
-def search_by_predicate(search: Callable[[int], Hits], k: int, predicate: Callable[[str], bool], most: int) -> Hits:
-    """The ``k`` nearest notes whose id ``predicate`` accepts, from a search that is asked for ever more notes.
-
-    Args:
-        search: gives the so many nearest notes.
-        k: notes wanted.
-        predicate: called once per note and round.
-        most: notes that there are.
-    """
-    asked = 2 * k
-    while True:
-        hits = search(min(asked, most))
-        kept = [row for row, note_id in enumerate(hits.ids) if predicate(note_id)]
-        if len(kept) >= k or asked >= most or len(hits.ids) < asked:
-            return Hits([hits.ids[row] for row in kept[:k]], hits.scores[kept[:k]])
-        asked *= 4
 
 
 def bitmap(mask: np.ndarray) -> Any:

@@ -129,7 +129,7 @@ def read_ids(path: Path | str) -> pa.Array:
         table = pq.read_table(path)
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path}: the ids to embed cannot be read: {error}") from error
-    require_columns(table.schema, IDS, str(path))
+    require_columns(table.schema, IDS, str(path), "give a table of ids with a column note_id")
     ids = pc.unique(table.column("note_id").cast(pa.string())).drop_null()
     if not len(ids):
         raise DataError(f"{path}: no ids in it, so there is nothing to embed")
@@ -160,7 +160,7 @@ def _note_file(filesystem: pafs.FileSystem, info: pafs.FileInfo, text: str) -> N
             metadata, schema = file.metadata, file.schema_arrow
     except (OSError, pa.ArrowException) as error:
         raise DataError(f"{path} is not a readable Parquet file ({error}): repair or remove it") from error
-    require_columns(schema, NOTE_COLUMNS, path)
+    require_columns(schema, NOTE_COLUMNS, path, "give prepared notes, or a table with these columns")
     for field in NOTE_COLUMNS:
         try:
             pa.array([], schema.field(field.name).type).cast(field.type)

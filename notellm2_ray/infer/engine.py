@@ -9,11 +9,15 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from notellm2_ray.core.errors import ConfigError, ModelError
-from notellm2_ray.core.run import fingerprint
+from notellm2_ray.core.run import files_fingerprint
 from notellm2_ray.core.settings import GenerationSettings
 
 # Any of these in a config means that the model has an image tower.
 _IMAGE_KEYS = ("vision_config", "vision_tower", "mm_vision_tower", "visual", "image_token_id", "image_token_index")
+
+# vLLM shares whole blocks of a prompt. Its default on a CPU is 128 tokens, as much as a whole short prompt; its CPU
+# kernels are made for 32 at the least.
+CPU_BLOCK_TOKENS = 32
 
 
 class ModelFacts(NamedTuple):
@@ -47,7 +51,7 @@ def check_model(model: Path | str, *, images: bool) -> ModelFacts:
         )
     text = config.get("text_config") or config.get("llm_config") or config
     context = text.get("max_position_embeddings") or config.get("max_position_embeddings")
-    return ModelFacts(name, architectures[0], reads_images, context, _files_fingerprint(name))
+    return ModelFacts(name, architectures[0], reads_images, context, files_fingerprint(name))
 
 
 def engine_arguments(facts: ModelFacts, settings: GenerationSettings, *, images: int = 0) -> dict[str, Any]:
@@ -73,8 +77,8 @@ def engine_arguments(facts: ModelFacts, settings: GenerationSettings, *, images:
     arguments: dict[str, Any] = {
         "dtype": settings.dtype,
         "tensor_parallel_size": settings.tensor_parallel,
-        # One process per engine is enough for one GPU; the CPU backend needs a worker process of its own.
-        "distributed_executor_backend": "uni" if on_gpu and settings.tensor_parallel == 1 else "mp",
+        # The model in the engine's own process: with one apart each waits for the other, the engine by spinning.
+        "distributed_executor_backend": "uni" if settings.tensor_parallel == 1 else "mp",
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_sequences,
         "enforce_eager": (not on_gpu) if settings.enforce_eager is None else settings.enforce_eager,
@@ -86,6 +90,8 @@ def engine_arguments(facts: ModelFacts, settings: GenerationSettings, *, images:
     }
     if on_gpu:
         arguments["gpu_memory_utilization"] = settings.gpu_memory
+    else:
+        arguments["block_size"] = CPU_BLOCK_TOKENS
     if facts.reads_images:
         # What is not asked for is not profiled at start-up, which for a video input takes long.
         arguments["limit_mm_per_prompt"] = {"image": images, "video": 0}
@@ -111,6 +117,9 @@ def engine_environment(settings: GenerationSettings) -> dict[str, str]:
             "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_cache_gb),
             # Bound to cores, two engines of one machine would sit on the same ones.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+            # Only so does vLLM leave the model in the engine's process on a CPU; it gives the number of threads, which
+            # it could not set there, as the reason, and that is set here. The asynchronous engine stays apart anyway.
+            "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "OMP_NUM_THREADS": str(max(1, int(settings.cpus_per_engine))),
         }
     return environment
@@ -178,15 +187,6 @@ def _hub_config(model: str) -> dict[str, Any]:
         return AutoConfig.from_pretrained(model).to_dict()
     except (OSError, ValueError) as error:
         raise ModelError(f"{model}: neither a directory nor a model that can be had by that name: {error}") from error
-
-
-def _files_fingerprint(name: str) -> str:
-    """Name, size and time of a model's files: enough to know it again without reading gigabytes of weights."""
-    path = Path(name)
-    if not path.is_dir():
-        return fingerprint(name)
-    files = sorted(one for one in path.rglob("*") if one.is_file())
-    return fingerprint([(str(one.relative_to(path)), one.stat().st_size, one.stat().st_mtime_ns) for one in files])
 
 
 async def generate(engine: Any, ids: list[int], request_id: str, **sampling: Any) -> Any:

@@ -35,8 +35,6 @@ log = logging.getLogger("notellm2_ray")
 
 STAGE = "score-candidates"
 MAX_BAD_SHARE = 0.05  # of the candidates without a score; a table with more holes compares nothing
-# vLLM shares whole blocks of a prompt. Its default on a CPU is 128 tokens, as much as a whole short prompt.
-CPU_BLOCK_TOKENS = 32
 _ENGINE_SHAPING = ("dtype", "max_model_len", "engine_kwargs")
 _MAX_RAY_BLOCKS = 20_000
 
@@ -175,8 +173,6 @@ def for_scoring(generation: GenerationSettings) -> GenerationSettings:
     more between logits of 10 and over, and so ties between many of a user's candidates.
     """
     kwargs: dict[str, Any] = {"hf_overrides": {"head_dtype": "float32"}}
-    if not generation.gpus_per_engine:
-        kwargs["block_size"] = CPU_BLOCK_TOKENS
     return generation.model_copy(update={"engine_kwargs": {**kwargs, **generation.engine_kwargs}})
 
 

@@ -50,7 +50,7 @@ class Questions:
         Raises:
             DataError: a control has nothing to exchange.
         """
-        self.rows, self._store = files.rows(), NoteStore(files.store)
+        self.rows, self._store = files.rows(), NoteStore(files.store, "score-candidates")
         self._ranker, self._controls = ranker, controls
         if controls.shuffled_image:
             candidates = set(self.rows.note_ids)

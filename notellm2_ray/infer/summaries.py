@@ -152,9 +152,11 @@ def sort_rows(
     again: set[str] = set()
     for row in rows:
         text = one_paragraph(row.get("summary") or "")
+        passing = False
         if row.get(ERROR):
             # The image was found bad before, which no second try mends; anything else may have been an accident.
             problem, hopeless = row[ERROR], bool(row.get("error"))
+            passing = not hopeless
         else:
             cut = row["generated_tokens"] >= settings.max_tokens
             problem, hopeless = _problem(text, cut, settings), False
@@ -162,7 +164,8 @@ def sort_rows(
         if not problem:
             good.append({**row, "summary": text})
         elif hopeless or attempt:
-            bad.append({"note_id": row["note_id"], "version": row["version"], "reason": problem})
+            about = {"note_id": row["note_id"], "version": row["version"]}
+            bad.append({**about, "reason": problem, "passing": passing})
         else:
             again.add(row["note_id"])
     return good, bad, again
@@ -178,9 +181,11 @@ def _problem(text: str, cut: bool, settings: SummarySettings) -> str:
 
 def _check_bad_share(job: Job, done: Committed) -> None:
     bad, seen = len(done.quarantined), len(done.quarantined) + len(done.summaries)
-    if bad > job.settings.max_bad_share * job.total:
+    images = job.total - len(done.without_image)
+    if bad > job.settings.max_bad_share * images:
         raise errors.DataError(
-            f"{bad} of the first {seen} images ({job.total} notes in all) could not be described, more than "
+            f"{bad} of the first {seen} images ({images} in all) could not be described, more than "
             f"summaries.max_bad_share={job.settings.max_bad_share:g} allows: {'; '.join(first_reasons(job.output))}. "
-            f"All are in {job.output / 'quarantine'}. Repair the notes, or raise summaries.max_bad_share"
+            f"All are in {job.output / 'quarantine'}. Where the engine failed, run the command again, which asks for "
+            "those once more; else repair the notes, or raise summaries.max_bad_share"
         )

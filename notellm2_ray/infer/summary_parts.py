@@ -20,7 +20,9 @@ PARTS, QUARANTINE = "parts", "quarantine"
 # Of the model, the prompt, the settings and the notes file: a summary of anything else is none of ours.
 _VERSION = pa.field("version", pa.string(), nullable=False)
 _PART = SUMMARY_SCHEMA.append(_VERSION)
-_BAD = QUARANTINE_SCHEMA.append(_VERSION)
+# The engine failed on it, and not its image: the next run asks again.
+_PASSING = pa.field("passing", pa.bool_(), nullable=False)
+_BAD = QUARANTINE_SCHEMA.append(_VERSION).append(_PASSING)
 
 
 class Committed(NamedTuple):
@@ -38,6 +40,8 @@ class Committed(NamedTuple):
 def begin(output: Path, versions: Collection[str]) -> tuple[Committed, int]:
     """Make the directories ready; what earlier runs committed, and how many files of other versions were removed.
 
+    What was quarantined because the engine failed is forgotten, and so asked for again.
+
     Raises:
         OutputError: a file is damaged.
     """
@@ -54,6 +58,10 @@ def begin(output: Path, versions: Collection[str]) -> tuple[Committed, int]:
     for path in sorted((output / QUARANTINE).glob("*.parquet")):
         table = _valid(path, versions)
         removed += not len(table) and _remove(path)
+        lasting = table.filter(pc.invert(table.column("passing")))
+        if len(lasting) < len(table):
+            write(path, lasting)
+            table = lasting
         for key, reason in zip(table.column("key").to_pylist(), table.column("reason").to_pylist(), strict=True):
             (done.without_image if reason == NO_IMAGE else done.quarantined).add(key)
     return done, removed
@@ -64,7 +72,7 @@ def commit(output: Path, summaries: Sequence[dict[str, Any]], bad: Sequence[dict
 
     Args:
         summaries: rows of SUMMARY_SCHEMA and ``version``.
-        bad: ``note_id``, ``reason``, ``version``.
+        bad: ``note_id``, ``reason``, ``version``, ``passing``.
     """
     name = f"part-{uuid.uuid4().hex[:12]}.parquet"
     if bad:
@@ -75,6 +83,7 @@ def commit(output: Path, summaries: Sequence[dict[str, Any]], bad: Sequence[dict
                 "key": row["note_id"],
                 "reason": row["reason"],
                 "version": row["version"],
+                "passing": row["passing"],
             }
             for row in bad
         ]

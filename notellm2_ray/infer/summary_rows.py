@@ -98,7 +98,7 @@ def checked(image: bytes | None) -> tuple[bytes | None, str]:
     if image is None:
         return None, NO_IMAGE
     try:
-        check_image(image)
+        check_image(image, max_pixels=None, max_bytes=None)  # prepare had its bounds
     except DataError as error:
         return None, f"image {error}"
     return image, ""

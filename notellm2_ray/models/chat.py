@@ -15,6 +15,7 @@ from jinja2 import TemplateError
 from transformers import AutoProcessor, PreTrainedTokenizerBase
 
 from notellm2_ray.core.errors import ModelError
+from notellm2_ray.core.prompts import joined
 from notellm2_ray.core.recommend_prompts import IMAGE, NO, YES, ImageSlot, Part, Text
 from notellm2_ray.models.llm import first_line
 from notellm2_ray.models.quiet import quiet_loading
@@ -118,7 +119,7 @@ class ChatTokenizer:
         else:
             parts = [layout.before_system + system + layout.after_system, *user, layout.after]
         ids = list(self._start)
-        for part in _merged([self._image() if isinstance(part, ImageSlot) else part for part in parts]):
+        for part in joined([self._image() if isinstance(part, ImageSlot) else part for part in parts]):
             ids += self._user(part.value) if isinstance(part, Text) else self._literal(part)
         return ids
 
@@ -332,17 +333,6 @@ def _answer_words(render: Any, content: Any, prompt: str) -> tuple[str, str]:
         return "", ""
     space = around[0][len(prompt) :] if around[0].startswith(prompt) else ""
     return (space if not space.strip() else ""), around[1]
-
-
-def _merged(parts: Sequence[str | Text]) -> list[str | Text]:
-    """Neighbouring strings as one, so that a prompt's tokens do not depend on how it was put together."""
-    merged: list[str | Text] = []
-    for part in parts:
-        if isinstance(part, str) and merged and isinstance(merged[-1], str):
-            merged[-1] += part
-        elif part != "":
-            merged.append(part)
-    return merged
 
 
 __all__ = ["IMAGE", "Answers", "ChatTokenizer", "Layout", "Text", "expand_images", "load_processor"]

@@ -93,7 +93,7 @@ def contrastive_loss(
     excluded = _excluded(note_keys, gather(note_keys)[0], related, offset, mask_duplicates)
     all_present, _ = gather(present)
     counted = present & all_present[related]
-    # A row that does not count keeps its own column only, so that no row is all -inf (its gradient would be NaN).
+    # In rows that count alone: one that does not keeps its columns, as it must not be all -inf (a NaN gradient).
     excluded |= ~all_present & counted[:, None]
     per_row = F.cross_entropy(logits.masked_fill(excluded, -torch.inf), related, reduction="none")
     # Divided by the mean count of a rank, so that the mean over ranks is the mean over all rows that count.

@@ -59,11 +59,26 @@ def build_api(gateway: Gateway) -> Any:
     _add_error_answers(app)
     _declare_keys(app)
     if WEB.is_dir():
-        app.mount("/ui", StaticFiles(directory=WEB), name="ui")
+        app.mount("/ui", _with_headers(StaticFiles(directory=WEB), status_routes.PAGE_HEADERS), name="ui")
     settings = gateway.settings.gateway
     most = settings.slots
     gateway.guard = Guard(app, gateway.limits, most, gateway.keys, gateway.figures)
     return gateway.guard
+
+
+def _with_headers(app: Any, headers: dict[str, str]) -> Any:
+    """An ASGI application that answers with further headers: whoever opens the page by its file is as safe."""
+    added = [(name.encode(), value.encode()) for name, value in headers.items()]
+
+    async def answering(scope: Any, receive: Any, send: Any) -> None:
+        async def send_on(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], *added]}
+            await send(message)
+
+        await app(scope, receive, send_on)
+
+    return answering
 
 
 def _add_error_answers(app: Any) -> None:

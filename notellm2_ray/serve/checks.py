@@ -173,6 +173,11 @@ class Images:
 
     def _check(self, image: bytes) -> None:
         try:
-            check_image(image, max_pixels=self.limits.image_pixels, max_bytes=self.limits.image_bytes)
+            check_image(
+                image,
+                max_pixels=self.limits.image_pixels,
+                max_bytes=self.limits.image_bytes,
+                knobs=("serve.limits.image_pixels", "serve.limits.image_bytes"),
+            )
         except DataError as error:
             raise DataError(f"image: {error}") from None

@@ -8,10 +8,12 @@ nobody was told of, and :func:`set_aside_torn_versions` takes that out of the wa
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import logging
 import os
+import re
 import socket
 from collections.abc import Iterable
 from pathlib import Path
@@ -28,6 +30,8 @@ VERSIONS = "_versions"
 _MAGIC = b"LANC"  # ends a manifest and a data file
 _MAX_TORN = 8
 _U64 = 2**64 - 1  # a manifest's name counts down from it
+# What Lance says, in an OSError without a number, of a file that is missing, too short or holds something else.
+_WRONG_BYTES = ("Not found", "orrupt", "nvalid range", "Out of range", "Invalid user input", "LanceError(Arrow)")
 
 
 class WriterLock:
@@ -107,34 +111,60 @@ def manifest(table: Path, version: int) -> Path:
     return table / VERSIONS / f"{_U64 - version:020d}.manifest"
 
 
+def manifests(table: Path) -> list[Path]:
+    """The manifests of a table, newest first; none where there is no table.
+
+    Raises:
+        OSError: the directory cannot be read. (``Path.glob`` would find nothing there, as if there were no table.)
+    """
+    try:
+        names = os.listdir(table / VERSIONS)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+    return [table / VERSIONS / name for name in sorted(names) if name.endswith(".manifest")]
+
+
 def set_aside_torn_versions(table: Path) -> int:
     """Take versions that a loss of power left damaged out of a table; only its writer may call this.
 
-    The newest version is looked at, and the one before it if that one is damaged, and so on. Nothing of it was ever
-    acknowledged: that happens after its files are on the disk.
+    The newest version is looked at, and the one before it if that one is damaged, and so on to a sound one; only then
+    is anything renamed. Nothing of the damaged ones was acknowledged: that happens after the files are on the disk.
 
     Returns:
         How many were set aside.
 
     Raises:
         DataError: no version of the table is sound.
+        OutputError: the table could not be read, which says nothing of what it holds; nothing was changed.
     """
-    versions = sorted((table / VERSIONS).glob("*.manifest"))
-    for torn, path in enumerate(versions[: _MAX_TORN + 1]):
-        reason = _damage(table, path)
+    versions = manifests(table)[: _MAX_TORN + 1]
+    torn: list[Path] = []
+    reason: str | None = "it has no version"
+    for path in versions:
+        try:
+            reason = _damage(table, path)
+        except OSError as error:
+            raise OutputError(f"{table} cannot be read, and was left as it is: {_first_line(error)}") from error
         if reason is None:
-            return torn
-        if torn == _MAX_TORN or torn + 1 == len(versions):
             break
-        log.warning("%s: version %s is damaged (%s): set aside", table, _U64 - int(path.stem), reason)
-        path.rename(path.with_name(f"torn-{path.name}.bad"))
+        log.warning("%s: version %s is damaged: %s", table, _U64 - int(path.stem), reason)
+        torn.append(path)
+    if len(torn) == len(versions):
+        raise DataError(f"{table} is damaged ({reason}): restore it from a copy, or remove it and seed it again")
+    if torn:
         (table / VERSIONS / "latest_version_hint.json").unlink(missing_ok=True)
+        for path in torn:  # newest first: a kill in between leaves the rest to the next start
+            path.rename(path.with_name(f"torn-{path.name}.bad"))
         sync([table / VERSIONS])
-    raise DataError(f"{table} is damaged ({reason}): restore it from a copy, or remove it and seed it again")
+    return len(torn)
 
 
 def _damage(table: Path, path: Path) -> str | None:
-    """What is wrong with the version of a manifest; None if nothing is."""
+    """What is wrong with the version of a manifest; None if nothing is.
+
+    Raises:
+        OSError: it cannot be told, because the disk or the network fails, or for want of permission.
+    """
     import lance
 
     if not _ends_well(path):
@@ -150,18 +180,36 @@ def _damage(table: Path, path: Path) -> str | None:
             if deletions is not None and not (table / deletions.path(fragment.fragment_id)).stat().st_size:
                 return f"the deletions of fragment {fragment.fragment_id} are empty"
         version.count_rows("note_id = ''")  # through the index
-    except Exception as error:
-        return str(error).splitlines()[0]
+    except (OSError, ValueError, RuntimeError) as error:
+        if not _tells_of_damage(error):
+            raise OSError(_first_line(error)) from error
+        return _first_line(error)
     return None
 
 
+def _tells_of_damage(error: Exception) -> bool:
+    """Whether what reading raised says that a file is missing or holds the wrong bytes.
+
+    Everything else may pass (a failing disk, a stale NFS handle), and must not cost a version that was acknowledged.
+    Lance gives the system's errors as text, with their number.
+    """
+    number = getattr(error, "errno", None)
+    text = str(error)
+    told = re.search(r"\(os error (\d+)\)", text)
+    if number is None and told:
+        number = int(told.group(1))
+    if number is not None:
+        return number == errno.ENOENT
+    return not isinstance(error, OSError) or any(words in text for words in _WRONG_BYTES)
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _ends_well(path: Path) -> bool:
-    with open(path, "rb") as file:
-        file.seek(0, os.SEEK_END)
-        if file.tell() < len(_MAGIC):
-            return False
-        file.seek(-len(_MAGIC), os.SEEK_END)
-        return file.read() == _MAGIC
+    # All of it is read, so that a failing disk is heard of here: Lance would say that there is no such version.
+    return path.read_bytes().endswith(_MAGIC)
 
 
 def current_table(directory: str | Path) -> Path:

@@ -19,7 +19,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from notellm2_ray.core.errors import DataError, ModelError
+from notellm2_ray.core.errors import ConfigError, DataError, ModelError, OutputError
 from notellm2_ray.core.settings.retrieval import IndexSettings
 from notellm2_ray.index.ann import AnnIndex
 from notellm2_ray.index.live import LiveIndex
@@ -82,7 +82,8 @@ class StoreFollower:
             settings: of the index.
             on_change: called after every change, in the follower's thread; must be quick.
             poll_seconds: time between looks at the table.
-            saved_index: directory of an :class:`AnnIndex`, used at the first load if it fits the table as it stands.
+            saved_index: directory of an :class:`AnnIndex`, used at the first load if it fits the table as it stands;
+                one that is damaged is built anew.
             index_arguments: further arguments of :class:`LiveIndex`.
         """
         self._directory, self._settings, self._on_change = Path(directory), settings, on_change
@@ -95,6 +96,8 @@ class StoreFollower:
         self._counts: dict[str, Any] = {"polls": 0, "changes": 0, "reloads": 0, "errors": 0, "last_error": ""}
         self._delay = 0.0
         self._failing_since: float | None = None  # the first of the looks that failed one after the other
+        self._load_wanted = False  # by the last look
+        self._load_failure: tuple[float, str] | None = None  # when loads began to fail, and why the last did
 
     def start(self) -> StoreFollower:
         """Load the table and follow it from a thread.
@@ -144,10 +147,12 @@ class StoreFollower:
     @property
     def problem(self) -> str | None:
         """Why the index has been standing still for more than five seconds; None while it follows."""
-        since = self._failing_since
-        if since is None or time.monotonic() - since < _FAILING_SECONDS:
-            return None
-        return f"the table cannot be followed: {self._counts['last_error']}"
+        latest, since, failure = time.monotonic() - _FAILING_SECONDS, self._failing_since, self._load_failure
+        if since is not None and since <= latest:
+            return f"the table cannot be followed: {self._counts['last_error']}"
+        if failure is not None and failure[0] <= latest:
+            return f"the table cannot be loaded anew: {failure[1]}"
+        return None
 
     def wait_for(self, seq: int, timeout: float = 10.0) -> bool:
         """Wait until a commit group is in the index; whether it is."""
@@ -164,13 +169,11 @@ class StoreFollower:
             self._counts["reloads"] += 1
             self._tell(Change([], [], self.state.seq, reloaded=True))
             return True
-        target = self._target()
-        if target != self.state.table.path:
-            self._load_beside(target)  # goes on following the old one meanwhile
-        newest = self.state.table.newest_version
-        if newest == self.state.table.version:
-            return False
-        return self._follow(self.state.table.at(newest))
+        self._load_wanted = False
+        changed = self._look()
+        if not self._load_wanted:
+            self._load_failure = None
+        return changed
 
     def close(self) -> None:
         """Stop following."""
@@ -192,12 +195,23 @@ class StoreFollower:
                     log.warning("following %s: %s; it is tried again", self._directory, error)
                 self._counts["last_error"] = str(error)
 
+    def _look(self) -> bool:
+        table, target = self.state.table, self._target()
+        if target != table.path:
+            self._load_beside(target)  # goes on following the old one meanwhile
+        newest = table.newest_version
+        if newest < table.version:  # the writer has set damaged versions aside: what was read of them is no more
+            self._load_beside(target)
+            return False
+        return newest > table.version and self._follow(table.at(newest))
+
     def _follow(self, table: LiveTable) -> bool:
         state = self.state
         if (table.model_fingerprint, table.dim) != (state.index.model_fingerprint, state.index.dim):
             raise ModelError(
                 f"{table.path} now says it holds vectors of the model {table.model_fingerprint}, the index those of "
-                f"{state.index.model_fingerprint}: they cannot be mixed. A new model needs a new table and CURRENT"
+                f"{state.index.model_fingerprint}: they cannot be mixed. A new model needs a new table, "
+                "made the current one with notellm2_ray.serve.files.set_current"
             )
         if table.purged_seq > state.seq:
             self._load_beside(table.path)  # tombstones that were not seen yet are gone
@@ -219,6 +233,7 @@ class StoreFollower:
         return True
 
     def _load_beside(self, target: Path) -> None:
+        self._load_wanted = True
         # In this order: a load that ends between the two looks has left what it loaded, which the next poll takes.
         if (self._loading is not None and self._loading.is_alive()) or self._loaded is not None:
             return
@@ -226,7 +241,10 @@ class StoreFollower:
         def load() -> None:
             try:
                 self._loaded = self._load(target)
+                self._load_failure = None
             except BaseException as error:  # a panic too, as above
+                since = time.monotonic() if self._load_failure is None else self._load_failure[0]
+                self._load_failure = (since, str(error))
                 self._counts["errors"] += 1
                 self._counts["last_error"] = str(error)
                 log.warning("loading %s: %s; the index before it stays", target, error)
@@ -240,19 +258,28 @@ class StoreFollower:
         parts = [pa.Table.from_batches([part]) for part in table.scan()]
         rows = pa.concat_tables(parts) if parts else table.dataset.schema.empty_table()
         batch = to_batch(rows, table.columns)
-        saved = AnnIndex.load(self._saved_index) if self._saved_index is not None else None
-        if saved is not None and saved.model_fingerprint != table.model_fingerprint:
-            saved = None
         index = LiveIndex(
             batch,
             self._settings,
             model_fingerprint=table.model_fingerprint,
             others=table.columns[1:],
-            main=saved,
+            main=self._take_saved(table.model_fingerprint),
             **self._arguments,
         )
         seq, committed_at = _last(rows) if len(rows) else (-1, 0.0)
         return Following(table, index, max(seq, table.purged_seq), committed_at, table.fragment_ids())
+
+    def _take_saved(self, model_fingerprint: str) -> AnnIndex | None:
+        """The saved index, if it is of the model: the first time, for later tables hold other notes."""
+        directory, self._saved_index = self._saved_index, None
+        if directory is None:
+            return None
+        try:
+            saved = AnnIndex.load(directory)
+        except (ConfigError, OutputError) as error:  # damaged, or made for a GPU that is not here
+            log.warning("%s; the index is built anew", error)
+            return None
+        return saved if saved.model_fingerprint == model_fingerprint else None
 
     def _target(self) -> Path:
         return self._directory if self._directory.suffix == ".lance" else current_table(self._directory)

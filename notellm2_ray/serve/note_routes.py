@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
+from starlette.requests import Request  # here, because FastAPI looks for the names of annotations in the module
 
 from notellm2_ray.core.schema import Note
 from notellm2_ray.serve import schemas
@@ -53,7 +54,7 @@ def build(gateway: Gateway) -> Any:
 
     @routes.post("/v1/notes/search", response_model=schemas.CardsAnswer)
     async def search(body: schemas.SearchRequest) -> Any:
-        """Notes whose title, topic or id holds the text."""
+        """Notes whose title holds the text, in any case, or that have it as a topic or as their id."""
         check_text(body.text, gateway.limits.title_characters, "text")
         ids = await asyncio.to_thread(
             newest_if_gone, gateway.follower.state.table, lambda table: search_titles(table, body.text, body.limit)
@@ -73,11 +74,17 @@ def build(gateway: Gateway) -> Any:
         return Response(await find_similar(gateway, body), media_type="application/json")
 
     @routes.get("/v1/notes/{note_id:path}/image", responses={200: {"content": {"image/*": {}}}, 404: _NOT_FOUND})
-    async def image(note_id: str) -> Any:
-        """A note's picture as it was stored."""
+    async def image(note_id: str, request: Request) -> Any:
+        """A note's picture as it was stored. (An id that ends in /image itself is given with %2F, for its card.)"""
         check_ids([note_id], gateway.limits, "note_id")
+        whole = f"{note_id}/image"
+        if request.scope.get("raw_path", b"").lower().endswith(b"%2fimage"):
+            return await get(whole)
         (note,) = await gateway.notes([note_id])
         if note is None:
+            found = await cards(gateway, [whole])
+            if whole in found:
+                return found[whole]
             raise _missing(note_id)
         data = note.image
         if data is None:

@@ -114,9 +114,7 @@ def common_options(
         "ray_actor_options": actor,
         "graceful_shutdown_timeout_s": drain_seconds,
         "graceful_shutdown_wait_loop_s": 0.2,
-        "request_router_config": RequestRouterConfig.model_validate(
-            {"initial_backoff_s": 0.005, "max_backoff_s": 0.01}
-        ),
+        "request_router_config": RequestRouterConfig.model_validate(_BACKOFF),
         "health_check_period_s": 5,
         "health_check_timeout_s": 30,
     }

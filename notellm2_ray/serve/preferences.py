@@ -36,9 +36,14 @@ class Preferences:
         Args:
             previous: the taste before it; None for a first block.
             note_ids: of the block, oldest first; notes that are gone are left out.
+
+        Returns:
+            The taste before it where all of its notes are gone, or the model answered nothing; "" if that was None.
         """
         started = time.perf_counter()
         items = await asyncio.to_thread(self._items, list(note_ids))
+        if not items:
+            return previous or ""
         step = await self.engine.advance(previous, items, user=user, block=block)
         self.figures.took("preference", time.perf_counter() - started)
         return step.preference

@@ -136,6 +136,7 @@ def _fill(
         closed += _close_blocks(db, row["user_id"], set(row["note_ids"]))
         user_blocks.note_waiting(db, row["user_id"], rule)
         users += 1
+    user_blocks.keep_rule(db, rule)
     db.execute("COMMIT")
     return SeededUsers(users, events, closed)
 

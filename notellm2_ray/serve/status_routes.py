@@ -11,10 +11,11 @@ from notellm2_ray.serve.figures import render, summary
 if TYPE_CHECKING:
     from notellm2_ray.serve.gateway import Gateway
 
-_PAGE_HEADERS = {
+PAGE_HEADERS = {
     "content-security-policy": "default-src 'self'; img-src 'self' blob:; frame-ancestors 'none'; "
     "base-uri 'none'; form-action 'none'; object-src 'none'; require-trusted-types-for 'script'",
     "x-content-type-options": "nosniff",
+    "x-frame-options": "DENY",  # as frame-ancestors, for old browsers
     "referrer-policy": "no-referrer",
 }
 
@@ -64,6 +65,6 @@ def build(gateway: Gateway) -> Any:
     async def page() -> Any:
         if not (WEB / "index.html").is_file():
             raise NotFoundError("this installation has no page; the API's document is at /openapi.json")
-        return FileResponse(WEB / "index.html", headers=_PAGE_HEADERS)
+        return FileResponse(WEB / "index.html", headers=PAGE_HEADERS)
 
     return routes

@@ -94,7 +94,7 @@ class LiveStore:
         import lance
 
         path = Path(path)
-        if (path / files.VERSIONS).is_dir() and any((path / files.VERSIONS).glob("*.manifest")):
+        if files.manifests(path):
             raise OutputError(f"{path} is there already: open it, or remove it to seed it again")
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = files.WriterLock(path)
@@ -131,8 +131,8 @@ class LiveStore:
             max_group_rows: a group is closed at so many rows.
 
         Raises:
-            DataError: there is none.
-            OutputError: another process writes it.
+            DataError: there is none, or no version of it is sound.
+            OutputError: another process writes it, or it cannot be read for the moment.
         """
         path = Path(path)
         if not (path / files.VERSIONS).is_dir():
@@ -150,7 +150,8 @@ class LiveStore:
         if model_fingerprint is not None and model_fingerprint != self.model_fingerprint:
             raise ModelError(
                 f"vectors of the model {model_fingerprint} for {self.path}, which holds those of "
-                f"{self.model_fingerprint}: vectors of two models cannot be mixed; fill a new table and swap CURRENT"
+                f"{self.model_fingerprint}: vectors of two models cannot be mixed; fill a new table and make it "
+                "the current one with notellm2_ray.serve.files.set_current"
             )
         extra = self.columns[1:]
         return self._submit({note.note_id: check_note(note, self.dim, extra) for note in notes})

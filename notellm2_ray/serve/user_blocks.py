@@ -60,6 +60,23 @@ def note_waiting(db: sqlite3.Connection, user_id: str, rule: BlockRule) -> None:
     )
 
 
+def apply_rule(db: sqlite3.Connection, rule: BlockRule) -> None:
+    """Judge anew who has a complete block, if a database was kept by another rule (or by one that it does not say)."""
+    if db.execute("SELECT size, session_gap FROM block_rule").fetchall() == [(rule.size, rule.session_gap)]:
+        return
+    db.execute("BEGIN IMMEDIATE")
+    for (user_id,) in db.execute("SELECT user_id FROM waiting").fetchall():
+        note_waiting(db, user_id, rule)
+    keep_rule(db, rule)
+    db.execute("COMMIT")
+
+
+def keep_rule(db: sqlite3.Connection, rule: BlockRule) -> None:
+    """Write down by which rule ``waiting`` was filled."""
+    db.execute("DELETE FROM block_rule")
+    db.execute("INSERT INTO block_rule (size, session_gap) VALUES (?, ?)", (rule.size, rule.session_gap))
+
+
 def pending_block(db: sqlite3.Connection, user_id: str, rule: BlockRule, now: int | None) -> PendingBlock | None:
     """The user's first block without a preference, if it is complete.
 

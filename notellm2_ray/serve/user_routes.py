@@ -137,7 +137,7 @@ class Recommendation:
         if fallback is not None:
             self.gateway.figures.fallback(fallback)
         if self.body.user_id is not None:
-            self._expose([one.note_id for one, _ in chosen], fallback)
+            self._expose([one.note_id for one, _ in chosen])
         shown = await cards(self.gateway, [one.note_id for one, _ in chosen]) if self.body.explain else {}
         self.gateway.figures.took("recommend", time.perf_counter() - self.started)
         return {
@@ -199,9 +199,9 @@ class Recommendation:
         return set(await self.gateway.users.call("seen", self.body.user_id, note_ids, seconds=USER_SECONDS))
 
     async def _popular(self, view: dict[str, Any], excluded: frozenset[str], have: int) -> list[Candidate]:
-        """Notes that many liked lately, for who has no history yet or has seen what is near to it."""
+        """Notes that most users liked, for who has no history yet or has seen what is near to it."""
         wanted = self.body.k - have
-        ids = await self.gateway.users.call("popular", wanted + len(excluded), seconds=USER_SECONDS)
+        ids = await self.gateway.users.call("popular", seconds=USER_SECONDS)
         left = [note_id for note_id in ids if note_id not in excluded and note_id in self.gateway.index]
         seen = await self._seen_long_ago(view, left)
         left = [note_id for note_id in left if note_id not in seen]
@@ -239,14 +239,13 @@ class Recommendation:
         shown = [None if note is None else (note.title, note.image) for note in stored]
         return await gateway.ranker.call("score", view["preference"], titles, shown, seconds=max(seconds, 0.001))
 
-    def _expose(self, note_ids: list[str], fallback: str | None) -> None:
+    def _expose(self, note_ids: list[str]) -> None:
         """Log what was shown, beside the answer: it must not wait for a disk."""
         exposure = {
             "request_id": self.request_id,
             "user_id": self.body.user_id,
             "experiment": self.gateway.settings.experiment,
             "arm": self.arm.name,
-            "ranked_by": "ranker" if fallback is None else "recall",
             "note_ids": note_ids,
         }
         self.gateway.background(self.gateway.users.call("expose", exposure, seconds=USER_SECONDS))

@@ -48,6 +48,10 @@ CREATE TABLE IF NOT EXISTS waiting (  -- users with notes in no block yet
     ready INTEGER NOT NULL,  -- the first block is complete
     last_timestamp INTEGER NOT NULL
 ) WITHOUT ROWID;
+CREATE TABLE IF NOT EXISTS block_rule (  -- one row: by what waiting.ready was judged
+    size INTEGER NOT NULL,
+    session_gap INTEGER  -- microseconds; null: by size alone
+);
 CREATE INDEX IF NOT EXISTS waiting_by_time ON waiting (ready, last_timestamp);
 CREATE TABLE IF NOT EXISTS exposures (
     request_id TEXT NOT NULL,

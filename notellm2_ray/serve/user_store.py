@@ -19,7 +19,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any, Literal
 
-from notellm2_ray.core.errors import DataError, OutputError
+from notellm2_ray.core.errors import OutputError
 from notellm2_ray.serve import exposures, user_blocks
 from notellm2_ray.serve.exposures import Exposure
 from notellm2_ray.serve.group_commit import GroupCommitter
@@ -81,6 +81,7 @@ class UserStore:
         try:
             self._writer = connect(self.path)
             self._writer.executescript(TABLES)
+            user_blocks.apply_rule(self._writer, self.rule)
         except sqlite3.Error as error:
             raise OutputError(f"{path} cannot be used as the users' database: {error}") from error
         self._committer: GroupCommitter[Write] = GroupCommitter(
@@ -120,8 +121,6 @@ class UserStore:
         self, user_id: str, block: int, input_fingerprint: str, text: str
     ) -> Future[Literal["saved", "duplicate", "stale"]]:
         """As :meth:`save_preference`, with a future."""
-        if not text:
-            raise DataError(f"the preference of user {user_id!r} after block {block} is empty")
         at = micros(now())
         return self.submit(
             lambda db: user_blocks.save_preference(db, user_id, block, input_fingerprint, text, self.rule, at)
@@ -131,6 +130,9 @@ class UserStore:
         self, user_id: str, block: int, input_fingerprint: str, text: str
     ) -> Literal["saved", "duplicate", "stale"]:
         """Close a pending block with the taste after it, exactly once.
+
+        Args:
+            text: the taste; "" where nothing is known of it, as of a first block whose notes are all gone.
 
         Returns:
             ``saved``; ``duplicate`` where a preference from the same input was there, which stays; ``stale`` where the
@@ -157,10 +159,6 @@ class UserStore:
         found = [user_id for user_id in found if user_id not in without][: limit - len(without)]
         blocks = [user_blocks.pending_block(self._reader(), user_id, self.rule, time) for user_id in found]
         return [block for block in blocks if block is not None]
-
-    def pending_of(self, user_id: str, at: datetime | None = None) -> PendingBlock | None:
-        """The block of one user that waits for a preference."""
-        return user_blocks.pending_block(self._reader(), user_id, self.rule, micros(at or now()))
 
     def history(self, user_id: str) -> UserHistory:
         """A user's blocks with their preferences, and the liked notes in no block yet."""

@@ -93,16 +93,16 @@ class Users:
         """Some users with a history."""
         return await asyncio.to_thread(self.store.users, limit)
 
-    async def popular(self, limit: int) -> list[str]:
-        """Notes by how many users liked them, most first; counted anew every half minute, by one task for all callers,
-        who get the list as it was meanwhile.
+    async def popular(self) -> list[str]:
+        """The two thousand notes that most users liked, most first, deleted ones among them; counted anew every half
+        minute, by one task for all callers, who get the list as it was meanwhile.
         """
         idle = self.counting is None or self.counting.done()
         if idle and time.monotonic() - self.counted > _POPULAR_SECONDS:
             self.counting = asyncio.get_running_loop().create_task(self._count_popular())
         if self.popular_notes is None and self.counting is not None:
             await asyncio.shield(self.counting)  # a caller that goes away leaves it to the others
-        return (self.popular_notes or [])[:limit]
+        return self.popular_notes or []
 
     async def expose(self, exposure: dict[str, Any]) -> None:
         """Keep what an answer showed."""

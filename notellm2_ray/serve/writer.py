@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from notellm2_ray.core.errors import DataError, OutputError
 from notellm2_ray.serve.figures import Figures
-from notellm2_ray.serve.files import FIRST_TABLE, VERSIONS, current_table
+from notellm2_ray.serve.files import FIRST_TABLE, current_table, manifests
 from notellm2_ray.serve.live_rows import LiveNote
 from notellm2_ray.serve.plan import Plan, common_options
 from notellm2_ray.serve.store import LiveStore
@@ -61,17 +61,13 @@ class Writer:
     async def delete(self, note_ids: Sequence[str]) -> Deleted:
         """Delete those of the notes that there are."""
         store = await self._current()
-        pending = [note_id for note_id in note_ids if note_id in self.pending]
+        pending = {note_id for note_id in note_ids if note_id in self.pending}
         found = await asyncio.to_thread(store.existing, note_ids)
-        known = list(dict.fromkeys(note_id for note_id in note_ids if note_id in found or note_id in pending))
+        known = dict.fromkeys(note_id for note_id in note_ids if note_id in found or note_id in pending)
         with self.figures.timing("commit"):
             seq = await store.delete_async(known)
         self.figures.wrote("deleted", len(known))
-        return Deleted(seq, len(known), [note_id for note_id in dict.fromkeys(note_ids) if note_id not in set(known)])
-
-    def columns(self) -> tuple[str, ...]:
-        """The table's vector columns, ``embedding`` first."""
-        return self.store.columns
+        return Deleted(seq, len(known), [note_id for note_id in dict.fromkeys(note_ids) if note_id not in known])
 
     async def exchange(self, replica: str, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Keep a replica's report and return everybody's, so that any replica can answer for all."""
@@ -125,7 +121,7 @@ def ensure_table(plan: Plan) -> Path:
     from notellm2_ray.serve.seed import seed_from_bulk
 
     path = current_table(plan.directory)
-    if path.name == FIRST_TABLE and not any((path / VERSIONS).glob("*.manifest")):
+    if path.name == FIRST_TABLE and not manifests(path):
         plan.directory.mkdir(parents=True, exist_ok=True)
         seed_from_bulk(plan.notes, plan.embeddings, path)
     return path

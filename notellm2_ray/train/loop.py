@@ -72,6 +72,7 @@ class Trainer(TrainingRun[tuple[PairBatch, PreparedNotes]]):
             self.prepare_notes,
             max_pairs=settings.max_validation_pairs,
             batch_pairs=settings.batch_pairs,
+            mask_duplicates=settings.mask_duplicates,
             seed=seed,
             prefetch=settings.prefetch_batches,
         )

@@ -48,7 +48,7 @@ class SftRows:
 
     def __init__(self, files: SftFiles, split: str, ranker: RankerSettings) -> None:
         self.candidates = files.candidates(split)
-        self._store, self._ranker = NoteStore(files.store), ranker
+        self._store, self._ranker = NoteStore(files.store, "train-ranker"), ranker
         there = np.array([note_id in self._store for note_id in self.candidates.note_ids], bool)
         self._places = np.flatnonzero(there)
         self.missing = [row[:2] for row in self.candidates.rows(np.flatnonzero(~there))]

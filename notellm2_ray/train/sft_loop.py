@@ -83,7 +83,7 @@ class SftTrainer(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
         rows, valid = (SftRows(job.files, split, job.ranker) for split in ("train", "valid"))
         ranks = distributed.rank(), distributed.world_size()
         self.sampler = StepSampler(len(rows), tune.batch_size, tune.seed, *ranks)
-        self._prepare = SftPreparer(rows, self.preprocessor)
+        self._rows, self._prepare = rows, SftPreparer(rows, self.preprocessor)
         self._prepare_valid = SftPreparer(valid, self.preprocessor)
         self._valid_rows = valid.of_examples(tune.max_validation_examples, tune.seed)
         self._valid_labels = valid.labels[self._valid_rows]
@@ -93,23 +93,23 @@ class SftTrainer(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
         return rows, self._prepare(rows.tolist(), answered=True)
 
     def train(self, step: int, prepared: tuple[np.ndarray, list[RankerFeatures]]) -> dict[str, Any]:
-        _, features = prepared
+        rows, features = prepared
         tokens = torch.tensor(sum(int((item.labels != IGNORED).sum()) for item in features))
         per_rank = distributed.mean_over_ranks(tokens)
         groups = list(self._groups(features))
         losses: list[torch.Tensor] = []
+        finite: list[torch.Tensor] = []
         for number, group in enumerate(groups):
-            total, _ = self.engine(self._batch([features[place] for place in group]))
+            total, each = self.engine(self._batch([features[place] for place in group]))
             loss = total / per_rank
             losses.append(loss.detach())
+            finite.append(each[: len(group)])
             if number < len(groups) - 1:
                 self.engine.accumulate(loss)
                 continue
             mean = distributed.mean_over_ranks(torch.stack(losses).sum())
             if not math.isfinite(mean):
-                raise ModelError(
-                    f"step {step + 1}: the loss is {mean}. Lower tune.learning_rate, or set tune.precision=fp32"
-                )
+                raise self._not_finite(step, mean, rows[np.concatenate(groups)], torch.cat(finite))
             self.engine.update(loss, self.factor(step))
         return {"loss": mean}
 
@@ -138,6 +138,17 @@ class SftTrainer(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
             "best_auc": self.state.best_score,
             "trained_parameters": sum(p.numel() for p in self.ranker.parameters() if p.requires_grad),
         }
+
+    def _not_finite(self, step: int, loss: float, rows: np.ndarray, finite: torch.Tensor) -> ModelError:
+        """The error of a step, naming all ranks' prompts at fault; ``rows`` and ``finite`` are (N,), this rank's."""
+        shown = [self._rows.question(int(row))[0] for row in rows[~finite.cpu().numpy()]]
+        mine = [f"note {one.note_id} of example {one.example_id}" for one in shown]
+        wrong = sorted({name for part in distributed.gather_objects(mine) for name in part})
+        cause = f" at {len(wrong)} prompt(s): {', '.join(wrong[:8])}" + (", ..." if len(wrong) > 8 else "")
+        return ModelError(
+            f"step {step + 1}: the loss is {loss}{cause if wrong else ''}. Lower tune.learning_rate, set "
+            "tune.precision=fp32, or look at these notes"
+        )
 
     def _needs_blanks(self) -> bool:
         """Whether the other ranks wait for this one's share of the vision tower in every forward pass."""
@@ -175,10 +186,9 @@ class SftTrainer(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
 
 def mechanics(tune: TuneSettings) -> TrainSettings:
     """How an engine, Ray Train and the loop are to run a tuning: their settings are those of embedder training."""
-    stage = {"zero_stage": tune.zero_stage} if tune.engine == "deepspeed" else {}
     return TrainSettings(
         engine=tune.engine,
-        **stage,
+        zero_stage=tune.zero_stage,
         seed=tune.seed,
         num_workers=tune.num_workers,
         cpus_per_worker=tune.cpus_per_worker,

@@ -31,15 +31,25 @@ class Validation:
     """A fixed sample of the validation pairs; every rank encodes its share of their notes."""
 
     def __init__(
-        self, pairs: Pairs, prepare: NotePreparer, *, max_pairs: int, batch_pairs: int, seed: int, prefetch: int
+        self,
+        pairs: Pairs,
+        prepare: NotePreparer,
+        *,
+        max_pairs: int,
+        batch_pairs: int,
+        mask_duplicates: bool,
+        seed: int,
+        prefetch: int,
     ) -> None:
         """Choose the pairs.
 
         Args:
             max_pairs: how many at most.
             batch_pairs: pairs in a batch of the validation loss; all ranks together encode twice as many notes at once.
+            mask_duplicates: as in training, so that both losses are of one kind.
         """
         self._prepare, self._prefetch, self._batch_pairs = prepare, prefetch, batch_pairs
+        self._mask_duplicates = mask_duplicates
         rng = np.random.default_rng(stream_seed(seed, "train", "validation"))
         order = rng.permutation(len(pairs))[:max_pairs]
         used, keys = np.unique(pairs.keys[order], return_inverse=True)
@@ -90,7 +100,10 @@ class Validation:
             yield [self._note_ids[place] for place in np.minimum(places, len(self._note_ids) - 1)]
 
     def _score(self, vectors: NoteVectors, alpha: float) -> Score:
-        losses = [embedder_loss(_rows(vectors, keys), keys, alpha=alpha).total for keys in self._batches()]
+        losses = [
+            embedder_loss(_rows(vectors, keys), keys, alpha=alpha, mask_duplicates=self._mask_duplicates).total
+            for keys in self._batches()
+        ]
         return Score(self._recall(vectors.multimodal), float(torch.stack(losses).mean()))
 
     def _batches(self) -> Iterator[torch.Tensor]:

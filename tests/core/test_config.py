@@ -20,6 +20,11 @@ def resolve(*overrides: str) -> Settings:
         ("train.step=3", "unknown setting 'train.step'; did you mean 'train."),
         ("zero_stage=1", "did you mean 'train.zero_stage'"),
         ("source.num_note=3", "'source.num_note'; did you mean 'source.num_notes'"),
+        ("serve.gateway.cpu=3", "unknown setting 'serve.gateway.cpu'; did you mean 'serve.gateway.cpus'?"),
+        ("model.qformer.queries=8", "'model.qformer.queries'; did you mean 'model.qformer.num_queries'?"),
+        ("source.notes=a.parquet", "setting 'source.notes' is of another source.kind: set source.kind=tabular"),
+        ("source.columns.title=t", "'source.columns' is of another source.kind: set source.kind=tabular"),
+        ("source.days=many", "setting 'source.days': Input should be a valid integer"),
         ("train.batch_pairs=many", "setting 'train.batch_pairs': Input should be a valid integer"),
         ("model.variant=notellm3", "'notellm2'"),
         ("pairs.lower=40", "pairs.lower (40.0) must be below pairs.upper"),
@@ -37,13 +42,15 @@ def test_a_wrong_override_is_named_with_its_remedy(override, named):
     "overrides",
     [
         ("train.engine=plain", "train.offload=optimizer"),
+        ("source.language=zh", "source.words_per_value=11"),
+        ("prepare.max_image_pixels=200_000_000",),
         ("train.zero_stage=2", "train.offload=parameters_and_optimizer"),
         ("train.batch_pairs=9", "train.num_workers=2"),
         ("source.kind=movielens", "source.directory=x"),
     ],
 )
 def test_settings_that_contradict_each_other_are_refused(overrides):
-    with pytest.raises(ConfigError, match=r"needs|must|ignored"):
+    with pytest.raises(ConfigError, match=r"needs|must|set train.offload=none|less than"):
         resolve(*overrides)
 
 
@@ -55,6 +62,12 @@ def test_settings_are_frozen_and_survive_a_round_trip(tmp_path):
     path.write_text(yaml.safe_dump(to_plain(settings)))
     assert build(Settings, load_yaml(path)) == settings
     assert settings.train.learning_rate == 1e-4
+
+
+@pytest.mark.parametrize("preset", ["demo", "mqwen-bigg"])
+def test_every_preset_takes_the_plain_engine_and_is_read_again(preset):
+    settings = load_settings(None, preset, ["train.engine=plain", "train.offload=none", "tune.engine=plain"])
+    assert build(Settings, to_plain(settings)) == settings
 
 
 def test_later_levels_win(tmp_path):

@@ -74,11 +74,26 @@ def test_bounds_are_the_callers():
     check_image(data, max_pixels=3072)
     with pytest.raises(DataError, match=r"more than the 10 allowed \(prepare.max_image_bytes\)"):
         check_image(data, max_bytes=10)
+    with pytest.raises(DataError, match=r"\(limits\.pixels\)"):
+        check_image(data, max_pixels=3071, knobs=("limits.pixels", "limits.bytes"))
+    with pytest.raises(DataError, match=r"\(limits\.bytes\)"):
+        check_image(data, max_bytes=10, knobs=("limits.pixels", "limits.bytes"))
+
+
+def test_what_a_raised_bound_lets_in_is_decoded_later():
+    data = encoded(Image.new("1", (8000, 6300)), "PNG")
+    with pytest.raises(DataError, match="prepare.max_image_pixels"):
+        check_image(data)
+    check_image(data, max_pixels=60_000_000)
+    check_image(data, max_pixels=None, max_bytes=None)
+    assert decode_image(data).size == (8000, 6300)
+    with pytest.raises(DataError, match="absurdly large"):  # Pillow's own bound
+        decode_image(png_declaring(60_000, 60_000))
 
 
 def test_a_strip_that_resizing_would_blow_up_is_refused():
-    with pytest.raises(DataError, match="longer than 100 times"):
-        check_image(encoded(picture(4, 401), "PNG"))
+    with pytest.raises(DataError, match="401 x 4 pixels: one side is more than 100 times the other"):
+        check_image(encoded(picture(401, 4), "PNG"))
 
 
 def test_draft_keeps_the_short_side_and_the_picture():
@@ -124,5 +139,30 @@ def test_a_jpeg_of_very_many_scans_is_refused_and_a_progressive_one_is_not():
     check_image(data)
     start = data.rindex(b"\xff\xda")
     scan = data[start:-2]
-    with pytest.raises(DataError, match="scans"):
+    with pytest.raises(DataError, match="more than 100 scans"):
         check_image(data[:start] + scan * 200 + data[-2:])
+
+
+def test_only_scans_of_the_image_itself_count():
+    data = encoded(picture(), "JPEG")
+    scans = b"\xff\xda\x00\x08" * 200
+    check_image(data + scans)  # a motion photo's film
+    check_image(data[:2] + b"\xff\xfe" + struct.pack(">H", len(scans) + 2) + scans + data[2:])  # a segment's contents
+
+
+@pytest.mark.parametrize(
+    "filler", [b"\xff", b"\xff\xda\x00\x00", b"\xff\x02\xff\xff", b"\xff\xe0\x00\x00", b"\xff\xda"]
+)
+def test_malformed_segments_are_refused(filler):
+    data = encoded(picture(), "JPEG")
+    start = data.rindex(b"\xff\xda")
+    with pytest.raises(DataError):
+        check_image(data[:start] + filler * 100_000)
+
+
+def test_scans_cannot_hide_behind_a_marker_that_the_decoder_skips():
+    data = encoded(picture(), "JPEG", progressive=True, restart_marker_blocks=1)
+    start = data.rindex(b"\xff\xda")
+    scan = data[start:-2]
+    with pytest.raises(DataError, match="more than 100 scans"):
+        check_image(data[:start] + (scan + b"\xff\x02\xff\xff") * 200 + data[-2:])

@@ -32,7 +32,8 @@ def test_what_is_written_is_read_back_by_id_in_any_order(tmp_path, monkeypatch):
     assert store.get(["d", "a", "c", "笔记", "a"]) == [NOTES[3], NOTES[0], NOTES[2], NOTES[1], NOTES[0]]
     assert "a" in store
     assert "b" not in store
-    assert pickle.loads(pickle.dumps(store)).get(["c"]) == [NOTES[2]]
+    copy = pickle.loads(pickle.dumps(NoteStore(tmp_path / "notes.arrow", "train-ranker")))
+    assert (copy.get(["c"]), copy.stage) == ([NOTES[2]], "train-ranker")
 
 
 def test_an_empty_store_is_a_store(tmp_path):
@@ -57,5 +58,13 @@ def test_missing_and_damaged_files_say_what_to_run(tmp_path):
     with pytest.raises(DataError, match="run mine-pairs first"):
         NoteStore(tmp_path / "notes.arrow")
     (tmp_path / "notes.arrow").write_bytes(b"not an Arrow file at all")
-    with pytest.raises(DataError, match="run mine-pairs again"):
+    with pytest.raises(DataError, match="delete .* and run mine-pairs again"):
         NoteStore(tmp_path / "notes.arrow")
+
+
+def test_another_stage_s_store_names_that_stage(tmp_path):
+    with pytest.raises(DataError, match="run train-ranker first"):
+        NoteStore(tmp_path / "notes.arrow", "train-ranker")
+    NoteStore.write(tmp_path / "notes.arrow", [batch(NOTES)])
+    with pytest.raises(DataError, match="same run of train-ranker"):
+        NoteStore(tmp_path / "notes.arrow", "train-ranker").get(["nowhere"])

@@ -27,8 +27,8 @@ from notellm2_ray.core.settings import CandidateSettings, SequenceSettings
 from notellm2_ray.data import event_log
 from notellm2_ray.data.histories import k_core, within_core
 from notellm2_ray.data.protocol import make_sequences
-from notellm2_ray.data.protocol_checks import check_candidates, check_examples
-from notellm2_ray.data.ranking_statistics import describe, tally
+from notellm2_ray.data.protocol_checks import check_candidates, check_examples, check_short
+from notellm2_ray.data.ranking_statistics import describe, format_statistics, tally
 from notellm2_ray.data.sequences import build_histories, spill_unit
 from notellm2_ray.data.sources.files import TableFile
 from notellm2_ray.data.sources.microlens import _read_sequences
@@ -291,6 +291,26 @@ def test_a_few_examples_without_enough_notes_are_set_aside_with_the_reason(tmp_p
     assert "early/1" not in examples
 
 
+def test_the_side_that_is_short_shows_an_example_of_its_own():
+    answers = [
+        {"train_all": 9, "train_short": 9, "train_short_example": "u/1 has 0"}
+        | {"valid_all": 9, "valid_short": 9, "valid_short_example": "v/1 has 3"}
+    ]
+    with pytest.raises(DataError, match=r"9 of 9 train examples .*\(u/1 has 0\)"):
+        check_short(answers, CandidateSettings())
+    with pytest.raises(DataError, match="only null lets notes without created_at be negatives"):
+        check_short(answers, CandidateSettings(max_negative_age_days=3))
+
+
+def test_short_examples_are_kept_by_side(tmp_path):
+    rows = [(f"u{user}", f"n{note}", float(note)) for user in range(20) for note in (user % 4, 4)]
+    enough = make(tmp_path / "enough", rows, protocols=("uniform",), num_negatives=3)
+    with pytest.raises(DataError, match="of 14 train examples have fewer") as caught:
+        make(tmp_path / "short", rows, protocols=("uniform",), num_negatives=4, num_train_negatives=4)
+    shown = str(caught.value).partition("(")[2].partition(" has 3)")[0]
+    assert shown in {row["example_id"] for row in read(enough, "train")}
+
+
 def test_limits_on_users_and_events(tmp_path):
     rows = [*make_log(), *(("busy", f"n{i % 120:03}", float(i)) for i in range(4000)), ("new", "n001", 3.0)]
     rows.append(("stranger", "unheard of", 3.0))
@@ -313,9 +333,19 @@ def test_limits_on_users_and_events(tmp_path):
     statistics = json.loads((output / "statistics.json").read_text())
     tested = round(0.2 * len(long))
     assert statistics["untested_users"] == tested - 3
+    told = format_statistics(statistics)
+    assert f"{statistics['cold_users']} cold: without a target; {tested - 3} beyond candidates.max_test_users" in told
     assert (statistics["truncated_events"] >= 110, statistics["unknown_note_events"]) == (True, 1)
     assert statistics["cold_users"] == len(sequences) - len(long)
     assert pq.read_table(output / "quarantine").to_pylist()[0]["key"] == "stranger"
+
+
+def test_a_target_s_own_click_is_not_another_s(tmp_path):
+    rows = [(f"u{user}", note, float(hour)) for user in range(30) for hour, note in enumerate(("shared", f"n{user}"))]
+    output = make(tmp_path, rows, protocols=("uniform",))
+    statistics = json.loads((output / "statistics.json").read_text())
+    for side in ("train", "valid", "test"):
+        assert statistics[f"{side}_targets_never_clicked"] == statistics[f"{side}_examples"] > 0
 
 
 def test_one_event_is_enough_where_min_events_says_so(tmp_path):

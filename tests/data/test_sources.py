@@ -18,7 +18,7 @@ from notellm2_ray.data.columns import to_text, to_timestamps, to_topics
 from notellm2_ray.data.sources import open_source
 from notellm2_ray.data.sources.files import list_files
 from notellm2_ray.data.sources.microlens import _read_pairs, _read_sequences, hashtags
-from notellm2_ray.data.sources.movielens import _events, _movies
+from notellm2_ray.data.sources.movielens import _events, _movies, poster_files
 from notellm2_ray.data.sources.tabular import _check_columns, _read_events, _read_notes, tabular_tables
 
 
@@ -94,6 +94,16 @@ def test_images_from_a_root_by_uri_and_as_bytes(tmp_path):
     assert images == [str(tmp_path / "root/a/b.jpg"), "file:///c.jpg", "/d.jpg"]
     write(tmp_path / "notes.parquet", [{"note_id": "1", "image": b"\xff\xd8"}], "parquet")
     assert read_notes(tmp_path / "notes.parquet")[0]["image"] == b"\xff\xd8"
+
+
+def test_a_relative_image_root_starts_where_the_command_was_given(tmp_path, ray_cluster, monkeypatch):
+    write(tmp_path / "notes.csv", [{"note_id": "1", "image": "a.jpg"}], "csv")
+    write(tmp_path / "events.csv", [{"user_id": "u", "note_id": "1", "timestamp": 1}], "csv")
+    monkeypatch.chdir(tmp_path)  # Ray's workers stay where they are
+    notes, _ = tabular_tables(
+        TabularSettings(kind="tabular", notes="notes.csv", events="events.csv", image_root="pictures")
+    )
+    assert notes.take_all()[0]["image"] == str(tmp_path / "pictures/a.jpg")
 
 
 def test_topics_as_string_or_list_in_one_file(tmp_path):
@@ -185,6 +195,22 @@ def test_bad_json_lines_cost_one_row_each(tmp_path):
     assert rows["4"]["_error"] == "unreadable row: a JSON list, not an object"
     assert rows["5"]["_error"].startswith("wrong value: note_id is of type bool")
     assert "title is not valid Unicode" in rows["6"]["_error"]
+
+
+def test_a_json_time_that_cannot_be_read_costs_its_own_row(tmp_path):
+    times = [1_700_000_000.25, 1_700_000_000, 1.7e9, "2023-11-14", None, float("nan"), 1e-9]
+    bad = ["unknown", True, [1]]
+    rows = [{"user_id": "u", "note_id": "1", "timestamp": time} for time in times + bad]
+    write(tmp_path / "e.jsonl", rows, "jsonl")
+    read = read_events(tmp_path / "e.jsonl")
+    assert [bool(row["_error"]) for row in read] == [False] * len(times) + [True] * len(bad)
+    assert read[0]["timestamp"] == datetime(2023, 11, 14, 22, 13, 20, 250_000, tzinfo=UTC)
+    assert [row["timestamp"] for row in read[4:6]] == [None, None]
+    assert read[6]["timestamp"] == datetime(1970, 1, 1, tzinfo=UTC)
+    write(tmp_path / "n.jsonl", [{"note_id": "1", "title": "a", "created_at": time} for time in times + bad], "jsonl")
+    notes = read_notes(tmp_path / "n.jsonl")
+    assert [row["created_at"] for row in notes] == [row["timestamp"] for row in read]
+    assert [bool(row["_error"]) for row in notes] == [bool(row["_error"]) for row in read]
 
 
 def test_actions_by_default_only_where_the_table_has_none(tmp_path):
@@ -294,6 +320,15 @@ def test_movielens_movies():
     assert (rows[0]["topics"], rows[0]["content"], rows[0]["image"]) == (["Action", "Crime"], "heist, noir", "/p/1.jpg")
     assert (rows[1]["topics"], rows[1]["content"], rows[1]["image"]) == ([], "", None)
     assert _movies(raw, {"1": "/p/1.jpg"}, {}, posters_only=True)["note_id"].to_pylist() == ["1"]
+
+
+def test_movielens_without_posters(tmp_path):
+    folder = tmp_path / "movielens"
+    folder.mkdir()
+    settings = MovieLensSettings(kind="movielens", directory=folder)
+    with pytest.raises(DataError, match=r"set source\.directory to .* posters/, or source\.posters_only=false$"):
+        poster_files(settings)
+    assert poster_files(settings.model_copy(update={"posters_only": False})) == {}
 
 
 def test_missing_source_files_name_the_setting(tmp_path):

@@ -74,6 +74,8 @@ def test_line_breaks_become_the_language_s_own_stop():
         ("红色的猫睡觉", 4, "auto", "红色的猫"),
         ("我的 iPhone 很好看很好看", 4, "auto", "我的 i"),
         ("my iPhone 很好", 2, "auto", "my iPhone"),
+        ("かわいい猫が眠る", 4, "auto", "かわいい"),
+        ("빨간 고양이가 잔다", 2, "auto", "빨간 고양이가"),
         ("红色的猫 睡觉", 1, "words", "红色的猫"),
         ("one two", 4, "characters", "one "),
         ("", 4, "auto", ""),

@@ -7,11 +7,13 @@ import json
 import time
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from notellm2_ray.core.errors import ModelError, OutputError
 from notellm2_ray.core.settings.retrieval import IndexSettings
 from notellm2_ray.core.settings.serve import LimitSettings, ServeSettings
+from notellm2_ray.index.ann import AnnIndex
 from notellm2_ray.serve import files, follower
 from notellm2_ray.serve.calls import Dependency
 from notellm2_ray.serve.checks import Images
@@ -110,6 +112,43 @@ def test_what_was_loaded_is_not_loaded_again_before_it_is_taken(path):
     one._load_beside(path)
     one._loading.join()
     assert one.poll() and one.state is loaded and not one.freshness()["errors"]
+
+
+def test_a_load_that_keeps_failing_is_told_until_it_is_no_longer_needed(path, tmp_path, monkeypatch):
+    monkeypatch.setattr(follower, "_FAILING_SECONDS", 0.2)
+    one = StoreFollower(tmp_path, EXACT, poll_seconds=0.01).start()
+    (tmp_path / "CURRENT").write_text(json.dumps({"table": "live-2.lance"}))
+    soon(lambda: one.problem is not None)
+    assert "live-2.lance" in one.problem and len(one.index) == 20
+    (tmp_path / "CURRENT").unlink()
+    soon(lambda: one.problem is None)
+    make_table(tmp_path / "live-2.lance", 3)
+    (tmp_path / "CURRENT").write_text(json.dumps({"table": "live-2.lance"}))
+    soon(lambda: len(one.index) == 3)
+    assert one.problem is None
+    one.close()
+
+
+def test_a_saved_index_is_used_once_and_a_damaged_one_not_at_all(path, tmp_path, monkeypatch, caplog):
+    batch = StoreFollower(path, EXACT)._load(path).index._rows
+    saved = AnnIndex.build(batch.ids[:20], batch.vectors[:20], EXACT, model_fingerprint=MODEL)
+    (tmp_path / "index").mkdir()
+    saved.save(tmp_path / "index")
+    reads, load = [], AnnIndex.load
+
+    def counted(directory):
+        reads.append(directory)
+        return load(directory)
+
+    monkeypatch.setattr(AnnIndex, "load", counted)
+    one = StoreFollower(path, EXACT, saved_index=tmp_path / "index")
+    first, second = one._load(path), one._load(path)
+    assert len(reads) == 1 and len(first.index) == len(second.index) == 20
+    np.testing.assert_array_equal(first.index._snapshot.main.ids, saved.ids)
+    (tmp_path / "index" / "index.faiss").write_bytes(b"")
+    started = StoreFollower(path, EXACT, saved_index=tmp_path / "index").start()
+    assert len(started.index) == 20 and "built anew" in caplog.text
+    started.close()
 
 
 def make_writer(directory) -> Writer:

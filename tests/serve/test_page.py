@@ -274,6 +274,32 @@ def test_keys(new_tab, service):
     page.get_by_role("alert").filter(has_text="An API key is needed").wait_for()
 
 
+def test_a_key_that_is_given_late_costs_nothing_that_was_typed(new_tab, service):
+    tab = new_tab()
+    tab.failures_expected = True
+    page = tab.open("#/write", key=service.read)
+    page.get_by_label("Title", exact=True).fill("a long day's work")
+    note_id = page.get_by_label("Id", exact=True).input_value()
+    page.get_by_role("button", name="Write it").click()
+    page.get_by_role("alert").filter(has_text="may not do that").wait_for()
+    page.get_by_role("button", name="Enter a key").click()
+    page.get_by_label("Key", exact=True).fill(service.write)
+    page.keyboard.press("Enter")
+    page.get_by_role("button", name="API key, given").wait_for()
+    assert page.get_by_label("Title", exact=True).input_value() == "a long day's work"
+    page.get_by_role("button", name="Write it").click()
+    page.get_by_role("heading", name="Found again").wait_for()
+    assert service.http.get(f"/v1/notes/{note_id}").json()["title"] == "a long day's work"
+    service.http.post("/v1/notes/delete", json={"note_ids": [note_id]})
+    keyless = new_tab()
+    keyless.failures_expected = True
+    page = keyless.open("#/write?id=n1")  # there is no form yet: the note is read with the key
+    page.get_by_role("button", name="Enter a key").click()
+    page.get_by_label("Key", exact=True).fill(service.read)
+    page.keyboard.press("Enter")
+    page.get_by_role("heading", name="Change a note").wait_for()
+
+
 def test_waiting_and_finding_nothing_are_told(tab, service):
     page = tab.open("#/users", key=service.read)
     waiting = []

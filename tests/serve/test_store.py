@@ -221,17 +221,30 @@ def test_a_seq_is_never_given_twice_even_if_the_last_tombstone_was_purged(path):
         assert store.upsert([note("n1")]) == seq + 1
 
 
-@pytest.mark.parametrize("harm", ["empty manifest", "zeroed manifest", "data cut short", "all"])
+def damage(path, part, how) -> None:
+    """What a loss of power may do to the newest file of a part of the table."""
+    newest = max((path / part).iterdir(), key=lambda file: file.stat().st_mtime_ns)
+    data = newest.read_bytes()
+    if how == "gone":
+        newest.unlink()
+    else:
+        newest.write_bytes({"cut short": data[:100], "zeroed": bytes(len(data)), "empty": b""}[how])
+
+
+HARMS = ["empty manifest", "zeroed manifest", "data cut short", "data gone", "deletions empty", "deletions zeroed"]
+
+
+@pytest.mark.parametrize("harm", [*HARMS, "deletions gone", "all"])
 def test_a_loss_of_power_costs_only_what_was_not_acknowledged(path, harm):
     with LiveStore.open(path) as store:
         store.upsert([note("kept")])
         version = store.info()["version"]
-        store.upsert([note("torn")])
+        store.upsert([note("torn"), note("n1", 5)])
         torn = store.info()["version"]
     (path / files.VERSIONS / "latest_version_hint.json").write_bytes(b"")
-    if harm == "data cut short":
-        newest = max((path / "data").iterdir(), key=lambda file: file.stat().st_mtime_ns)
-        newest.write_bytes(newest.read_bytes()[:100])
+    part, _, how = harm.partition(" ")
+    if part in ("data", "deletions"):
+        damage(path, {"deletions": "_deletions"}.get(part, part), how)
     elif harm == "all":
         for manifest in (path / files.VERSIONS).glob("*.manifest"):
             manifest.write_bytes(b"")
@@ -244,7 +257,62 @@ def test_a_loss_of_power_costs_only_what_was_not_acknowledged(path, harm):
         assert (store.info()["version"], store.seq) == (version, 1)
         assert store.upsert([note("after")]) == 2
     assert {"kept", "after"} <= set(titles(path))
-    assert "torn" not in titles(path)
+    assert "torn" not in titles(path) and titles(path)["n1"] == "0"
+
+
+FAILING = [
+    OSError("Input/output error"),
+    OSError(5, "Input/output error"),
+    PermissionError(13, "Permission denied"),
+    OSError("LanceError(IO): Generic LocalFileSystem error: Stale file handle (os error 116), local.rs:1"),
+    OSError("LanceError(Arrow): Io error: Input/output error (os error 5), deletion.rs:157"),
+    ValueError("Dataset at path live.lance was not found: Permission denied (os error 13)"),
+]
+
+
+@pytest.mark.parametrize("error", FAILING, ids=str)
+def test_a_disk_that_fails_for_a_moment_costs_nothing(path, monkeypatch, error):
+    import lance
+
+    with LiveStore.open(path) as store:
+        assert [store.upsert([note("a", value)]) for value in (1, 2, 3)] == [1, 2, 3]
+    files.manifest(path, LiveTable(path).version + 1).write_bytes(b"")  # damaged, and what is before it cannot be read
+    before = files.listing(path)
+    with monkeypatch.context() as patch:
+        patch.setattr(lance, "dataset", lambda *_, **__: (_ for _ in ()).throw(error))
+        with pytest.raises(OutputError, match="left as it is"):
+            LiveStore.open(path)
+    assert files.listing(path) == before
+    with LiveStore.open(path) as store:
+        assert store.seq == 3 and store.notes(["a"])[0].title == "3"
+        assert store.upsert([note("b")]) == 4
+
+
+def test_a_table_that_cannot_be_listed_is_not_taken_for_none(path, monkeypatch):
+    def denied(_):
+        raise PermissionError(13, "Permission denied")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "listdir", denied)
+        with pytest.raises(PermissionError):
+            make_table(path)
+    assert len(titles(path)) == 20
+
+
+def test_a_follower_goes_back_with_the_table(path):
+    follower = StoreFollower(path, EXACT)
+    with LiveStore.open(path) as store:
+        store.upsert([note("kept")])
+        store.upsert([note("torn", 1)])
+    follower.state = follower._load(path)  # a version may be read before it is known to be on the disk
+    assert follower.state.seq == 2
+    damage(path, "data", "cut short")
+    with LiveStore.open(path) as store:
+        follower.poll()
+        follower._loading.join()
+        assert follower.poll() and "torn" not in follower.index and "kept" in follower.index
+        assert store.upsert([note("after")]) == 2
+        assert follower.poll() and "after" in follower.index and follower.state.seq == 2
 
 
 def test_followers_swap_to_a_new_models_table_as_one(tmp_path):

@@ -22,9 +22,10 @@ from hypothesis import strategies as st
 
 from notellm2_ray.core.errors import DataError, OutputError
 from notellm2_ray.core.schema import BLOCK_SCHEMA, PREFERENCE_SCHEMA, SEQUENCE_SCHEMA
+from notellm2_ray.serve import user_blocks
 from notellm2_ray.serve.exposures import Exposure, clicks_by_arm
 from notellm2_ray.serve.seed_users import seed_events, seed_users
-from notellm2_ray.serve.user_rows import UserEvent, micros, moment
+from notellm2_ray.serve.user_rows import PendingBlock, UserEvent, micros, moment
 from notellm2_ray.serve.user_store import UserStore
 
 START = datetime(2024, 5, 1, tzinfo=UTC)
@@ -40,8 +41,12 @@ def users(tmp_path):
         yield store
 
 
+def pending_of(store: UserStore, user: str = "u") -> PendingBlock | None:
+    return next((block for block in store.pending() if block.user_id == user), None)
+
+
 def summarise(store: UserStore, user: str = "u", text: str = "") -> str:
-    pending = store.pending_of(user)
+    pending = pending_of(store, user)
     return store.save_preference(user, pending.block, pending.fingerprint, text or f"taste {pending.block}")
 
 
@@ -64,19 +69,17 @@ def test_blocks_follow_time_then_arrival_and_need_the_preference_before(users):
     users.add_events([event("c", 3), event("a", 1)])
     assert users.pending() == []
     users.add_events([event("b1", 2), event("b2", 2), event("d", 9), event("e", 8)])
-    first = users.pending_of("u")
+    first = pending_of(users)
     assert (first.block, first.note_ids, first.previous) == (0, ["a", "b1", "b2"], None)
     assert users.pending() == [first]
     assert users.save_preference("u", 0, first.fingerprint, "one") == "saved"
     assert users.save_preference("u", 0, first.fingerprint, "again") == "duplicate"
-    second = users.pending_of("u")
+    second = pending_of(users)
     assert (second.block, second.note_ids, second.previous) == (1, ["c", "e", "d"], "one")
     assert users.save_preference("u", 0, second.fingerprint, "x") == "stale"
     assert users.save_preference("u", 2, second.fingerprint, "x") == "stale"
     assert users.save_preference("u", 1, first.fingerprint, "x") == "stale"
     assert users.save_preference("nobody", 0, first.fingerprint, "x") == "stale"
-    with pytest.raises(DataError, match="is empty"):
-        users.save_preference("u", 1, second.fingerprint, "")
     assert summarise(users, text="two") == "saved"
     assert users.preference("u") == (1, "two")
     assert users.pending() == []
@@ -87,17 +90,57 @@ def test_blocks_follow_time_then_arrival_and_need_the_preference_before(users):
     ]
 
 
+def test_a_taste_of_which_nothing_is_known_does_not_stop_the_chain(users):
+    users.add_events([event(note, minute) for minute, note in enumerate("abcdef")])
+    first = pending_of(users)
+    assert users.save_preference("u", 0, first.fingerprint, "") == "saved"
+    assert users.preference("u") == (0, "")
+    second = pending_of(users)
+    assert (second.block, second.note_ids, second.previous) == (1, ["d", "e", "f"], "")
+    assert summarise(users, text="two") == "saved" and users.pending() == []
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "due"),
+    [
+        ({"block_size": 5}, {"block_size": 2}, ["a", "b"]),
+        ({"block_size": 2}, {"block_size": 5}, None),
+        ({"block_size": 5}, {"block_size": 5, "session_gap_minutes": 60}, ["a", "b", "c"]),
+    ],
+)
+def test_another_rule_is_applied_to_what_waits_already(tmp_path, before, after, due):
+    with UserStore(tmp_path / "u.sqlite", **before) as users:
+        users.add_events([event(note, minute) for note, minute in zip("abcd", (0, 1, 2, 100), strict=True)])
+    now = START + timedelta(minutes=101)
+    for _ in range(2):
+        with UserStore(tmp_path / "u.sqlite", **after) as users:
+            assert [block.note_ids for block in users.pending(at=now)] == ([due] if due else [])
+    with UserStore(tmp_path / "u.sqlite", **before) as users:
+        assert bool(users.pending(at=now)) == (before["block_size"] == 2)
+
+
+def test_waiting_users_are_judged_again_only_where_the_rule_is_another(tmp_path, monkeypatch):
+    judged = []
+    with UserStore(tmp_path / "u.sqlite") as users:
+        users.add_events([event("a", 0)])
+    monkeypatch.setattr(user_blocks, "note_waiting", lambda *values: judged.append(values))
+    UserStore(tmp_path / "u.sqlite").close()
+    assert not judged
+    UserStore(tmp_path / "u.sqlite", block_size=2).close()
+    assert len(judged) == 1
+
+
 def test_a_late_event_goes_to_the_next_block_and_a_changed_block_is_stale(users):
     users.add_events([event(note, minute) for minute, note in enumerate("abc")])
     summarise(users)
     assert users.add_events([event("late", 0.5), event("new", 7)]) == ["late", "added"]
     assert users.add_events([event("a", -5)]) == ["late"]  # its note's block is closed: it stays there
     users.add_events([event("d", 8)])
-    before = users.pending_of("u")
+    before = pending_of(users)
     assert before.note_ids == ["late", "new", "d"]
     users.add_events([event("later", 6)])
     assert users.save_preference("u", 1, before.fingerprint, "of other notes") == "stale"
-    assert users.pending_of("u").note_ids == ["late", "later", "new"]
+    assert pending_of(users).note_ids == ["late", "later", "new"]
     assert summarise(users) == "saved"
     assert [block.note_ids for block in users.history("u").blocks] == [["a", "b", "c"], ["late", "later", "new"]]
     assert users.history("u").waiting == ["d"]
@@ -189,7 +232,7 @@ def test_blocks_equal_a_plain_replay(tmp_path_factory, steps):
                     assert summarise(users) == "saved"
                     closed.append([note for _, note in waiting[:2]])
                 else:
-                    assert users.pending_of("u") is None
+                    assert pending_of(users) is None
                 continue
             users.add_events([event(f"n{note}", minute) for note, minute in step])
             for note, minute in step:
@@ -317,7 +360,7 @@ def test_seeding_closes_the_blocks_that_have_preferences(tmp_path):
         assert (pending["w"].block, pending["w"].note_ids) == (0, ["n0", "n1", "n2"])
         assert users.add_events([event("n3", 3)]) == ["duplicate"]
         assert users.add_events([event("x", 9), event("y", 10)]) == ["added", "added"]
-        assert users.pending_of("u").note_ids == ["n7", "x", "y"]
+        assert pending_of(users).note_ids == ["n7", "x", "y"]
     blocks[0]["note_ids"] = ["other"]
     (tmp_path / "two").mkdir()
     wrong = write_bulk(tmp_path / "two", sequences, blocks, preferences)
@@ -344,7 +387,7 @@ def write(thread):
         if store.add_events(events) != ["added", "duplicate"]:
             os.write(acknowledged, b"wrong\\n")
         os.write(acknowledged, f"event {user} {number}\\n".encode())
-        pending = store.pending_of(user)
+        pending = next((block for block in store.pending() if block.user_id == user), None)
         if pending is not None:
             text = " ".join(pending.note_ids)
             if store.save_preference(user, pending.block, pending.fingerprint, text) != "saved":

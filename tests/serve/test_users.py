@@ -11,12 +11,17 @@ import pytest
 from pydantic import ValidationError
 
 from notellm2_ray import cli
+from notellm2_ray.core.settings.serve import LimitSettings, ServeSettings
 from notellm2_ray.serve import users as users_module
 from notellm2_ray.serve.exposures import Exposure
-from notellm2_ray.serve.schemas import Event
+from notellm2_ray.serve.figures import Figures
+from notellm2_ray.serve.preferences import Preferences
+from notellm2_ray.serve.schemas import Event, RecommendRequest
+from notellm2_ray.serve.user_routes import Recommendation
 from notellm2_ray.serve.user_rows import UserEvent
 from notellm2_ray.serve.user_store import UserStore
 from notellm2_ray.serve.users import Users
+from tests.serve.notes import make_table
 
 START = datetime(2024, 5, 1, tzinfo=UTC)
 
@@ -45,14 +50,14 @@ def test_popular_notes_are_counted_by_one_and_given_as_they_were_meanwhile(plan,
             return count(limit)
 
         monkeypatch.setattr(users.store, "popular", slowly)
-        first = [asyncio.create_task(users.popular(5)) for _ in range(4)]
+        first = [asyncio.create_task(users.popular()) for _ in range(4)]
         await asyncio.sleep(0.05)
         go.set()
         assert await asyncio.gather(*first) == [["a", "b"]] * 4 and len(counts) == 1
         monkeypatch.setattr(users_module, "_POPULAR_SECONDS", -1.0)
         go.clear()
         users.store.add_events([event(user, "c") for user in "uvw"])
-        assert [await asyncio.wait_for(users.popular(5), 1) for _ in range(3)] == [["a", "b"]] * 3
+        assert [await asyncio.wait_for(users.popular(), 1) for _ in range(3)] == [["a", "b"]] * 3
         go.set()
         await users.counting
         assert users.popular_notes == ["c", "a", "b"] and len(counts) == 2
@@ -101,6 +106,68 @@ def test_users_whose_taste_cannot_be_written_do_not_keep_others_waiting(plan, mo
         users.loop_task.cancel()
 
     asyncio.run(run())
+
+
+def test_an_empty_taste_is_kept_and_the_next_block_is_due(plan, monkeypatch):
+    monkeypatch.setattr(users_module, "_LOOK_SECONDS", 0.01)
+    asked = []
+
+    async def advance(user_id, block, previous, note_ids):
+        asked.append((block, previous, note_ids))
+        return "" if block == 0 else "cats"
+
+    async def run():
+        users = Users(plan, SimpleNamespace(advance=SimpleNamespace(remote=advance)))
+        users.store.add_events([event("u", note, minute) for minute, note in enumerate("abcdef")])
+        users._start()
+        async with asyncio.timeout(20):
+            while users.store.preference("u") != (1, "cats"):
+                await asyncio.sleep(0.02)
+        users.loop_task.cancel()
+
+    asyncio.run(run())
+    assert asked == [(0, None, ["a", "b", "c"]), (1, "", ["d", "e", "f"])]
+
+
+@pytest.mark.parametrize(("previous", "kept"), [("likes cats", "likes cats"), (None, "")])
+def test_a_block_whose_notes_are_all_gone_keeps_the_taste_before_it(tmp_path, previous, kept):
+    make_table(tmp_path / "live.lance")
+    asked = []
+
+    class Engine:
+        async def advance(self, previous, items, **_):
+            asked.append([item.title for item in items])
+            return SimpleNamespace(preference="new")
+
+    replica = Preferences.__new__(Preferences)
+    replica.plan, replica.summaries, replica.engine = SimpleNamespace(directory=tmp_path), {}, Engine()
+    replica.figures = Figures("test")
+    assert asyncio.run(replica.advance("u", 1, previous, ["gone", "away"])) == kept and asked == []
+    assert asyncio.run(replica.advance("u", 1, previous, ["gone", "n1"])) == "new" and asked == [["0"]]
+
+
+def test_who_is_new_gets_the_most_popular_notes_that_are_still_there():
+    popular = [*(f"deleted{number}" for number in range(50)), "a", "seen", "b", "c"]
+
+    async def call(method, most=None, *, seconds):
+        assert method == "popular"
+        return popular[:most]
+
+    async def cards(note_ids):
+        return {}
+
+    gateway = SimpleNamespace(
+        limits=LimitSettings(),
+        settings=ServeSettings(),
+        figures=Figures("test"),
+        users=SimpleNamespace(call=call),
+        index={"a", "b", "c", "seen"},
+        ranker=None,
+        cards=cards,
+    )
+    view = {"history": [], "seen": ["seen"], "all_seen": True, "preference": None}
+    wanted = Recommendation(gateway, RecommendRequest(history=[], k=2))
+    assert [one.note_id for one in asyncio.run(wanted._recall(view))] == ["a", "b"]
 
 
 def test_an_event_needs_something_to_be_known_again_by():

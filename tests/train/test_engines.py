@@ -201,7 +201,9 @@ def _score(directory: str, case: dict[str, Any], num_workers: int) -> list[float
 
     run = material.Run(Path(directory), material.train_settings(num_workers=num_workers, **case))
     valid = Pairs(Path(directory) / "pairs" / "valid.parquet")
-    validation = Validation(valid, run.prepare, max_pairs=9, batch_pairs=num_workers, seed=1, prefetch=1)
+    validation = Validation(
+        valid, run.prepare, max_pairs=9, batch_pairs=num_workers, mask_duplicates=True, seed=1, prefetch=1
+    )
     return [*validation.score(run.module, 9.0, torch.device("cpu")), len(validation)]
 
 

@@ -24,8 +24,7 @@ from notellm2_ray.train.schedule import learning_rate_factor, num_steps
 @pytest.mark.parametrize(
     ("values", "said"),
     [
-        ({"engine": "plain", "offload": "optimizer"}, "train.offload is DeepSpeed's"),
-        ({"engine": "plain", "zero_stage": 2}, "train.zero_stage is DeepSpeed's"),
+        ({"engine": "plain", "offload": "optimizer"}, "train.offload is DeepSpeed's.* set train.offload=none"),
         ({"zero_stage": 2, "offload": "parameters_and_optimizer"}, "needs train.zero_stage=3"),
         ({"zero_stage": 0, "offload": "optimizer"}, "needs train.zero_stage 1, 2 or 3"),
         ({"batch_pairs": 9, "num_workers": 2}, "must be a multiple of train.num_workers"),
@@ -85,6 +84,31 @@ def test_too_few_pairs_for_a_batch_say_so():
 
     with pytest.raises(DataError, match=r"7 training pairs do not fill one batch of train.batch_pairs=8"):
         PairSampler(FakePairs(7), 8, 0)
+
+
+def test_validation_masks_duplicates_as_training_does():
+    import torch
+
+    from notellm2_ray.models.losses import embedder_loss
+    from notellm2_ray.models.mlrm import NoteVectors
+    from notellm2_ray.train.validation import Validation
+
+    class Repeated(FakePairs):  # the first note stands in every pair
+        keys = np.array([[0, 1], [0, 2], [0, 3]])
+        note_ids = ("a", "b", "c", "d")
+
+    vectors = NoteVectors(torch.randn(4, 8), torch.randn(4, 8), torch.ones(4, dtype=torch.bool), torch.tensor(1.0))
+    losses = []
+    for masked in (True, False):
+        validation = Validation(
+            Repeated(3), None, max_pairs=9, batch_pairs=3, mask_duplicates=masked, seed=0, prefetch=0
+        )
+        keys = torch.from_numpy(validation.keys.T.reshape(-1).copy())
+        rows = NoteVectors(*(column[keys] for column in vectors[:3]), vectors.temperature)
+        expected = embedder_loss(rows, keys, alpha=9.0, mask_duplicates=masked).total
+        losses.append(validation._score(vectors, 9.0).loss)
+        assert losses[-1] == pytest.approx(float(expected))
+    assert losses[0] < losses[1]
 
 
 @pytest.mark.parametrize("depth", [0, 1, 3])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 from pathlib import Path
 from typing import Any
@@ -18,7 +19,7 @@ from notellm2_ray.core.settings import TuneSettings
 from notellm2_ray.train.history import read_history
 from notellm2_ray.train.sft import train_ranker
 from notellm2_ray.train.sft_data import SftFiles, check_rows, gather_notes, length_groups, split_groups
-from notellm2_ray.train.sft_loop import SftJob, SftTrainer, pooled_auc
+from notellm2_ray.train.sft_loop import SftJob, SftTrainer, mechanics, pooled_auc
 from tests.train import ranking_material as material
 from tests.train.ranks import run_ranks
 
@@ -70,8 +71,7 @@ def test_auc_counts_ties_half():
 def test_settings_that_contradict_each_other_are_refused():
     with pytest.raises(ValueError, match="multiple of tune.num_workers"):
         TuneSettings(batch_size=3, num_workers=2)
-    with pytest.raises(ValueError, match="zero_stage is DeepSpeed's"):
-        TuneSettings(engine="plain", zero_stage=2)
+    assert mechanics(TuneSettings(engine="plain", zero_stage=2)).engine == "plain"
 
 
 def test_candidates_without_a_note_are_quarantined_and_too_few_refused(directory, tmp_path):
@@ -107,8 +107,21 @@ def test_a_loss_that_is_not_finite_stops_the_run(directory, tmp_path):
     trainer = _trainer(directory, tmp_path)
     with torch.no_grad():
         next(p for p in trainer.ranker.parameters() if p.requires_grad).fill_(float("nan"))
-    with pytest.raises(ModelError, match=r"step 1: the loss is nan. Lower tune.learning_rate"):
+    with pytest.raises(ModelError, match=r"step 1: the loss is nan at 4 prompt\(s\): .*Lower tune.learning_rate"):
         _steps(trainer, range(1))
+
+
+def test_a_prompt_whose_loss_is_not_finite_is_named(directory, tmp_path):
+    trainer = _trainer(directory, tmp_path, max_batch_tokens=64)
+    rows, features = trainer.prepare(0)
+    with_image = next(place for place, item in enumerate(features) if item.vision)
+    pixels = {name: torch.full_like(values, torch.nan) if values.is_floating_point() else values
+              for name, values in features[with_image].vision.items()}  # fmt: skip
+    features[with_image] = features[with_image]._replace(vision=pixels)
+    candidate, _ = trainer._rows.question(int(rows[with_image]))
+    named = f"at 1 prompt(s): note {candidate.note_id} of example {candidate.example_id}."
+    with pytest.raises(ModelError, match=re.escape(named)):
+        trainer.train(0, (rows, features))
 
 
 def test_every_loss_and_variant_trains(directory, tmp_path):

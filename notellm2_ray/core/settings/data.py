@@ -26,7 +26,11 @@ class WorldSettings(Frozen):
     num_subjects: int = Field(12, ge=2, le=24, description="values of a note's first hidden factor, its subject")
     num_styles: int = Field(8, ge=2, le=12, description="values of a note's second hidden factor, its style")
     words_per_value: int = Field(
-        6, ge=1, le=12, description="words that tell one subject or style: the fewer, the more often notes share them"
+        6,
+        ge=1,
+        le=12,
+        description="words that tell one subject or style (Chinese: at most 10): the fewer, the more often notes share "
+        "them",
     )
     text_subject: Share = Field(0.98, description="probability that a note's text tells its subject")
     text_style: Share = Field(0.1, description="probability that a note's text tells its style")
@@ -45,6 +49,8 @@ class WorldSettings(Frozen):
             raise ValueError(
                 f"short_share ({self.short_share}) and long_share ({self.long_share}) must not exceed 1 together"
             )
+        if self.language == "zh" and self.words_per_value > 10:
+            raise ValueError(f"words_per_value ({self.words_per_value}) must be at most 10 with language=zh")
         return self
 
 
@@ -105,7 +111,10 @@ class PrepareSettings(Frozen):
 
     max_bad_share: Share = Field(0.05, description="above this share of quarantined rows in a table the job stops")
     max_image_pixels: int = Field(
-        50_000_000, ge=1, description="images declaring more pixels are quarantined undecoded"
+        50_000_000,
+        ge=1,
+        le=178_956_970,  # beyond, Pillow opens no image
+        description="images declaring more pixels are quarantined undecoded",
     )
     max_image_bytes: int = Field(20_000_000, ge=1, description="image files larger than this are quarantined unread")
     bad_image: Literal["quarantine", "drop"] = Field(

@@ -91,12 +91,18 @@ class ModelSettings(Frozen):
     initial_temperature: float = Field(3.0, description="tau at the start; its exponential multiplies the cosine")
     alpha: float = Field(9.0, ge=0, description="weight of the multimodal loss over the visual one (Eq. 9)")
     prompt_language: Literal["zh", "en"] = Field("zh", description="language of the prompt's own words")
-    max_title_words: int = Field(20, ge=0, description="title is cut after so many words (characters in Chinese)")
-    max_content_words: int = Field(80, ge=0, description="content is cut after so many words (characters in Chinese)")
+    max_title_words: int = Field(
+        20, ge=0, description="title is cut after so many words (characters in Chinese and Japanese)"
+    )
+    max_content_words: int = Field(
+        80, ge=0, description="content is cut after so many words (characters in Chinese and Japanese)"
+    )
     max_topics: int = Field(10, ge=0, description="topics kept")
     max_topic_length: int = Field(16, ge=1, description="a longer topic, in characters, is left out")
     truncation_unit: Literal["auto", "words", "characters"] = Field(
-        "auto", description="what title and content are cut by; auto: characters where the text is mostly Chinese"
+        "auto",
+        description="what title and content are cut by; auto: characters where the text is mostly Chinese or "
+        "Japanese, which have no spaces",
     )
     max_body_tokens: int = Field(
         140,

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
-from pydantic import Field, model_validator
+from pydantic import Field, PositiveInt, model_validator
 
 from notellm2_ray.core.config import Frozen
 
@@ -22,7 +22,9 @@ class SequenceSettings(Frozen):
 
     actions: tuple[str, ...] = Field(("click",), min_length=1, description="events that say a user liked a note")
     min_events: int = Field(2, ge=1, description="users with fewer positive events get no target, but keep a sequence")
-    max_events: int = Field(100, ge=2, description="only so many of a user's last events are kept")
+    max_events: int = Field(
+        100, ge=2, description="only a user's last so many events are kept; past it each new event changes all blocks"
+    )
     blocks_by: Literal["size", "session"] = Field(
         "size", description="cut history after block_size events (the published code), or where a session ends (paper)"
     )
@@ -49,9 +51,10 @@ class CandidateSettings(Frozen):
         ("uniform", "popular"),
         min_length=1,
         description="test negatives: uniform, matched to the target's popularity, or the published construction, which "
-        "takes each user's most popular notes for the history and so leaks popularity",
+        "takes each user's most popular notes for the history and so leaks popularity (it rebuilds the test examples "
+        "alone: training and validation keep last events as targets)",
     )
-    num_negatives: int = Field(20, ge=1, description="negatives per test target")
+    num_negatives: int = Field(20, ge=1, description="negatives per validation and test target")
     num_train_negatives: int = Field(1, ge=1, description="negatives per training target")
     max_test_users: int = Field(0, ge=0, description="test at most so many users, drawn by the seed; 0: all")
     existing_notes_only: bool = Field(
@@ -124,8 +127,14 @@ class PreferenceSettings(Frozen):
         "recurrent, from titles alone",
     )
     template: str | None = Field(None, description="instruction to the model; null: ours, in prompt_language")
-    max_tokens: int = Field(256, ge=1, description="tokens of a preference at most; one that runs into it is cut there")
-    max_title_words: int = Field(30, ge=1, description="a title is cut after so many words (characters in Chinese)")
+    max_tokens: int = Field(
+        256,
+        ge=1,
+        description="tokens of a preference at most; one that runs into it is cut there (published code: 1,024)",
+    )
+    max_title_words: int = Field(
+        30, ge=1, description="a title is cut after so many words (Chinese, Japanese: characters)"
+    )
     max_summary_words: int = Field(80, ge=1, description="an image summary is cut after so many words")
     temperature: float = Field(0.0, ge=0, description="0: greedy; above (published: 0.6) seeded per user and block")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus of sampling (published: 0.9)")
@@ -133,7 +142,7 @@ class PreferenceSettings(Frozen):
 
 
 class RankerSettings(Frozen):
-    """The MLLM that says yes or no to a candidate, and how LoRA tunes it."""
+    """The MLLM that says yes or no to a candidate, and what it is shown."""
 
     model: str = Field("tiny", description="Hugging Face image-text model; tiny: the one that captions")
     variant: RankerVariant = Field(
@@ -164,7 +173,7 @@ class TuneSettings(Frozen):
         "answer", description="tokens that the loss is taken over; the published code's is everything"
     )
     engine: Literal["deepspeed", "plain"] = Field("deepspeed", description="what distributes the optimizer")
-    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed's ZeRO stage")
+    zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed's ZeRO stage; the plain engine has none")
     num_workers: int = Field(1, ge=1, description="training processes")
     cpus_per_worker: float = Field(1, gt=0, description="CPUs reserved for a worker")
     gpus_per_worker: float = Field(0, ge=0, description="GPUs reserved for a worker")
@@ -179,7 +188,9 @@ class TuneSettings(Frozen):
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the device multiplies it")
     gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
     validate_every_steps: int = Field(100, ge=1, description="updates between validations by AUC and checkpoints")
-    max_validation_examples: int = Field(200, ge=1, description="validation targets, each with its training negatives")
+    max_validation_examples: int = Field(
+        200, ge=1, description="validation targets used at most, each with candidates.num_negatives negatives"
+    )
     max_failures: int = Field(2, ge=0, description="worker failures survived before giving up")
 
     @model_validator(mode="after")
@@ -188,8 +199,6 @@ class TuneSettings(Frozen):
             raise ValueError(
                 f"tune.batch_size ({self.batch_size}) must be a multiple of tune.num_workers ({self.num_workers})"
             )
-        if self.engine == "plain" and "zero_stage" in self.model_fields_set and self.zero_stage:
-            raise ValueError("tune.zero_stage is DeepSpeed's: with tune.engine=plain it would be ignored")
         return self
 
 
@@ -198,7 +207,7 @@ class RankEvaluateSettings(Frozen):
 
     rankers: tuple[RankerVariant, ...] = Field(("mllm_msr",), description="variants trained and compared by `run`")
     seeds: tuple[int, ...] = Field((42,), min_length=1, description="seeds each of them is trained with")
-    cutoffs: tuple[int, ...] = Field((3, 5, 10), min_length=1, description="k of HR, MRR and NDCG")
+    cutoffs: tuple[PositiveInt, ...] = Field((3, 5, 10), min_length=1, description="k of HR, MRR and NDCG")
     baselines: tuple[BaselineName, ...] = Field(
         ("random", "popularity", "gru4rec", "sasrec", "untuned"), description="rows beside the rankers"
     )
@@ -216,10 +225,15 @@ class RankEvaluateSettings(Frozen):
 
     @model_validator(mode="after")
     def _consistent(self) -> RankEvaluateSettings:
-        for name in ("rankers", "seeds", "baselines", "controls"):
+        for name in ("rankers", "seeds", "cutoffs", "baselines", "controls"):
             values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise ValueError(f"ranking.{name} names one twice: {list(values)}")
         if self.controls and not self.rankers:
             raise ValueError("ranking.controls need a ranker: name one in ranking.rankers, or set ranking.controls=[]")
+        if self.controls and self.rankers[0] == "tallrec":
+            raise ValueError(
+                "ranking.controls take away the first ranker's images and preferences, and tallrec sees neither: name "
+                "another first in ranking.rankers, or set ranking.controls=[]"
+            )
         return self

@@ -14,7 +14,7 @@ class TrainSettings(Frozen):
 
     seed: int = Field(42, ge=0, description="seed of initialisation, order and dropout (the paper's runs: 42, 43, 44)")
     engine: Literal["deepspeed", "plain"] = Field("deepspeed", description="DeepSpeed ZeRO, or PyTorch (DDP) alone")
-    zero_stage: Literal[0, 1, 2, 3] = Field(3, description="DeepSpeed: what is sharded over the ranks")
+    zero_stage: Literal[0, 1, 2, 3] = Field(3, description="DeepSpeed: what is sharded over the ranks; plain: nothing")
     offload: Literal["none", "optimizer", "parameters_and_optimizer"] = Field(
         "none", description="DeepSpeed: what is kept in CPU memory (parameters: stage 3 only)"
     )
@@ -62,9 +62,9 @@ class TrainSettings(Frozen):
                 f"train.batch_pairs ({self.batch_pairs}) must be a multiple of train.num_workers ({self.num_workers})"
             )
         if self.engine == "plain" and self.offload != "none":
-            raise ValueError("train.offload is DeepSpeed's: with train.engine=plain it would be ignored")
-        if self.engine == "plain" and "zero_stage" in self.model_fields_set and self.zero_stage:
-            raise ValueError("train.zero_stage is DeepSpeed's: with train.engine=plain it would be ignored")
+            raise ValueError(
+                "train.offload is DeepSpeed's: with train.engine=plain it would be ignored; set train.offload=none"
+            )
         if self.offload == "parameters_and_optimizer" and self.zero_stage != 3:
             raise ValueError("train.offload=parameters_and_optimizer needs train.zero_stage=3")
         if self.offload == "optimizer" and self.zero_stage == 0:

@@ -46,7 +46,7 @@ def list_files(pattern: str, format_: str, setting: str) -> list[TableFile]:
         DataError: there are none, or one of a kind that cannot be told.
     """
     if "://" in pattern:
-        paths = _list_uri(pattern)
+        paths = [path for path, _ in uri_files(pattern)]
     elif Path(pattern).is_dir():
         found = (path for path in Path(pattern).rglob("*") if path.is_file() and not path.name.startswith((".", "_")))
         paths = sorted(str(path) for path in found if format_ != "auto" or ending(str(path)) in _ENDINGS)
@@ -59,16 +59,23 @@ def list_files(pattern: str, format_: str, setting: str) -> list[TableFile]:
     return [TableFile(path, _format(path, setting) if format_ == "auto" else format_) for path in paths]
 
 
-def _list_uri(uri: str) -> list[str]:
+def uri_files(uri: str) -> list[tuple[str, fs.FileInfo]]:
+    """The file that a URI names, or all tables below the directory that it names: the URI and the facts of each.
+
+    Raises:
+        DataError: it cannot be looked at.
+    """
     try:
         system, path = fs.FileSystem.from_uri(uri)
-        if system.get_file_info(path).type != fs.FileType.Directory:
-            return [uri]
+        info = system.get_file_info(path)
+        if info.type != fs.FileType.Directory:
+            return [(uri, info)]
         entries = system.get_file_info(fs.FileSelector(path, recursive=True))
     except (OSError, pa.ArrowInvalid) as error:
         raise DataError(f"{uri}: cannot be listed: {error}") from error
     prefix = uri.rstrip("/").removesuffix(path.rstrip("/"))
-    return sorted(prefix + entry.path for entry in entries if entry.is_file and ending(entry.path) in _ENDINGS)
+    found = sorted((entry for entry in entries if entry.is_file), key=lambda entry: entry.path)
+    return [(prefix + entry.path, entry) for entry in found if ending(entry.path) in _ENDINGS]
 
 
 def ending(path: str) -> str:

@@ -45,7 +45,7 @@ def movielens_tables(settings: MovieLensSettings, seed: int = 0) -> SourceTables
         DataError: a file is missing or is not laid out as MovieLens's are.
     """
     movies, ratings = _file(settings, "movies.csv"), _file(settings, "ratings.csv")
-    posters = image_names(settings.directory / "posters", "source.directory, which must hold posters/,")
+    posters = poster_files(settings)
     if settings.posters_only:
         logger.info(
             "movielens: only the movies that have one of the %s posters, and their ratings", f"{len(posters):,}"
@@ -55,6 +55,18 @@ def movielens_tables(settings: MovieLensSettings, seed: int = 0) -> SourceTables
         notes=dataset([movies], lambda file: _read_movies(file, settings, shared)),
         events=dataset([ratings], lambda file: _read_ratings(file, settings, shared)),
     )
+
+
+def poster_files(settings: MovieLensSettings) -> dict[str, str]:
+    """Movie id -> absolute path of its poster.
+
+    Raises:
+        DataError: there is no folder of posters, and ``posters_only`` asks for one.
+    """
+    folder = settings.directory / "posters"
+    if not settings.posters_only and not folder.exists():
+        return {}
+    return image_names(folder, "source.directory to a folder that holds posters/, or source.posters_only=false")
 
 
 def _file(settings: MovieLensSettings, name: str) -> TableFile:

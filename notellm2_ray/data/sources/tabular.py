@@ -11,7 +11,7 @@ import pyarrow as pa
 
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.settings.data import ColumnMap, TabularSettings
-from notellm2_ray.data.columns import flat, is_text, topic_lists
+from notellm2_ray.data.columns import flat, is_text, json_times, topic_lists
 from notellm2_ray.data.rows import raw_events, raw_notes
 from notellm2_ray.data.sources import SourceTables
 from notellm2_ray.data.sources.files import TableFile, dataset, list_files
@@ -31,6 +31,8 @@ def tabular_tables(settings: TabularSettings, seed: int = 0) -> SourceTables:
     Raises:
         DataError: no file matches, a file cannot be read, or a column that is required or was named is missing.
     """
+    if settings.image_root is not None:  # Ray's workers may run in another directory than the one that it starts from
+        settings = settings.model_copy(update={"image_root": Path(os.path.abspath(settings.image_root))})
     notes = list_files(settings.notes, settings.format, "source.notes")
     events = list_files(settings.events, settings.format, "source.events")
     for file in notes:
@@ -68,7 +70,7 @@ def _read_notes(settings: TabularSettings, file: TableFile) -> Iterator[pa.Table
     names = settings.columns
     topics = partial(topic_lists, separator=settings.topic_separator)
     wanted = [getattr(names, name) for name in _NOTE_COLUMNS]
-    for raw in read_batches(file, wanted, NOTE_BATCH, {names.topics: topics}):
+    for raw in read_batches(file, wanted, NOTE_BATCH, {names.topics: topics, names.created_at: json_times}):
         rows = raw_notes(
             _renamed(raw, names, _NOTE_COLUMNS), unit=settings.time_unit, separator=settings.topic_separator
         )
@@ -80,7 +82,7 @@ def _read_events(settings: TabularSettings, file: TableFile) -> Iterator[pa.Tabl
     names = settings.columns
     wanted = [getattr(names, name) for name in _EVENT_COLUMNS]
     has_action = names.action in column_names(file)
-    for raw in read_batches(file, wanted, EVENT_BATCH):
+    for raw in read_batches(file, wanted, EVENT_BATCH, {names.timestamp: json_times}):
         rows = raw_events(_renamed(raw, names, _EVENT_COLUMNS), unit=settings.time_unit)
         if not has_action:
             action = rows["action"].fill_null(settings.default_action)

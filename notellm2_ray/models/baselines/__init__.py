@@ -1,1 +1,1 @@
-"""Rows of the recall table that are not NoteLLM-2: BM25, popularity, random."""
+"""Models of others to compare with: BM25, GRU4Rec, SASRec, and the frozen features that the last two may read."""

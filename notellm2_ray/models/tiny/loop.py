@@ -1,4 +1,4 @@
-"""The short training loop that both tiny models share: AdamW, warm-up, cosine decay, progress in the log."""
+"""The short training loop that the three tiny models share: AdamW, warm-up, cosine decay, progress in the log."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def mixed_precision() -> AbstractContextManager:
 
 
 def summarise(losses: list[float], started: float) -> dict[str, float]:
-    """The figures that both trainings report; the last loss is a mean over the last tenth, as single ones are noisy."""
+    """The figures that each training reports; the last loss is a mean over the last tenth, as single ones are noisy."""
     tail = losses[-max(1, len(losses) // 10) :]
     return {
         "first_loss": round(losses[0], 4),

@@ -95,7 +95,9 @@ function useKey(event) {
 function closeKey() {
   keyDialog.close();
   markKey();
-  show();
+  // Shown anew, a form would lose what was typed; a note that could not be read for want of a key has none yet.
+  const typing = parse(location.hash).view === "write" && main.querySelector("form");
+  if (!typing) show();
 }
 
 function markKey() {

@@ -1,0 +1,77 @@
+"""Routes of a gateway replica, called in this process: what browsers are told, and ids that look like paths."""
+
+from __future__ import annotations
+
+import asyncio
+
+import httpx
+import pytest
+
+from notellm2_ray.core.settings.serve import LimitSettings, ServeSettings
+from notellm2_ray.serve.api import build_api
+from notellm2_ray.serve.figures import Figures
+from notellm2_ray.serve.live_rows import StoredCard, StoredNote
+
+PICTURE = b"\x89PNG of "
+
+
+class Gateway:
+    """As far as reading notes goes; every note has a picture that names it."""
+
+    def __init__(self, *note_ids):
+        self.held, self.figures, self.keys = set(note_ids), Figures("test"), None
+        self.settings, self.limits = ServeSettings(), LimitSettings()
+
+    async def cards(self, note_ids):
+        return {one: StoredCard(one, "", (), "", True, None) for one in note_ids if one in self.held}
+
+    async def notes(self, note_ids):
+        stored = {one: StoredNote(one, "", (), "", PICTURE + one.encode(), None, 0) for one in self.held}
+        return [stored.get(one) for one in note_ids]
+
+
+def ask(gateway, method, path, **arguments):
+    async def run():
+        transport = httpx.ASGITransport(build_api(gateway))
+        async with httpx.AsyncClient(transport=transport, base_url="http://127.0.0.1") as client:
+            return await client.request(method, path, **arguments)
+
+    return asyncio.run(run())
+
+
+@pytest.mark.parametrize("path", ["/", "/ui/index.html", "/ui/main.js"])
+def test_the_page_forbids_frames_and_foreign_scripts_by_whatever_address(path):
+    answer = ask(Gateway(), "GET", path)
+    assert answer.status_code == 200
+    assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
+    assert (answer.headers["x-frame-options"], answer.headers["x-content-type-options"]) == ("DENY", "nosniff")
+
+
+@pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_a_body_that_another_sites_page_may_send_unasked_is_refused(kind):
+    headers = {} if kind is None else {"content-type": kind}
+    answer = ask(Gateway("n1"), "POST", "/v1/notes/delete", content=b'{"note_ids": ["n1"]}', headers=headers)
+    assert answer.status_code == 422 and answer.json()["error"]["type"] == "invalid_request"
+
+
+@pytest.mark.parametrize(
+    ("held", "path", "found"),
+    [
+        (["a", "a/image"], "/v1/notes/a", "a"),
+        (["a", "a/image"], "/v1/notes/a/image", PICTURE + b"a"),
+        (["a", "a/image"], "/v1/notes/a%2Fimage", "a/image"),
+        (["a", "a/image"], "/v1/notes/a%2fimage/image", PICTURE + b"a/image"),
+        (["a/image"], "/v1/notes/a/image", "a/image"),
+        (["a"], "/v1/notes/a%2Fimage", None),
+        (["b"], "/v1/notes/a/image", None),
+        (["b/c"], "/v1/notes/b/c", "b/c"),
+    ],
+)
+def test_a_note_whose_id_ends_like_the_path_of_a_picture_can_be_read(held, path, found):
+    answer = ask(Gateway(*held), "GET", path)
+    if found is None:
+        assert answer.status_code == 404 and answer.json()["error"]["type"] == "not_found"
+    elif isinstance(found, bytes):
+        assert answer.content == found and answer.headers["content-type"] == "image/png"
+    else:
+        assert answer.json()["note_id"] == found and answer.json()["has_image"]
