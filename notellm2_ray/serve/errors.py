@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
+from http import HTTPStatus
 from typing import Any, ClassVar
 
 RETRY_SECONDS = 1
@@ -30,6 +31,13 @@ class ApiError(Exception):
     def body(self) -> bytes:
         """The answer's JSON."""
         return error_body(self.kind, self.message, self.param)
+
+    def http(self) -> str:
+        """The whole answer, for a proxy that gives it in our place."""
+        body = self.body().decode()
+        fields = {"content-type": "application/json", "content-length": str(len(body.encode())), **self.headers}
+        lines = [f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}", *(f"{k}: {v}" for k, v in fields.items())]
+        return "\r\n".join([*lines, "", body])
 
 
 class InvalidError(ApiError):

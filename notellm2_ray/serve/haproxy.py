@@ -20,15 +20,15 @@ from collections.abc import Iterable
 from pathlib import Path
 
 from notellm2_ray.core.settings.serve import ServeSettings
-from notellm2_ray.serve.errors import OverloadedError
+from notellm2_ray.serve.errors import ApiError, OverloadedError, UnavailableError
 
 _SCRIPT = """#!/bin/sh
-# Runs HAProxy with the configuration that Ray wrote, its ports for statistics and metrics on loopback, and with the
-# rules of admission once the service has a backend to count at.
+# Runs HAProxy with the configuration that Ray wrote, changed by the files beside this one; with the rules of admission
+# once the service has a backend to count at.
 previous=
 for argument in "$@"; do
   if [ "$previous" = -f ] && [ -f "$argument" ]; then
-    sed -i -E 's/^( *bind +)(\\*|0\\.0\\.0\\.0)?:({ports})( |$)/\\1127.0.0.1:\\3\\4/' "$argument"
+    sed -i -E -f {changes} "$argument"
     if grep -q '^backend {backend}$' "$argument" && ! grep -q nl2_ "$argument"; then
       sed -i '/^frontend http_frontend/r {rules}' "$argument"
       printf 'backend nl2_paths\\n    stick-table type string len 32 size 64 store conn_cur\\n' >> "$argument"
@@ -37,6 +37,14 @@ for argument in "$@"; do
   previous=$argument
 done
 exec {binary} "$@"
+"""
+
+# For sed: side doors to loopback; what HAProxy says itself, which is a plain 500 where a replica died and a 404 while
+# none is up yet, as errors of the API.
+_CHANGES = """\
+s/^( *bind +)(\\*|0\\.0\\.0\\.0)?:({ports})( |$)/\\1127.0.0.1:\\3\\4/
+s#^( *errorfile 50[234]) .*#\\1 {errorfile}#
+/^backend default_backend/,/^backend /s#^( *http-request return status) 404 .*#\\1 {starting}#
 """
 
 # The variables hold the room that is left. Health and readiness are always answered.
@@ -85,7 +93,7 @@ def serve_environment(settings: ServeSettings, directory: Path | None = None) ->
 
 
 def write_script(path: Path, ports: Iterable[str], settings: ServeSettings) -> Path:
-    """The script around the binary, and the rules that it puts in, in a file beside it.
+    """The script around the binary, and beside it the files that it changes the configuration by.
 
     Args:
         path: where.
@@ -95,12 +103,20 @@ def write_script(path: Path, ports: Iterable[str], settings: ServeSettings) -> P
     Raises:
         FileNotFoundError: there is no HAProxy to run.
     """
-    rules = path.with_suffix(".rules")
-    rules.write_text(admission_rules(settings), encoding="utf-8")
+    lost = UnavailableError("the replica that worked on this went away: try again soon").http()
+    starting = UnavailableError("the service is not up yet: try again soon")
+    doors = "|".join(str(int(port)) for port in ports)
+    written = {
+        "rules": admission_rules(settings),
+        "http": lost,
+        "sed": _CHANGES.format(ports=doors, errorfile=path.with_suffix(".http"), starting=_answer(starting)),
+    }
+    for suffix, text in written.items():
+        path.with_suffix(f".{suffix}").write_text(text, encoding="utf-8", newline="")
     text = _SCRIPT.format(
-        ports="|".join(str(int(port)) for port in ports),
+        changes=path.with_suffix(".sed"),
         backend=_backend(settings),
-        rules=rules,
+        rules=path.with_suffix(".rules"),
         binary=shlex.quote(real_binary()),
     )
     path.write_text(text, encoding="utf-8")
@@ -111,14 +127,19 @@ def write_script(path: Path, ports: Iterable[str], settings: ServeSettings) -> P
 def admission_rules(settings: ServeSettings) -> str:
     """Lines of HAProxy's frontend that refuse what the replicas that are up have no room for."""
     error = OverloadedError("as many requests are in hand as there may be: try again soon")
-    headers = " ".join(f"hdr {name} {value}" for name, value in error.headers.items())
     return _RULES.format(
         paths=" ".join(_ENCODED),
         backend=_backend(settings),
         most=settings.gateway.slots,
         most_encoded=settings.gateway.slots_of_one,
-        refusal=f"{error.status} content-type application/json {headers} string '{error.body().decode()}'",
+        refusal=_answer(error),
     )
+
+
+def _answer(error: ApiError) -> str:
+    """An error's answer in the words of HAProxy's ``http-request return status``."""
+    headers = " ".join(f"hdr {name} {value}" for name, value in error.headers.items())
+    return f"{error.status} content-type application/json {headers} string '{error.body().decode()}'"
 
 
 def _backend(settings: ServeSettings) -> str:

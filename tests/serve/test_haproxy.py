@@ -25,11 +25,17 @@ defaults
     errorfile 503 /dev/null
 frontend http_frontend
     bind 127.0.0.1:{port}
-    acl is_http-notellm2 path_beg /
+    acl is_http-notellm2 path_beg /v1
     use_backend http-notellm2 if is_http-notellm2
+    use_backend lost if {{ path /lost }}
+    default_backend default_backend
+backend default_backend
+    http-request return status 404 content-type text/plain lf-string "Path \\'%[path]\\' not found."
 backend http-notellm2
     http-reuse always
     server one 127.0.0.1:{upstream}
+backend lost
+    server none 127.0.0.1:{nobody}
 """
 
 
@@ -77,7 +83,7 @@ def proxied(tmp_path):
     upstream = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Slow)
     threading.Thread(target=upstream.serve_forever, daemon=True).start()
     port, config = free_port(), tmp_path / "haproxy.cfg"
-    config.write_text(CONFIG.format(port=port, upstream=upstream.server_address[1]))
+    config.write_text(CONFIG.format(port=port, upstream=upstream.server_address[1], nobody=free_port()))
     script = haproxy.write_script(tmp_path / "haproxy", ["9101"], SETTINGS)
     process = subprocess.Popen([script, "-db", "-f", config], stderr=subprocess.PIPE)
     try:
@@ -122,6 +128,15 @@ def test_what_the_replicas_have_no_room_for_is_refused_before_them(proxied):
             thread.join()
         assert set(answers["/v1/embeddings"]) == set(answers["/v1/similar"]) == {200}
         assert http.post("/v1/embeddings").status_code == 200  # and there is room again
+
+
+def test_haproxys_own_errors_are_those_of_the_api(proxied):
+    address, _, _ = proxied
+    for path, message in (("/lost", "went away"), ("/nothing", "not up yet")):
+        answer = httpx.get(f"{address}{path}", trust_env=False)
+        assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
+        assert answer.json()["error"]["type"] == "unavailable"
+        assert message in answer.json()["error"]["message"]
 
 
 def _listens(port: int) -> bool:
