@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from notellm2_ray.core import memory
 from notellm2_ray.core.errors import ConfigError, ModelError
 from notellm2_ray.core.run import files_fingerprint
 from notellm2_ray.core.settings import GenerationSettings
@@ -114,6 +115,7 @@ def engine_environment(settings: GenerationSettings) -> dict[str, str]:
     }
     if not settings.gpus_per_engine:
         environment |= {
+            **memory.ENVIRONMENT,
             "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_cache_gb),
             # Bound to cores, two engines of one machine would sit on the same ones.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",

@@ -14,6 +14,7 @@ import numpy as np
 import pyarrow as pa
 
 from notellm2_ray.core.errors import DataError, ModelError, NoteLLMError
+from notellm2_ray.core.memory import keep_freed_memory
 from notellm2_ray.core.schema import Note
 from notellm2_ray.core.settings import EmbedSettings
 from notellm2_ray.infer.blocks import Block, read_block, read_ids
@@ -154,6 +155,7 @@ def _load(job: Job) -> _Loaded:
     from notellm2_ray.models.encoder import NoteEncoder
 
     torch.set_num_threads(max(1, int(job.settings.cpus_per_actor)))
+    keep_freed_memory()
     # The model's thread gives up the interpreter at every operator; a preprocessing thread that then kept it for the
     # usual 5 ms would make a small model many times slower.
     sys.setswitchinterval(_SWITCH_SECONDS)

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.memory import keep_freed_memory
 from notellm2_ray.core.schema import Note
 from notellm2_ray.serve.figures import Family, Figures
 from notellm2_ray.serve.micro_batch import MicroBatcher
@@ -57,6 +58,7 @@ class Encoder:
 
         settings = plan.serve.encode
         torch.set_num_threads(max(1, int(plan.serve.encoder.cpus)))
+        keep_freed_memory()
         sys.setswitchinterval(_SWITCH_SECONDS)
         device = "cuda" if plan.serve.encoder.gpus else "cpu"
         self.settings = settings

@@ -14,6 +14,7 @@ from typing import Any, Generic, TypeVar
 import torch
 
 from notellm2_ray.core.config import to_plain
+from notellm2_ray.core.memory import keep_freed_memory
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.settings.train import TrainSettings
 from notellm2_ray.train import distributed
@@ -178,6 +179,7 @@ def resolved_precision(settings: TrainSettings, device: torch.device) -> TrainSe
 def prepare_process(cpus: float) -> None:
     """Set up a worker process: threads, search path of compilers, no chatter in the log."""
     torch.set_num_threads(max(1, int(cpus)))
+    keep_freed_memory()
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja lies there
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     logging.getLogger().setLevel(logging.WARNING)  # Ray Train sets INFO, for every library

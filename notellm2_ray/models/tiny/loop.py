@@ -11,6 +11,7 @@ from contextlib import AbstractContextManager, contextmanager
 import torch
 from torch import Tensor, nn
 
+from notellm2_ray.core.memory import keep_freed_memory
 from notellm2_ray.models.device import multiplies_bf16
 
 log = logging.getLogger("notellm2_ray")
@@ -67,6 +68,7 @@ def one_thread() -> Iterator[None]:
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
+    keep_freed_memory()
     try:
         yield
     finally:
