@@ -67,7 +67,7 @@ def build(gateway: Gateway) -> Any:
         """Vectors of texts or notes, as OpenAI's endpoint gives them; unit length."""
         return await embed(gateway, body)
 
-    @routes.post("/v1/similar", response_model=schemas.SimilarAnswer)
+    @routes.post("/v1/similar", response_model=schemas.SimilarAnswer, responses={404: _NOT_FOUND})
     async def similar(body: schemas.SimilarRequest) -> Any:
         """The nearest notes of a note, by id or given as it is."""
         check_k(body.k, gateway.limits.k)

@@ -44,7 +44,9 @@ def build(gateway: Gateway) -> Any:
         """Some users with a history."""
         return {"users": await gateway.users.call("sample", limit, seconds=USER_SECONDS)}
 
-    @routes.get("/v1/users/{user_id:path}", response_model=schemas.UserAnswer)
+    unknown: dict[int | str, dict[str, Any]] = {404: {"model": schemas.ErrorAnswer, "description": "no such user"}}
+
+    @routes.get("/v1/users/{user_id:path}", response_model=schemas.UserAnswer, responses=unknown)
     async def user(user_id: str) -> Any:
         """A user's history in blocks, with the taste in words after each."""
         check_ids([user_id], gateway.limits, "user_id")

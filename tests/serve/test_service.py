@@ -213,6 +213,8 @@ def test_the_document_describes_what_is_served(service):
             assert {"401", "422", "429"} <= set(described["responses"]), (path, method)
             wrong = described["responses"]["422"]["content"]["application/json"]["schema"]
             assert wrong["$ref"].endswith("ErrorAnswer")
+    for path, method in (("/v1/similar", "post"), ("/v1/notes/{note_id}", "get"), ("/v1/users/{user_id}", "get")):
+        assert "404" in document["paths"][path][method]["responses"], path
 
 
 def test_figures(service):
