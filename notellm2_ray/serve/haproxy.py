@@ -88,8 +88,21 @@ def serve_environment(settings: ServeSettings, directory: Path | None = None) ->
             "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
             "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_script(directory / "haproxy", ports.values(), settings)),
             **ports,
+            **replica_ports(settings.port),
         }
     return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def replica_ports(port: int) -> dict[str, str]:
+    """A hundred ports for the replicas of the service that listens at ``port``.
+
+    Ray gives every cluster's replicas the same thousand. With two services on a machine, a port that a dying replica of
+    the one leaves may go to a replica of the other, and the first one's HAProxy, which knows replicas by their ports,
+    then sends its requests there: writes were acknowledged by the wrong service.
+    """
+    first = 20_000 + 100 * ((port - 1024) % 97)
+    names = "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"
+    return dict(zip(names, (str(first), str(first + 99)), strict=True))
 
 
 def write_script(path: Path, ports: Iterable[str], settings: ServeSettings) -> Path:

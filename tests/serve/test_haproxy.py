@@ -60,6 +60,19 @@ def test_a_taken_side_port_is_replaced():
         assert haproxy.free_port(port) != str(port)
 
 
+def test_two_services_of_a_machine_share_no_replicas_port(tmp_path, monkeypatch):
+    monkeypatch.setattr(haproxy, "real_binary", lambda: "/bin/echo")
+    ranges = []
+    for port in (8000, 8001, 9000):
+        (tmp_path / str(port)).mkdir()
+        environment = haproxy.serve_environment(ServeSettings(port=port), tmp_path / str(port))
+        names = ("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT")
+        least, most = (int(environment[name]) for name in names)
+        assert 1024 < least < most < 32768  # below what Linux gives to clients
+        ranges.append(range(least, most + 1))
+    assert len(set().union(*ranges)) == sum(map(len, ranges))
+
+
 @pytest.fixture
 def proxied(tmp_path):
     """A real HAProxy before a server that answers when it is let; address, arrivals, what lets the server."""
