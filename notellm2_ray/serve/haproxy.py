@@ -47,15 +47,18 @@ s#^( *errorfile 50[234]) .*#\\1 {errorfile}#
 /^backend default_backend/,/^backend /s#^( *http-request return status) 404 .*#\\1 {starting}#
 """
 
-# The variables hold the room that is left. Health and readiness are always answered.
+# The variables hold the room that there is. Health and readiness are always answered. Ray reads a line of log for every
+# answer, in Python; refusals have none and are counted by HAProxy's own metrics.
 _RULES = """\
     acl nl2_encoded path {paths}
     acl nl2_always path /v1/health /v1/ready
     http-request set-var(txn.nl2_room) nbsrv({backend}),mul({most})
     http-request set-var(txn.nl2_room_encoded) nbsrv({backend}),mul({most_encoded})
     http-request track-sc0 path table nl2_paths if nl2_encoded
-    http-request return status {refusal} if nl2_encoded {{ sc0_conn_cur,sub(txn.nl2_room_encoded) gt 0 }}
-    http-request return status {refusal} if !nl2_always {{ be_conn({backend}),sub(txn.nl2_room) ge 0 }}
+    http-request set-var(txn.nl2_full) bool(1) if nl2_encoded {{ sc0_conn_cur,sub(txn.nl2_room_encoded) gt 0 }}
+    http-request set-var(txn.nl2_full) bool(1) if !nl2_always {{ be_conn({backend}),sub(txn.nl2_room) ge 0 }}
+    http-request set-log-level silent if {{ var(txn.nl2_full) -m bool }}
+    http-request return status {refusal} if {{ var(txn.nl2_full) -m bool }}
 """
 _ENCODED = ("/v1/embeddings", "/v1/notes")  # every request there needs the encoder
 
