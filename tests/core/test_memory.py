@@ -8,19 +8,17 @@ import pytest
 
 from notellm2_ray.core import memory
 
-# Page faults of forty times four tensors of 8 MB that are taken and given back.
+# Page faults of sixty times a tensor of 40 MB, more than glibc ever keeps by itself, that is taken and given back.
 FAULTS = """
 import resource, sys
 import torch
 from notellm2_ray.core.memory import keep_freed_memory
 if sys.argv[1] == "keep":
     keep_freed_memory()
-def work():
-    return [torch.ones(2_000_000) for _ in range(4)]
-work()
+torch.ones(10_000_000)
 before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
-for _ in range(40):
-    work()
+for _ in range(60):
+    torch.ones(10_000_000)
 print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 """
 
@@ -31,5 +29,5 @@ def test_memory_that_is_freed_is_used_again():
         command = [sys.executable, "-c", FAULTS, how]
         return int(subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout)
 
-    assert 5 * faults("keep") < faults("as it is")
-    assert 5 * faults("as it is", dict(memory.ENVIRONMENT)) < faults("as it is")
+    assert 4 * faults("keep") < faults("as it is")
+    assert 4 * faults("as it is", dict(memory.ENVIRONMENT)) < faults("as it is")
