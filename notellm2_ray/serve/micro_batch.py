@@ -1,7 +1,7 @@
 """Micro-batches: what comes while others are worked on goes together next.
 
 Ray's ``serve.batch`` closes a batch when its wait is over, whether or not anybody is free to work on it: under load it
-queues many small batches (measured with 48 requests at a time: 2.7 items in a batch of 32). Here a batch is closed when
+queues many small batches. Here a batch is closed when
 its work begins. An idle replica starts at once, and the busier it is the larger the batches are.
 """
 
