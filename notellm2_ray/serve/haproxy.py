@@ -6,8 +6,8 @@ operator name the binary to run (RAY_SERVE_HAPROXY_BINARY_PATH); named is a smal
 the file and then becomes the real HAProxy. The admin socket is made for everybody; its directory here is its owner's
 alone.
 
-The script also has HAProxy refuse what the replicas would refuse for want of room. Under five times their capacity replicas,
-which refuse in Python, answered less than half of it; with the refusals here they answer all of it.
+The script also has HAProxy refuse what the replicas would refuse for want of room. Under five times their capacity
+replicas that refuse in Python answered less than half of it; with the refusals here they answer nine tenths and more.
 """
 
 from __future__ import annotations
