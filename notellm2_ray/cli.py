@@ -162,6 +162,15 @@ def parser() -> argparse.ArgumentParser:
         description="Users, exposures and clicks of each arm of serve.experiment, and its lift over the first arm.",
     )
     _common(lift)
+    swap = verbs.add_parser(
+        "swap-embedder",
+        help="have the service go over to another embedder",
+        description="Embed every served note with the embedder that the settings name, beside the vectors that are "
+        "served; then serve it in their place, with the notes that came meanwhile. The service goes on all the while.",
+        epilog="settings, as key=value:\n" + knobs(("model", "embed")),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    _common(swap)
     verbs.add_parser("doctor", help="list the sockets of Ray and the service that other machines can reach")
     verbs.add_parser("env", help="print versions and devices")
     return top
@@ -210,6 +219,11 @@ def _dispatch(options: argparse.Namespace) -> None:
         from notellm2_ray.online_lift import lift_report
 
         print(lift_report(settings))
+        return
+    if options.verb == "swap-embedder":
+        from notellm2_ray.online_swap import swap_embedder
+
+        print(swap_embedder(settings))
         return
     from notellm2_ray import workflow
 

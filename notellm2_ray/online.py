@@ -16,7 +16,8 @@ from notellm2_ray import outputs, ranking_outputs
 from notellm2_ray.core.config import Frozen
 from notellm2_ray.core.errors import ConfigError, OutputError
 from notellm2_ray.core.settings import Settings
-from notellm2_ray.serve.files import current_table, manifests
+from notellm2_ray.serve.current import current
+from notellm2_ray.serve.files import manifests
 from notellm2_ray.serve.plan import Plan
 
 
@@ -81,14 +82,17 @@ def make_plan(settings: Settings) -> Plan:
     workspace, directory = outputs.workspace_of(settings), _directory(settings)
     model = workspace / "embedders" / settings.embedder_name / "model"
     embeddings = outputs.embedding_table(settings, "all")
-    if not model.is_dir():
+    served = current(directory)
+    if served.model is not None and not served.model.is_dir():
+        raise OutputError(f"{served.model} is not there, whose vectors {served.table} holds: restore it from a copy")
+    if served.model is None and not model.is_dir():
         raise OutputError(f"{model} is not there: run train-embedder (or `notellm2 run`) first")
     # Not whether the directory is there: making a key makes it.
-    if not embeddings.exists() and not manifests(current_table(directory)):
+    if not embeddings.exists() and not manifests(served.table):
         raise OutputError(f"{embeddings} is not there: run embed-notes first")
     return Plan(
         directory=directory,
-        model=model,
+        model=served.model or model,
         notes=Path(settings.embed.notes) if settings.embed.notes else workspace / "prepared" / "notes",
         embeddings=embeddings,
         serve=settings.serve,

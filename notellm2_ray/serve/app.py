@@ -10,7 +10,8 @@ from notellm2_ray.serve.plan import Plan
 def compose(plan: Plan) -> Any:
     """The Ray Serve application of a plan, ready for ``serve.run``.
 
-    Gateway (HTTP and index) calls Encoder, Writer, Users and, where there is one, Ranker; Users calls Preferences.
+    Gateway (HTTP and index) calls Encoder, Writer, Users and, where there is one, Ranker; Users calls Preferences,
+    and Writer calls Encoder while another model's table takes over.
     """
     from notellm2_ray.serve.encoder import encoder_deployment
     from notellm2_ray.serve.gateway import gateway_deployment
@@ -21,10 +22,11 @@ def compose(plan: Plan) -> Any:
 
     preferences = None if plan.preference_engine is None else preferences_deployment(plan).bind(plan)
     ranker = None if plan.ranker_engine is None else ranker_deployment(plan).bind(plan)
+    encoder = encoder_deployment(plan).bind(plan)
     return gateway_deployment(plan).bind(
         plan,
-        encoder_deployment(plan).bind(plan),
-        writer_deployment(plan).bind(plan),
+        encoder,
+        writer_deployment(plan).bind(plan, encoder),
         users_deployment(plan).bind(plan, preferences),
         ranker,
     )

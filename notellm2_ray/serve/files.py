@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import logging
 import os
 import re
@@ -20,12 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from notellm2_ray.core.errors import DataError, OutputError
-from notellm2_ray.core.run import write_atomically
 
 log = logging.getLogger(__name__)
 
-CURRENT = "CURRENT"
-FIRST_TABLE = "live.lance"
 VERSIONS = "_versions"
 _MAGIC = b"LANC"  # ends a manifest and a data file
 _MAX_TORN = 8
@@ -210,34 +206,3 @@ def _first_line(error: Exception) -> str:
 def _ends_well(path: Path) -> bool:
     # All of it is read, so that a failing disk is heard of here: Lance would say that there is no such version.
     return path.read_bytes().endswith(_MAGIC)
-
-
-def current_table(directory: str | Path) -> Path:
-    """The table that ``directory/CURRENT`` names; ``live.lance`` where there is no such file.
-
-    Raises:
-        DataError: CURRENT is damaged.
-    """
-    path = Path(directory) / CURRENT
-    try:
-        name = json.loads(path.read_text(encoding="utf-8"))["table"]
-    except FileNotFoundError:
-        name = FIRST_TABLE
-    except (ValueError, KeyError, TypeError) as error:
-        raise DataError(f'{path} is damaged: it must hold {{"table": "<name of a table beside it>"}}') from error
-    if Path(name).name != name:
-        raise DataError(f"{path} names {name!r}, which is not a table beside it")
-    return Path(directory) / name
-
-
-def set_current(directory: str | Path, table: str | Path) -> None:
-    """Make a table of the directory the one that followers load, in one step that survives a loss of power.
-
-    Raises:
-        DataError: it is not there.
-    """
-    directory, name = Path(directory), Path(table).name
-    if not (directory / name / VERSIONS).is_dir():
-        raise DataError(f"{directory / name} is not there: fill the new table before it is made the current one")
-    write_atomically(directory / CURRENT, json.dumps({"table": name}))
-    sync([directory])

@@ -23,7 +23,7 @@ from notellm2_ray.core.errors import ConfigError, DataError, ModelError, OutputE
 from notellm2_ray.core.settings.retrieval import IndexSettings
 from notellm2_ray.index.ann import AnnIndex
 from notellm2_ray.index.live import LiveIndex
-from notellm2_ray.serve.files import current_table
+from notellm2_ray.serve.current import current_table
 from notellm2_ray.serve.live_rows import StoredCard, StoredNote, to_batch
 from notellm2_ray.serve.live_table import LiveTable, newest_if_gone
 
@@ -211,7 +211,7 @@ class StoreFollower:
             raise ModelError(
                 f"{table.path} now says it holds vectors of the model {table.model_fingerprint}, the index those of "
                 f"{state.index.model_fingerprint}: they cannot be mixed. A new model needs a new table, "
-                "made the current one with notellm2_ray.serve.files.set_current"
+                "which `notellm2 swap-embedder` makes"
             )
         if table.purged_seq > state.seq:
             self._load_beside(table.path)  # tombstones that were not seen yet are gone

@@ -44,6 +44,7 @@ class Gateway:
         follower: the index and the table behind it.
         encoder, writer, users, ranker: the other deployments; ``ranker`` is None where there is none.
         reports: every replica's last figures, by name.
+        writing_model: fingerprint of the model that the writer's table is of, as last heard; "": as the index.
         problems: what is missing for this replica to be ready.
         missing: what is not there and can be done without.
     """
@@ -63,7 +64,7 @@ class Gateway:
         self.fetcher = ImageFetcher(self.settings.fetch, self.limits.image_bytes)
         self.keys = KeyRing(plan.keys_file) if self.settings.needs_key else None
         self.reports: dict[str, dict[str, Any]] = {}
-        self.encoder_fingerprint = ""
+        self.writing_model = ""
         self.problems = ["the other deployments were not asked yet"]
         self.missing: list[str] = []
         self._search_seconds = 0.0
@@ -131,17 +132,18 @@ class Gateway:
         """The index as it is now."""
         return self.follower.index
 
-    async def encode(self, notes: Sequence[Note], columns: Sequence[str] = ("embedding",)) -> Any:
+    async def encode(self, notes: Sequence[Note], columns: Sequence[str] = ("embedding",), model: str = "") -> Any:
         """Vectors of notes (:class:`~notellm2_ray.serve.encoder.Vectors`).
 
+        Args:
+            model: fingerprint of the model that makes them; "": the index's.
+
         Raises:
-            ApiError: the encoder is full, away, or of another model than the index.
+            ApiError: the encoder is full, away, or does not have the model.
         """
-        if self.encoder_fingerprint and self.encoder_fingerprint != self.index.model_fingerprint:
-            raise UnavailableError("the encoder runs another model than the index was made with")
         with self.figures.timing("encode"):
-            seconds = self.settings.encode.timeout_seconds
-            return await self.encoder.call("encode", list(notes), tuple(columns), seconds=seconds)
+            seconds, wanted = self.settings.encode.timeout_seconds, model or self.index.model_fingerprint
+            return await self.encoder.call("encode", list(notes), tuple(columns), wanted, seconds=seconds)
 
     async def notes(self, note_ids: Sequence[str]) -> list[StoredNote | None]:
         """Notes as stored; None where there is none."""
@@ -162,7 +164,9 @@ class Gateway:
 
     async def applied(self, seq: int, seconds: float = 1.0) -> None:
         """Wait until this replica's index has a commit, for a moment: who wrote a note then finds it here at once."""
-        until = time.monotonic() + seconds
+        until, state = time.monotonic() + seconds, self.follower.state
+        if self.writing_model not in ("", state.table.model_fingerprint):
+            return  # written to the table that this replica is still loading
         while self.follower.state.seq < seq and time.monotonic() < until:
             await asyncio.sleep(0.005)
 
@@ -195,14 +199,17 @@ class Gateway:
         report = self._report()
         reports, problems = await self._ask(self.writer, "exchange", self.name, report)
         self.reports = reports or self.reports
+        written = self.reports.get("writer", {}).get("state", {})
+        self.writing_model = written.get("model_fingerprint", self.writing_model)
         described, away = await self._ask(self.encoder, "describe")
-        if described is not None:
-            self.encoder_fingerprint = described["fingerprint"]
         problems += away + (await self._ask(self.users, "describe"))[1]
         if self.follower.problem is not None:
             problems.append(self.follower.problem)
-        if not problems and self.encoder_fingerprint != self.index.model_fingerprint:
-            problems.append("the encoder runs another model than the index was made with")
+        if described is not None and self.index.model_fingerprint not in described["fingerprints"]:
+            problems.append(
+                f"the encoder runs {' and '.join(described['fingerprints'])}, the index was made with "
+                f"{self.index.model_fingerprint}: if the embedder was trained anew, run `notellm2 swap-embedder`"
+            )
         # Recall answers in the ranker's place, and says so.
         missing = [] if self.ranker is None else (await self._ask(self.ranker, "describe"))[1]
         return problems, missing

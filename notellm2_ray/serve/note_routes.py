@@ -13,8 +13,7 @@ from starlette.requests import Request  # here, because FastAPI looks for the na
 from notellm2_ray.core.schema import Note
 from notellm2_ray.serve import schemas
 from notellm2_ray.serve.checks import check_count, check_ids, check_k, check_text, prepare_notes
-from notellm2_ray.serve.errors import InvalidError, NotFoundError
-from notellm2_ray.serve.live_rows import LiveNote
+from notellm2_ray.serve.errors import InvalidError, NotFoundError, UnavailableError
 from notellm2_ray.serve.live_table import newest_if_gone
 from notellm2_ray.serve.similar import find_similar
 
@@ -121,31 +120,34 @@ async def upsert_notes(gateway: Gateway, notes: Sequence[schemas.Note]) -> dict[
     rejected = [{"note_id": notes[row].note_id, "reason": reason} for row, reason in problems.items()]
     columns = gateway.follower.state.table.columns
     created = {note.note_id: note.created_at for note in notes}
-    written, refused, fingerprint = await _embedded(gateway, prepared, columns, created)
-    seq = -1
-    if written:
-        seq = await gateway.writer.call("upsert", written, fingerprint, seconds=WRITE_SECONDS)
-        await gateway.applied(seq)
-    return {"seq": seq, "upserted": len(written), "rejected": rejected + refused}
+    if not prepared:
+        return {"seq": -1, "upserted": 0, "rejected": rejected}
+    seq, written, refused = await _write(gateway, prepared, columns, created)
+    await gateway.applied(seq)
+    return {"seq": seq, "upserted": written, "rejected": rejected + refused}
 
 
-async def _embedded(
+async def _write(
     gateway: Gateway, notes: Sequence[Note], columns: Sequence[str], created: dict[str, Any]
-) -> tuple[list[LiveNote], list[dict[str, str]], str]:
-    """Notes with their vectors, those that have none with the reason, and the fingerprint of the vectors' model."""
-    if not notes:
-        return [], [], ""
-    vectors = await gateway.encode(notes, columns)
-    refused = [{"note_id": notes[row].note_id, "reason": reason} for row, reason in vectors.problems.items()]
-    written = []
-    for row, note in enumerate(notes):
-        if row not in vectors.problems:
-            others = {name: vectors.columns[name][row] for name in columns[1:]}
-            if note.image is None and "embedding_image" in others:
-                others["embedding_image"] = None  # what the model makes of no image says nothing about one
-            own = vectors.columns["embedding"][row]
-            written.append(LiveNote(note.note_id, own, *note[1:], created[note.note_id], others))
-    return written, refused, vectors.fingerprint
+) -> tuple[int, int, list[dict[str, str]]]:
+    """Embed notes and commit them: the commit's number (-1: nothing to write), how many they are, and the others with
+    the reason.
+
+    Raises:
+        UnavailableError: the table went from one model to another, twice.
+    """
+    for _ in range(2):
+        vectors = await gateway.encode(notes, columns, gateway.writing_model)
+        refused = [{"note_id": notes[row].note_id, "reason": reason} for row, reason in vectors.problems.items()]
+        written = vectors.live_notes(notes, created)
+        if not written:
+            return -1, 0, refused
+        done = await gateway.writer.call("upsert", written, vectors.fingerprint, seconds=WRITE_SECONDS)
+        # The index of this replica may take a while longer to go over to the table that is written now.
+        gateway.writing_model = done.model_fingerprint
+        if done.seq is not None:
+            return done.seq, len(written), refused
+    raise UnavailableError("another model is taking over just now: try again")
 
 
 async def embed(gateway: Gateway, body: schemas.EmbeddingsRequest) -> dict[str, Any]:

@@ -22,7 +22,7 @@ class Plan:
 
     Attributes:
         directory: serving directory: live table, users, keys; on storage that all replicas share.
-        model: directory of the embedder.
+        model: directory of the embedder, where ``directory`` does not name one (:mod:`~notellm2_ray.serve.current`).
         notes: prepared notes, for the first start.
         embeddings: their bulk vectors, for the first start.
         serve, index, ranker: settings.

@@ -9,8 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from notellm2_ray.core.recommend_prompts import Item
+from notellm2_ray.serve.current import current_table
 from notellm2_ray.serve.figures import Family, Figures
-from notellm2_ray.serve.files import current_table
 from notellm2_ray.serve.live_table import LiveTable
 from notellm2_ray.serve.plan import Plan, replica_options
 

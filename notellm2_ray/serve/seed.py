@@ -31,7 +31,7 @@ class Seeded(NamedTuple):
     model_fingerprint: str
 
 
-def seed_from_bulk(notes: str | Path, embeddings: str | Path, path: str | Path) -> Seeded:
+def seed_from_bulk(notes: str | Path, embeddings: str | Path, path: str | Path, *, seq: int = 0) -> Seeded:
     """Build a live table from prepared notes and their bulk embeddings.
 
     Notes stream through, images and all; the vectors are held in memory, as every replica's index holds them.
@@ -40,6 +40,7 @@ def seed_from_bulk(notes: str | Path, embeddings: str | Path, path: str | Path) 
         notes: Parquet file or directory, of ``NOTE_SCHEMA``.
         embeddings: Lance table of embed-notes, with any of its vector columns.
         path: the live table to be made.
+        seq: number of the commit group that its rows count as.
 
     Raises:
         DataError: no note has a vector, a note comes twice, or a source is missing.
@@ -53,7 +54,7 @@ def seed_from_bulk(notes: str | Path, embeddings: str | Path, path: str | Path) 
     require_columns(source.schema, NOTE_SCHEMA, str(notes))
     schema = live_schema(info.embedding_dim, info.columns, model_fingerprint=info.model_fingerprint)
     counts = {"read": 0}
-    written = LiveStore.create(path, _joined(source, row_of, matrices, counts), schema)
+    written = LiveStore.create(path, _joined(source, row_of, matrices, counts), schema, seq=seq)
     if not written:
         raise DataError(f"no note of {notes} has a vector in {embeddings}: were they embedded from other notes?")
     seeded = Seeded(written, counts["read"] - written, len(row_of) - written, info.model_fingerprint)

@@ -35,6 +35,8 @@ async def find_similar(gateway: Gateway, body: schemas.SimilarRequest) -> bytes:
         own, model = await query_vectors(gateway, body.note, columns)
         # A new model's table may have taken the old one's place while the note was encoded.
         state = gateway.follower.state
+        if model != state.index.model_fingerprint:
+            own, model = await query_vectors(gateway, body.note, columns)
         hits = await gateway.search(own["embedding"], body.k, exclude, where, index=state.index, model=model)
     results: list[dict[str, Any]] = [
         {"note_id": note_id, "score": score} for note_id, score in zip(hits.ids, hits.scores.tolist(), strict=True)

@@ -50,6 +50,7 @@ class LiveStore:
     def __init__(self, path: Path, upkeep: Upkeep, gather_seconds: float, max_group_rows: int):
         self.path, self._upkeep = path, upkeep
         self._counts = {"commits": 0, "rows": 0}
+        self._seq = -1
         self._lock = files.WriterLock(path)
         try:
             torn = files.set_aside_torn_versions(path)
@@ -74,7 +75,12 @@ class LiveStore:
 
     @staticmethod
     def create(
-        path: str | Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema, *, fragment_rows: int = FRAGMENT_ROWS
+        path: str | Path,
+        batches: Iterable[pa.RecordBatch],
+        schema: pa.Schema,
+        *,
+        fragment_rows: int = FRAGMENT_ROWS,
+        seq: int = 0,
     ) -> int:
         """Make a table from rows as they stream in; it is there at the end, whole, or not at all.
 
@@ -83,6 +89,7 @@ class LiveStore:
             batches: the note's and the vector columns of ``schema``, without seq, deleted and committed_at.
             schema: as :func:`~notellm2_ray.serve.live_rows.live_schema` makes it; names the model.
             fragment_rows: rows of a file: what upkeep has to write again at most, so fewer where images are large.
+            seq: number of the commit group that the rows count as.
 
         Returns:
             The number of notes.
@@ -100,7 +107,7 @@ class LiveStore:
         lock = files.WriterLock(path)
         try:
             shutil.rmtree(path, ignore_errors=True)
-            stream = _FirstRows(batches, schema, str(path))
+            stream = _FirstRows(batches, schema, str(path), seq)
             try:
                 reader = pa.RecordBatchReader.from_batches(schema, stream)
                 lance.write_dataset(reader, str(path), schema=schema, max_rows_per_file=fragment_rows)
@@ -150,8 +157,8 @@ class LiveStore:
         if model_fingerprint is not None and model_fingerprint != self.model_fingerprint:
             raise ModelError(
                 f"vectors of the model {model_fingerprint} for {self.path}, which holds those of "
-                f"{self.model_fingerprint}: vectors of two models cannot be mixed; fill a new table and make it "
-                "the current one with notellm2_ray.serve.files.set_current"
+                f"{self.model_fingerprint}: vectors of two models cannot be mixed; `notellm2 swap-embedder` makes a "
+                "new table for a new model"
             )
         extra = self.columns[1:]
         return self._submit({note.note_id: check_note(note, self.dim, extra) for note in notes})
@@ -183,6 +190,15 @@ class LiveStore:
     def existing(self, note_ids: Sequence[str]) -> set[str]:
         """Those of the ids that are notes, as last committed."""
         return newest_if_gone(self._table, lambda table: table.existing(note_ids))
+
+    def skip_to(self, seq: int) -> None:
+        """Number the next commit group above ``seq``; only while no call is in hand."""
+        self._seq = max(self._seq, seq)
+
+    @property
+    def table(self) -> LiveTable:
+        """The table as last committed."""
+        return self._table
 
     @property
     def alive(self) -> bool:
@@ -274,10 +290,10 @@ class LiveStore:
 
 
 class _FirstRows(Iterator[pa.RecordBatch]):
-    """Rows of a new table with seq 0; remembers the error that ended them, which Lance turns into text."""
+    """Rows of a new table with their seq; remembers the error that ended them, which Lance turns into text."""
 
-    def __init__(self, batches: Iterable[pa.RecordBatch], schema: pa.Schema, where: str):
-        self._batches, self._schema, self._where = iter(batches), schema, where
+    def __init__(self, batches: Iterable[pa.RecordBatch], schema: pa.Schema, where: str, seq: int):
+        self._batches, self._schema, self._where, self._seq = iter(batches), schema, where, seq
         self._seen: set[str] = set()
         self.failure: Exception | None = None
 
@@ -304,7 +320,7 @@ class _FirstRows(Iterator[pa.RecordBatch]):
             raise DataError(f"{self._where}: note {name_some(sorted(repeated))} comes more than once")
         self._seen |= fresh
         stamps = {
-            "seq": pa.repeat(pa.scalar(0, pa.int64()), len(ids)),
+            "seq": pa.repeat(pa.scalar(self._seq, pa.int64()), len(ids)),
             "deleted": pa.repeat(pa.scalar(False), len(ids)),
             "committed_at": pa.repeat(pa.scalar(now(), pa.timestamp("us", tz="UTC")), len(ids)),
         }

@@ -5,20 +5,30 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from notellm2_ray.core.errors import DataError, OutputError
+from notellm2_ray.core.errors import DataError, ModelError, OutputError
+from notellm2_ray.core.schema import Note
+from notellm2_ray.serve.calls import call
+from notellm2_ray.serve.current import FIRST_TABLE, Served, current_table, forget_upcoming, set_current, upcoming
 from notellm2_ray.serve.figures import Figures
-from notellm2_ray.serve.files import FIRST_TABLE, current_table, manifests
+from notellm2_ray.serve.files import manifests
 from notellm2_ray.serve.live_rows import LiveNote
 from notellm2_ray.serve.plan import Plan, common_options
 from notellm2_ray.serve.store import LiveStore
+from notellm2_ray.serve.successor import Successor
+
+if TYPE_CHECKING:
+    from notellm2_ray.serve.loaded_model import Vectors
 
 log = logging.getLogger("notellm2_ray.serve")
 
 _FORGET_SECONDS = 30.0  # figures of a replica that is gone
+_FEW = 64  # notes that calls may wait for while another table takes over
+_MOST_ROUNDS = 50  # where notes come as quickly as they are embedded, calls wait for more than a few
 
 
 class Deleted(NamedTuple):
@@ -29,57 +39,74 @@ class Deleted(NamedTuple):
     unknown: list[str]
 
 
+class Upserted(NamedTuple):
+    """What an upsert came to."""
+
+    seq: int | None  # of its commit, which is on the disk; None: nothing was written, the vectors are another model's
+    model_fingerprint: str  # of the model whose vectors the table holds
+
+
 class Writer:
     """One replica, around one :class:`~notellm2_ray.serve.store.LiveStore`, that of the table which CURRENT names.
 
     Serve starts the next replica only after the last one's process is gone, and the store's lock, which the system
     releases with the process, keeps a straggler out. At the very first start the table is made from the bulk outputs.
+    A table that NEXT names is brought up to date with the notes that came since it was filled, and takes over then.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, plan: Plan, encoder: Any = None) -> None:
         path = ensure_table(plan)
-        self.plan = plan
+        self.plan, self.encoder = plan, encoder
         self.store: LiveStore = _opened(lambda: self._open(path))
-        self.opening = asyncio.Lock()
+        self.opening = asyncio.Lock()  # held while one table takes another's place
+        self.calls = 0  # in hand; none is while another table takes over
         self.figures = Figures("writer")
         self.pending: dict[str, int] = {}  # ids on their way to the disk, counted
         self.reports: dict[str, tuple[float, dict[str, Any]]] = {}
+        self.taking_over: asyncio.Task[None] | None = None
+        self.waits: str | None = None  # why the table that is to be served next is not served yet
 
-    async def upsert(self, notes: Sequence[LiveNote], model_fingerprint: str) -> int:
-        """Write notes; the number of their commit, once it is on the disk.
+    async def upsert(self, notes: Sequence[LiveNote], model_fingerprint: str) -> Upserted:
+        """Write notes.
 
         Raises:
-            DataError, ModelError, OutputError: nothing of the call was written.
+            DataError, OutputError: nothing of the call was written.
         """
-        store = await self._current()
-        with self.figures.timing("commit"), _Pending(self.pending, [note.note_id for note in notes]):
-            seq = await store.upsert_async(notes, model_fingerprint)
+        async with self._writing() as store:
+            if model_fingerprint != store.model_fingerprint:
+                return Upserted(None, store.model_fingerprint)
+            with self.figures.timing("commit"), _Pending(self.pending, [note.note_id for note in notes]):
+                seq = await store.upsert_async(notes, model_fingerprint)
         self.figures.wrote("upserted", len(notes))
         self.figures.batch("upsert", len(notes))
-        return seq
+        return Upserted(seq, model_fingerprint)
 
     async def delete(self, note_ids: Sequence[str]) -> Deleted:
         """Delete those of the notes that there are."""
-        store = await self._current()
-        pending = {note_id for note_id in note_ids if note_id in self.pending}
-        found = await asyncio.to_thread(store.existing, note_ids)
-        known = dict.fromkeys(note_id for note_id in note_ids if note_id in found or note_id in pending)
-        with self.figures.timing("commit"):
-            seq = await store.delete_async(known)
+        async with self._writing() as store:
+            pending = {note_id for note_id in note_ids if note_id in self.pending}
+            found = await asyncio.to_thread(store.existing, note_ids)
+            known = dict.fromkeys(note_id for note_id in note_ids if note_id in found or note_id in pending)
+            with self.figures.timing("commit"):
+                seq = await store.delete_async(known)
         self.figures.wrote("deleted", len(known))
         return Deleted(seq, len(known), [note_id for note_id in dict.fromkeys(note_ids) if note_id not in known])
 
     async def exchange(self, replica: str, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Keep a replica's report and return everybody's, so that any replica can answer for all."""
+        self._look_ahead()
         now = time.monotonic()
         self.reports[replica] = (now, report)
-        self.reports["writer"] = (now, {"families": self.figures.snapshot(), "state": self.store.info()})
+        self.reports["writer"] = (
+            now,
+            {"families": self.figures.snapshot(), "state": {**self.store.info(), "waits": self.waits}},
+        )
         self.reports = {name: entry for name, entry in self.reports.items() if now - entry[0] < _FORGET_SECONDS}
         return {name: kept for name, (_, kept) in self.reports.items()}
 
     def check_health(self) -> None:
         """Serve restarts the replica when this raises."""
-        if not self.store.alive:
+        if not self.store.alive and not self.opening.locked():
             raise RuntimeError("the thread that writes the live table has ended")
 
     def __del__(self) -> None:
@@ -87,25 +114,96 @@ class Writer:
         if store is not None:
             store.close()
 
-    async def _current(self) -> LiveStore:
-        """The store of the table that CURRENT names; opened when it names another one.
+    @asynccontextmanager
+    async def _writing(self) -> AsyncIterator[LiveStore]:
+        """The store of the table that is served, which no other takes the place of before the end.
 
         Raises:
             OutputError: that table is not there; the one before stays open, but what followers no longer read must not
                 be acknowledged as written.
         """
         async with self.opening:
-            before = self.store
-            try:
-                path = current_table(self.plan.directory)
-                if path != before.path:
-                    self.store = await asyncio.to_thread(self._open, path)
-            except DataError as error:
-                raise OutputError(str(error)) from error
-            if self.store is not before:
-                log.info("writing %s from now on, and %s no more", path, before.path)
-                await asyncio.to_thread(before.close)
-            return self.store
+            await self._follow_current()
+            store = self.store
+            self.calls += 1
+        try:
+            yield store
+        finally:
+            self.calls -= 1
+
+    async def _follow_current(self) -> None:
+        """Open the table that CURRENT names, where somebody made it another one."""
+        before = self.store
+        try:
+            path = current_table(self.plan.directory)
+            if path != before.path:
+                await self._none_in_hand()
+                self.store = await asyncio.to_thread(self._open, path)
+        except DataError as error:
+            raise OutputError(str(error)) from error
+        if self.store is not before:
+            log.info("writing %s from now on, and %s no more", path, before.path)
+            await asyncio.to_thread(before.close)
+
+    async def _none_in_hand(self) -> None:
+        """Wait for the calls that began before ``opening`` was taken."""
+        while self.calls:
+            await asyncio.sleep(0.002)
+
+    def _look_ahead(self) -> None:
+        """Begin to take over the table that is to be served next, if there is one."""
+        if self.taking_over is None or self.taking_over.done():
+            self.taking_over = asyncio.get_running_loop().create_task(self._take_over())
+
+    async def _take_over(self) -> None:
+        try:
+            following = upcoming(self.plan.directory)
+            if following is None or self.encoder is None:
+                self.waits = None
+            elif following.table == self.store.path:
+                forget_upcoming(self.plan.directory)  # a writer before this one was stopped just here
+            else:
+                await self._serve_next(following)
+                self.waits = None
+        except Exception as error:  # of any kind: the table that is there goes on, and the next look tries again
+            if str(error) != self.waits:
+                log.warning("the next table cannot be served yet: %s; it is tried again", error)
+            self.waits = str(error) or type(error).__name__
+
+    async def _serve_next(self, following: Served) -> None:
+        """Bring the next table up to date, then let it take the place of the one that is served.
+
+        Calls wait from the last of its notes until it is served: as long as a few notes take.
+        """
+        successor = await asyncio.to_thread(Successor, following, self._encode)
+        try:
+            fingerprint = successor.store.model_fingerprint
+            if fingerprint not in (await self._ask_encoder("describe"))["fingerprints"]:
+                raise ModelError(f"the encoder has not loaded the model {fingerprint} yet")
+            for _ in range(_MOST_ROUNDS):  # each has what came during the one before
+                if await successor.catch_up(self.store.table) <= _FEW:
+                    break
+            async with self.opening:
+                await self._follow_current()
+                await self._none_in_hand()
+                before = self.store
+                await successor.catch_up(before.table)
+                successor.store.skip_to(before.seq)
+                await asyncio.to_thread(set_current, self.plan.directory, following.table, following.model)
+                self.store = successor.store
+        except BaseException:
+            await asyncio.to_thread(successor.store.close)
+            raise
+        forget_upcoming(self.plan.directory)
+        log.info("%s is served from now on, and %s no more", following.table, before.path)
+        await asyncio.to_thread(before.close)
+
+    async def _encode(self, notes: Sequence[Note], columns: Sequence[str], fingerprint: str) -> Vectors:
+        return await self._ask_encoder("encode", list(notes), tuple(columns), fingerprint)
+
+    async def _ask_encoder(self, method: str, *arguments: Any) -> Any:
+        seconds = self.plan.serve.encode.timeout_seconds
+        return await call(getattr(self.encoder, method), *arguments, what="encoder", seconds=seconds)
 
     def _open(self, path: Path) -> LiveStore:
         serve = self.plan.serve

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
-from notellm2_ray.core.errors import ModelError, OutputError
+from notellm2_ray.core.errors import OutputError
 from notellm2_ray.core.settings.retrieval import IndexSettings
 from notellm2_ray.core.settings.serve import LimitSettings, ServeSettings
 from notellm2_ray.index.ann import AnnIndex
-from notellm2_ray.serve import files, follower
+from notellm2_ray.serve import current, files, follower
 from notellm2_ray.serve.calls import Dependency
 from notellm2_ray.serve.checks import Images
 from notellm2_ray.serve.encoder import Vectors
@@ -158,14 +158,13 @@ def make_writer(directory) -> Writer:
 def test_the_writer_goes_over_to_the_table_that_is_current(path, tmp_path):
     async def run():
         writer = make_writer(tmp_path)
-        assert await writer.upsert([note("a", 1)], MODEL) == 1
+        assert await writer.upsert([note("a", 1)], MODEL) == (1, MODEL)
         make_table(tmp_path / "live-2.lance", model="model-2")
-        files.set_current(tmp_path, "live-2.lance")
-        with pytest.raises(ModelError, match="cannot be mixed"):
-            await writer.upsert([note("b", 1)], MODEL)
-        assert await writer.upsert([note("c", 1)], "model-2") == 1
-        done = await writer.delete(["n1", "a"])
-        assert (done.deleted, done.unknown) == (1, ["a"])
+        current.set_current(tmp_path, "live-2.lance")
+        assert await writer.upsert([note("b", 1)], MODEL) == (None, "model-2")
+        assert await writer.upsert([note("c", 1)], "model-2") == (1, "model-2")
+        done = await writer.delete(["n1", "a", "b"])
+        assert (done.deleted, done.unknown) == (1, ["a", "b"])
         LiveStore.open(path).close()  # the old table is free
         (tmp_path / "CURRENT").write_text(json.dumps({"table": "live-3.lance"}))
         with pytest.raises(OutputError, match="live-3"):
@@ -255,9 +254,9 @@ def test_a_refusal_of_another_deployment_is_told_as_it_is():
 
 def gateway_of(problem=None, **handles):
     """A gateway as far as looking around goes."""
-    described = answering(describe={"fingerprint": MODEL}, exchange={"other": {}})
+    described = answering(describe={"fingerprints": [MODEL]}, exchange={"other": {}})
     made = Gateway.__new__(Gateway)
-    made.name, made.reports, made.encoder_fingerprint = "gateway-1", {}, ""
+    made.name, made.reports, made.writing_model = "gateway-1", {}, ""
     made._report = dict
     index = SimpleNamespace(model_fingerprint=MODEL)
     made.follower = SimpleNamespace(problem=problem, index=index, alive=True)

@@ -22,7 +22,7 @@ from notellm2_ray.core.errors import DataError, ModelError, OutputError
 from notellm2_ray.core.schema import NOTE_SCHEMA
 from notellm2_ray.core.settings.retrieval import IndexSettings
 from notellm2_ray.index.table import embedding_schema, write_table
-from notellm2_ray.serve import files
+from notellm2_ray.serve import current, files
 from notellm2_ray.serve.follower import StoreFollower
 from notellm2_ray.serve.live_rows import LiveNote, live_schema
 from notellm2_ray.serve.live_table import LiveTable, newest_if_gone
@@ -321,8 +321,8 @@ def test_followers_swap_to_a_new_models_table_as_one(tmp_path):
     old = follower.state
     make_table(tmp_path / "live-2.lance", 30, model="model-2", seed=5)
     with pytest.raises(DataError, match="not there"):
-        files.set_current(tmp_path, "live-3.lance")
-    files.set_current(tmp_path, "live-2.lance")
+        current.set_current(tmp_path, "live-3.lance")
+    current.set_current(tmp_path, "live-2.lance")
     deadline = time.monotonic() + 20
     while follower.state is old and time.monotonic() < deadline:
         time.sleep(0.01)
