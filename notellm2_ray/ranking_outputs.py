@@ -239,9 +239,12 @@ def ranking_evaluation(settings: Settings) -> Output:
         inputs["image_summaries"] = fingerprint_of(workspace / "image_summaries")
         inputs |= model_inputs(settings, ["llm"])
         shaped["llm"] = settings.model.llm
-    if "gru4rec_image" in baselines and not settings.ranking.image_tower:
-        inputs |= model_inputs(settings, ["vision"])
-        shaped["vision"] = settings.model.vision
+    if "gru4rec_image" in baselines:
+        if settings.ranking.image_tower:
+            inputs["image_tower"] = files_fingerprint(settings.ranking.image_tower)
+        else:
+            inputs |= model_inputs(settings, ["vision"])
+            shaped["vision"] = settings.model.vision
     for path in sorted(workspace.glob("sweeps/*/sweep.json")):
         inputs[f"sweep {path.parent.name}"] = fingerprint(path.read_text(encoding="utf-8"))
     return Output(workspace / "report" / "ranking", "eval-ranking", shaped, inputs)

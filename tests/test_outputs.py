@@ -67,6 +67,17 @@ def test_new_weights_in_a_models_directory_are_noticed(tmp_path):
         assert make(settings).fingerprint != before
 
 
+def test_new_weights_of_the_baselines_image_tower_are_noticed(tmp_path):
+    tower = tmp_path / "tower"
+    tower.mkdir()
+    (tower / "model.safetensors").write_bytes(b"one")
+    settings = settings_of(tmp_path / "runs", f"ranking.image_tower={tower}", "ranking.baselines=[gru4rec_image]")
+    pretend_ranking(settings)
+    before = ranking.ranking_evaluation(settings).fingerprint
+    (tower / "model.safetensors").write_bytes(b"another")
+    assert ranking.ranking_evaluation(settings).fingerprint != before
+
+
 def test_the_whole_pool_is_embedded_by_modality_whatever_is_evaluated(tmp_path):
     settings = settings_of(tmp_path, "embed.by_modality=true", "evaluate.inputs=[multimodal]")
     assert outputs.inputs_of(settings, "all") == ("multimodal", "image", "text")

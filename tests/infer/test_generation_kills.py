@@ -87,7 +87,7 @@ def test_killed_preferences_are_continued(tmp_path: Path, ray_cluster, mllm: Pat
 
 @pytest.mark.skipif(
     "NOTELLM2_LONG_TESTS" not in os.environ,
-    reason="starts six engines and was not yet seen to end within ten minutes: set NOTELLM2_LONG_TESTS=1 to run it",
+    reason="starts six engines, six minutes: set NOTELLM2_LONG_TESTS=1 to run it",
 )
 def test_killed_summaries_are_continued(tmp_path: Path, ray_cluster, mllm: Path) -> None:
     notes = [
