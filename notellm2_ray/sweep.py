@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -93,8 +94,13 @@ def run_sweep(
     home.mkdir(parents=True, exist_ok=True)
 
     def trial(config: dict[str, Any]) -> None:
+        import ray
+
         value = config["value"]
-        tune.report({"figures": dict(run_trial(overrides(sweep, value), trial_workspace(workspace, sweep, value)))})
+        # Outside of the trial's placement group, which holds none of the CPUs and GPUs that its stages reserve.
+        apart = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="DEFAULT")(_run)
+        work = apart.remote(run_trial, overrides(sweep, value), trial_workspace(workspace, sweep, value))
+        tune.report({"figures": ray.get(work)})
 
     tuner = tune.Tuner(
         tune.with_resources(trial, {"CPU": cpus_per_trial}),
@@ -110,6 +116,15 @@ def run_sweep(
     if not any(point["metrics"] for point in points):
         raise OutputError(f"every trial of the sweep {sweep.name} failed, the first: {points[0]['error']}")
     return found
+
+
+def _run(
+    run_trial: Callable[[Mapping[str, int], Path], Mapping[str, float]], changed: Mapping[str, int], home: Path
+) -> dict[str, float]:
+    """A trial in a process of its own, whose log Ray forwards."""
+    logging.basicConfig(stream=sys.stderr, format=f"%(asctime)s {home.name}: %(message)s", datefmt="%H:%M:%S")
+    logging.getLogger("notellm2_ray").setLevel(logging.INFO)
+    return dict(run_trial(changed, home))
 
 
 def trial_workspace(workspace: Path, sweep: Sweep, value: int) -> Path:

@@ -15,10 +15,14 @@ def make_trial():
     """Inside a function, so that it pickles by value: Ray's workers cannot import a test module."""
 
     def run_trial(changed, home: Path):
+        import ray
+
         (size,) = changed.values()
         if size == 5:
             raise ValueError("nothing to summarise")
         assert (home / "prepared" / "manifest.json").is_file()
+        # Stages reserve what they need themselves.
+        assert ray.get(ray.remote(num_cpus=1)(lambda: "an engine's work").remote(), timeout=30)
         return {"auc": 0.8 - 0.01 * abs(3 - size), "mrr@5": 0.6}
 
     return run_trial
