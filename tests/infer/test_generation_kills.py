@@ -15,8 +15,8 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from infer.test_kills import command, descendants, end_family, processes, wait_until
 from infer.tiny_mllm import picture, save_mllm
+from processes import command, descendants, end_family, processes, wait_until
 
 from notellm2_ray.core.schema import BLOCK_SCHEMA, NOTE_SCHEMA
 from notellm2_ray.core.settings import GenerationSettings, PreferenceSettings, SummarySettings

@@ -16,6 +16,7 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from processes import end_family
 
 from notellm2_ray.core.errors import DataError, ModelError, OutputError
 from notellm2_ray.core.schema import SCORE_SCHEMA
@@ -210,23 +211,7 @@ def _same(output: Path, reference: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_engine_is_started_anew(undisturbed, directory, tmp_path):
-    killed: list[int] = []
-
-    def kill() -> None:
-        for process in _engines_of(os.getpid()):
-            killed.append(process.pid)
-            process.kill()
-
-    thread = _when_parts(tmp_path / "shared_prefix", 2, kill)
-    _score(directory, _tables(directory, tmp_path, "shared_prefix"))
-    thread.join()
-    assert killed
-    _same(tmp_path, undisturbed[0])
-
-
-@pytest.mark.slow
-def test_a_killed_driver_costs_the_parts_in_hand(undisturbed, directory, tmp_path):
+def test_a_killed_engine_and_then_a_killed_driver_cost_the_parts_in_hand(undisturbed, directory, tmp_path):
     program = "import sys; from pathlib import Path; from tests.infer.test_score import _driver; _driver(*sys.argv[1:])"
     output = tmp_path / "shared_prefix"
     with open(tmp_path / "log", "w") as log:
@@ -237,21 +222,35 @@ def test_a_killed_driver_costs_the_parts_in_hand(undisturbed, directory, tmp_pat
             stdout=log,
             stderr=log,
         )
+        engines: list[psutil.Process] = []
         family: list[psutil.Process] = []
 
-        def kill() -> None:
+        def kill_engine() -> None:
+            engines.extend(_engines_of(driver.pid))
+            for process in engines:
+                process.kill()
+
+        def kill_driver() -> None:
             family.extend(psutil.Process(driver.pid).children(recursive=True))
             driver.kill()
 
-        _when_parts(output, 2, kill).join(240)
+        _when_parts(output, 2, kill_engine).join(240)
+        before = _parts(output)
+        _when_parts(output, len(before) + 2, kill_driver).join(240)
         driver.wait()
-        psutil.wait_procs(family, timeout=60)
-    left = {path.name: path.stat().st_mtime_ns for path in (output / "parts").glob("*.parquet")}
-    assert left and not (output / "scores.parquet").exists()
+        end_family([process.pid for process in family])
+    left = _parts(output)
+    assert engines and len(left) >= 4 and not (output / "scores.parquet").exists()
+    assert before.items() <= left.items()
     (counts,) = _score(directory, _tables(directory, tmp_path, "shared_prefix"))
-    assert 2 <= counts["parts_reused"] == len(left) < counts["parts"]
-    assert all((output / "parts" / name).stat().st_mtime_ns == written for name, written in left.items())
+    assert counts["parts_reused"] == len(left) < counts["parts"]
+    assert left.items() <= _parts(output).items()
     _same(tmp_path, undisturbed[0])
+
+
+def _parts(output: Path) -> dict[str, int]:
+    """When each part was written, by name."""
+    return {path.name: path.stat().st_mtime_ns for path in (output / "parts").glob("*.parquet")}
 
 
 def _driver(directory: str, output: str) -> None:

@@ -15,6 +15,7 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
+from processes import end_family
 
 from notellm2_ray.core.errors import ConfigError, DataError
 from notellm2_ray.core.note_store import NoteStore
@@ -145,7 +146,7 @@ def test_a_killed_driver_costs_only_the_steps_since_its_checkpoint(undisturbed, 
 
         _when_step(tmp_path, 18, kill).join()
         driver.wait()
-        psutil.wait_procs(family, timeout=60)
+        end_family([process.pid for process in family])
     steps = len([row for row in read_history(tmp_path / "history.jsonl") if "loss" in row])
     assert 17 <= steps < TOTAL
     assert not (tmp_path / "model").exists()

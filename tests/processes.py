@@ -1,0 +1,54 @@
+"""Processes below another one, for tests that kill them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+
+def wait_until(condition: Callable[[], bool], seconds: float = 180) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.01)
+
+
+def command(pid: int) -> str:
+    with contextlib.suppress(OSError):
+        return Path(f"/proc/{pid}/cmdline").read_text(errors="replace")
+    return ""
+
+
+def processes() -> Iterator[tuple[int, int]]:
+    """(pid, parent's pid) of all that run."""
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            state, parent = path.read_text(errors="replace").rpartition(")")[2].split()[:2]
+            if state != "Z":
+                yield int(path.parent.name), int(parent)
+
+
+def descendants(pid: int) -> list[int]:
+    """All processes below ``pid``."""
+    children: dict[int, list[int]] = {}
+    for child, parent in processes():
+        children.setdefault(parent, []).append(child)
+    found = [pid]
+    for known in found:
+        found += children.get(known, [])
+    return found[1:]
+
+
+def end_family(family: list[int]) -> None:
+    """Ray's processes end with their driver; what is left of ours after some seconds is killed, by its pid."""
+    end = time.monotonic() + 5
+    while time.monotonic() < end and (left := {pid for pid, _ in processes()} & set(family)):
+        time.sleep(0.1)
+    left = {pid for pid, _ in processes()} & set(family)
+    for pid in left:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
