@@ -122,7 +122,9 @@ def _run(
     run_trial: Callable[[Mapping[str, int], Path], Mapping[str, float]], changed: Mapping[str, int], home: Path
 ) -> dict[str, float]:
     """A trial in a process of its own, whose log Ray forwards."""
-    logging.basicConfig(stream=sys.stderr, format=f"%(asctime)s {home.name}: %(message)s", datefmt="%H:%M:%S")
+    logging.basicConfig(
+        stream=sys.stderr, format=f"%(asctime)s {home.name}: %(message)s", datefmt="%H:%M:%S", force=True
+    )
     logging.getLogger("notellm2_ray").setLevel(logging.INFO)
     return dict(run_trial(changed, home))
 

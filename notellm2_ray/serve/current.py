@@ -7,15 +7,17 @@ in which a service goes over to a new model. NEXT, of the same form, names the t
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 from typing import NamedTuple
 
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.run import write_atomically
-from notellm2_ray.serve.files import VERSIONS, sync
+from notellm2_ray.serve.files import VERSIONS, sync, sync_new
 
 CURRENT = "CURRENT"
 NEXT = "NEXT"
+WAITS = "NEXT.waits"
 FIRST_TABLE = "live.lance"
 MODELS = "models"
 
@@ -25,7 +27,8 @@ class Served(NamedTuple):
 
     table: Path
     model: Path | None  # directory of the embedder; None: the one that the service was started with
-    holds: int = 0  # NEXT: the commit group of the current table up to which its notes are there
+    source: str = ""  # NEXT: name of the table that it was filled from ...
+    holds: int = 0  # ... and the commit group of that table up to which it has everything
 
 
 def current(directory: str | Path) -> Served:
@@ -65,22 +68,60 @@ def set_current(directory: str | Path, table: str | Path, model: str | Path | No
     _write(Path(directory), CURRENT, table, model, {})
 
 
-def set_upcoming(directory: str | Path, table: str | Path, model: str | Path, holds: int) -> None:
-    """Have the service take over a table and its model as soon as the table is up to date; as :func:`set_current`."""
-    _write(Path(directory), NEXT, table, model, {"holds": holds})
+def set_upcoming(directory: str | Path, table: str | Path, model: str | Path, source: str, holds: int) -> None:
+    """Have the service take over a table and its model as soon as the table is up to date; as :func:`set_current`.
+
+    Args:
+        source: name of the table that it was filled from.
+        holds: commit group of that table up to which it has everything.
+    """
+    tell(directory, None)
+    _write(Path(directory), NEXT, table, model, {"source": source, "holds": holds})
+
+
+def keep_model(directory: str | Path, model: Path, fingerprint: str) -> Path:
+    """A copy of a model in the serving directory, which lasts whatever becomes of ``model``; where it lies."""
+    kept = Path(directory) / MODELS / fingerprint
+    if not kept.is_dir():
+        unfinished = kept.with_name(f".{fingerprint}")
+        shutil.rmtree(unfinished, ignore_errors=True)
+        shutil.copytree(model, unfinished)
+        sync_new(unfinished, set())
+        unfinished.rename(kept)
+        sync([kept.parent])
+    return kept
 
 
 def forget_upcoming(directory: str | Path) -> None:
     """Remove NEXT: nothing is to be served next."""
     (Path(directory) / NEXT).unlink(missing_ok=True)
+    tell(directory, None)
     sync([Path(directory)])
+
+
+def tell(directory: str | Path, reason: str | None) -> None:
+    """Leave word why what NEXT names is not served yet, for who waits for it; None: there is no reason."""
+    path = Path(directory) / WAITS
+    if reason is None:
+        path.unlink(missing_ok=True)
+    else:
+        write_atomically(path, reason)
+
+
+def told(directory: str | Path) -> str:
+    """What :func:`tell` left; "" for nothing."""
+    try:
+        return (Path(directory) / WAITS).read_text(encoding="utf-8")
+    except FileNotFoundError:
+        return ""
 
 
 def _read(directory: Path, name: str) -> Served | None:
     path = directory / name
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
-        table, model, holds = said["table"], said.get("model"), int(said.get("holds", 0))
+        table, model = said["table"], said.get("model")
+        source, holds = str(said.get("source", "")), int(said.get("holds", 0))
         plain = all(isinstance(one, str) and Path(one).name == one for one in (table, model) if one is not None)
     except FileNotFoundError:
         return None
@@ -88,10 +129,10 @@ def _read(directory: Path, name: str) -> Served | None:
         raise DataError(f'{path} is damaged: it must hold {{"table": "<name of a table beside it>"}}') from error
     if not plain:
         raise DataError(f"{path} names {table!r} and {model!r}, which are not a table beside it and a model")
-    return Served(directory / table, None if model is None else directory / MODELS / model, holds)
+    return Served(directory / table, None if model is None else directory / MODELS / model, source, holds)
 
 
-def _write(directory: Path, name: str, table: str | Path, model: str | Path | None, more: dict[str, int]) -> None:
+def _write(directory: Path, name: str, table: str | Path, model: str | Path | None, more: dict[str, object]) -> None:
     said: dict[str, object] = {"table": Path(table).name}
     if not (directory / Path(table).name / VERSIONS).is_dir():
         raise DataError(f"{directory / Path(table).name} is not there: fill the new table before it is named")

@@ -23,7 +23,7 @@ from notellm2_ray.core.errors import ConfigError, DataError, ModelError, OutputE
 from notellm2_ray.core.settings.retrieval import IndexSettings
 from notellm2_ray.index.ann import AnnIndex
 from notellm2_ray.index.live import LiveIndex
-from notellm2_ray.serve.current import current_table
+from notellm2_ray.serve.current import current_table, upcoming
 from notellm2_ray.serve.live_rows import StoredCard, StoredNote, to_batch
 from notellm2_ray.serve.live_table import LiveTable, newest_if_gone
 
@@ -56,8 +56,9 @@ class StoreFollower:
     """Follows the live table, or the one that the pointer file CURRENT names, at a small distance.
 
     Every ``poll_seconds`` it asks for the newest version's number, which costs 0.1 ms, and reads only the files that
-    came since. Compaction, clean-up and a restart of the writer do not disturb it. When CURRENT names another table it
-    is loaded beside, in a thread, and takes the old one's place as one, so answers never mix two models' vectors.
+    came since. Compaction, clean-up and a restart of the writer do not disturb it. A table that NEXT names is loaded
+    beside, in a thread, and followed as well; once CURRENT names it, it takes the old one's place as one, so answers
+    never mix two models' vectors.
 
     Attributes:
         state: table, index and seq that belong together: take it once per request.
@@ -93,6 +94,8 @@ class StoreFollower:
         self._threads: list[threading.Thread] = []
         self._loaded: Following | None = None  # by the loading thread, to be taken by the polling one
         self._loading: threading.Thread | None = None
+        self._ahead: Following | None = None  # what is to be served next
+        self._read_beside: LiveTable | None = None  # what is served, while it is not loaded yet
         self._counts: dict[str, Any] = {"polls": 0, "changes": 0, "reloads": 0, "errors": 0, "last_error": ""}
         self._delay = 0.0
         self._failing_since: float | None = None  # the first of the looks that failed one after the other
@@ -118,11 +121,22 @@ class StoreFollower:
 
     def notes(self, note_ids: Sequence[str]) -> list[StoredNote | None]:
         """Titles, pictures and the rest by id, in this order, read from disk; None where there is no such note."""
-        return newest_if_gone(self.state.table, lambda table: table.notes(note_ids))
+        return newest_if_gone(self.reading, lambda table: table.notes(note_ids))
 
     def cards(self, note_ids: Sequence[str]) -> dict[str, StoredCard]:
         """Notes by id as they are shown, read from disk; those that are not there are left out."""
-        return newest_if_gone(self.state.table, lambda table: table.cards(note_ids))
+        return newest_if_gone(self.reading, lambda table: table.cards(note_ids))
+
+    @property
+    def reading(self) -> LiveTable:
+        """The table that notes are read from: the index's, or the one that is served, while it is not loaded yet."""
+        state, target = self.state, self._target()
+        if target == state.table.path:
+            return state.table
+        beside = self._read_beside
+        if beside is None or beside.path != target or beside.newest_version != beside.version:
+            beside = self._read_beside = LiveTable(target)
+        return beside
 
     def freshness(self) -> dict[str, Any]:
         """JSON values: seq, version, seconds_since_commit of the newest group in the index, delay_seconds between its
@@ -134,6 +148,7 @@ class StoreFollower:
             "version": state.table.version,
             "model_fingerprint": state.table.model_fingerprint,
             "notes": len(state.index),
+            "ahead": self._ahead.table.path.name if self._ahead is not None else None,
             "seconds_since_commit": round(time.time() - state.committed_at, 3),
             "delay_seconds": round(self._delay, 4),
             **self._counts,
@@ -164,11 +179,11 @@ class StoreFollower:
     def poll(self) -> bool:
         """Look once, as the thread does every ``poll_seconds``; whether anything changed."""
         self._counts["polls"] += 1
-        if self._loaded is not None:
-            self.state, self._loaded = self._loaded, None
-            self._counts["reloads"] += 1
-            self._tell(Change([], [], self.state.seq, reloaded=True))
-            return True
+        loaded, self._loaded = self._loaded, None
+        if loaded is not None and loaded.table.path == self._target():
+            return self._go_over(loaded)
+        if loaded is not None:
+            self._ahead = loaded
         self._load_wanted = False
         changed = self._look()
         if not self._load_wanted:
@@ -196,17 +211,59 @@ class StoreFollower:
                 self._counts["last_error"] = str(error)
 
     def _look(self) -> bool:
-        table, target = self.state.table, self._target()
+        following, target = self._upcoming(), self._target()  # in this order: CURRENT takes NEXT's place
+        table = self.state.table
         if target != table.path:
+            if self._ahead is not None and self._ahead.table.path == target:
+                ahead, self._ahead = self._ahead, None
+                return self._go_over(ahead)
             self._load_beside(target)  # goes on following the old one meanwhile
+        else:
+            self._look_ahead(following)
         newest = table.newest_version
         if newest < table.version:  # the writer has set damaged versions aside: what was read of them is no more
             self._load_beside(target)
             return False
         return newest > table.version and self._follow(table.at(newest))
 
+    def _look_ahead(self, following: Path | None) -> None:
+        """Load and follow what is to be served next, if anything is."""
+        ahead = self._ahead
+        if following is None:
+            self._ahead = None
+        elif ahead is None or ahead.table.path != following:
+            self._load_beside(following)
+        elif (newest := ahead.table.newest_version) != ahead.table.version:
+            applied = self._applied(ahead, ahead.table.at(newest)) if newest > ahead.table.version else None
+            self._ahead = None if applied is None else applied[0]  # None: it is loaded again
+
+    def _go_over(self, loaded: Following) -> bool:
+        """Serve what was loaded, as one."""
+        self.state = loaded
+        self._counts["reloads"] += 1
+        self._tell(Change([], [], loaded.seq, reloaded=True))
+        return True
+
     def _follow(self, table: LiveTable) -> bool:
-        state = self.state
+        applied = self._applied(self.state, table)
+        if applied is None:
+            self._load_beside(table.path)
+            return False
+        self.state, change = applied
+        if change is None:
+            return False
+        self._delay = time.time() - self.state.committed_at
+        self._counts["changes"] += len(change.written) + len(change.deleted)
+        self._tell(change)
+        return True
+
+    @staticmethod
+    def _applied(state: Following, table: LiveTable) -> tuple[Following, Change | None] | None:
+        """A newer version of the table, brought into the state's index; None: it has to be loaded anew.
+
+        Raises:
+            ModelError: the table now holds another model's vectors.
+        """
         if (table.model_fingerprint, table.dim) != (state.index.model_fingerprint, state.index.dim):
             raise ModelError(
                 f"{table.path} now says it holds vectors of the model {table.model_fingerprint}, the index those of "
@@ -214,23 +271,18 @@ class StoreFollower:
                 "which `notellm2 swap-embedder` makes"
             )
         if table.purged_seq > state.seq:
-            self._load_beside(table.path)  # tombstones that were not seen yet are gone
-            return False
+            return None  # tombstones that were not seen yet are gone
         rows = table.changes(state.seq, state.fragments)
         fragments = table.fragment_ids()
         if not len(rows):
-            self.state = replace(state, table=table, fragments=fragments)
-            return False
+            return replace(state, table=table, fragments=fragments), None
         batch = to_batch(rows, table.columns)
         state.index.apply(batch)
         seq, committed_at = _last(rows)
-        self.state = Following(table, state.index, seq, committed_at, fragments)
-        self._delay = time.time() - committed_at
-        self._counts["changes"] += len(rows)
         deleted = batch.deleted if batch.deleted is not None else np.zeros(len(rows), dtype=bool)
         written = [note_id for note_id, gone in zip(batch.ids, deleted, strict=True) if not gone]
-        self._tell(Change(written, [batch.ids[row] for row in np.flatnonzero(deleted)], seq, reloaded=False))
-        return True
+        change = Change(written, [batch.ids[row] for row in np.flatnonzero(deleted)], seq, reloaded=False)
+        return Following(table, state.index, seq, committed_at, fragments), change
 
     def _load_beside(self, target: Path) -> None:
         self._load_wanted = True
@@ -283,6 +335,10 @@ class StoreFollower:
 
     def _target(self) -> Path:
         return self._directory if self._directory.suffix == ".lance" else current_table(self._directory)
+
+    def _upcoming(self) -> Path | None:
+        following = None if self._directory.suffix == ".lance" else upcoming(self._directory)
+        return None if following is None else following.table
 
     def _tell(self, change: Change) -> None:
         if self._on_change is not None:

@@ -164,15 +164,15 @@ class Gateway:
 
     async def applied(self, seq: int, seconds: float = 1.0) -> None:
         """Wait until this replica's index has a commit, for a moment: who wrote a note then finds it here at once."""
-        until, state = time.monotonic() + seconds, self.follower.state
-        if self.writing_model not in ("", state.table.model_fingerprint):
-            return  # written to the table that this replica is still loading
+        until = time.monotonic() + seconds
+        if self.follower.reading is not self.follower.state.table:
+            return  # written to a table that this replica has to load first
         while self.follower.state.seq < seq and time.monotonic() < until:
             await asyncio.sleep(0.005)
 
     def _newest(self, note_ids: list[str]) -> set[str]:
         """Those of the ids that the newest version has."""
-        newest = LiveTable(self.follower.state.table.path)
+        newest = LiveTable(self.follower.reading.path)
         return newest_if_gone(newest, lambda table: table.existing(note_ids))
 
     async def other_figures(self) -> list[Any]:
@@ -201,14 +201,15 @@ class Gateway:
         self.reports = reports or self.reports
         written = self.reports.get("writer", {}).get("state", {})
         self.writing_model = written.get("model_fingerprint", self.writing_model)
-        described, away = await self._ask(self.encoder, "describe")
+        described, away = await self._ask(self.encoder, "describe", self.index.model_fingerprint)
         problems += away + (await self._ask(self.users, "describe"))[1]
         if self.follower.problem is not None:
             problems.append(self.follower.problem)
-        if described is not None and self.index.model_fingerprint not in described["fingerprints"]:
+        there = [] if described is None else [one["fingerprint"] for one in described["models"]]
+        if described is not None and self.index.model_fingerprint not in there:
             problems.append(
-                f"the encoder runs {' and '.join(described['fingerprints'])}, the index was made with "
-                f"{self.index.model_fingerprint}: if the embedder was trained anew, run `notellm2 swap-embedder`"
+                f"the encoder runs {' and '.join(there)}, the index was made with {self.index.model_fingerprint}: if "
+                "the embedder was trained anew, run `notellm2 swap-embedder`"
             )
         # Recall answers in the ranker's place, and says so.
         missing = [] if self.ranker is None else (await self._ask(self.ranker, "describe"))[1]

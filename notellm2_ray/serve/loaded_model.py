@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.run import files_fingerprint
 from notellm2_ray.core.schema import Note
 from notellm2_ray.core.settings.serve import EncodeSettings
 from notellm2_ray.serve.figures import Figures
@@ -79,17 +80,20 @@ class LoadedModel:
     its own, while the next batch is prepared.
 
     Attributes:
+        path: its directory.
         fingerprint: of the model.
-        used: when notes were last asked of it (``time.monotonic``).
+        files: of its files, as they were before it was read.
+        used, wanted: when it was last asked for, and when it was last to be served (``time.monotonic``).
     """
 
     def __init__(self, path: Path, device: str, workers: Workers) -> None:
         from notellm2_ray.models.encoder import NoteEncoder
 
         self.path, self.workers, self.settings = path, workers, workers.settings
+        self.files = files_fingerprint(str(path))
         self.encoder = NoteEncoder.from_pretrained(path, device=device, precision=workers.settings.precision)
         self.fingerprint = self.encoder.fingerprint
-        self.used = time.monotonic()
+        self.used = self.wanted = time.monotonic()
         self._local = threading.local()
         self._batcher = MicroBatcher(self._batch, most=workers.settings.batch, size=len)
 

@@ -56,7 +56,7 @@ def build(gateway: Gateway) -> Any:
         """Notes whose title holds the text, in any case, or that have it as a topic or as their id."""
         check_text(body.text, gateway.limits.title_characters, "text")
         ids = await asyncio.to_thread(
-            newest_if_gone, gateway.follower.state.table, lambda table: search_titles(table, body.text, body.limit)
+            newest_if_gone, gateway.follower.reading, lambda table: search_titles(table, body.text, body.limit)
         )
         found = await cards(gateway, ids)
         return {"notes": [found[note_id] for note_id in ids if note_id in found]}
@@ -166,7 +166,7 @@ async def embed(gateway: Gateway, body: schemas.EmbeddingsRequest) -> dict[str, 
     prepared, problems = await prepare_notes(given, gateway.limits, gateway.fetcher, gateway.images)
     for row, reason in problems.items():
         raise InvalidError(reason, f"input.{row}")
-    vectors = await gateway.encode(prepared)
+    vectors = await gateway.encode(prepared, model=model)
     for row, reason in vectors.problems.items():
         raise InvalidError(reason, f"input.{row}")
     data = [

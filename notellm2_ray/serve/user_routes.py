@@ -181,7 +181,7 @@ class Recommendation:
             try:
                 # Room for what is seen already, without telling the index of a long history at every search.
                 k = max(settings.per_note, self.body.k) + min(len(excluded), settings.per_note)
-                hits = await self.gateway.search(note_id, k)
+                hits = await self.gateway.search(note_id, k, index=index)
             except NotFoundError:  # deleted meanwhile
                 continue
             kept = [row for row, one in enumerate(hits.ids) if one not in excluded]

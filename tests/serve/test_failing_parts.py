@@ -254,7 +254,7 @@ def test_a_refusal_of_another_deployment_is_told_as_it_is():
 
 def gateway_of(problem=None, **handles):
     """A gateway as far as looking around goes."""
-    described = answering(describe={"fingerprints": [MODEL]}, exchange={"other": {}})
+    described = answering(describe={"models": [{"fingerprint": MODEL}]}, exchange={"other": {}})
     made = Gateway.__new__(Gateway)
     made.name, made.reports, made.writing_model = "gateway-1", {}, ""
     made._report = dict

@@ -18,9 +18,12 @@ from serving import SMALL, wait_for
 from notellm2_ray import online, online_swap
 from notellm2_ray.cli import load_settings
 from notellm2_ray.core.errors import DataError, ModelError, OutputError
+from notellm2_ray.core.run import files_fingerprint
+from notellm2_ray.core.settings.retrieval import IndexSettings
 from notellm2_ray.core.settings.serve import ServeSettings
 from notellm2_ray.serve import current, encoder
 from notellm2_ray.serve.encoder import Encoder
+from notellm2_ray.serve.follower import StoreFollower
 from notellm2_ray.serve.live_table import LiveTable
 from notellm2_ray.serve.loaded_model import Vectors
 from notellm2_ray.serve.store import LiveStore
@@ -42,12 +45,15 @@ class Method:
 class NewModel:
     """A handle of an encoder whose vectors of a note say its title; nothing can be made of the title 'bad'."""
 
-    def __init__(self):
-        self.fingerprints, self.before = [MODEL, NEW], None
+    def __init__(self, directory):
+        self.directory = directory
+        self.loaded, self.before = NEW, None
         self.describe, self.encode = Method(self._describe), Method(self._encode)
 
-    async def _describe(self):
-        return {"fingerprints": self.fingerprints}
+    async def _describe(self, needed):
+        assert needed == MODEL
+        old = {"path": "somewhere", "fingerprint": MODEL, "files": ""}
+        return {"models": [old, {**old, "path": str(self.directory / "models" / "m2"), "fingerprint": self.loaded}]}
 
     async def _encode(self, notes, columns, fingerprint):
         if self.before is not None:
@@ -72,7 +78,7 @@ def filled(tmp_path):
 
 
 def make_writer(directory, handle):
-    return Writer(SimpleNamespace(directory=directory, serve=ServeSettings()), handle)
+    return Writer(SimpleNamespace(directory=directory, model=directory / "trained", serve=ServeSettings()), handle)
 
 
 async def taken_over(writer):
@@ -89,15 +95,15 @@ def contents(path):
 
 def test_what_came_after_the_copy_is_carried_over(filled):
     async def run():
-        writer = make_writer(filled, NewModel())
+        writer = make_writer(filled, NewModel(filled))
         await writer.upsert([note("a", 1), note("n3", 2), note("gone", 3)], MODEL)
         await writer.upsert([note("a", 4)], MODEL)
         seq = (await writer.upsert([note("worse", 5)._replace(title="bad")], MODEL)).seq
         await writer.delete(["n1", "gone"])
-        current.set_upcoming(filled, "live-2.lance", "m2", 0)
+        current.set_upcoming(filled, "live-2.lance", "m2", "live.lance", 0)
         await taken_over(writer)
         assert writer.waits is None and current.upcoming(filled) is None
-        assert current.current(filled) == (filled / "live-2.lance", filled / "models" / "m2", 0)
+        assert current.current(filled) == (filled / "live-2.lance", filled / "models" / "m2", "", 0)
         assert await writer.upsert([note("late", 6)], MODEL) == (None, NEW)
         done = await writer.upsert([note("late", 6)], NEW)
         assert done.seq > seq and done.model_fingerprint == NEW  # numbers go on: who waits for one is not misled
@@ -134,14 +140,14 @@ def test_nothing_that_is_written_meanwhile_is_lost(filled):
             await asyncio.sleep(0)
 
     async def run():
-        handle, stop = NewModel(), asyncio.Event()
+        handle, stop = NewModel(filled), asyncio.Event()
 
         async def slow():
             await asyncio.sleep(0.05)
 
         handle.before = slow
         writer = make_writer(filled, handle)
-        current.set_upcoming(filled, "live-2.lance", "m2", 0)
+        current.set_upcoming(filled, "live-2.lance", "m2", "live.lance", 0)
         async with asyncio.TaskGroup() as tasks:
             for mine in range(4):
                 tasks.create_task(write(writer, stop, mine))
@@ -168,8 +174,8 @@ def test_deletions_whose_tombstones_are_gone_are_carried_over(filled):
         wait_for(lambda: LiveTable(filled / "live.lance").purged_seq > 0)
 
     async def run():
-        writer = make_writer(filled, NewModel())
-        current.set_upcoming(filled, "live-2.lance", "m2", 0)
+        writer = make_writer(filled, NewModel(filled))
+        current.set_upcoming(filled, "live-2.lance", "m2", "live.lance", 0)
         await taken_over(writer)
         writer.store.close()
 
@@ -180,14 +186,14 @@ def test_deletions_whose_tombstones_are_gone_are_carried_over(filled):
 
 def test_until_the_new_model_works_the_old_one_is_served(filled):
     async def run():
-        handle = NewModel()
-        handle.fingerprints = [MODEL]
+        handle = NewModel(filled)
+        handle.loaded = "of another precision"
         writer = make_writer(filled, handle)
         await writer.upsert([note("a", 1)], MODEL)
-        current.set_upcoming(filled, "live-2.lance", "m2", 0)
+        current.set_upcoming(filled, "live-2.lance", "m2", "live.lance", 0)
         await taken_over(writer)
-        assert "not loaded" in writer.waits
-        handle.fingerprints = [MODEL, NEW]
+        assert "must be the same" in writer.waits and current.told(filled) == writer.waits
+        handle.loaded = NEW
         calls = itertools.count()
 
         async def fails_the_second_time():
@@ -212,11 +218,11 @@ def test_until_the_new_model_works_the_old_one_is_served(filled):
 
 
 def test_a_writer_that_died_after_the_swap_clears_up(filled):
-    current.set_upcoming(filled, "live-2.lance", "m2", 0)
+    current.set_upcoming(filled, "live-2.lance", "m2", "live.lance", 0)
     current.set_current(filled, "live-2.lance", "m2")
 
     async def run():
-        writer = make_writer(filled, NewModel())
+        writer = make_writer(filled, NewModel(filled))
         await taken_over(writer)
         assert current.upcoming(filled) is None and writer.store.path.name == "live-2.lance"
         writer.store.close()
@@ -224,11 +230,112 @@ def test_a_writer_that_died_after_the_swap_clears_up(filled):
     asyncio.run(run())
 
 
+def test_the_service_keeps_a_copy_of_the_model_it_began_with(filled):
+    trained = filled / "trained"
+    trained.mkdir()
+    (trained / "weights").write_text("first")
+    handle = NewModel(filled)
+    described = {"path": str(trained), "fingerprint": MODEL, "files": files_fingerprint(str(trained))}
+
+    async def describe(needed):
+        return {"models": [described]}
+
+    handle.describe = Method(describe)
+
+    async def run():
+        writer = make_writer(filled, handle)
+        (trained / "weights").write_text("trained anew before it was copied")
+        await taken_over(writer)
+        assert current.current(filled).model is None and not (filled / "models" / MODEL).exists()
+        described["files"] = files_fingerprint(str(trained))
+        await taken_over(writer)
+        (trained / "weights").write_text("trained anew")
+        assert current.current(filled).model == filled / "models" / MODEL
+        assert (filled / "models" / MODEL / "weights").read_text() == "trained anew before it was copied"
+        writer.store.close()
+
+    asyncio.run(run())
+
+
+def test_a_table_filled_from_one_that_is_served_no_more_is_not_served(filled):
+    async def run():
+        writer = make_writer(filled, NewModel(filled))
+        current.set_upcoming(filled, "live-2.lance", "m2", "live-0.lance", 0)
+        await taken_over(writer)
+        assert "filled from live-0.lance" in writer.waits
+        current.set_upcoming(filled, "live-2.lance", "m2", "live.lance", 0)
+        handle = writer.encoder
+
+        async def give_up():
+            current.forget_upcoming(filled)
+
+        handle.before = give_up
+        await writer.upsert([note("a", 1)], MODEL)
+        await taken_over(writer)
+        assert writer.waits == "it was given up" and writer.store.path.name == "live.lance"
+        await taken_over(writer)
+        assert writer.waits is None
+        LiveStore.open(filled / "live-2.lance").close()  # let go
+        writer.store.close()
+
+    asyncio.run(run())
+
+
+def test_it_is_served_once_every_replica_has_loaded_it(filled):
+    def report(ahead):
+        return {"state": {"freshness": {"ahead": ahead}}}
+
+    async def run():
+        writer = make_writer(filled, NewModel(filled))
+        current.set_upcoming(filled, "live-2.lance", "m2", "live.lance", 0)
+        await writer.exchange("gateway-1", report("live-2.lance"))
+        await writer.exchange("gateway-2", report(None))
+        await writer.taking_over
+        assert writer.waits == "gateway-2: still loading live-2.lance"
+        await writer.exchange("gateway-2", report("live-2.lance"))
+        await writer.taking_over
+        assert writer.waits is None and writer.store.path.name == "live-2.lance"
+        writer.store.close()
+
+    asyncio.run(run())
+
+
+def test_a_model_that_makes_nothing_of_many_notes_is_not_served(filled):
+    async def run():
+        writer = make_writer(filled, NewModel(filled))
+        await writer.upsert([note(f"b{row}", 5)._replace(title="bad") for row in range(3)], MODEL)
+        current.set_upcoming(filled, "live-2.lance", "m2", "live.lance", 0)
+        await taken_over(writer)
+        assert "3 of 3 notes have no vector" in writer.waits and writer.store.path.name == "live.lance"
+        writer.store.close()
+
+    asyncio.run(run())
+
+
+def test_followers_load_the_next_table_before_it_is_served(filled):
+    follower = StoreFollower(filled, IndexSettings(kind="exact", recall_queries=5))
+    follower.state = follower._load(filled / "live.lance")
+    current.set_upcoming(filled, "live-2.lance", "m2", "live.lance", 0)
+    assert not follower.poll()
+    follower._loading.join()
+    follower.poll()
+    assert follower.freshness()["ahead"] == "live-2.lance" and follower.index.model_fingerprint == MODEL
+    with LiveStore.open(filled / "live-2.lance") as store:
+        store.upsert([note("late", 3)], NEW)
+        follower.poll()
+        current.set_current(filled, "live-2.lance", "m2")
+        current.forget_upcoming(filled)
+        assert [one.title for one in follower.notes(["late"])] == ["3"]  # what is served is read, loaded or not
+        assert follower.poll() and follower.index.model_fingerprint == NEW and "late" in follower.index
+        store.upsert([note("later", 4)], NEW)
+        assert follower.poll() and "later" in follower.index and follower.freshness()["ahead"] is None
+
+
 def test_what_is_served_next_must_be_there(filled):
     with pytest.raises(DataError, match=r"live-3\.lance is not there"):
-        current.set_upcoming(filled, "live-3.lance", "m2", 0)
+        current.set_upcoming(filled, "live-3.lance", "m2", "live.lance", 0)
     with pytest.raises(DataError, match="m3 is not there"):
-        current.set_upcoming(filled, "live-2.lance", "m3", 0)
+        current.set_upcoming(filled, "live-2.lance", "m3", "live.lance", 0)
     (filled / "NEXT").write_text('{"table": "live-2.lance", "model": "../m2"}')
     with pytest.raises(DataError, match="not a table beside it and a model"):
         current.upcoming(filled)
@@ -259,28 +366,29 @@ def test_an_encoder_holds_both_models_while_one_takes_over(world, other_model, t
     monkeypatch.setattr(encoder, "_replica", lambda: "1")
     old, new = world.encoder.fingerprint, other_model.fingerprint
 
-    async def loaded(one):
-        await one.describe()
-        if one._loading is not None:
-            await one._loading
-        return (await one.describe())["fingerprints"]
+    def loaded(one, needed=""):
+        with one._looking:
+            one._look()
+        return [model["fingerprint"] for model in one.describe(needed)["models"]]
 
     async def run():
         one = Encoder(world.plan("both"))
-        assert await loaded(one) == [old]
+        assert loaded(one) == [old]
         with pytest.raises(ModelError, match=old):
             await one.encode(world.notes[:2], ("embedding",), new)
-        current.set_upcoming(directory, "live-2.lance", "other", 0)
-        assert await loaded(one) == [old, new]
+        current.set_upcoming(directory, "live-2.lance", "other", "live.lance", 0)
+        assert loaded(one) == [old, new]
         for fingerprint, model in ((old, world.encoder), (new, other_model)):
             vectors = await one.encode(world.notes[:5], ("embedding", "embedding_image"), fingerprint)
             assert vectors.fingerprint == fingerprint
             np.testing.assert_allclose(vectors.columns["embedding"], model.encode(world.notes[:5]), atol=1e-5)
         current.set_current(directory, "live-2.lance", "other")
         current.forget_upcoming(directory)
-        assert await loaded(one) == [old, new]  # replicas that still load the new table ask for the old one
+        assert loaded(one) == [old, new]  # replicas that still load the new table ask for the old one
         monkeypatch.setattr(encoder, "_KEPT_SECONDS", 0.0)
-        assert await loaded(one) == [new]
+        assert loaded(one) == [new]
+        monkeypatch.undo()
+        monkeypatch.setattr(encoder, "_replica", lambda: "1")
         assert [model.fingerprint for model in Encoder(world.plan("both")).models] == [new]
 
     asyncio.run(run())
