@@ -12,44 +12,23 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import pyarrow as pa
 
-from notellm2_ray.core.errors import ConfigError, DataError, ModelError, OutputError
+from notellm2_ray.core.errors import ConfigError, OutputError
 from notellm2_ray.core.settings.retrieval import IndexSettings
 from notellm2_ray.index.ann import AnnIndex
 from notellm2_ray.index.live import LiveIndex
 from notellm2_ray.serve.current import current_table, upcoming
+from notellm2_ray.serve.following import Change, Following, applied, last_group
 from notellm2_ray.serve.live_rows import StoredCard, StoredNote, to_batch
 from notellm2_ray.serve.live_table import LiveTable, newest_if_gone
 
 log = logging.getLogger(__name__)
 
 _FAILING_SECONDS = 5.0
-
-
-@dataclass(frozen=True)
-class Following:
-    """What a follower has: a table's version and the index that holds exactly it."""
-
-    table: LiveTable
-    index: LiveIndex
-    seq: int  # last commit group that is in the index
-    committed_at: float  # when the writer wrote that group, seconds since 1970
-    fragments: set[int]
-
-
-class Change(NamedTuple):
-    """Told to ``on_change``: the notes of new commit groups, or a whole new table."""
-
-    written: list[str]
-    deleted: list[str]
-    seq: int
-    reloaded: bool  # a table was loaded anew: everything may have changed
 
 
 class StoreFollower:
@@ -232,10 +211,10 @@ class StoreFollower:
         if following is None:
             self._ahead = None
         elif ahead is None or ahead.table.path != following:
-            self._load_beside(following)
+            self._load_beside(following, needed=False)
         elif (newest := ahead.table.newest_version) != ahead.table.version:
-            applied = self._applied(ahead, ahead.table.at(newest)) if newest > ahead.table.version else None
-            self._ahead = None if applied is None else applied[0]  # None: it is loaded again
+            newer = applied(ahead, ahead.table.at(newest)) if newest > ahead.table.version else None
+            self._ahead = None if newer is None else newer[0]  # None: it is loaded again
 
     def _go_over(self, loaded: Following) -> bool:
         """Serve what was loaded, as one."""
@@ -245,11 +224,11 @@ class StoreFollower:
         return True
 
     def _follow(self, table: LiveTable) -> bool:
-        applied = self._applied(self.state, table)
-        if applied is None:
+        newer = applied(self.state, table)
+        if newer is None:
             self._load_beside(table.path)
             return False
-        self.state, change = applied
+        self.state, change = newer
         if change is None:
             return False
         self._delay = time.time() - self.state.committed_at
@@ -257,35 +236,9 @@ class StoreFollower:
         self._tell(change)
         return True
 
-    @staticmethod
-    def _applied(state: Following, table: LiveTable) -> tuple[Following, Change | None] | None:
-        """A newer version of the table, brought into the state's index; None: it has to be loaded anew.
-
-        Raises:
-            ModelError: the table now holds another model's vectors.
-        """
-        if (table.model_fingerprint, table.dim) != (state.index.model_fingerprint, state.index.dim):
-            raise ModelError(
-                f"{table.path} now says it holds vectors of the model {table.model_fingerprint}, the index those of "
-                f"{state.index.model_fingerprint}: they cannot be mixed. A new model needs a new table, "
-                "which `notellm2 swap-embedder` makes"
-            )
-        if table.purged_seq > state.seq:
-            return None  # tombstones that were not seen yet are gone
-        rows = table.changes(state.seq, state.fragments)
-        fragments = table.fragment_ids()
-        if not len(rows):
-            return replace(state, table=table, fragments=fragments), None
-        batch = to_batch(rows, table.columns)
-        state.index.apply(batch)
-        seq, committed_at = _last(rows)
-        deleted = batch.deleted if batch.deleted is not None else np.zeros(len(rows), dtype=bool)
-        written = [note_id for note_id, gone in zip(batch.ids, deleted, strict=True) if not gone]
-        change = Change(written, [batch.ids[row] for row in np.flatnonzero(deleted)], seq, reloaded=False)
-        return Following(table, state.index, seq, committed_at, fragments), change
-
-    def _load_beside(self, target: Path) -> None:
-        self._load_wanted = True
+    def _load_beside(self, target: Path, *, needed: bool = True) -> None:
+        """Load a table in a thread; where it is ``needed``, a failure is this replica's problem."""
+        self._load_wanted = self._load_wanted or needed
         # In this order: a load that ends between the two looks has left what it loaded, which the next poll takes.
         if (self._loading is not None and self._loading.is_alive()) or self._loaded is not None:
             return
@@ -295,8 +248,9 @@ class StoreFollower:
                 self._loaded = self._load(target)
                 self._load_failure = None
             except BaseException as error:  # a panic too, as above
-                since = time.monotonic() if self._load_failure is None else self._load_failure[0]
-                self._load_failure = (since, str(error))
+                if needed:
+                    since = time.monotonic() if self._load_failure is None else self._load_failure[0]
+                    self._load_failure = (since, str(error))
                 self._counts["errors"] += 1
                 self._counts["last_error"] = str(error)
                 log.warning("loading %s: %s; the index before it stays", target, error)
@@ -318,7 +272,7 @@ class StoreFollower:
             main=self._take_saved(table.model_fingerprint),
             **self._arguments,
         )
-        seq, committed_at = _last(rows) if len(rows) else (-1, 0.0)
+        seq, committed_at = last_group(rows) if len(rows) else (-1, 0.0)
         return Following(table, index, max(seq, table.purged_seq), committed_at, table.fragment_ids())
 
     def _take_saved(self, model_fingerprint: str) -> AnnIndex | None:
@@ -343,13 +297,3 @@ class StoreFollower:
     def _tell(self, change: Change) -> None:
         if self._on_change is not None:
             self._on_change(change)
-
-
-def _last(rows: pa.Table) -> tuple[int, float]:
-    """Seq and time of the last commit group among rows."""
-    seqs = rows["seq"].to_numpy()
-    last = int(np.argmax(seqs))
-    committed_at = rows["committed_at"][last].as_py()
-    if committed_at is None:
-        raise DataError("a row without committed_at: the table was written by something else")
-    return int(seqs[last]), committed_at.timestamp()

@@ -165,7 +165,7 @@ class Gateway:
     async def applied(self, seq: int, seconds: float = 1.0) -> None:
         """Wait until this replica's index has a commit, for a moment: who wrote a note then finds it here at once."""
         until = time.monotonic() + seconds
-        if self.follower.reading is not self.follower.state.table:
+        if self.follower.reading.path != self.follower.state.table.path:
             return  # written to a table that this replica has to load first
         while self.follower.state.seq < seq and time.monotonic() < until:
             await asyncio.sleep(0.005)

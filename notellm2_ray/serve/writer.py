@@ -4,45 +4,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import shutil
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from notellm2_ray.core.errors import DataError, OutputError
-from notellm2_ray.core.run import files_fingerprint
-from notellm2_ray.core.schema import Note
-from notellm2_ray.serve.calls import call
-from notellm2_ray.serve.current import (
-    FIRST_TABLE,
-    Served,
-    current,
-    current_table,
-    forget_upcoming,
-    keep_model,
-    set_current,
-    tell,
-    upcoming,
-)
-from notellm2_ray.serve.errors import ApiError
+from notellm2_ray.serve.current import FIRST_TABLE, current_table
 from notellm2_ray.serve.figures import Figures
 from notellm2_ray.serve.files import manifests
 from notellm2_ray.serve.live_rows import LiveNote
 from notellm2_ray.serve.plan import Plan, common_options
 from notellm2_ray.serve.store import LiveStore
-from notellm2_ray.serve.successor import Successor
-
-if TYPE_CHECKING:
-    from notellm2_ray.serve.loaded_model import Vectors
+from notellm2_ray.serve.takeover import TakeOver
 
 log = logging.getLogger("notellm2_ray.serve")
 
 _FORGET_SECONDS = 30.0  # figures of a replica that is gone
-_FEW = 64  # notes that calls may wait for while another table takes over
-_MANY = 512  # notes that would be too many to wait for
-_MOST_ROUNDS = 50
 
 
 class Deleted(NamedTuple):
@@ -70,16 +49,14 @@ class Writer:
 
     def __init__(self, plan: Plan, encoder: Any = None) -> None:
         path = ensure_table(plan)
-        self.plan, self.encoder = plan, encoder
+        self.plan = plan
         self.store: LiveStore = _opened(lambda: self._open(path))
         self.opening = asyncio.Lock()  # held while one table takes another's place
         self.calls = 0  # in hand; none is while another table takes over
         self.figures = Figures("writer")
         self.pending: dict[str, int] = {}  # ids on their way to the disk, counted
         self.reports: dict[str, tuple[float, dict[str, Any]]] = {}
-        self.taking_over: asyncio.Task[None] | None = None
-        self.successor: Successor | None = None
-        self.waits: str | None = None  # why the table that is to be served next is not served yet
+        self.takeover = TakeOver(self, encoder)
 
     async def upsert(self, notes: Sequence[LiveNote], model_fingerprint: str) -> Upserted:
         """Write notes.
@@ -109,14 +86,19 @@ class Writer:
 
     async def exchange(self, replica: str, report: dict[str, Any]) -> dict[str, dict[str, Any]]:
         """Keep a replica's report and return everybody's, so that any replica can answer for all."""
-        self._look_ahead()
+        self.takeover.look()
         now = time.monotonic()
         self.reports[replica] = (now, report)
         self.reports["writer"] = (
             now,
-            {"families": self.figures.snapshot(), "state": {**self.store.info(), "waits": self.waits}},
+            {"families": self.figures.snapshot(), "state": {**self.store.info(), "waits": self.takeover.waits}},
         )
-        self.reports = {name: entry for name, entry in self.reports.items() if now - entry[0] < _FORGET_SECONDS}
+        return self.recent_reports()
+
+    def recent_reports(self) -> dict[str, dict[str, Any]]:
+        """The last report of every replica that is there, by name."""
+        late = time.monotonic() - _FORGET_SECONDS
+        self.reports = {name: entry for name, entry in self.reports.items() if entry[0] > late}
         return {name: kept for name, (_, kept) in self.reports.items()}
 
     def check_health(self) -> None:
@@ -153,7 +135,8 @@ class Writer:
             path = current_table(self.plan.directory)
             if path != before.path:
                 await self._none_in_hand()
-                self.store = await asyncio.to_thread(self._open, path)
+                claimed = self.takeover.claim(path)
+                self.store = claimed if claimed is not None else await asyncio.to_thread(self._open, path)
         except DataError as error:
             raise OutputError(str(error)) from error
         if self.store is not before:
@@ -165,122 +148,13 @@ class Writer:
         while self.calls:
             await asyncio.sleep(0.002)
 
-    def _look_ahead(self) -> None:
-        """Go on with what takes over beside the calls, unless it is under way."""
-        if self.taking_over is None or self.taking_over.done():
-            self.taking_over = asyncio.get_running_loop().create_task(self._take_over())
-
-    async def _take_over(self) -> None:
-        """Keep the model that is served; serve the table that NEXT names, if there is one."""
-        try:
-            await self._keep_model()
-            reason = await self._serve_next()
-        except Exception as error:  # of any kind: the table that is there goes on, and the next look tries again
-            reason = (error.message if isinstance(error, ApiError) else str(error)) or type(error).__name__
-        if reason != self.waits:
-            self.waits = reason
-            if reason is not None:
-                log.warning("the next table is not served yet: %s", reason)
-            await asyncio.to_thread(tell, self.plan.directory, reason)
-
-    async def _serve_next(self) -> str | None:
-        """Bring the next table up to date, then let it take the place of the one that is served.
-
-        Calls wait from the last of its notes until it is served: as long as a few notes take.
-
-        Returns:
-            Why it is not served yet; None where it is, and where there is none.
-        """
-        following = upcoming(self.plan.directory)
-        if self.successor is not None and self.successor.following != following:
-            await asyncio.to_thread(self.successor.store.close)
-            self.successor = None
-        if following is None or self.encoder is None:
-            return None
-        if following.table == self.store.path:  # a writer before this one was stopped just here
-            forget_upcoming(self.plan.directory)
-            return None
-        self._check_source(following)
-        if self.successor is None:
-            self.successor = await asyncio.to_thread(Successor, following, self._encode)
-        successor = self.successor
-        if reason := await self._not_ready(successor):
-            return reason
-        for _ in range(_MOST_ROUNDS):  # each has what came during the one before
-            if await successor.catch_up(self.store.table) <= _FEW:
-                break
-        if reason := self._still_loading(following):
-            return reason
+    @asynccontextmanager
+    async def alone(self) -> AsyncIterator[LiveStore]:
+        """The store, which nobody writes meanwhile: calls wait."""
         async with self.opening:
             await self._follow_current()
             await self._none_in_hand()
-            before = self.store
-            self._check_source(following)
-            if upcoming(self.plan.directory) != following:
-                return "it was given up"
-            if (await successor.missed(before.table)).notes > _MANY:
-                return "more notes come than the encoder can also embed with the next model"
-            await successor.catch_up(before.table)
-            successor.store.skip_to(before.seq)
-            await asyncio.to_thread(set_current, self.plan.directory, following.table, following.model)
-            self.store, self.successor = successor.store, None
-        forget_upcoming(self.plan.directory)
-        log.info("%s is served from now on, and %s no more", following.table, before.path)
-        await asyncio.to_thread(before.close)
-        return None
-
-    def _check_source(self, following: Served) -> None:
-        if following.source != self.store.path.name:
-            raise OutputError(
-                f"{following.table.name} was filled from {following.source}, and {self.store.path.name} is served by "
-                "now: run `notellm2 swap-embedder` again"
-            )
-
-    async def _not_ready(self, successor: Successor) -> str | None:
-        """Why the encoder cannot make the next table's vectors; None if it can."""
-        wanted, model = successor.store.model_fingerprint, successor.following.model
-        there = (await self._ask_encoder("describe", self.store.model_fingerprint))["models"]
-        found = {one["fingerprint"] for one in there if Path(one["path"]) == model}
-        if wanted in found:
-            return None
-        if found:
-            return (
-                f"the model of {successor.following.table.name} is {wanted}, and {', '.join(found)} as the service "
-                "loads it: embed.precision and serve.encode.precision must be the same"
-            )
-        return f"the encoder has not loaded the model {wanted} yet; if it cannot, its log says why"
-
-    def _still_loading(self, following: Served) -> str | None:
-        """Which replicas of the index have not loaded the next table, as they said last; None: they all have."""
-        late = time.monotonic() - _FORGET_SECONDS
-        states = {name: one.get("state", {}) for name, (at, one) in self.reports.items() if at > late}
-        ahead = {name: state["freshness"]["ahead"] for name, state in states.items() if "freshness" in state}
-        loading = [name for name, table in ahead.items() if table != following.table.name]
-        return f"{', '.join(sorted(loading))}: still loading {following.table.name}" if loading else None
-
-    async def _keep_model(self) -> None:
-        """Copy the model that is served, the first time: the embedder's directory may be trained anew meanwhile."""
-        served = current(self.plan.directory)
-        if served.model is not None or self.encoder is None or served.table != self.store.path:
-            return
-        there = (await self._ask_encoder("describe", self.store.model_fingerprint))["models"]
-        loaded = next((one for one in there if Path(one["path"]) == self.plan.model), None)
-        if loaded is None or loaded["fingerprint"] != self.store.model_fingerprint:
-            return
-        kept = await asyncio.to_thread(keep_model, self.plan.directory, self.plan.model, loaded["fingerprint"])
-        if files_fingerprint(str(kept)) != loaded["files"]:  # trained anew since it was loaded
-            await asyncio.to_thread(shutil.rmtree, kept)
-            return
-        async with self.opening:
-            if current(self.plan.directory) == served:
-                await asyncio.to_thread(set_current, self.plan.directory, served.table, kept)
-
-    async def _encode(self, notes: Sequence[Note], columns: Sequence[str], fingerprint: str) -> Vectors:
-        return await self._ask_encoder("encode", list(notes), tuple(columns), fingerprint)
-
-    async def _ask_encoder(self, method: str, *arguments: Any) -> Any:
-        seconds = self.plan.serve.encode.timeout_seconds
-        return await call(getattr(self.encoder, method), *arguments, what="encoder", seconds=seconds)
+            yield self.store
 
     def _open(self, path: Path) -> LiveStore:
         serve = self.plan.serve

@@ -84,7 +84,7 @@ def make_writer(directory, handle):
 async def taken_over(writer):
     """The next look's outcome."""
     await writer.exchange("gateway-1", {})
-    await writer.taking_over
+    await writer.takeover.task
 
 
 def contents(path):
@@ -102,7 +102,7 @@ def test_what_came_after_the_copy_is_carried_over(filled):
         await writer.delete(["n1", "gone"])
         current.set_upcoming(filled, "live-2.lance", "m2", "live.lance", 0)
         await taken_over(writer)
-        assert writer.waits is None and current.upcoming(filled) is None
+        assert writer.takeover.waits is None and current.upcoming(filled) is None
         assert current.current(filled) == (filled / "live-2.lance", filled / "models" / "m2", "", 0)
         assert await writer.upsert([note("late", 6)], MODEL) == (None, NEW)
         done = await writer.upsert([note("late", 6)], NEW)
@@ -155,7 +155,7 @@ def test_nothing_that_is_written_meanwhile_is_lost(filled):
             await asyncio.wait_for(taken_over(writer), 60)
             await asyncio.sleep(0.2)
             stop.set()
-        assert writer.waits is None and writer.store.path.name == "live-2.lance"
+        assert writer.takeover.waits is None and writer.store.path.name == "live-2.lance"
         writer.store.close()
 
     asyncio.run(run())
@@ -192,7 +192,7 @@ def test_until_the_new_model_works_the_old_one_is_served(filled):
         await writer.upsert([note("a", 1)], MODEL)
         current.set_upcoming(filled, "live-2.lance", "m2", "live.lance", 0)
         await taken_over(writer)
-        assert "must be the same" in writer.waits and current.told(filled) == writer.waits
+        assert "must be the same" in writer.takeover.waits and current.told(filled) == writer.takeover.waits
         handle.loaded = NEW
         calls = itertools.count()
 
@@ -203,14 +203,14 @@ def test_until_the_new_model_works_the_old_one_is_served(filled):
 
         handle.before = fails_the_second_time
         await taken_over(writer)
-        assert "out of memory" in writer.waits and current.current_table(filled).name == "live.lance"
+        assert "out of memory" in writer.takeover.waits and current.current_table(filled).name == "live.lance"
         report = (await writer.exchange("gateway-1", {}))["writer"]["state"]
-        assert report["waits"] == writer.waits
-        await writer.taking_over
+        assert report["waits"] == writer.takeover.waits
+        await writer.takeover.task
         assert (await writer.upsert([note("c", 3)], MODEL)).seq == 3
         handle.before = None
         await taken_over(writer)
-        assert writer.waits is None and writer.store.path.name == "live-2.lance"
+        assert writer.takeover.waits is None and writer.store.path.name == "live-2.lance"
         writer.store.close()
 
     asyncio.run(run())
@@ -262,9 +262,9 @@ def test_a_table_filled_from_one_that_is_served_no_more_is_not_served(filled):
         writer = make_writer(filled, NewModel(filled))
         current.set_upcoming(filled, "live-2.lance", "m2", "live-0.lance", 0)
         await taken_over(writer)
-        assert "filled from live-0.lance" in writer.waits
+        assert "filled from live-0.lance" in writer.takeover.waits
         current.set_upcoming(filled, "live-2.lance", "m2", "live.lance", 0)
-        handle = writer.encoder
+        handle = writer.takeover.encoder
 
         async def give_up():
             current.forget_upcoming(filled)
@@ -272,9 +272,9 @@ def test_a_table_filled_from_one_that_is_served_no_more_is_not_served(filled):
         handle.before = give_up
         await writer.upsert([note("a", 1)], MODEL)
         await taken_over(writer)
-        assert writer.waits == "it was given up" and writer.store.path.name == "live.lance"
+        assert writer.takeover.waits == "it was given up" and writer.store.path.name == "live.lance"
         await taken_over(writer)
-        assert writer.waits is None
+        assert writer.takeover.waits is None
         LiveStore.open(filled / "live-2.lance").close()  # let go
         writer.store.close()
 
@@ -290,11 +290,11 @@ def test_it_is_served_once_every_replica_has_loaded_it(filled):
         current.set_upcoming(filled, "live-2.lance", "m2", "live.lance", 0)
         await writer.exchange("gateway-1", report("live-2.lance"))
         await writer.exchange("gateway-2", report(None))
-        await writer.taking_over
-        assert writer.waits == "gateway-2: still loading live-2.lance"
+        await writer.takeover.task
+        assert writer.takeover.waits == "gateway-2: still loading live-2.lance"
         await writer.exchange("gateway-2", report("live-2.lance"))
-        await writer.taking_over
-        assert writer.waits is None and writer.store.path.name == "live-2.lance"
+        await writer.takeover.task
+        assert writer.takeover.waits is None and writer.store.path.name == "live-2.lance"
         writer.store.close()
 
     asyncio.run(run())
@@ -306,7 +306,7 @@ def test_a_model_that_makes_nothing_of_many_notes_is_not_served(filled):
         await writer.upsert([note(f"b{row}", 5)._replace(title="bad") for row in range(3)], MODEL)
         current.set_upcoming(filled, "live-2.lance", "m2", "live.lance", 0)
         await taken_over(writer)
-        assert "3 of 3 notes have no vector" in writer.waits and writer.store.path.name == "live.lance"
+        assert "3 of 3 notes have no vector" in writer.takeover.waits and writer.store.path.name == "live.lance"
         writer.store.close()
 
     asyncio.run(run())
@@ -329,6 +329,33 @@ def test_followers_load_the_next_table_before_it_is_served(filled):
         assert follower.poll() and follower.index.model_fingerprint == NEW and "late" in follower.index
         store.upsert([note("later", 4)], NEW)
         assert follower.poll() and "later" in follower.index and follower.freshness()["ahead"] is None
+
+
+def test_a_next_table_that_cannot_be_loaded_is_no_problem_of_the_one_that_is_served(filled, monkeypatch, caplog):
+    monkeypatch.setattr("notellm2_ray.serve.follower._FAILING_SECONDS", 0.0)
+    (filled / "live-3.lance" / "_versions").mkdir(parents=True)
+    current.set_upcoming(filled, "live-3.lance", "m2", "live.lance", 0)
+    follower = StoreFollower(filled, IndexSettings(kind="exact", recall_queries=5))
+    follower.state = follower._load(filled / "live.lance")
+    follower._stop.set()  # so that it does not wait before it tries again
+    for _ in range(3):
+        follower.poll()
+        follower._loading.join()
+    assert "live-3.lance" in caplog.text and follower.problem is None and follower.freshness()["ahead"] is None
+
+
+def test_a_table_that_somebody_makes_the_current_one_while_it_is_filled_is_written(filled):
+    async def run():
+        handle = NewModel(filled)
+        handle.loaded = "of another precision"
+        writer = make_writer(filled, handle)
+        current.set_upcoming(filled, "live-2.lance", "m2", "live.lance", 0)
+        await taken_over(writer)
+        current.set_current(filled, "live-2.lance", "m2")
+        assert (await writer.upsert([note("a", 1)], NEW)).seq is not None
+        writer.store.close()
+
+    asyncio.run(run())
 
 
 def test_what_is_served_next_must_be_there(filled):
