@@ -16,7 +16,6 @@ import psutil
 import pyarrow.parquet as pq
 import pytest
 import torch
-from processes import end_family
 
 from notellm2_ray.core.errors import DataError, ModelError, OutputError
 from notellm2_ray.core.schema import SCORE_SCHEMA
@@ -24,6 +23,7 @@ from notellm2_ray.core.settings import GenerationSettings
 from notellm2_ray.infer.score import ScoreTable, score_candidates
 from notellm2_ray.infer.score_parts import Part, clear_leftovers, commit_part, compile_scores, plan_parts, read_scored
 from notellm2_ray.infer.score_questions import Controls, Questions, ScoreFiles
+from tests.processes import end_family
 from tests.train import ranking_material as material
 
 

@@ -15,12 +15,12 @@ from typing import Any
 import psutil
 import pyarrow.parquet as pq
 import pytest
-from processes import end_family
 
 from notellm2_ray.core.errors import ConfigError, DataError
 from notellm2_ray.core.note_store import NoteStore
 from notellm2_ray.train.history import read_history
 from notellm2_ray.train.launch import train_embedder
+from tests.processes import end_family
 from tests.train import material
 
 pytestmark = pytest.mark.slow
