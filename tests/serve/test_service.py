@@ -231,7 +231,7 @@ def test_figures(service):
     assert stats["stage_ms"]["search"]["count"] > 0 and stats["batch_sizes"]["encoder"]["count"] > 0
     text = service.http.get("/metrics").text
     assert "notellm2_http_requests_total{" in text and text.count("# TYPE notellm2_http_seconds histogram") == 1
-    assert "n5" not in text
+    assert '"n5"' not in text
 
 
 def test_neither_keys_nor_notes_are_in_the_log(service):
