@@ -42,6 +42,7 @@ class TakeOver:
         self.task: asyncio.Task[None] | None = None
         self.waits: str | None = None
         self._successor: Successor | None = None
+        self._may_keep = True
 
     def look(self) -> None:
         """Go on, unless it is under way."""
@@ -57,8 +58,8 @@ class TakeOver:
 
     async def _go_on(self) -> None:
         """Keep the model that is served; serve the table that NEXT names, if there is one."""
+        await self._keep_model()
         try:
-            await self._keep_model()
             reason = await self._serve_next()
         except Exception as error:  # of any kind: the table that is there goes on, and the next look tries again
             reason = (error.message if isinstance(error, ApiError) else str(error)) or type(error).__name__
@@ -142,6 +143,17 @@ class TakeOver:
 
     async def _keep_model(self) -> None:
         """Copy the model that is served, the first time: the embedder's directory may be trained anew meanwhile."""
+        if not self._may_keep:
+            return
+        try:
+            await self._copy_model()
+        except ApiError:  # the encoder is away or busy: at the next look
+            pass
+        except Exception:  # of any kind, as a full disk: the model is served from where it lies, as it was before
+            self._may_keep = False  # not a copy of gigabytes at every look
+            log.warning("%s could not be copied; it is served from there", self.writer.plan.model, exc_info=True)
+
+    async def _copy_model(self) -> None:
         plan = self.writer.plan
         served = current(plan.directory)
         if served.model is not None or self.encoder is None or served.table != self.writer.store.path:
@@ -150,8 +162,10 @@ class TakeOver:
         loaded = next((one for one in there if Path(one["path"]) == plan.model), None)
         if loaded is None or loaded["fingerprint"] != self.writer.store.model_fingerprint:
             return
+        if files_fingerprint(str(plan.model)) != loaded["files"]:  # trained anew since it was loaded
+            return
         kept = await asyncio.to_thread(keep_model, plan.directory, plan.model, loaded["fingerprint"])
-        if files_fingerprint(str(kept)) != loaded["files"]:  # trained anew since it was loaded
+        if files_fingerprint(str(kept)) != loaded["files"]:  # while it was copied
             await asyncio.to_thread(shutil.rmtree, kept)
             return
         async with self.writer.opening:

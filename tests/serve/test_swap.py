@@ -257,6 +257,35 @@ def test_the_service_keeps_a_copy_of_the_model_it_began_with(filled):
     asyncio.run(run())
 
 
+def test_a_model_that_cannot_be_copied_is_served_from_where_it_lies(filled, monkeypatch, caplog):
+    (filled / "trained").mkdir()
+    handle, tries = NewModel(filled), []
+    described = {
+        "path": str(filled / "trained"),
+        "fingerprint": MODEL,
+        "files": files_fingerprint(str(filled / "trained")),
+    }
+
+    async def describe(needed):
+        return {"models": [described]}
+
+    def full(*_):
+        tries.append(1)
+        raise OSError(28, "No space left on device")
+
+    handle.describe = Method(describe)
+    monkeypatch.setattr("notellm2_ray.serve.takeover.keep_model", full)
+
+    async def run():
+        writer = make_writer(filled, handle)
+        for _ in range(3):
+            await taken_over(writer)
+        assert writer.takeover.waits is None and len(tries) == 1 and "could not be copied" in caplog.text
+        writer.store.close()
+
+    asyncio.run(run())
+
+
 def test_a_table_filled_from_one_that_is_served_no_more_is_not_served(filled):
     async def run():
         writer = make_writer(filled, NewModel(filled))
