@@ -119,9 +119,13 @@ def _is_served(settings: Settings, served: current.Served, model: Path) -> bool:
 def _clear(directory: Path) -> None:
     """Remove what this swap needs no more, and tables and models older than the one that was served before."""
     served = current.current(directory)
-    tables = [one for one in directory.glob("live*.lance") if _OURS.fullmatch(one.name) and one != served.table]
+    following = current.upcoming(directory)
+    used = [one.table for one in (served, following) if one is not None]
+    tables = [one for one in directory.glob("live*.lance") if _OURS.fullmatch(one.name) and one not in used]
     tables.sort(key=lambda one: (one / VERSIONS).stat().st_mtime)
-    kept = {served.model} | {directory / current.MODELS / LiveTable(one).model_fingerprint for one in tables[-1:]}
+    kept = {served.model, following and following.model} | {
+        directory / current.MODELS / LiveTable(one).model_fingerprint for one in tables[-1:]
+    }
     models = [one for one in (directory / current.MODELS).glob("*") if one not in kept]
     for one in [*directory.glob("next-*"), *tables[:-1], *models]:
         log.info("swap-embedder: removing %s", one)

@@ -17,7 +17,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from notellm2_ray.core.errors import ConfigError, OutputError
+from notellm2_ray.core.errors import ConfigError, DataError, OutputError
 from notellm2_ray.core.settings.retrieval import IndexSettings
 from notellm2_ray.index.ann import AnnIndex
 from notellm2_ray.index.live import LiveIndex
@@ -291,7 +291,10 @@ class StoreFollower:
         return self._directory if self._directory.suffix == ".lance" else current_table(self._directory)
 
     def _upcoming(self) -> Path | None:
-        following = None if self._directory.suffix == ".lance" else upcoming(self._directory)
+        try:
+            following = None if self._directory.suffix == ".lance" else upcoming(self._directory)
+        except DataError:  # the writer says so, and nothing is wrong with the table that is served
+            following = None
         return None if following is None else following.table
 
     def _tell(self, change: Change) -> None:

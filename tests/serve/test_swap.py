@@ -366,6 +366,9 @@ def test_a_next_table_that_cannot_be_loaded_is_no_problem_of_the_one_that_is_ser
     current.set_upcoming(filled, "live-3.lance", "m2", "live.lance", 0)
     follower = StoreFollower(filled, IndexSettings(kind="exact", recall_queries=5))
     follower.state = follower._load(filled / "live.lance")
+    (filled / "NEXT").write_text("{}")
+    assert not follower.poll() and follower.freshness()["ahead"] is None
+    current.set_upcoming(filled, "live-3.lance", "m2", "live.lance", 0)
     follower._stop.set()  # so that it does not wait before it tries again
     for _ in range(3):
         follower.poll()
