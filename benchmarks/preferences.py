@@ -1,15 +1,17 @@
 """Recurrent preferences: our chains against one user after another, and against a barrier after every block.
 
-    python benchmarks/preferences.py            # 400 users with 1 to 12 blocks, a random MLLM of the demo's size
+    python benchmarks/preferences.py            # users with 1 to 12 blocks, a random MLLM of the demo's size
     python benchmarks/preferences.py --model runs/world/tiny_mllm --users 48
 
 Contenders, each in a process of its own:
-    ray           summarize_preferences itself: Ray actor, logs on disk, AsyncLLM; its rate leaves the start-up out
+    ray           summarize_preferences itself: an actor with an engine of one thread for each of two cores, compiled,
+                  logs on disk; its rate leaves the start-up out. Of so many users that those who come last, when the
+                  engines are no longer full, weigh little
     transformers  the published way: one user after another, one block after another, model.generate; on fewer users,
                   since its rate does not depend on their number
-    engine        one AsyncLLM without Ray or logs: every chain for itself, the longest first as in the product, and
-                  all users' block b before any block b + 1; the two take turns on the same engine, whose prefix cache
-                  is emptied in between
+    engine        one engine without Ray or logs, for fewer users: every chain for itself, the longest first as in the
+                  product, and all users' block b before any block b + 1; the two take turns on the same engine, whose
+                  prefix cache is emptied in between
 All write greedily with the same prompts and the same limit of tokens. The machine's cores are free to all of them.
 """
 
@@ -36,6 +38,7 @@ from notellm2_ray.core.settings import GenerationSettings, PreferenceSettings, R
 
 SUMMARIES, BLOCKS, TITLES = "summaries.parquet", "blocks.parquet", "titles.json"
 GENERATION = GenerationSettings(max_model_len=1024, max_sequences=128, cpus_per_engine=2)
+PER_CORE = GENERATION.model_copy(update={"engines": 2, "cpus_per_engine": 1, "enforce_eager": False})
 
 
 def write_data(directory: Path, users: int, longest: int) -> None:
@@ -72,7 +75,7 @@ def histories(directory: Path) -> list[list[list[Item]]]:
     return [[step.items for step in chain.steps] for chain in plan.chains]
 
 
-def through_ray(model: Path, data: Path, settings: PreferenceSettings, slow_users: int) -> dict[str, float]:
+def through_ray(model: Path, data: Path, settings: PreferenceSettings, fewer_users: int) -> dict[str, float]:
     """The product."""
     from notellm2_ray.core.cluster import connect
     from notellm2_ray.infer.preferences import summarize_preferences
@@ -81,7 +84,7 @@ def through_ray(model: Path, data: Path, settings: PreferenceSettings, slow_user
     titles = json.loads((data / TITLES).read_text())
     with tempfile.TemporaryDirectory() as output:
         counts = summarize_preferences(
-            model, data / BLOCKS, titles, data / SUMMARIES, Path(output), settings, GENERATION, "en", seed=SEED
+            model, data / BLOCKS, titles, data / SUMMARIES, Path(output), settings, PER_CORE, "en", seed=SEED
         )
     seconds = counts["generate_seconds"]
     return {
@@ -91,7 +94,7 @@ def through_ray(model: Path, data: Path, settings: PreferenceSettings, slow_user
     }
 
 
-def one_after_another(model: Path, data: Path, settings: PreferenceSettings, slow_users: int) -> dict[str, float]:
+def one_after_another(model: Path, data: Path, settings: PreferenceSettings, fewer_users: int) -> dict[str, float]:
     """Users one after another through transformers' generate."""
     import torch
     from transformers import AutoModelForImageTextToText
@@ -102,7 +105,7 @@ def one_after_another(model: Path, data: Path, settings: PreferenceSettings, slo
     torch.set_num_threads(os.cpu_count() or 1)
     chat = ChatTokenizer.from_pretrained(str(model))
     network = AutoModelForImageTextToText.from_pretrained(model, dtype="auto").eval()
-    users = histories(data)[:slow_users]
+    users = histories(data)[:fewer_users]
     steps = tokens = 0
 
     @torch.inference_mode()
@@ -131,15 +134,15 @@ def one_after_another(model: Path, data: Path, settings: PreferenceSettings, slo
     return {"rate": steps / seconds, "tokens": tokens / seconds}
 
 
-def on_one_engine(model: Path, data: Path, settings: PreferenceSettings, slow_users: int) -> dict[str, Any]:
+def on_one_engine(model: Path, data: Path, settings: PreferenceSettings, fewer_users: int) -> dict[str, Any]:
     """Chains and barriers in turn."""
     from notellm2_ray.infer.engine import engine_environment
 
     os.environ.update(engine_environment(GENERATION))
-    return asyncio.run(_turns(model, data, settings))
+    return asyncio.run(_turns(model, data, settings, fewer_users))
 
 
-async def _turns(model: Path, data: Path, settings: PreferenceSettings) -> dict[str, Any]:
+async def _turns(model: Path, data: Path, settings: PreferenceSettings, fewer_users: int) -> dict[str, Any]:
     from notellm2_ray.infer.engine import check_model, start_engine
     from notellm2_ray.infer.preference_steps import PreferenceWriter
     from notellm2_ray.models.chat import ChatTokenizer
@@ -148,7 +151,7 @@ async def _turns(model: Path, data: Path, settings: PreferenceSettings) -> dict[
     engine = start_engine(check_model(model, images=False), GENERATION)
     chat = ChatTokenizer.from_pretrained(str(model))
     writer = PreferenceWriter(engine, chat, settings, GENERATION, "en", SEED)
-    users = histories(data)
+    users = histories(data)[:fewer_users]
     startup = time.perf_counter() - started
     steps = sum(map(len, users))
     slots = asyncio.Semaphore(settings.concurrent_calls)
@@ -194,7 +197,8 @@ CONTENDERS = {"ray": through_ray, "transformers": one_after_another, "engine": o
 
 def run_apart(name: str, arguments: argparse.Namespace, model: Path, data: Path) -> dict[str, Any]:
     """One contender in a process of its own."""
-    options = ["--slow-users", str(arguments.slow_users), "--max-tokens", str(arguments.max_tokens)]
+    users = arguments.slow_users if name == "transformers" else arguments.engine_users
+    options = ["--fewer-users", str(users), "--max-tokens", str(arguments.max_tokens)]
     command = [sys.executable, __file__, "--contender", name, "--model", str(model), "--data", str(data), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -221,18 +225,20 @@ def compare(arguments: argparse.Namespace, model: Path, data: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--users", type=int, default=400, help="users with histories of 1 to --longest blocks")
+    parser.add_argument("--users", type=int, default=1600, help="users with histories of 1 to --longest blocks")
     parser.add_argument("--slow-users", type=int, default=10, help="of them, users that transformers goes through")
+    parser.add_argument("--engine-users", type=int, default=400, help="of them, users of the bare engine")
     parser.add_argument("--longest", type=int, default=12, help="blocks of a history at most")
     parser.add_argument("--max-tokens", type=int, default=64, help="tokens of a preference at most")
     parser.add_argument("--model", type=Path, help="a model's directory instead of the random one made here")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
+    parser.add_argument("--fewer-users", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     settings = PreferenceSettings(max_tokens=arguments.max_tokens)
     if arguments.contender:
         work = CONTENDERS[arguments.contender]
-        print(json.dumps(work(arguments.model, arguments.data, settings, arguments.slow_users)))
+        print(json.dumps(work(arguments.model, arguments.data, settings, arguments.fewer_users)))
         return
     with tempfile.TemporaryDirectory() as directory:
         write_data(Path(directory), arguments.users, arguments.longest)

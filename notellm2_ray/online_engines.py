@@ -57,7 +57,7 @@ class YesNoScorer:
     """P(yes) of candidates.
 
     Args:
-        engine: ``vllm.v1.engine.async_llm.AsyncLLM`` of the ranker.
+        engine: of the ranker, from ``start_engine``.
         prompter: makes the very prompts that it was tuned with.
     """
 

@@ -119,28 +119,39 @@ def engine_environment(settings: GenerationSettings) -> dict[str, str]:
             "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_cache_gb),
             # Bound to cores, two engines of one machine would sit on the same ones.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            # Only so does vLLM leave the model in the engine's process on a CPU; it gives the number of threads, which
-            # it could not set there, as the reason, and that is set here. The asynchronous engine stays apart anyway.
+            # Only so does vLLM leave the model in its caller's process on a CPU; it gives the number of threads, which
+            # it could not set there, as the reason, and that is set here. Ray Data's engines stay apart anyway.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-            "OMP_NUM_THREADS": str(max(1, int(settings.cpus_per_engine))),
+            "OMP_NUM_THREADS": str(_cpu_threads(settings)),
         }
     return environment
 
 
 def start_engine(facts: ModelFacts, settings: GenerationSettings, *, images: int = 0) -> Any:
-    """A ``vllm.v1.engine.async_llm.AsyncLLM`` in this process; its event loop must be running.
+    """An engine for requests of this process's running event loop.
+
+    On a GPU ``vllm.v1.engine.async_llm.AsyncLLM``; on a CPU :class:`~notellm2_ray.infer.local_engine.LocalEngine`,
+    which has its ``generate``, ``check_health``, ``reset_prefix_cache`` and ``shutdown``.
 
     Raises:
         ModelError: vLLM cannot run this model, or not with this memory.
     """
     arguments = engine_arguments(facts, settings, images=images)
     try:
+        if not settings.gpus_per_engine:
+            from notellm2_ray.infer.local_engine import LocalEngine
+
+            return LocalEngine({"model": facts.model, **arguments}, _cpu_threads(settings))
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
         return AsyncLLM.from_engine_args(AsyncEngineArgs(model=facts.model, **arguments))
     except Exception as error:  # whatever vLLM trips over, the model does not run; its own words say why
         raise engine_error(error, facts) from error
+
+
+def _cpu_threads(settings: GenerationSettings) -> int:
+    return max(1, int(settings.cpus_per_engine))
 
 
 def engine_error(error: BaseException, facts: ModelFacts) -> ModelError:

@@ -46,7 +46,7 @@ class PreferenceWriter:
     """Advances preferences with one engine; any number of steps may be under way at once.
 
     Args:
-        engine: ``vllm.v1.engine.async_llm.AsyncLLM`` of the model.
+        engine: of the model, from :func:`~notellm2_ray.infer.engine.start_engine`.
         tokenizer: the same model's.
         settings, generation, language: as of the stage.
         seed: of sampling; a step's stream is named by its user and block.

@@ -82,7 +82,7 @@ class PreferenceEngine:
             results = await asyncio.gather(*(self._chain(work) for work in works))
         except Exception as error:
             if type(error).__name__ == "EngineDeadError":
-                os._exit(1)  # vLLM's process is gone and does not come back: another actor has to take over
+                os._exit(1)  # vLLM's engine does not come back: another actor has to take over
             raise
         return Done(*map(sum, zip(*results, strict=True)))
 

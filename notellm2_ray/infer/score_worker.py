@@ -120,7 +120,7 @@ class PartScorer:
             answers = asyncio.run_coroutine_threadsafe(asking, self.loop).result()
         except Exception as error:
             if type(error).__name__ == "EngineDeadError":
-                os._exit(1)  # vLLM's process is gone and does not come back: Ray starts this actor anew
+                os._exit(1)  # vLLM's engine does not come back: Ray starts this actor anew
             raise
         return self._commit(part, prompts, answers, bad)
 
@@ -187,7 +187,7 @@ async def ask(engine: Any, chat: ChatTokenizer, prompts: Sequence[Prompt], name:
     """vLLM's output for every prompt, or the error that it refused it with.
 
     Args:
-        engine: an ``AsyncLLM``.
+        engine: from :func:`~notellm2_ray.infer.engine.start_engine`.
         name: tells these requests from all others.
     """
     from vllm import SamplingParams

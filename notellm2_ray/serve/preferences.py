@@ -49,7 +49,7 @@ class Preferences:
         return step.preference
 
     async def check_health(self) -> None:
-        """Serve starts the replica anew when this raises, as vLLM's does once its own process is gone."""
+        """Serve starts the replica anew when this raises, as vLLM's does once its engine has failed."""
         check = getattr(getattr(self.engine, "engine", None), "check_health", None)
         if check is not None:
             await check()

@@ -44,7 +44,7 @@ class Ranker:
         return [None if one is None else next(scores) for one in candidates]
 
     async def check_health(self) -> None:
-        """Serve starts the replica anew when this raises, as vLLM's does once its own process is gone."""
+        """Serve starts the replica anew when this raises, as vLLM's does once its engine has failed."""
         check = getattr(getattr(self.engine, "engine", None), "check_health", None)
         if check is not None:
             await check()

@@ -74,7 +74,7 @@ def test_killed_preferences_are_continued(tmp_path: Path, ray_cluster, mllm: Pat
         return Counter(json.loads(line)["key"] for line in lines if line.endswith(b"\n"))
 
     output, kept = tmp_path / "killed", Counter[str]()
-    kill_engine_then_driver("summarise", [mllm, blocks, output], "PreferenceEngine", committed, kept)
+    kill_engine_then_driver("summarise", [mllm, blocks, output], is_preference_engine, committed, kept)
     assert 20 <= len(kept) < len(rows)
     counts = summarise(mllm, blocks, output)
     after = committed(output)
@@ -102,7 +102,7 @@ def test_killed_summaries_are_continued(tmp_path: Path, ray_cluster, mllm: Path)
         return Counter(key for part in parts for key in pq.read_table(part)["note_id"].to_pylist())
 
     output, kept = tmp_path / "killed", Counter[str]()
-    kill_engine_then_driver("describe", [mllm, path, output], "MapWorker", committed, kept)
+    kill_engine_then_driver("describe", [mllm, path, output], has_engine_below, committed, kept)
     assert 20 <= len(kept) < NUM_IMAGES
     counts = describe(mllm, path, output)
     after = committed(output)
@@ -114,7 +114,11 @@ def test_killed_summaries_are_continued(tmp_path: Path, ray_cluster, mllm: Path)
 
 
 def kill_engine_then_driver(
-    job: str, paths: list[Path], actor: str, committed: Callable[[Path], Counter[str]], kept: Counter[str]
+    job: str,
+    paths: list[Path],
+    is_engine: Callable[[int], bool],
+    committed: Callable[[Path], Counter[str]],
+    kept: Counter[str],
 ) -> None:
     """Run a job in a process of its own; kill its engine's actor early, and itself later. Fills ``kept``."""
     environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
@@ -128,7 +132,7 @@ def kill_engine_then_driver(
 
     try:
         wait_for(8)
-        engines = [pid for pid in descendants(driver.pid) if actor in command(pid) and has_engine_below(pid)]
+        engines = [pid for pid in descendants(driver.pid) if is_engine(pid)]
         assert len(engines) == 1
         orphans = descendants(engines[0])
         os.kill(engines[0], signal.SIGKILL)
@@ -145,5 +149,11 @@ def kill_engine_then_driver(
     kept.update(committed(paths[-1]))
 
 
+def is_preference_engine(pid: int) -> bool:
+    """An actor that holds its engine itself."""
+    return "PreferenceEngine" in command(pid)
+
+
 def has_engine_below(pid: int) -> bool:
-    return any("EngineCore" in command(child) for child in descendants(pid))
+    """An actor of Ray Data's own stage, whose engine is a process of its own."""
+    return "MapWorker" in command(pid) and any("EngineCore" in command(child) for child in descendants(pid))

@@ -199,9 +199,9 @@ def _when_parts(output: Path, count: int, act: Callable[[], None]) -> threading.
 
 
 def _engines_of(process: int) -> list[psutil.Process]:
-    """vLLM's engine processes below a process; nobody else's."""
+    """The actors that hold an engine, below a process; nobody else's."""
     family = psutil.Process(process).children(recursive=True)
-    return [one for one in family if one.is_running() and "EngineCore" in " ".join(one.cmdline() or [one.name()])]
+    return [one for one in family if one.is_running() and "PartScorer" in " ".join(one.cmdline() or [one.name()])]
 
 
 def _same(output: Path, reference: Path) -> None:
