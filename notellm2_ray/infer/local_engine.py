@@ -56,7 +56,7 @@ class LocalEngine:
         try:
             yield await answer
         finally:
-            if answer.cancelled() and self._running.pop(request_id, None):
+            if answer.cancelled() and self._running.pop(request_id, None) is not None:
                 self._unwanted.append(request_id)
 
     async def check_health(self) -> None:
@@ -86,8 +86,8 @@ class LocalEngine:
             except Exception as error:  # whatever it is, the engine's state is not known any more
                 self._die(error)
                 return
-            for name, error in refused.items():
-                _answer(self._running.pop(name, None), error)
+            for name, refusal in refused.items():
+                _answer(self._running.pop(name, None), refusal)
             for output in finished:
                 _answer(self._running.pop(output.request_id, None), output)
 
