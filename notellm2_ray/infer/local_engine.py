@@ -12,6 +12,8 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+from notellm2_ray.core.memory import keep_freed_memory
+
 
 class _Request(NamedTuple):
     name: str
@@ -122,7 +124,9 @@ def _load(arguments: dict[str, Any], threads: int) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    torch.set_num_threads(threads)  # of this thread; the variable in the environment may have come too late
+    # The variables in the environment may have come too late for a process that Ray had started for something else.
+    torch.set_num_threads(threads)
+    keep_freed_memory()
     return LLMEngine.from_engine_args(EngineArgs(**arguments))
 
 
