@@ -33,6 +33,13 @@ def matrix_rate(device: torch.device, side: int) -> float:
     return 2 * side**3 / seconds
 
 
+def copy_rate(device: torch.device) -> float:
+    """Bytes read and written per second by a copy within the device's memory."""
+    given = torch.empty(2**31 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device).random_()
+    out = torch.empty_like(given)
+    return 2 * given.numel() / seconds_each(device, lambda _: out.copy_(given))
+
+
 def reset_peak(device: torch.device) -> None:
     """Begin a new measurement of memory."""
     if device.type == "cuda":

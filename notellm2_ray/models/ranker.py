@@ -83,6 +83,7 @@ class RankerModel(nn.Module):
         The matrices are float32 whatever the network is; their start depends on ``tune.seed`` alone.
         """
         from peft import LoraConfig, get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
 
         super().__init__()
         config = LoraConfig(
@@ -96,13 +97,26 @@ class RankerModel(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(tune.seed, "ranker", "lora"))
             self.peft = get_peft_model(network, config)
-        if tune.gradient_checkpointing:
-            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            network.enable_input_require_grads()
+        for module in self.peft.modules():
+            if isinstance(module, BaseTunerLayer):
+                # Autocast gives the matrices what they take; peft would copy every input to float32 first.
+                module.cast_input_dtype_enabled = False
+        self.set_gradient_checkpointing(tune.gradient_checkpointing)
 
     def forward(self, batch: RankerBatch, places: torch.Tensor) -> torch.Tensor:
         """Logits (N, P, V) at the P ``places`` (P,) of every row."""
         return forward_logits(self.peft.get_base_model(), batch, places)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in the backward pass: less memory, about a third slower."""
+        network = self.peft.get_base_model()
+        if enabled:
+            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # The library makes the inputs of all embeddings carry gradients, for checkpoints of another kind than
+            # these: the frozen vision tower would get a backward pass.
+            network.disable_input_require_grads()
+        else:
+            network.gradient_checkpointing_disable()
 
     def is_fresh(self, name: str) -> bool:
         """LoRA's matrices all learn at the same rate."""

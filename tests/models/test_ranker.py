@@ -207,6 +207,42 @@ def test_the_loss_is_the_cross_entropy_of_the_answer(model, make, chat):
     torch.testing.assert_close(answer_loss(network, with_blank)[0], loss)
 
 
+def _gradients(network: RankerModel, batch) -> dict[str, torch.Tensor]:
+    network.zero_grad()
+    answer_loss(network, batch)[0].backward()
+    return {name: p.grad.clone() for name, p in network.named_parameters() if p.requires_grad}
+
+
+def test_recomputed_activations_change_no_gradient_and_ask_none_of_the_tower(model, make):
+    network, preprocessor = adapted(model).train(), make()
+    batch = preprocessor.collate([preprocessor.features(PLAIN, label) for label in (True, False)])
+    backward = []
+    tower = network.peft.get_base_model().model.visual
+    tower.register_forward_hook(lambda module, inputs, output: backward.append(output[0].requires_grad))
+    kept = _gradients(network, batch)
+    network.set_gradient_checkpointing(True)
+    recomputed = _gradients(network, batch)
+    torch.testing.assert_close(recomputed, kept)
+    assert any(gradient.abs().max() > 0 for gradient in kept.values())
+    assert backward == [False, False]
+
+
+def test_lora_s_inputs_are_not_copied_to_float32(model, make):
+    network = RankerModel(load_network(model, torch.bfloat16), TuneSettings(lora_dropout=0.0)).train()
+    preprocessor = make()
+    batch = preprocessor.collate([preprocessor.features(PLAIN, True)])
+    layers = [module for module in network.modules() if hasattr(module, "cast_input_dtype_enabled")]
+    taken = []
+    layers[0].lora_A["default"].register_forward_hook(lambda module, inputs, _: taken.append(inputs[0].dtype))
+    with torch.autocast("cpu", torch.bfloat16):
+        lean = _gradients(network, batch)
+        for layer in layers:
+            layer.cast_input_dtype_enabled = True
+        copied = _gradients(network, batch)
+    assert taken == [torch.bfloat16, torch.float32]
+    torch.testing.assert_close(lean, copied)
+
+
 def _tune(network: RankerModel, batch, steps: int) -> float:
     optimizer = torch.optim.AdamW([p for p in network.parameters() if p.requires_grad], lr=3e-3)
     for _ in range(steps):

@@ -76,6 +76,18 @@ def find_chromium() -> str | None:
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
+def wait_until(page: Any, condition: str) -> None:
+    """Wait until a JavaScript function returns true.
+
+    Playwright's own ``wait_for_function`` looks again from within the page, whose content security policy forbids it.
+    """
+    for _ in range(200):
+        if page.evaluate(condition):
+            return
+        page.wait_for_timeout(100)
+    raise AssertionError(f"never true: {condition}")
+
+
 class Tab:
     """A page that remembers what it asked for and what it complained about.
 
@@ -108,7 +120,8 @@ class Tab:
         return self.page
 
     def settled(self) -> None:
-        """Wait until no view is loading."""
+        """Wait until no view is loading; an address that has just changed is seen by the page a moment later."""
+        self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
         self.page.wait_for_selector("main[aria-busy=false] h1", state="attached")
 
     def check(self) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import json
+import re
 
 import page_world
 import pytest
@@ -74,7 +75,7 @@ def titles(page) -> list[str]:
 
 def pictures_loaded(page) -> None:
     """Wait until a picture is really shown."""
-    page.wait_for_function("[...document.querySelectorAll('.grid img')].some((one) => one.naturalWidth > 0)")
+    page_world.wait_until(page, "() => [...document.querySelectorAll('.grid img')].some((one) => one.naturalWidth > 0)")
 
 
 def test_search_neighbours_walk_on_and_back(tab, service):
@@ -96,7 +97,7 @@ def test_search_neighbours_walk_on_and_back(tab, service):
         assert shown == f"{expected[0]['by_modality'][modality]:.2f}".replace("-", "−")
     pictures_loaded(page)
     first.locator("a").click()
-    page.wait_for_function("id => location.hash === '#/note?id=' + id", arg=ids[0])
+    page.wait_for_url(re.compile(rf"#/note\?id={ids[0]}$"))
     tab.settled()
     page.go_back()
     page.get_by_role("heading", name="red cat 12", exact=True).wait_for()
@@ -127,7 +128,7 @@ def test_filters_and_hiding(tab, service):
     page = tab.open("#/note?id=n9", key=service.read)
     page.locator(".filters summary").click()
     page.get_by_role("checkbox", name="red", exact=True).check()
-    page.wait_for_function("location.hash.includes('topic=red')")
+    page.wait_for_url(re.compile("topic=red"))
     tab.settled()
     assert page.get_by_role("checkbox", name="red", exact=True).is_checked()
     ids = page.locator(".grid .card").evaluate_all("all => all.map((one) => one.dataset.note)")
@@ -139,7 +140,7 @@ def test_filters_and_hiding(tab, service):
     }
     assert set(ids) == red
     page.locator(".grid .card").first.get_by_role("button", name="Hide").click()
-    page.wait_for_function("id => location.hash.includes('not=' + id)", arg=ids[0])
+    page.wait_for_url(re.compile(f"not={ids[0]}"))
     tab.settled()
     assert page.evaluate("document.activeElement.textContent") == "Hide"  # of the card that moved up
     assert page.locator(f".grid .card[data-note={ids[0]}]").count() == 0
@@ -147,7 +148,7 @@ def test_filters_and_hiding(tab, service):
     page.locator(f".grid .card[data-note={ids[0]}]").wait_for()
     page.get_by_label("Another topic").fill("nothing has this")
     page.get_by_role("button", name="Add").click()
-    page.wait_for_function("location.hash.includes('nothing')")
+    page.wait_for_url(re.compile("nothing"))
     tab.settled()
     page.get_by_role("checkbox", name="a note must have all of them").check()
     page.get_by_text("No note meets these filters.").wait_for()
@@ -466,7 +467,7 @@ def test_the_keyboard_is_enough(tab, service):
     assert page.evaluate(here) == ids[columns]
     press("ArrowUp")
     press("Enter")
-    page.wait_for_function("id => location.hash === '#/note?id=' + id", arg=ids[0])
+    page.wait_for_url(re.compile(rf"#/note\?id={ids[0]}$"))
     tab.settled()
     press("Shift+Tab")  # the picture
     press("Enter")
