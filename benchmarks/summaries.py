@@ -1,12 +1,13 @@
 """Image summaries through Ray Data against the bare loop around the same vLLM engine, on the same images.
 
-    python benchmarks/summaries.py                         # 600 notes of the world, a random MLLM of the demo's size
+    python benchmarks/summaries.py                         # 3,000 notes of the world, a random MLLM of the demo's size
     python benchmarks/summaries.py --model runs/world/tiny_mllm --trained --notes 2000
 
 The bare loop is one process that reads the Parquet files, decodes the images and hands vLLM's LLM class as many of them
 at a time as the pipeline keeps under way. The other contender is summarize_images, which also checks every image, puts
 each batch on disk and can be resumed. "steady" is the rate from the end of the first batch to the end of the last;
-"start-up" is what comes before (imports, the engine, Ray's actors, the first batch).
+"start-up" is what comes before (imports, the engine, Ray's actors, the first batch), and for summarize_images the start of
+the engine that asks once more for the few answers of a random model that go round in circles.
 """
 
 from __future__ import annotations
@@ -116,7 +117,7 @@ def compare(arguments: argparse.Namespace, model: Path, notes: Path) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--notes", type=int, default=600, help="notes of the world, each with a drawn image")
+    parser.add_argument("--notes", type=int, default=3000, help="notes of the world, each with a drawn image")
     parser.add_argument("--repeats", type=int, default=1, help="turns of each contender")
     parser.add_argument("--max-tokens", type=int, default=32, help="tokens of a summary at most")
     parser.add_argument("--model", type=Path, help="a model's directory instead of the random one made here")

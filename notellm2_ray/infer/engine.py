@@ -93,6 +93,9 @@ def engine_arguments(facts: ModelFacts, settings: GenerationSettings, *, images:
         arguments["gpu_memory_utilization"] = settings.gpu_memory
     else:
         arguments["block_size"] = CPU_BLOCK_TOKENS
+        # A prompt computed in parts has vLLM take back a random number for each part but the last. A CPU's generator
+        # cannot, and the first request with a seed would end the engine.
+        arguments["enable_chunked_prefill"] = False
     if facts.reads_images:
         # What is not asked for is not profiled at start-up, which for a video input takes long.
         arguments["limit_mm_per_prompt"] = {"image": images, "video": 0}

@@ -39,6 +39,8 @@ class Progress:
         self.started = time.monotonic()
         self.first: float | None = None
         self.latest = self.started
+        self._paused: float | None = None  # since when nothing could be done
+        self._pauses = 0.0  # seconds
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._log_until_stopped, name="progress", daemon=True)
 
@@ -61,7 +63,14 @@ class Progress:
         self.tokens += tokens
         self.latest = time.monotonic()
         self.first = self.latest if self.first is None else self.first
+        if self._paused is not None:
+            self._pauses += self.latest - self._paused
+            self._paused = None
         self.added += notes
+
+    def pause(self) -> None:
+        """Something has to start anew: the time until more is done counts as start-up."""
+        self._paused = time.monotonic()
 
     def line(self) -> str:
         """Where things stand, in words."""
@@ -77,10 +86,10 @@ class Progress:
         return f"{self.stage}: {done} / {self.total} {self.unit}, {rate:.3g} {self.unit}/s{tokens}, {left} left"
 
     def seconds(self) -> dict[str, float]:
-        """Time until the first block was done (start-up), and until the last."""
+        """Time until the first block was done and in pauses (start-up), and until the last was."""
         first = self.started if self.first is None else self.first
         return {
-            "startup_seconds": round(first - self.started, 3),
+            "startup_seconds": round(first - self.started + self._pauses, 3),
             "embed_seconds": round(self.latest - self.started, 3),
         }
 

@@ -75,7 +75,8 @@ def summarize_images(
     with Progress(job.total, reused, stage=STAGE, unit="images", waits_for="the engine") as progress:
         again = _describe(job, todo, 0, done, progress)
         if again:
-            log.info("%s: %d image(s) got no usable answer, asking once more", STAGE, len(again))
+            log.info("%s: %d image(s) got no usable answer, asking once more, of new engines", STAGE, len(again))
+            progress.pause()
             _describe(job, again, 1, done, progress)
     _check_bad_share(job, done)
     table = compile_parts(output, set(job.versions.values()))

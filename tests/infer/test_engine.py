@@ -50,12 +50,13 @@ def test_arguments_follow_device_and_settings(mllm: str) -> None:
     facts = check_model(mllm, images=True)
     cpu = engine_arguments(facts, GenerationSettings(max_model_len=512), images=1)
     assert cpu["enforce_eager"] and cpu["enable_prefix_caching"] and cpu["distributed_executor_backend"] == "uni"
-    assert cpu["block_size"] == 32
+    assert cpu["block_size"] == 32 and cpu["enable_chunked_prefill"] is False
     assert cpu["limit_mm_per_prompt"] == {"image": 1, "video": 0} and "gpu_memory_utilization" not in cpu
     on_gpu = GenerationSettings(max_model_len=512, gpus_per_engine=1, engine_kwargs={"max_num_batched_tokens": 4096})
     gpu = engine_arguments(facts, on_gpu, images=1)
     assert (
         "block_size" not in gpu
+        and "enable_chunked_prefill" not in gpu
         and not gpu["enforce_eager"]
         and gpu["gpu_memory_utilization"] == 0.9
         and gpu["max_num_batched_tokens"] == 4096

@@ -191,3 +191,17 @@ def test_chains_on_a_real_engine(tmp_path: Path, ray_cluster, mllm: str) -> None
     counts = run(path=write_blocks(tmp_path / "grown.parquet", grown))
     assert (counts["preferences"], counts["reused"]) == (total + 1, total + 1 - 3)
     assert sum(len(path.read_text().splitlines()) for path in output.glob("log-*.jsonl")) == total + 3
+
+
+@pytest.mark.slow
+def test_sampled_preferences_outlive_full_batches(tmp_path: Path, ray_cluster, mllm: str) -> None:
+    """A batch with room for one and a half prompts: part of a seeded prompt's tokens would end a CPU's engine."""
+    blocks = write_blocks(
+        tmp_path / "blocks.parquet", {f"u{i}": [[f"n{3 * i + j}" for j in range(3)]] for i in range(12)}
+    )
+    settings = SETTINGS.model_copy(update={"temperature": 0.8})
+    small = {"max_model_len": 256, "max_sequences": 8, "engine_kwargs": {"max_num_batched_tokens": 256}}
+    generation = GENERATION.model_copy(update=small)
+    counts = summarize_preferences(mllm, blocks, TITLES, None, tmp_path / "out", settings, generation, "en", seed=3)
+    assert counts["preferences"] == 12
+    assert 128 < counts["prompt_tokens"] / counts["preferences"] < 256

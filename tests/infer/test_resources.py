@@ -44,6 +44,12 @@ def test_progress_tells_rate_and_time_left(monkeypatch: pytest.MonkeyPatch, capl
     # 200 notes in 20 seconds; what an earlier run did is no part of the rate
     assert "400 / 1000 notes, 10 notes/s, 1 min 00 s left" in counter.line()
     assert counter.seconds() == {"startup_seconds": 10.0, "embed_seconds": 20.0}
+    counter.pause()
+    now[0] = 127.0
+    counter.add(1)
+    now[0] = 128.0
+    counter.add(1)
+    assert counter.seconds() == {"startup_seconds": 17.0, "embed_seconds": 28.0}
 
 
 def test_progress_logs_by_itself(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
