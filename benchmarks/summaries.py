@@ -6,8 +6,8 @@
 The bare loop is one process that reads the Parquet files, decodes the images and hands vLLM's LLM class as many of them
 at a time as the pipeline keeps under way. The other contender is summarize_images, which also checks every image, puts
 each batch on disk and can be resumed. "steady" is the rate from the end of the first batch to the end of the last;
-"start-up" is what comes before (imports, the engine, Ray's actors, the first batch), and for summarize_images the start of
-the engine that asks once more for the few answers of a random model that go round in circles.
+"start-up" is what comes before (imports, the engine, Ray's actors, the first batch), and for summarize_images also the
+start of the engine that asks once more for the few answers of a random model that go round in circles.
 """
 
 from __future__ import annotations
