@@ -97,10 +97,10 @@ class RankerModel(nn.Module):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(stream_seed(tune.seed, "ranker", "lora"))
             self.peft = get_peft_model(network, config)
-        for module in self.peft.modules():
-            if isinstance(module, BaseTunerLayer):
-                # Autocast gives the matrices what they take; peft would copy every input to float32 first.
-                module.cast_input_dtype_enabled = False
+        layers: list[Any] = [module for module in self.peft.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in layers:
+            # Autocast gives the matrices what they take; peft would copy every input to float32 first.
+            layer.cast_input_dtype_enabled = False
         self.set_gradient_checkpointing(tune.gradient_checkpointing)
 
     def forward(self, batch: RankerBatch, places: torch.Tensor) -> torch.Tensor:
@@ -109,7 +109,7 @@ class RankerModel(nn.Module):
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute activations in the backward pass: less memory, about a third slower."""
-        network = self.peft.get_base_model()
+        network: Any = self.peft.get_base_model()
         if enabled:
             network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
             # The library makes the inputs of all embeddings carry gradients, for checkpoints of another kind than
