@@ -5,8 +5,8 @@
 
 Contenders, each in a process of its own:
     ray           summarize_preferences itself: an actor with an engine of one thread for each of two cores, compiled,
-                  logs on disk; its rate leaves the start-up out. Of so many users that those who come last, when the
-                  engines are no longer full, weigh little
+                  384 users at once, logs on disk; its rate leaves the start-up out. Of so many users that those who
+                  come last, when the engines are no longer full, weigh little
     transformers  the published way: one user after another, one block after another, model.generate; on fewer users,
                   since its rate does not depend on their number
     engine        one engine without Ray or logs, for fewer users: every chain for itself, the longest first as in the
@@ -38,7 +38,10 @@ from notellm2_ray.core.settings import GenerationSettings, PreferenceSettings, R
 
 SUMMARIES, BLOCKS, TITLES = "summaries.parquet", "blocks.parquet", "titles.json"
 GENERATION = GenerationSettings(max_model_len=1024, max_sequences=128, cpus_per_engine=2)
-PER_CORE = GENERATION.model_copy(update={"engines": 2, "cpus_per_engine": 1, "enforce_eager": False})
+USERS_AT_ONCE = 384  # of an engine; more gain nothing
+PER_CORE = GENERATION.model_copy(
+    update={"engines": 2, "cpus_per_engine": 1, "enforce_eager": False, "max_sequences": USERS_AT_ONCE}
+)
 
 
 def write_data(directory: Path, users: int, longest: int) -> None:
@@ -82,6 +85,7 @@ def through_ray(model: Path, data: Path, settings: PreferenceSettings, fewer_use
 
     connect(RaySettings(object_store_gb=0.2))
     titles = json.loads((data / TITLES).read_text())
+    settings = settings.model_copy(update={"concurrent_calls": USERS_AT_ONCE})
     with tempfile.TemporaryDirectory() as output:
         counts = summarize_preferences(
             model, data / BLOCKS, titles, data / SUMMARIES, Path(output), settings, PER_CORE, "en", seed=SEED

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import ctypes
+import os
 
 _TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # glibc's malloc.h
 _LARGEST = 2**31 - 1
 
-# For a process that is yet to start, as vLLM's; the same as keep_freed_memory().
-ENVIRONMENT = {"MALLOC_TRIM_THRESHOLD_": str(_LARGEST), "MALLOC_MMAP_THRESHOLD_": str(2**30)}
+# For a process that is yet to start, as vLLM's; the same as keep_freed_memory(), and large pages, which a running
+# process can no longer choose: an engine is 2% quicker with them.
+ENVIRONMENT = {
+    "MALLOC_TRIM_THRESHOLD_": str(_LARGEST),
+    "MALLOC_MMAP_THRESHOLD_": str(2**30),
+    "GLIBC_TUNABLES": os.environ.get("GLIBC_TUNABLES", "glibc.malloc.hugetlb=1"),
+}
 
 
 def keep_freed_memory() -> None:
