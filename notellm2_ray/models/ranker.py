@@ -112,8 +112,8 @@ class RankerModel(nn.Module):
         network: Any = self.peft.get_base_model()
         if enabled:
             network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            # The library makes the inputs of all embeddings carry gradients, for checkpoints of another kind than
-            # these: the frozen vision tower would get a backward pass.
+            # The library makes what all embeddings return carry gradients, for reentrant checkpoints, which these are
+            # not: the frozen vision tower would get a backward pass.
             network.disable_input_require_grads()
         else:
             network.gradient_checkpointing_disable()
