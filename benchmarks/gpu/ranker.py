@@ -11,7 +11,8 @@ Printed: a step of tuning, by the package's own step and engines (DeepSpeed's Ze
 P(yes), both in prompts/s and TFLOP/s against this very card's rate at an 8192 x 8192 x 8192 bfloat16 product; image
 summaries and preferences as the published code makes them, by ``generate``, in new tokens/s, and each new token's
 weights and key-value cache read once against the card's rate of copying. Peak memory of each. Reading, tokenising and
-decoding images are no part of any figure; all of it takes three minutes. vLLM, which the package generates with, is not measured here.
+decoding images are no part of any figure; all of it takes three minutes. vLLM, which the package generates with, is not
+measured here.
 """
 
 from __future__ import annotations
