@@ -21,7 +21,7 @@ ROWS_PER_FILE = 10_000
 
 def write_world_notes(directory: Path, count: int, row_group_size: int) -> Path:
     """``count`` healthy notes of the world, with drawn JPEGs and its text lengths, as prepared Parquet files."""
-    from notellm2_ray.data.synthetic import raw_notes
+    from notellm2_ray.data.sources.world import raw_notes
 
     world = WorldSettings(num_notes=count, broken_share=0.0)
     directory.mkdir(parents=True, exist_ok=True)
@@ -40,8 +40,8 @@ def build_tiny_embedder(directory: Path, notes: Path, name: str = "model", **cha
         name: of the embedder's directory.
         changes: of the demo's model settings.
     """
-    from notellm2_ray.data.synthetic import captions
-    from notellm2_ray.models.build import build_encoder
+    from notellm2_ray.data.sources.world import captions
+    from notellm2_ray.models.embedder.build import build_encoder
     from notellm2_ray.models.tiny.clip import train_tiny_clip
     from notellm2_ray.models.tiny.llm import train_tiny_llm
 

@@ -32,7 +32,7 @@ def bare_loop(model: Path, notes: Path, settings: EmbedSettings) -> dict[str, fl
     import torch
 
     from notellm2_ray.infer.blocks import list_files, plan_blocks, read_block
-    from notellm2_ray.models.encoder import NoteEncoder
+    from notellm2_ray.models.embedder.encoder import NoteEncoder
 
     torch.set_num_threads(int(settings.cpus_per_actor))
     encoder = NoteEncoder.from_pretrained(model, precision=settings.precision)

@@ -49,7 +49,7 @@ def seconds_for(encoder, features: list, batches: Iterable[np.ndarray]) -> float
 
 def compare(model: Path, notes: list, arguments: argparse.Namespace, label: str) -> None:
     """Alternate the two ways on one model and print their medians and the ratio."""
-    from notellm2_ray.models.encoder import NoteEncoder, batches_by_length
+    from notellm2_ray.models.embedder.encoder import NoteEncoder, batches_by_length
 
     encoder = NoteEncoder.from_pretrained(model)
     features = [encoder.preprocessor.features(note) for note in notes]

@@ -32,8 +32,8 @@ def vectors(rows: int, seed: int) -> np.ndarray:
 
 def make_table(path: Path, count: int, image_bytes: int) -> None:
     """A live table of notes n0, n1, ..."""
-    from notellm2_ray.serve.live_rows import live_schema
-    from notellm2_ray.serve.store import LiveStore
+    from notellm2_ray.live.rows import live_schema
+    from notellm2_ray.live.store import LiveStore
 
     schema = live_schema(DIM, model_fingerprint="bench")
     matrix = vectors(count, 1)
@@ -77,7 +77,7 @@ def write(
 
     ``number`` is of the thread: each writes notes of its own choice.
     """
-    from notellm2_ray.serve.live_rows import LiveNote
+    from notellm2_ray.live.rows import LiveNote
 
     rng = np.random.default_rng([4, number])
     fresh = vectors(GROUP * 64, 5)
@@ -109,8 +109,8 @@ def main() -> None:
     import faiss
 
     from notellm2_ray.core.settings.retrieval import IndexSettings
-    from notellm2_ray.serve.follower import StoreFollower
-    from notellm2_ray.serve.store import LiveStore
+    from notellm2_ray.live.follower import StoreFollower
+    from notellm2_ray.live.store import LiveStore
 
     faiss.omp_set_num_threads(1)
     print(f"{machine()}; {arguments.notes} notes, one FAISS thread")

@@ -92,7 +92,8 @@ def with_polars(log: Path, out: Path) -> dict[str, float]:
 def with_ours(log: Path, out: Path) -> dict[str, float]:
     from notellm2_ray.core.cluster import connect
     from notellm2_ray.core.settings import PairSettings, RaySettings
-    from notellm2_ray.data import event_log, pairs
+    from notellm2_ray.data import event_log
+    from notellm2_ray.data.pairs import related as pairs
 
     settings = PairSettings(window_days=None, lower=LOWER, upper=UPPER, top=TOP)
     groups = event_log.list_row_groups([log])

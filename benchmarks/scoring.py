@@ -42,7 +42,7 @@ def questions(users: int, words: int) -> list[list[Any]]:
     import numpy as np
     from PIL import Image
 
-    from notellm2_ray.models.ranker_inputs import Question
+    from notellm2_ray.models.ranker.inputs import Question
 
     rng = random.Random(SEED)
 
@@ -71,7 +71,7 @@ async def turns(model: Path, users: int, words: int, block_tokens: int) -> dict[
     from notellm2_ray.infer.score import for_scoring
     from notellm2_ray.infer.score_worker import Prompt, ask
     from notellm2_ray.models.chat import ChatTokenizer
-    from notellm2_ray.models.ranker_inputs import RankerPrompter
+    from notellm2_ray.models.ranker.inputs import RankerPrompter
 
     engine_kwargs = {"block_size": block_tokens, "disable_log_stats": False}
     generation = for_scoring(GenerationSettings(max_model_len=1024, engine_kwargs=engine_kwargs))

@@ -125,8 +125,8 @@ def prepare(directory: Path, count: int) -> Any:
     from notellm2_ray.core.settings.retrieval import IndexSettings
     from notellm2_ray.core.settings.serve import DeploymentSettings
     from notellm2_ray.index.ann import AnnIndex
-    from notellm2_ray.serve.live_rows import live_schema
-    from notellm2_ray.serve.store import LiveStore
+    from notellm2_ray.live.rows import live_schema
+    from notellm2_ray.live.store import LiveStore
 
     world = make_world(directory / "world", embedding_dim=DIM)
     fingerprint = world.encoder.fingerprint
@@ -279,7 +279,7 @@ def write_notes(port: int, writer: int, count: int) -> float:
 
 def recall_at_100(service: Any, count: int) -> float:
     """Mean share of the exact 100 nearest neighbours that the service finds, over 300 notes, fresh ones among them."""
-    from notellm2_ray.serve.live_table import LiveTable
+    from notellm2_ray.live.table import LiveTable
 
     table = LiveTable(service.plan.directory / "live.lance").dataset.to_table(
         columns=["note_id", "deleted", "embedding"], filter="deleted = false"

@@ -32,14 +32,14 @@ from notellm2_ray.core.errors import ConfigError, NoteLLMError, OutputError
 from notellm2_ray.core.run import MANIFEST, read_manifest
 from notellm2_ray.core.settings import Settings, WorldSettings
 from notellm2_ray.core.settings.ranking import PreferenceVariant
-from notellm2_ray.data.synthetic import note_id, user_id
+from notellm2_ray.data.sources.world import note_id, user_id
 from notellm2_ray.data.world.factors import LOG_START, telling, traits
 from notellm2_ray.data.world.users import _click_rate, catalogue, tastes, week_of
-from notellm2_ray.evaluate.ranking_metrics import PooledAuc
-from notellm2_ray.evaluate.ranking_task import RankingTask
-from notellm2_ray.evaluate.tables import Table
+from notellm2_ray.evaluate.ranking.metrics import PooledAuc
+from notellm2_ray.evaluate.ranking.task import RankingTask
+from notellm2_ray.evaluate.recall.tables import Table
 from notellm2_ray.infer.preference_plan import read_summaries
-from notellm2_ray.taste_exercises import Taste, Teacher, Told, say, taste_of
+from notellm2_ray.lessons.tastes import Taste, Teacher, Told, say, taste_of
 
 SMOOTHING = 0.02  # added to a share of the history before its logarithm is taken
 # Weights of a history's notes, by how many came after each, (n,) int64, and the number of notes in the last block.

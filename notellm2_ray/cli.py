@@ -17,10 +17,10 @@ import yaml
 from pydantic import BaseModel
 
 from notellm2_ray import __version__
-from notellm2_ray.core.config import apply_overrides, build, load_yaml, merge, nested_models, to_plain
+from notellm2_ray.core.config import nested_models, to_plain
 from notellm2_ray.core.errors import NoteLLMError
 from notellm2_ray.core.settings import Settings
-from notellm2_ray.presets import PRESETS, preset
+from notellm2_ray.presets import PRESETS, load_settings
 
 # verb: (what it does, sections of the knob tree it reads)
 VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -55,19 +55,6 @@ VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
     "run-ranking": ("prepare, and make-sequences to eval-ranking, for every variant and seed of `ranking`", ()),
     "run": ("both halves, and the report", ()),
 }
-
-
-def load_settings(config: str | None, preset_name: str | None, overrides: Sequence[str]) -> Settings:
-    """Defaults, then preset, then YAML, then overrides, checked together.
-
-    Raises:
-        ConfigError: naming every wrong key.
-    """
-    values = load_yaml(config) if config else {}
-    name = preset_name or values.pop("preset", None)
-    values.pop("preset", None)
-    base: dict[str, Any] = preset(name) if name else {}
-    return build(Settings, apply_overrides(merge(base, values), overrides))
 
 
 def describe(model: type[BaseModel], prefix: str, own: BaseModel | None = None) -> list[str]:
@@ -216,22 +203,22 @@ def _dispatch(options: argparse.Namespace) -> None:
         _online(options, settings)
         return
     if options.verb == "lift":
-        from notellm2_ray.online_lift import lift_report
+        from notellm2_ray.online.lift import lift_report
 
         print(lift_report(settings))
         return
     if options.verb == "swap-embedder":
-        from notellm2_ray.online_swap import swap_embedder
+        from notellm2_ray.online.swap import swap_embedder
 
         print(swap_embedder(settings))
         return
-    from notellm2_ray import workflow
+    from notellm2_ray.pipeline import recall_stages as workflow
 
     if options.verb == "settings":
         print(yaml.safe_dump(to_plain(settings), sort_keys=False, allow_unicode=True), end="")
     elif options.dry_run:
         print(yaml.safe_dump(to_plain(settings), sort_keys=False, allow_unicode=True))
-        from notellm2_ray.plan import plan
+        from notellm2_ray.pipeline.plan import plan
 
         print(plan(settings, options.verb))
     else:
@@ -239,7 +226,7 @@ def _dispatch(options: argparse.Namespace) -> None:
 
 
 def _online(options: argparse.Namespace, settings: Settings) -> None:
-    from notellm2_ray import online
+    from notellm2_ray.online import wiring as online
 
     if options.verb == "serve":
         online.serve_forever(settings)

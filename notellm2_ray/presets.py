@@ -5,11 +5,12 @@ A preset is a nested mapping laid over the defaults; a YAML file (``preset: NAME
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from notellm2_ray.core.config import merge
+from notellm2_ray.core.config import apply_overrides, build, load_yaml, merge
 from notellm2_ray.core.errors import ConfigError
+from notellm2_ray.core.settings import Settings
 
 # What two CPU cores train in minutes. The learning rates are those of small models trained from scratch: Table 8's
 # 3e-6 is for fine-tuning seven billion parameters over 7,956 steps.
@@ -169,3 +170,16 @@ def preset(name: str) -> dict[str, Any]:
         listing = "\n".join(f"  {known:14s} {text}" for known, (text, _) in PRESETS.items())
         raise ConfigError(f"unknown preset {name!r}; there are\n{listing}")
     return PRESETS[name][1]
+
+
+def load_settings(config: str | None, preset_name: str | None, overrides: Sequence[str]) -> Settings:
+    """Defaults, then preset, then YAML, then overrides, checked together.
+
+    Raises:
+        ConfigError: naming every wrong key.
+    """
+    values = load_yaml(config) if config else {}
+    name = preset_name or values.pop("preset", None)
+    values.pop("preset", None)
+    base: dict[str, Any] = preset(name) if name else {}
+    return build(Settings, apply_overrides(merge(base, values), overrides))

@@ -2,9 +2,9 @@
 
 import pytest
 
-from notellm2_ray import halves
-from notellm2_ray.cli import load_settings
 from notellm2_ray.core.errors import OutputError
+from notellm2_ray.pipeline import halves
+from notellm2_ray.presets import load_settings
 
 
 def test_each_half_gets_half_of_this_machine_and_all_of_a_cluster(monkeypatch):

@@ -3,12 +3,14 @@
 import pytest
 import yaml
 
-from notellm2_ray import halves, outputs, ranking_workflow
-from notellm2_ray import ranking_outputs as ranking
-from notellm2_ray.cli import load_settings
 from notellm2_ray.core.errors import ConfigError, OutputError
-from notellm2_ray.plan import plan
-from notellm2_ray.stages import run_stage
+from notellm2_ray.pipeline import halves
+from notellm2_ray.pipeline import ranking_outputs as ranking
+from notellm2_ray.pipeline import ranking_stages as ranking_workflow
+from notellm2_ray.pipeline import recall_outputs as outputs
+from notellm2_ray.pipeline.plan import plan
+from notellm2_ray.pipeline.stage import run_stage
+from notellm2_ray.presets import load_settings
 
 
 def settings_of(workspace, *overrides):

@@ -10,12 +10,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from notellm2_ray.baselines.ranking.rows import Baselines, known_part, read_protocol, training_data
 from notellm2_ray.core import schema
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.settings import Settings
-from notellm2_ray.ranking_baselines import Baselines, known_part, read_protocol, training_data
-from notellm2_ray.ranking_comparison import compare_ranking
-from notellm2_ray.ranking_outputs import Scored
+from notellm2_ray.pipeline.ranking_comparison import compare_ranking
+from notellm2_ray.pipeline.ranking_outputs import Scored
 
 NUM_USERS, NUM_NOTES, LENGTH, NEGATIVES = 60, 24, 6, 4
 START = datetime(2024, 1, 1, tzinfo=UTC)

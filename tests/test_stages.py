@@ -3,7 +3,7 @@
 import pytest
 
 from notellm2_ray.core.run import Output
-from notellm2_ray.stages import run_together
+from notellm2_ray.pipeline.stage import run_together
 
 
 def outputs(directory, *sizes):

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 
 from notellm2_ray.core.errors import ConfigError
-from notellm2_ray.evaluate.ranking_plots import sweep_plot
-from notellm2_ray.evaluate.ranking_tables import sweep_table
-from notellm2_ray.sweep import SWEEPS, figures_of, overrides, run_sweep, trial_workspace
+from notellm2_ray.evaluate.ranking.plots import sweep_plot
+from notellm2_ray.evaluate.ranking.tables import sweep_table
+from notellm2_ray.pipeline.sweep import SWEEPS, figures_of, overrides, run_sweep, trial_workspace
 
 
 def make_trial():

@@ -33,12 +33,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import CLIPVisionConfig, Qwen2Config
 
 from notellm2_ray.core.settings import ModelSettings, QFormerSettings
-from notellm2_ray.models.architectures import ARCHITECTURES
-from notellm2_ray.models.build import count_parameters, model_from_configs
-from notellm2_ray.models.losses import embedder_loss
-from notellm2_ray.models.mlrm import NoteModel
-from notellm2_ray.models.pixels import ImageSettings
-from notellm2_ray.models.preprocess import Batch
+from notellm2_ray.models.embedder.architectures import ARCHITECTURES
+from notellm2_ray.models.embedder.build import count_parameters
+from notellm2_ray.models.embedder.losses import embedder_loss
+from notellm2_ray.models.embedder.mlrm import NoteModel
+from notellm2_ray.models.embedder.network import model_from_configs
+from notellm2_ray.models.embedder.preprocess import Batch
+from notellm2_ray.models.vision.pixels import ImageSettings
 
 GOALS = {"notes_per_second": 150.0, "embedding_share": 0.45, "training_share": 0.40}
 # What a prompt holds beyond max_body_tokens, as a tokenizer that knows Chinese cuts it: the opening and the closing

@@ -35,9 +35,10 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM, AutoModelForImageTextToText
 
 from notellm2_ray.core.settings.ranking import PreferenceSettings, RankerSettings, SummarySettings, TuneSettings
-from notellm2_ray.models.ranker import RankerModel, answer_probability, forward_logits
-from notellm2_ray.models.ranker_inputs import IGNORED, RankerBatch
-from notellm2_ray.train.engine import Engine, make_engine
+from notellm2_ray.models.ranker.inputs import IGNORED, RankerBatch
+from notellm2_ray.models.ranker.model import RankerModel, answer_probability, forward_logits
+from notellm2_ray.train.engine import Engine
+from notellm2_ray.train.engines import make_engine
 from notellm2_ray.train.sft_loop import SftStep, mechanics
 
 YES, NO = 5, 6  # token ids; which ones does not matter

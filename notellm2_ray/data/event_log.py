@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.schema import EVENT_SCHEMA, require_columns
-from notellm2_ray.data.cooccurrence import Log
+from notellm2_ray.data.pairs.cooccurrence import Log
 
 UNIT_EVENTS = 1 << 20
 VIEW, CLICK = 1, 2  # bits of the packed actions

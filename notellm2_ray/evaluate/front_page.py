@@ -10,10 +10,10 @@ from typing import Any
 
 from notellm2_ray.core.errors import OutputError
 from notellm2_ray.core.run import write_atomically
-from notellm2_ray.evaluate import ranking_tables
-from notellm2_ray.evaluate.ranking_page import FRONT_PAGE
-from notellm2_ray.evaluate.report import Section, render, section_markdown
-from notellm2_ray.evaluate.tables import recall_table
+from notellm2_ray.evaluate.ranking import tables as ranking_tables
+from notellm2_ray.evaluate.ranking.page import FRONT_PAGE
+from notellm2_ray.evaluate.recall.report import Section, render, section_markdown
+from notellm2_ray.evaluate.recall.tables import recall_table
 
 TITLE = "NoteLLM-2 and MLLM-MSR: report"
 _LEAD = "Recall of related notes by embeddings, and ranking of candidates by what is known of a user."

@@ -129,7 +129,7 @@ class AnnIndex:
     def search_rows(
         self, queries: np.ndarray, k: int, selector: Any = None, *, complete: bool = False, wider: float = 1.0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows instead of ids, on the CPU, unchecked: for :class:`~notellm2_ray.index.live.LiveIndex`.
+        """Rows instead of ids, on the CPU, unchecked: for :class:`~notellm2_ray.live.index.LiveIndex`.
 
         Args:
             queries: (Q, D) float32, contiguous.

@@ -51,7 +51,7 @@ def embed_notes(
     Ray must be connected. On several machines ``notes``, ``model`` and ``output`` lie on storage that they all share.
 
     Args:
-        model: directory of a :class:`~notellm2_ray.models.encoder.NoteEncoder`.
+        model: directory of a :class:`~notellm2_ray.models.embedder.encoder.NoteEncoder`.
         notes: Parquet file, directory, glob or object-store URI; the columns of ``NOTE_SCHEMA`` but ``created_at`` are
             read, others ignored.
         output: directory for the blocks; exists, or is made.

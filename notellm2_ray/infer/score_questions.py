@@ -13,7 +13,7 @@ from notellm2_ray.core.note_store import NoteStore
 from notellm2_ray.core.ranking_rows import CandidateRow, CandidateRows
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.settings.ranking import RankerSettings
-from notellm2_ray.models.ranker_inputs import Question
+from notellm2_ray.models.ranker.inputs import Question
 
 
 class ScoreFiles(NamedTuple):

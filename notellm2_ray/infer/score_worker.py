@@ -21,7 +21,7 @@ from notellm2_ray.infer.score_questions import Controls, Questions, ScoreFiles
 
 if TYPE_CHECKING:
     from notellm2_ray.models.chat import ChatTokenizer
-    from notellm2_ray.models.ranker_inputs import RankerPrompter
+    from notellm2_ray.models.ranker.inputs import RankerPrompter
 
 CALLS_AT_ONCE = 2  # one part at the engine, the next being read and tokenised
 MAX_ATTEMPTS = 4  # at a part within one run
@@ -137,7 +137,7 @@ class PartScorer:
         return start_engine(self.job.facts, self.job.generation, images=int(sees))
 
     def _questions(self, table: TableJob) -> tuple[Questions, RankerPrompter]:
-        from notellm2_ray.models.ranker_inputs import RankerPrompter
+        from notellm2_ray.models.ranker.inputs import RankerPrompter
 
         return Questions(table.files, table.ranker, table.controls), RankerPrompter(self.chat, table.ranker)
 

@@ -21,8 +21,8 @@ from notellm2_ray.infer.blocks import Block, read_block, read_ids
 from notellm2_ray.infer.results import Finished, begin_attempt, commit_block, read_finished
 
 if TYPE_CHECKING:
-    from notellm2_ray.models.encoder import NoteEncoder
-    from notellm2_ray.models.preprocess import NoteFeatures, NotePreprocessor
+    from notellm2_ray.models.embedder.encoder import NoteEncoder
+    from notellm2_ray.models.embedder.preprocess import NoteFeatures, NotePreprocessor
 
     Features = Mapping[str, NoteFeatures]  # vector column to what is shown to the model for it
 
@@ -152,7 +152,7 @@ class BlockEmbedder:
 def _load(job: Job) -> _Loaded:
     import torch
 
-    from notellm2_ray.models.encoder import NoteEncoder
+    from notellm2_ray.models.embedder.encoder import NoteEncoder
 
     torch.set_num_threads(max(1, int(job.settings.cpus_per_actor)))
     keep_freed_memory()
@@ -180,7 +180,7 @@ def encode(encoder: NoteEncoder, features: Sequence[NoteFeatures], settings: Emb
     import torch
     import torch.nn.functional as F
 
-    from notellm2_ray.models.encoder import batches_by_length
+    from notellm2_ray.models.embedder.encoder import batches_by_length
 
     on_gpu = encoder.device.type == "cuda"
     vectors = np.empty((len(features), encoder.embedding_dim), np.float32)

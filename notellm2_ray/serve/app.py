@@ -13,12 +13,12 @@ def compose(plan: Plan) -> Any:
     Gateway (HTTP and index) calls Encoder, Writer, Users and, where there is one, Ranker; Users calls Preferences,
     and Writer calls Encoder while another model's table takes over.
     """
-    from notellm2_ray.serve.encoder import encoder_deployment
-    from notellm2_ray.serve.gateway import gateway_deployment
-    from notellm2_ray.serve.preferences import preferences_deployment
-    from notellm2_ray.serve.ranker import ranker_deployment
-    from notellm2_ray.serve.users import users_deployment
-    from notellm2_ray.serve.writer import writer_deployment
+    from notellm2_ray.serve.deployments.encoder import encoder_deployment
+    from notellm2_ray.serve.deployments.ingress import gateway_deployment
+    from notellm2_ray.serve.deployments.preferences import preferences_deployment
+    from notellm2_ray.serve.deployments.ranker import ranker_deployment
+    from notellm2_ray.serve.deployments.users import users_deployment
+    from notellm2_ray.serve.deployments.writer import writer_deployment
 
     preferences = None if plan.preference_engine is None else preferences_deployment(plan).bind(plan)
     ranker = None if plan.ranker_engine is None else ranker_deployment(plan).bind(plan)

@@ -22,7 +22,7 @@ class Plan:
 
     Attributes:
         directory: serving directory: live table, users, keys; on storage that all replicas share.
-        model: directory of the embedder, where ``directory`` does not name one (:mod:`~notellm2_ray.serve.current`).
+        model: directory of the embedder, where ``directory`` does not name one (:mod:`~notellm2_ray.live.current`).
         notes: prepared notes, for the first start.
         embeddings: their bulk vectors, for the first start.
         serve, index, ranker: settings.
@@ -35,8 +35,9 @@ class Plan:
         sequences, preferences, summaries: what the recommender's bulk jobs left, for the first start and as inputs of
             preferences; None where they have not run.
         preference_engine: makes an object with ``async advance(previous, items, *, user, block)`` (see
-            :mod:`~notellm2_ray.serve.preferences`); None: no preferences are written.
-        ranker_engine: makes an object with ``async score(...)`` (see :mod:`~notellm2_ray.serve.ranker`); None: none.
+            :mod:`~notellm2_ray.serve.deployments.preferences`); None: no preferences are written.
+        ranker_engine: makes an object with ``async score(...)`` (see
+            :mod:`~notellm2_ray.serve.deployments.ranker`); None: none.
         environment: environment variables of the processes that hold an engine.
     """
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from notellm2_ray.core.note_store import NoteStore
-from notellm2_ray.models.preprocess import Batch, NotePreprocessor
+from notellm2_ray.models.embedder.preprocess import Batch, NotePreprocessor
 
 T = TypeVar("T")
 K = TypeVar("K")

@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from notellm2_ray.models.losses import embedder_loss
-from notellm2_ray.models.mlrm import NoteModel, NoteVectors, join_vectors
-from notellm2_ray.models.preprocess import Batch
+from notellm2_ray.models.embedder.losses import embedder_loss
+from notellm2_ray.models.embedder.mlrm import NoteModel, NoteVectors, join_vectors
+from notellm2_ray.models.embedder.preprocess import Batch
 from notellm2_ray.train.distributed import gather_rows
 
 

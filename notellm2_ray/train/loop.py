@@ -17,7 +17,7 @@ from notellm2_ray.train import distributed
 from notellm2_ray.train.batches import NotePreparer, PreparedNotes
 from notellm2_ray.train.checkpoints import RunFiles
 from notellm2_ray.train.contrastive import ContrastiveStep, StepOutput
-from notellm2_ray.train.engine import make_engine
+from notellm2_ray.train.engines import make_engine
 from notellm2_ray.train.run_loop import Report, TrainingRun, resolved_precision
 from notellm2_ray.train.sampler import PairBatch, Pairs, PairSampler
 from notellm2_ray.train.schedule import num_steps
@@ -49,7 +49,7 @@ class Trainer(TrainingRun[tuple[PairBatch, PreparedNotes]]):
         Args:
             report: is told of a checkpoint's directory and figures, on every rank, once all of it is written.
         """
-        from notellm2_ray.models.build import build_encoder
+        from notellm2_ray.models.embedder.build import build_encoder
 
         job = job._replace(train=resolved_precision(job.train, device))
         super().__init__(RunFiles(job.output), job.train, job.seed, device, report)
@@ -108,7 +108,7 @@ class Trainer(TrainingRun[tuple[PairBatch, PreparedNotes]]):
         return by_recall if self.settings.best_by == "recall" else score.loss < (self.state.best_loss or math.inf)
 
     def write_weights(self, directory: Path) -> None:
-        from notellm2_ray.models.encoder import save_weights
+        from notellm2_ray.models.embedder.encoder import save_weights
 
         weights = self.engine.state_dict()
         if weights is not None:

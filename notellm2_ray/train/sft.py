@@ -96,7 +96,7 @@ def _finish(files: RunFiles, result: dict[str, Any], model_path: str, tune: Tune
 
 
 def _merge(base: str, adapter: Path, directory: Path) -> None:
-    from notellm2_ray.models.ranker import merge_adapter
+    from notellm2_ray.models.ranker.model import merge_adapter
 
     partial = directory.with_name(f".{directory.name}.partial")
     shutil.rmtree(partial, ignore_errors=True)

@@ -18,7 +18,7 @@ from notellm2_ray.core.ranking_rows import CandidateRow, CandidateRows, store_no
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.schema import QUARANTINE_SCHEMA
 from notellm2_ray.core.settings.ranking import RankerSettings, TuneSettings
-from notellm2_ray.models.ranker_inputs import Question, RankerFeatures, RankerPreprocessor
+from notellm2_ray.models.ranker.inputs import Question, RankerFeatures, RankerPreprocessor
 
 
 class SftFiles(NamedTuple):

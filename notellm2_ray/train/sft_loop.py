@@ -16,12 +16,12 @@ from notellm2_ray.core.errors import ModelError
 from notellm2_ray.core.settings.ranking import RankerSettings, TuneSettings
 from notellm2_ray.core.settings.train import TrainSettings
 from notellm2_ray.models.chat import ChatTokenizer, load_processor
-from notellm2_ray.models.ranker import RankerModel, answer_loss, answer_probability, load_network
-from notellm2_ray.models.ranker_inputs import IGNORED, RankerBatch, RankerFeatures, RankerPreprocessor, RankerPrompter
+from notellm2_ray.models.ranker.inputs import IGNORED, RankerBatch, RankerFeatures, RankerPreprocessor, RankerPrompter
+from notellm2_ray.models.ranker.model import RankerModel, answer_loss, answer_probability, load_network
 from notellm2_ray.train import distributed
 from notellm2_ray.train.batches import prefetched
 from notellm2_ray.train.checkpoints import RunFiles
-from notellm2_ray.train.engine import make_engine
+from notellm2_ray.train.engines import make_engine
 from notellm2_ray.train.run_loop import Report, TrainingRun, resolved_precision
 from notellm2_ray.train.sampler import StepSampler
 from notellm2_ray.train.sft_data import SftFiles, SftPreparer, SftRows, length_groups, split_groups

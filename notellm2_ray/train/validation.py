@@ -9,9 +9,9 @@ import numpy as np
 import torch
 
 from notellm2_ray.core.run import stream_seed
-from notellm2_ray.evaluate.metrics import target_ranks
-from notellm2_ray.models.losses import embedder_loss
-from notellm2_ray.models.mlrm import NoteVectors, join_vectors
+from notellm2_ray.evaluate.recall.metrics import target_ranks
+from notellm2_ray.models.embedder.losses import embedder_loss
+from notellm2_ray.models.embedder.mlrm import NoteVectors, join_vectors
 from notellm2_ray.train import distributed
 from notellm2_ray.train.batches import NotePreparer, prefetched
 from notellm2_ray.train.contrastive import ContrastiveStep

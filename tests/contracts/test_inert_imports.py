@@ -17,7 +17,14 @@ import pytest
 import notellm2_ray
 
 # Torch belongs to the modules that are about it; everybody else starts without its seconds.
-ABOUT_TORCH = ("notellm2_ray.models", "notellm2_ray.train", "notellm2_ray.infer", "notellm2_ray.evaluate.saliency")
+ABOUT_TORCH = (
+    "notellm2_ray.models",
+    "notellm2_ray.train",
+    "notellm2_ray.infer",
+    "notellm2_ray.evaluate.saliency",
+    "notellm2_ray.baselines.ranking.features",
+    "notellm2_ray.baselines.ranking.sequential",
+)
 NEVER = ("ray", "vllm", "deepspeed", "faiss", "lance", "matplotlib", "bm25s")
 HEAVY = (*NEVER, "torch", "transformers", "torchvision", "scipy")
 

@@ -3,11 +3,11 @@
 import pytest
 import yaml
 
-from notellm2_ray.cli import VERBS, knobs, load_settings
+from notellm2_ray.cli import VERBS, knobs
 from notellm2_ray.core.config import apply_overrides, build, load_yaml, to_plain
 from notellm2_ray.core.errors import ConfigError
 from notellm2_ray.core.settings import Settings
-from notellm2_ray.presets import PRESETS
+from notellm2_ray.presets import PRESETS, load_settings
 
 
 def resolve(*overrides: str) -> Settings:

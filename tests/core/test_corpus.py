@@ -5,7 +5,7 @@ import pytest
 
 from notellm2_ray.core.note_store import NoteStore
 from notellm2_ray.core.schema import NOTE_SCHEMA
-from notellm2_ray.corpus import exercises
+from notellm2_ray.lessons.corpus import exercises
 
 
 @pytest.mark.parametrize(

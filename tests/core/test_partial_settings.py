@@ -1,7 +1,8 @@
 """A part of a deployment's settings leaves the rest as the service has it."""
 
-from notellm2_ray.cli import knobs, load_settings
+from notellm2_ray.cli import knobs
 from notellm2_ray.core.settings.serve import ServeSettings
+from notellm2_ray.presets import load_settings
 
 
 def test_one_knob_of_a_deployment_changes_no_other():

@@ -7,7 +7,7 @@ import pytest
 from notellm2_ray.core.recommend_prompts import IMAGE, PREFERENCE_BEGINS, Text
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.data.world.lexicon import lexicon
-from notellm2_ray.taste_exercises import TOPICS, Taste, Told, lessons, say, taste_of
+from notellm2_ray.lessons.tastes import TOPICS, Taste, Told, lessons, say, taste_of
 
 SMALL = {"mllm_drawings": 30, "mllm_topics": 10, "mllm_questions": 120, "mllm_preferences": 60, "mllm_held_out": 10}
 

@@ -16,8 +16,8 @@ from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.note_store import NoteStore
 from notellm2_ray.core.schema import EVENT_SCHEMA, NOTE_SCHEMA, PAIR_SCHEMA
 from notellm2_ray.core.settings import PairSettings, SplitSettings
-from notellm2_ray.data.mine import mine
-from notellm2_ray.data.statistics import count_words, describe_notes, format_statistics
+from notellm2_ray.data.pairs.mine import mine
+from notellm2_ray.data.pairs.statistics import count_words, describe_notes, format_statistics
 
 START = datetime(2024, 3, 1, tzinfo=UTC)
 DAYS, NUM_NOTES, NUM_USERS = 21, 150, 60

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from notellm2_ray.data.negatives import Liked, Pool, num_eligible, sample, shuffle_keys
+from notellm2_ray.data.sequences.negatives import Liked, Pool, num_eligible, sample, shuffle_keys
 
 WORD = 2**64
 

@@ -17,7 +17,9 @@ from hypothesis import strategies as st
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.schema import EVENT_SCHEMA, PAIR_SCHEMA
 from notellm2_ray.core.settings import PairSettings
-from notellm2_ray.data import cooccurrence, event_log, pairs
+from notellm2_ray.data import event_log
+from notellm2_ray.data.pairs import cooccurrence
+from notellm2_ray.data.pairs import related as pairs
 
 HOUR = 3_600_000_000
 ALL = {"window_days": None, "lower": 0.0, "upper": 1e9, "top": 1000}

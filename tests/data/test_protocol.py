@@ -25,14 +25,14 @@ from notellm2_ray.core.schema import (
 )
 from notellm2_ray.core.settings import CandidateSettings, SequenceSettings
 from notellm2_ray.data import event_log
-from notellm2_ray.data.histories import k_core, within_core
-from notellm2_ray.data.protocol import make_sequences
-from notellm2_ray.data.protocol_checks import check_candidates, check_examples, check_short
-from notellm2_ray.data.ranking_statistics import describe, format_statistics, tally
-from notellm2_ray.data.sequences import build_histories, spill_unit
+from notellm2_ray.data.sequences.blocks import build_histories, spill_unit
+from notellm2_ray.data.sequences.checks import check_candidates, check_examples, check_short
+from notellm2_ray.data.sequences.histories import k_core, within_core
+from notellm2_ray.data.sequences.protocol import make_sequences
+from notellm2_ray.data.sequences.statistics import describe, format_statistics, tally
+from notellm2_ray.data.sequences.targets import last_targets, published_histories
 from notellm2_ray.data.sources.files import TableFile
 from notellm2_ray.data.sources.microlens import _read_sequences
-from notellm2_ray.data.targets import last_targets, published_histories
 
 START = datetime(2024, 3, 1, tzinfo=UTC)
 ALL = ("uniform", "popular", "published")

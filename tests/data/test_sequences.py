@@ -16,8 +16,9 @@ from hypothesis import strategies as st
 
 from notellm2_ray.core.schema import BLOCK_SCHEMA, EVENT_SCHEMA, SEQUENCE_SCHEMA
 from notellm2_ray.core.settings import SequenceSettings
-from notellm2_ray.data import event_log, sequences
-from notellm2_ray.data.histories import Histories, k_core, within_core
+from notellm2_ray.data import event_log
+from notellm2_ray.data.sequences import blocks as sequences
+from notellm2_ray.data.sequences.histories import Histories, k_core, within_core
 
 MINUTE = 60_000_000
 Event = tuple[str, str, int, str, str | None]  # user, note, minute, action, session

@@ -5,10 +5,10 @@ from itertools import pairwise
 
 import pytest
 
-from notellm2_ray import outputs
-from notellm2_ray.cli import load_settings
 from notellm2_ray.core.settings.data import MicroLensSettings, MovieLensSettings, TabularSettings
 from notellm2_ray.data.sources.versions import table_versions
+from notellm2_ray.pipeline import recall_outputs as outputs
+from notellm2_ray.presets import load_settings
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.schema import NOTE_SCHEMA, PAIR_SCHEMA
 from notellm2_ray.core.settings import SplitSettings
-from notellm2_ray.data.split import DAY, split_notes, split_pairs
+from notellm2_ray.data.pairs.split import DAY, split_notes, split_pairs
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
 SPAN = (int(START.timestamp() * 1e6), int(START.timestamp() * 1e6) + 10 * DAY)

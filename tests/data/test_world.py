@@ -14,7 +14,7 @@ from PIL import Image
 from notellm2_ray.core.config import build
 from notellm2_ray.core.errors import ConfigError, DataError
 from notellm2_ray.core.settings import WorldSettings
-from notellm2_ray.data.synthetic import captions, note_id, raw_events, raw_notes, world_tables, world_truth
+from notellm2_ray.data.sources.world import captions, note_id, raw_events, raw_notes, world_tables, world_truth
 from notellm2_ray.data.world.draws import uniforms
 from notellm2_ray.data.world.factors import DAY, LOG_START, telling, traits
 from notellm2_ray.data.world.images import PALETTES, PATTERNS, draw_image

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from notellm2_ray.core.errors import DataError
-from notellm2_ray.evaluate import metrics
+from notellm2_ray.evaluate.recall import metrics
 
 
 def twin(scores: np.ndarray, query_row: int, target_row: int) -> int:

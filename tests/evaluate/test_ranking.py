@@ -10,8 +10,8 @@ from scipy import stats
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.schema import CANDIDATE_SCHEMA, EXAMPLE_SCHEMA, SCORE_SCHEMA
 from notellm2_ray.core.settings import RankEvaluateSettings
-from notellm2_ray.evaluate.ranking import MethodScores, evaluate_protocol
-from notellm2_ray.evaluate.ranking_task import RankingTask
+from notellm2_ray.evaluate.ranking.results import MethodScores, evaluate_protocol
+from notellm2_ray.evaluate.ranking.task import RankingTask
 from notellm2_ray.evaluate.user_tests import bootstrap_p, interval, permutation_tests, resampled_weights
 
 NUM_USERS, SIZE = 60, 6

@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from notellm2_ray.core.errors import DataError
-from notellm2_ray.evaluate.ranking_metrics import (
+from notellm2_ray.evaluate.ranking.metrics import (
     PooledAuc,
     check_groups,
     example_auc,

@@ -13,11 +13,11 @@ from notellm2_ray.core.errors import OutputError
 from notellm2_ray.core.schema import BLOCK_SCHEMA, Note
 from notellm2_ray.core.settings import RankEvaluateSettings
 from notellm2_ray.evaluate.front_page import write_front_page
-from notellm2_ray.evaluate.ranking import MethodScores, evaluate_protocol
-from notellm2_ray.evaluate.ranking_report import write_ranking_report
-from notellm2_ray.evaluate.ranking_samples import sample_users
-from notellm2_ray.evaluate.ranking_tables import printed, ranking_table, significance_table
-from notellm2_ray.evaluate.ranking_task import RankingTask
+from notellm2_ray.evaluate.ranking.report import write_ranking_report
+from notellm2_ray.evaluate.ranking.results import MethodScores, evaluate_protocol
+from notellm2_ray.evaluate.ranking.samples import sample_users
+from notellm2_ray.evaluate.ranking.tables import printed, ranking_table, significance_table
+from notellm2_ray.evaluate.ranking.task import RankingTask
 
 SETTINGS = RankEvaluateSettings(cutoffs=(1, 5))
 SWEEP = {
@@ -181,8 +181,8 @@ def test_the_front_page_shows_recall_too(report, tmp_path):
     from test_report import pair_table
 
     from notellm2_ray.core.settings.retrieval import EvaluateSettings
-    from notellm2_ray.evaluate.recall import MethodRanks, evaluate
-    from notellm2_ray.evaluate.task import RetrievalTask
+    from notellm2_ray.evaluate.recall.results import MethodRanks, evaluate
+    from notellm2_ray.evaluate.recall.task import RetrievalTask
 
     task = RetrievalTask.build(pair_table([("a", "b")]), list("abc"), {"a": 90, "b": 90}, EvaluateSettings())
     recall = evaluate(task, [MethodRanks("bm25", "text", {None: np.array([1])}, baseline=True)])

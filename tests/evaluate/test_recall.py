@@ -9,9 +9,9 @@ import pytest
 from notellm2_ray.core.errors import ConfigError, DataError
 from notellm2_ray.core.schema import PAIR_SCHEMA
 from notellm2_ray.core.settings.retrieval import EvaluateSettings
-from notellm2_ray.evaluate import tables
-from notellm2_ray.evaluate.recall import MethodRanks, evaluate
-from notellm2_ray.evaluate.task import RetrievalTask, one_pair_per_note
+from notellm2_ray.evaluate.recall import tables
+from notellm2_ray.evaluate.recall.results import MethodRanks, evaluate
+from notellm2_ray.evaluate.recall.task import RetrievalTask, one_pair_per_note
 
 
 def pair_table(pairs: list[tuple[str, str]]) -> pa.Table:

@@ -11,10 +11,10 @@ from PIL import Image
 
 from notellm2_ray.core.schema import PAIR_SCHEMA, Note
 from notellm2_ray.core.settings.retrieval import EvaluateSettings
-from notellm2_ray.evaluate.recall import MethodRanks, evaluate
-from notellm2_ray.evaluate.report import thumbnail, write_report
-from notellm2_ray.evaluate.samples import sample_neighbors
-from notellm2_ray.evaluate.task import RetrievalTask
+from notellm2_ray.evaluate.recall.report import thumbnail, write_report
+from notellm2_ray.evaluate.recall.results import MethodRanks, evaluate
+from notellm2_ray.evaluate.recall.samples import sample_neighbors
+from notellm2_ray.evaluate.recall.task import RetrievalTask
 
 HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> | `x` [a](http://evil.example) {{ 7*7 }}"
 

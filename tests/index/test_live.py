@@ -14,9 +14,9 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.settings.retrieval import IndexSettings
 from notellm2_ray.index.ann import AnnIndex
-from notellm2_ray.index.live import LiveIndex
-from notellm2_ray.index.live_rows import NO_TIME, Batch
-from notellm2_ray.index.live_search import Filter
+from notellm2_ray.live.columns import NO_TIME, Batch
+from notellm2_ray.live.index import LiveIndex
+from notellm2_ray.live.search import Filter
 
 DIM = 8
 EXACT = IndexSettings(kind="exact", recall_queries=5)
@@ -193,7 +193,7 @@ def test_k_notes_come_even_if_every_near_one_was_replaced(kind):
 
 
 def test_a_wide_filter_is_searched_through_the_main_index(monkeypatch):
-    monkeypatch.setattr("notellm2_ray.index.live_search.EXACT_ROWS", 100)
+    monkeypatch.setattr("notellm2_ray.live.search.EXACT_ROWS", 100)
     count = 4000
     vectors = clustered(count, 16, 40, seed=5)
     topics = [[TOPICS[row % 4]] for row in range(count)]
@@ -348,8 +348,8 @@ def test_a_process_that_ends_during_a_rebuild_ends_well():
     script = """
 import numpy as np
 from notellm2_ray.core.settings.retrieval import IndexSettings
-from notellm2_ray.index.live import LiveIndex
-from notellm2_ray.index.live_rows import Batch
+from notellm2_ray.live.index import LiveIndex
+from notellm2_ray.live.columns import Batch
 vectors = np.random.default_rng(0).normal(size=(20000, 16)).astype(np.float32)
 vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
 kind = IndexSettings(kind="ivf", num_lists=64, recall_queries=10)

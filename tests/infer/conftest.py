@@ -18,8 +18,8 @@ def embedder(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
     """A random tiny NoteEncoder: ``.path`` its directory, ``.encoder`` itself as read back from there."""
     from models import fixtures
 
-    from notellm2_ray.models.build import build_encoder
-    from notellm2_ray.models.encoder import NoteEncoder
+    from notellm2_ray.models.embedder.build import build_encoder
+    from notellm2_ray.models.embedder.encoder import NoteEncoder
 
     base = tmp_path_factory.mktemp("embedder")
     paths = {"llm_path": fixtures.save_llm(base / "llm"), "vision_path": fixtures.save_clip(base / "clip")}

@@ -132,8 +132,8 @@ def _score(directory: Path, tables: list[ScoreTable], **changes: Any) -> list[di
 def _own_scores(directory: Path, store: Path, layout: str) -> dict[tuple[str, str], float]:
     """P(yes) as Hugging Face's own forward pass has it, one candidate at a time."""
     from notellm2_ray.models.chat import ChatTokenizer, load_processor
-    from notellm2_ray.models.ranker import answer_probability, forward_logits, load_network
-    from notellm2_ray.models.ranker_inputs import RankerPreprocessor, RankerPrompter
+    from notellm2_ray.models.ranker.inputs import RankerPreprocessor, RankerPrompter
+    from notellm2_ray.models.ranker.model import answer_probability, forward_logits, load_network
 
     settings, path = material.ranker_settings(layout=layout), str(directory / "mllm")
     network, chat = load_network(path, torch.float32).eval(), ChatTokenizer.from_pretrained(path)

@@ -5,9 +5,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from notellm2_ray.baselines.recall.bm25 import Bm25, note_text, tokenize
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.schema import Note
-from notellm2_ray.models.baselines.bm25 import Bm25, note_text, tokenize
 
 
 def test_english_is_stemmed_and_chinese_is_cut_into_words():

@@ -15,11 +15,11 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, T5Config
 
 from notellm2_ray.core.errors import DataError, ModelError
-from notellm2_ray.models import storage
-from notellm2_ray.models.build import build_encoder
-from notellm2_ray.models.encoder import NoteEncoder, batches_by_length
+from notellm2_ray.models.embedder import storage
+from notellm2_ray.models.embedder.build import build_encoder
+from notellm2_ray.models.embedder.encoder import NoteEncoder, batches_by_length
+from notellm2_ray.models.embedder.variants import VARIANTS
 from notellm2_ray.models.llm import load_llm
-from notellm2_ray.models.variants import VARIANTS
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +217,7 @@ def test_damaged_embedders_are_refused(saved):
 @pytest.mark.slow
 def test_models_import_nothing_of_the_cluster():
     code = (
-        "import sys, notellm2_ray.models.build, notellm2_ray.models.losses\n"
+        "import sys, notellm2_ray.models.embedder.build, notellm2_ray.models.embedder.losses\n"
         "print([m for m in ('ray', 'vllm', 'deepspeed', 'open_clip', 'faiss', 'lance') if m in sys.modules])"
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -6,8 +6,8 @@ import torch
 from fixtures import picture, save_clip, save_llm
 from safetensors.torch import save_file
 
+from notellm2_ray.baselines.ranking.features import image_features, text_features
 from notellm2_ray.core.errors import DataError, ModelError
-from notellm2_ray.models.baselines.features import image_features, text_features
 
 
 def test_images_have_their_towers_pooled_vector_and_unreadable_ones_none(tmp_path):

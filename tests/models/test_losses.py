@@ -9,8 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from notellm2_ray.models.losses import contrastive_loss, embedder_loss
-from notellm2_ray.models.mlrm import NoteVectors
+from notellm2_ray.models.embedder.losses import contrastive_loss, embedder_loss
+from notellm2_ray.models.embedder.mlrm import NoteVectors
 
 TAU = torch.tensor(1.3, dtype=torch.float64)
 

@@ -18,9 +18,9 @@ from transformers.models.clip.image_processing_pil_clip import CLIPImageProcesso
 
 from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.schema import Note
+from notellm2_ray.models.embedder.preprocess import NotePreprocessor
 from notellm2_ray.models.llm import IMAGE_TOKEN, VISUAL_MARK_TOKEN, load_tokenizer
-from notellm2_ray.models.pixels import CLIP_MEAN, ImageSettings, from_processor
-from notellm2_ray.models.preprocess import NotePreprocessor
+from notellm2_ray.models.vision.pixels import CLIP_MEAN, ImageSettings, from_processor
 
 IMAGE = ImageSettings(32)
 CLOSING = '"}，压缩为一个词：“'

@@ -16,7 +16,8 @@ from PIL import Image
 from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.settings import RankerSettings, TuneSettings
 from notellm2_ray.models.chat import ChatTokenizer, load_processor
-from notellm2_ray.models.ranker import (
+from notellm2_ray.models.ranker.inputs import IGNORED, Question, RankerPreprocessor, RankerPrompter, scaled_image
+from notellm2_ray.models.ranker.model import (
     RankerModel,
     answer_loss,
     answer_probability,
@@ -27,7 +28,6 @@ from notellm2_ray.models.ranker import (
     trained_names,
     yes_probability,
 )
-from notellm2_ray.models.ranker_inputs import IGNORED, Question, RankerPreprocessor, RankerPrompter, scaled_image
 from tests.infer.tiny_mllm import save_mllm
 
 PLAIN = Question("red cat", fixtures.picture(1), "likes cats")

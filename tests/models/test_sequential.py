@@ -6,13 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from notellm2_ray.core.errors import DataError
-from notellm2_ray.models.baselines.sequential import NoteFeatures, SequentialSettings, fit
-from notellm2_ray.models.baselines.sequential_model import (
+from notellm2_ray.baselines.ranking.sequential import NoteFeatures, SequentialSettings, fit
+from notellm2_ray.baselines.ranking.sequential_model import (
     FeatureEmbedding,
     IdEmbedding,
     SequentialModel,
 )
+from notellm2_ray.core.errors import DataError
 
 ARCHITECTURES = ("gru4rec", "sasrec")
 NOTES = [f"n{at}" for at in range(12)]

@@ -16,12 +16,12 @@ from transformers import AutoModelForImageTextToText, AutoProcessor
 from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.recommend_prompts import IMAGE, Text
 from notellm2_ray.core.settings import Settings, TinySettings
+from notellm2_ray.lessons.tastes import lessons
 from notellm2_ray.models.chat import ChatTokenizer, expand_images
 from notellm2_ray.models.tiny.lessons import Lessons
 from notellm2_ray.models.tiny.mllm import train_tiny_mllm
 from notellm2_ray.models.tiny.mllm_batches import Pictures, Row, answer_logits, positions, see
 from notellm2_ray.models.tiny.mllm_files import SHORT_ANSWERS
-from notellm2_ray.taste_exercises import lessons
 
 MINUTE = {
     "vocab_size": 700,

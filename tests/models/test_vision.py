@@ -19,9 +19,9 @@ from transformers import (
 from transformers.models.siglip2.image_processing_siglip2 import Siglip2ImageProcessor
 
 from notellm2_ray.core.errors import ModelError
-from notellm2_ray.models.openclip import vision_config
-from notellm2_ray.models.pixels import ImageSettings
-from notellm2_ray.models.vision import VisionTower, load_tower
+from notellm2_ray.models.vision.openclip import vision_config
+from notellm2_ray.models.vision.pixels import ImageSettings
+from notellm2_ray.models.vision.tower import VisionTower, load_tower
 
 
 @pytest.fixture(scope="module")
@@ -116,7 +116,7 @@ def test_openclip_by_name_with_a_file_of_weights(tmp_path, monkeypatch):
 
 def test_bigg_of_openclip_is_that_of_table_9():
     open_clip = pytest.importorskip("open_clip")
-    from notellm2_ray.models.architectures import openclip_bigg
+    from notellm2_ray.models.embedder.architectures import openclip_bigg
 
     found = vision_config(open_clip.get_model_config("ViT-bigG-14"), "bigG").to_dict()
     wanted = openclip_bigg().to_dict()

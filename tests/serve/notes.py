@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 
 from notellm2_ray.core.schema import NOTE_SCHEMA
-from notellm2_ray.serve.live_rows import LiveNote, live_schema
-from notellm2_ray.serve.store import LiveStore
+from notellm2_ray.live.rows import LiveNote, live_schema
+from notellm2_ray.live.store import LiveStore
 
 DIM = 8
 MODEL = "model-1"

@@ -63,8 +63,8 @@ def make_world(base: Path, num: int = 40, embedding_dim: int = 16) -> World:
     from models import fixtures
 
     from notellm2_ray.index.table import embedding_schema, write_table
-    from notellm2_ray.models.build import build_encoder
-    from notellm2_ray.models.encoder import NoteEncoder
+    from notellm2_ray.models.embedder.build import build_encoder
+    from notellm2_ray.models.embedder.encoder import NoteEncoder
 
     base.mkdir(exist_ok=True)
     paths = {"llm_path": fixtures.save_llm(base / "llm"), "vision_path": fixtures.save_clip(base / "clip")}

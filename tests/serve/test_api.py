@@ -8,9 +8,9 @@ import httpx
 import pytest
 
 from notellm2_ray.core.settings.serve import LimitSettings, ServeSettings
-from notellm2_ray.serve.api import build_api
+from notellm2_ray.live.rows import StoredCard, StoredNote
 from notellm2_ray.serve.figures import Figures
-from notellm2_ray.serve.live_rows import StoredCard, StoredNote
+from notellm2_ray.serve.http.api import build_api
 
 PICTURE = b"\x89PNG of "
 

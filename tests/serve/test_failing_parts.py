@@ -14,21 +14,22 @@ from notellm2_ray.core.errors import OutputError
 from notellm2_ray.core.settings.retrieval import IndexSettings
 from notellm2_ray.core.settings.serve import LimitSettings, ServeSettings
 from notellm2_ray.index.ann import AnnIndex
-from notellm2_ray.serve import current, files, follower
+from notellm2_ray.live import current, follower
+from notellm2_ray.live import durability as files
+from notellm2_ray.live.follower import StoreFollower
+from notellm2_ray.live.group_commit import GroupCommitter
+from notellm2_ray.live.store import LiveStore
+from notellm2_ray.live.table import LiveTable
 from notellm2_ray.serve.calls import Dependency
-from notellm2_ray.serve.checks import Images
-from notellm2_ray.serve.encoder import Vectors
+from notellm2_ray.serve.deployments.encoder import Vectors
+from notellm2_ray.serve.deployments.gateway import Gateway
+from notellm2_ray.serve.deployments.workload import Workload
+from notellm2_ray.serve.deployments.writer import Writer
 from notellm2_ray.serve.errors import OverloadedError, UnavailableError
 from notellm2_ray.serve.figures import Figures
-from notellm2_ray.serve.follower import StoreFollower
-from notellm2_ray.serve.gateway import Gateway
-from notellm2_ray.serve.group_commit import GroupCommitter
-from notellm2_ray.serve.live_table import LiveTable
-from notellm2_ray.serve.schemas import Note, SimilarRequest
-from notellm2_ray.serve.similar import find_similar
-from notellm2_ray.serve.store import LiveStore
-from notellm2_ray.serve.workload import Workload
-from notellm2_ray.serve.writer import Writer
+from notellm2_ray.serve.http.checks import Images
+from notellm2_ray.serve.http.schemas import Note, SimilarRequest
+from notellm2_ray.serve.http.similar import find_similar
 from tests.serve.notes import MODEL, make_table, note, unit
 
 EXACT = IndexSettings(kind="exact", recall_queries=5)

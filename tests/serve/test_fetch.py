@@ -9,7 +9,7 @@ import pytest
 
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.settings.serve import FetchSettings
-from notellm2_ray.serve.fetch import ImageFetcher, check_addresses, check_url
+from notellm2_ray.serve.http.fetch import ImageFetcher, check_addresses, check_url
 
 SETTINGS = FetchSettings(hosts=("img.example.org", "*.cdn.example"), redirects=1, seconds=1)
 PUBLIC = "93.184.216.34"

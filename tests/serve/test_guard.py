@@ -13,7 +13,7 @@ import pytest
 from notellm2_ray.core.settings.serve import LimitSettings
 from notellm2_ray.serve.errors import InvalidError, MalformedError
 from notellm2_ray.serve.figures import Figures, quantile, render, summary
-from notellm2_ray.serve.guard import Guard, check_json
+from notellm2_ray.serve.http.guard import Guard, check_json
 from notellm2_ray.serve.keys import KeyRing, create_key
 
 

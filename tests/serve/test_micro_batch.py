@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from notellm2_ray.serve.micro_batch import MicroBatcher
+from notellm2_ray.serve.deployments.micro_batch import MicroBatcher
 
 
 class Work:

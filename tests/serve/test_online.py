@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import pytest
 
-from notellm2_ray import online
-from notellm2_ray.cli import load_settings
 from notellm2_ray.core.errors import ConfigError, OutputError
+from notellm2_ray.online import wiring as online
+from notellm2_ray.presets import load_settings
 from tests.serve.notes import make_table
 
 

@@ -15,15 +15,16 @@ from pydantic import ValidationError
 
 from notellm2_ray.core.errors import ConfigError, DataError
 from notellm2_ray.core.settings.serve import LimitSettings
-from notellm2_ray.serve import checks, doctor, schemas
+from notellm2_ray.serve import doctor
 from notellm2_ray.serve.errors import OverloadedError, TookTooLongError
+from notellm2_ray.serve.http import checks, schemas
 
 CONFIGS = Path(__file__).resolve().parents[2] / "serve_configs"
 
 
 def test_the_builders_module_evaluates_its_annotations():
     """Ray hands a builder whose annotation is a string a plain dict, and a misspelt key passes unseen."""
-    from notellm2_ray import online
+    from notellm2_ray.online import wiring as online
 
     assert inspect.get_annotations(online.build_app)["args"] is online.ServeArguments
     imports = [node for node in ast.walk(ast.parse(inspect.getsource(online))) if isinstance(node, ast.ImportFrom)]
@@ -34,7 +35,7 @@ def test_the_builders_module_evaluates_its_annotations():
 def test_a_misspelt_key_is_an_error_through_rays_own_builder_call():
     from ray.serve._private.api import call_user_app_builder_with_args_if_necessary as call
 
-    from notellm2_ray.online import build_app
+    from notellm2_ray.online.wiring import build_app
 
     with pytest.raises(ValueError, match="presett"):
         call(build_app, {"presett": "demo"})
@@ -44,8 +45,8 @@ def test_a_misspelt_key_is_an_error_through_rays_own_builder_call():
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
 def test_configuration_files_name_settings_that_there_are(path):
-    from notellm2_ray.cli import load_settings
-    from notellm2_ray.online import ServeArguments
+    from notellm2_ray.online.wiring import ServeArguments
+    from notellm2_ray.presets import load_settings
 
     documents = [one for one in yaml.safe_load_all(path.read_text()) if one]
     for document in documents:
@@ -55,7 +56,7 @@ def test_configuration_files_name_settings_that_there_are(path):
         if "applications" not in inner:
             continue
         (application,) = inner["applications"]
-        assert application["import_path"] == "notellm2_ray.online:build_app"
+        assert application["import_path"] == "notellm2_ray.online.wiring:build_app"
         arguments = ServeArguments.model_validate(application["args"])
         settings = load_settings(None, arguments.preset, arguments.overrides)  # a file named there is the user's own
         assert settings.serve.port == inner["http_options"]["port"]

@@ -22,14 +22,15 @@ from notellm2_ray.core.errors import DataError, ModelError, OutputError
 from notellm2_ray.core.schema import NOTE_SCHEMA
 from notellm2_ray.core.settings.retrieval import IndexSettings
 from notellm2_ray.index.table import embedding_schema, write_table
-from notellm2_ray.serve import current, files
-from notellm2_ray.serve.follower import StoreFollower
-from notellm2_ray.serve.live_rows import LiveNote, live_schema
-from notellm2_ray.serve.live_table import LiveTable, newest_if_gone
-from notellm2_ray.serve.note_routes import search_titles
-from notellm2_ray.serve.seed import seed_from_bulk
-from notellm2_ray.serve.store import LiveStore
-from notellm2_ray.serve.upkeep import Upkeep
+from notellm2_ray.live import current
+from notellm2_ray.live import durability as files
+from notellm2_ray.live.follower import StoreFollower
+from notellm2_ray.live.rows import LiveNote, live_schema
+from notellm2_ray.live.seed import seed_from_bulk
+from notellm2_ray.live.store import LiveStore
+from notellm2_ray.live.table import LiveTable, newest_if_gone
+from notellm2_ray.live.upkeep import Upkeep
+from notellm2_ray.serve.http.note_routes import search_titles
 from tests.serve.notes import DIM, MODEL, make_table, note, unit
 
 EXACT = IndexSettings(kind="exact", recall_queries=5)
@@ -390,8 +391,8 @@ def test_the_table_and_its_follower_equal_a_plain_dict(tmp_path_factory, groups,
 WRITER = """
 import os, sys, threading
 from datetime import timedelta
-from notellm2_ray.serve.store import LiveStore
-from notellm2_ray.serve.upkeep import Upkeep
+from notellm2_ray.live.store import LiveStore
+from notellm2_ray.live.upkeep import Upkeep
 from tests.serve.notes import note
 path, log, first = sys.argv[1], sys.argv[2], int(sys.argv[3])
 acknowledged = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)

@@ -15,20 +15,22 @@ import numpy as np
 import pytest
 from serving import SMALL, wait_for
 
-from notellm2_ray import online, online_swap
-from notellm2_ray.cli import load_settings
 from notellm2_ray.core.errors import DataError, ModelError, OutputError
 from notellm2_ray.core.run import files_fingerprint
 from notellm2_ray.core.settings.retrieval import IndexSettings
 from notellm2_ray.core.settings.serve import ServeSettings
-from notellm2_ray.serve import current, encoder
-from notellm2_ray.serve.encoder import Encoder
-from notellm2_ray.serve.follower import StoreFollower
-from notellm2_ray.serve.live_table import LiveTable
-from notellm2_ray.serve.loaded_model import Vectors
-from notellm2_ray.serve.store import LiveStore
-from notellm2_ray.serve.upkeep import Upkeep
-from notellm2_ray.serve.writer import Writer
+from notellm2_ray.live import current
+from notellm2_ray.live.follower import StoreFollower
+from notellm2_ray.live.store import LiveStore
+from notellm2_ray.live.table import LiveTable
+from notellm2_ray.live.upkeep import Upkeep
+from notellm2_ray.online import swap as online_swap
+from notellm2_ray.online import wiring as online
+from notellm2_ray.presets import load_settings
+from notellm2_ray.serve.deployments import encoder
+from notellm2_ray.serve.deployments.encoder import Encoder
+from notellm2_ray.serve.deployments.loaded_model import Vectors
+from notellm2_ray.serve.deployments.writer import Writer
 from tests.serve.notes import MODEL, make_table, note, unit
 
 NEW = "model-2"
@@ -274,7 +276,7 @@ def test_a_model_that_cannot_be_copied_is_served_from_where_it_lies(filled, monk
         raise OSError(28, "No space left on device")
 
     handle.describe = Method(describe)
-    monkeypatch.setattr("notellm2_ray.serve.takeover.keep_model", full)
+    monkeypatch.setattr("notellm2_ray.serve.deployments.takeover.keep_model", full)
 
     async def run():
         writer = make_writer(filled, handle)
@@ -361,7 +363,7 @@ def test_followers_load_the_next_table_before_it_is_served(filled):
 
 
 def test_a_next_table_that_cannot_be_loaded_is_no_problem_of_the_one_that_is_served(filled, monkeypatch, caplog):
-    monkeypatch.setattr("notellm2_ray.serve.follower._FAILING_SECONDS", 0.0)
+    monkeypatch.setattr("notellm2_ray.live.follower._FAILING_SECONDS", 0.0)
     (filled / "live-3.lance" / "_versions").mkdir(parents=True)
     current.set_upcoming(filled, "live-3.lance", "m2", "live.lance", 0)
     follower = StoreFollower(filled, IndexSettings(kind="exact", recall_queries=5))
@@ -408,8 +410,8 @@ def other_model(world):
     """Another embedder, with longer vectors."""
     from models import fixtures
 
-    from notellm2_ray.models.build import build_encoder
-    from notellm2_ray.models.encoder import NoteEncoder
+    from notellm2_ray.models.embedder.build import build_encoder
+    from notellm2_ray.models.embedder.encoder import NoteEncoder
 
     paths = {"llm_path": str(world.base / "llm"), "vision_path": str(world.base / "clip")}
     build_encoder(fixtures.settings(embedding_dim=24), 1, **paths).save_pretrained(world.base / "other")
@@ -546,7 +548,7 @@ def test_where_no_service_runs_the_command_swaps_by_itself(world, other_model, t
     trained(other_model, model)
     with pytest.raises(OutputError, match="nothing is served"):
         online_swap.swap_embedder(settings)
-    from notellm2_ray.serve.seed import seed_from_bulk
+    from notellm2_ray.live.seed import seed_from_bulk
 
     seed_from_bulk(world.base / "notes", world.base / "bulk.lance", directory / "live.lance")
     with LiveStore.open(directory / "live.lance") as store:

@@ -22,11 +22,11 @@ from hypothesis import strategies as st
 
 from notellm2_ray.core.errors import DataError, OutputError
 from notellm2_ray.core.schema import BLOCK_SCHEMA, PREFERENCE_SCHEMA, SEQUENCE_SCHEMA
-from notellm2_ray.serve import user_blocks
-from notellm2_ray.serve.exposures import Exposure, clicks_by_arm
-from notellm2_ray.serve.seed_users import seed_events, seed_users
-from notellm2_ray.serve.user_rows import PendingBlock, UserEvent, micros, moment
-from notellm2_ray.serve.user_store import UserStore
+from notellm2_ray.users import blocks as user_blocks
+from notellm2_ray.users.exposures import Exposure, clicks_by_arm
+from notellm2_ray.users.rows import PendingBlock, UserEvent, micros, moment
+from notellm2_ray.users.seed import seed_events, seed_users
+from notellm2_ray.users.store import UserStore
 
 START = datetime(2024, 5, 1, tzinfo=UTC)
 
@@ -373,8 +373,8 @@ WRITER = """
 import os, sys, threading
 from contextlib import closing
 from datetime import UTC, datetime, timedelta
-from notellm2_ray.serve.user_rows import UserEvent
-from notellm2_ray.serve.user_store import UserStore
+from notellm2_ray.users.rows import UserEvent
+from notellm2_ray.users.store import UserStore
 path, log, first = sys.argv[1], sys.argv[2], int(sys.argv[3])
 acknowledged = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
 store = UserStore(path)

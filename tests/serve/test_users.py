@@ -12,15 +12,15 @@ from pydantic import ValidationError
 
 from notellm2_ray import cli
 from notellm2_ray.core.settings.serve import LimitSettings, ServeSettings
-from notellm2_ray.serve import users as users_module
-from notellm2_ray.serve.exposures import Exposure
+from notellm2_ray.serve.deployments import users as users_module
+from notellm2_ray.serve.deployments.preferences import Preferences
+from notellm2_ray.serve.deployments.users import Users
 from notellm2_ray.serve.figures import Figures
-from notellm2_ray.serve.preferences import Preferences
-from notellm2_ray.serve.schemas import Event, RecommendRequest
-from notellm2_ray.serve.user_routes import Recommendation
-from notellm2_ray.serve.user_rows import UserEvent
-from notellm2_ray.serve.user_store import UserStore
-from notellm2_ray.serve.users import Users
+from notellm2_ray.serve.http.schemas import Event, RecommendRequest
+from notellm2_ray.serve.http.user_routes import Recommendation
+from notellm2_ray.users.exposures import Exposure
+from notellm2_ray.users.rows import UserEvent
+from notellm2_ray.users.store import UserStore
 from tests.serve.notes import make_table
 
 START = datetime(2024, 5, 1, tzinfo=UTC)

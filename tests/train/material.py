@@ -71,11 +71,11 @@ class Run:
     """The parts of a training run on this rank."""
 
     def __init__(self, directory: Path, settings: TrainSettings, model: ModelSettings | None = None) -> None:
-        from notellm2_ray.models.build import build_encoder
+        from notellm2_ray.models.embedder.build import build_encoder
         from notellm2_ray.train import distributed
         from notellm2_ray.train.batches import NotePreparer
         from notellm2_ray.train.contrastive import ContrastiveStep
-        from notellm2_ray.train.engine import make_engine
+        from notellm2_ray.train.engines import make_engine
         from notellm2_ray.train.sampler import Pairs, PairSampler
 
         self.settings, model = settings, model or model_settings()

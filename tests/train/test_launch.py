@@ -70,7 +70,7 @@ def _same_training(output: Path, reference: Path) -> None:
 
 
 def test_a_run_leaves_the_best_model_and_its_history(undisturbed):
-    from notellm2_ray.models.encoder import NoteEncoder
+    from notellm2_ray.models.embedder.encoder import NoteEncoder
     from tests.models import fixtures
 
     output, counts = undisturbed

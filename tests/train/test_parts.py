@@ -89,8 +89,8 @@ def test_too_few_pairs_for_a_batch_say_so():
 def test_validation_masks_duplicates_as_training_does():
     import torch
 
-    from notellm2_ray.models.losses import embedder_loss
-    from notellm2_ray.models.mlrm import NoteVectors
+    from notellm2_ray.models.embedder.losses import embedder_loss
+    from notellm2_ray.models.embedder.mlrm import NoteVectors
     from notellm2_ray.train.validation import Validation
 
     class Repeated(FakePairs):  # the first note stands in every pair

@@ -217,7 +217,7 @@ def undisturbed(ray_cluster, directory, tmp_path_factory) -> tuple[Path, dict[st
 
 @pytest.mark.slow
 def test_a_run_leaves_an_adapter_a_model_and_its_history(undisturbed, directory):
-    from notellm2_ray.models.ranker import load_network
+    from notellm2_ray.models.ranker.model import load_network
 
     output, counts = undisturbed
     assert {path.name for path in output.iterdir()} == {"adapter", "model", "history.jsonl", "training.json"}

@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from notellm2_ray.core.settings.data import Source
 
 _READERS = {
-    "world": ("notellm2_ray.data.synthetic", "world_tables"),
+    "world": ("notellm2_ray.data.sources.world", "world_tables"),
     "tabular": ("notellm2_ray.data.sources.tabular", "tabular_tables"),
     "microlens": ("notellm2_ray.data.sources.microlens", "microlens_tables"),
     "movielens": ("notellm2_ray.data.sources.movielens", "movielens_tables"),

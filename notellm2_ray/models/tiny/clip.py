@@ -16,10 +16,10 @@ from transformers import AutoTokenizer, CLIPConfig, CLIPModel, PreTrainedTokeniz
 from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.settings import TinySettings
-from notellm2_ray.models.pixels import ImageSettings
 from notellm2_ray.models.quiet import quiet_loading
 from notellm2_ray.models.tiny.llm import train_tokenizer
 from notellm2_ray.models.tiny.loop import fit, mixed_precision, one_thread, summarise
+from notellm2_ray.models.vision.pixels import ImageSettings
 
 log = logging.getLogger("notellm2_ray")
 

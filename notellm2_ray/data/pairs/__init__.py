@@ -1,0 +1,1 @@
+"""Related notes, mined from co-occurrence, and their split."""

@@ -1,0 +1,153 @@
+"""From prepared notes and events to the pairs that train, validate and test an embedder."""
+
+from __future__ import annotations
+
+import json
+import logging
+import shutil
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from notellm2_ray.core.note_store import NoteStore
+from notellm2_ray.core.run import write_atomically
+from notellm2_ray.core.schema import NOTE_SCHEMA, require_columns
+from notellm2_ray.core.settings import PairSettings, SplitSettings
+from notellm2_ray.data import event_log
+from notellm2_ray.data.pairs.related import MinedPairs, mine_pairs
+from notellm2_ray.data.pairs.split import Split, split_notes, split_pairs
+from notellm2_ray.data.pairs.statistics import describe_notes, format_statistics
+
+FEW_TEST_PAIRS = 100  # below, a recall moves by more than a point with one pair
+_SCRATCH = ".mine-"
+_log = logging.getLogger("notellm2_ray")
+
+POPULARITY_SCHEMA = pa.schema(
+    [
+        pa.field("note_id", pa.string(), nullable=False),
+        pa.field("clicks", pa.int64(), nullable=False),
+        # True: counted over the very events that the test pairs were mined from (a note of the test pool).
+        pa.field("optimistic", pa.bool_(), nullable=False),
+    ]
+)
+
+
+def mine(prepared: Path, output: Path, pairs: PairSettings, split: SplitSettings, seed: int) -> dict[str, Any]:
+    """Mine, split and describe the pairs of related notes (NoteLLM-2, Eq. 2, section 2.3 and Table 1).
+
+    Writes into ``output``: train.parquet, valid.parquet and test.parquet (PAIR_SCHEMA, sorted by query, falling score,
+    target), test_pool.parquet (note_id: all test notes), train_notes.arrow (a NoteStore with the notes of training and
+    validation pairs), popularity.parquet and statistics.json.
+
+    ``popularity.parquet`` has the clicks on every note within the log that its side is mined from. For notes of the
+    test pool that log is the test log itself, as notes created after the boundary have no other: a ranking by it has
+    seen the clicks that it is asked to foretell. The column ``optimistic`` marks these rows. Popularity of this kind
+    is more than popularity could know in production, so it flatters the baseline, never the embedder.
+
+    Returns:
+        counts for the manifest.
+
+    Raises:
+        DataError: notes or events are missing or unusable, or no pair is left for one of the sides.
+    """
+    groups = event_log.list_row_groups(event_log.parquet_files(prepared / "events"))
+    notes = ds.dataset([str(path) for path in event_log.parquet_files(prepared / "notes")], format="parquet")
+    require_columns(notes.schema, NOTE_SCHEMA, str(prepared / "notes"))
+    span = event_log.log_span(groups)
+    parted = split_notes(
+        notes.to_table(columns=["note_id", "created_at"]), span, split, window_days=pairs.window_days, seed=seed
+    )
+    train_mined, test_mined = _mine_both(groups, parted, pairs, output)
+    train, valid = split_pairs(train_mined.pairs, split.valid_share, seed)
+    _check_test(test_mined.pairs.num_rows)
+
+    for name, table in (("train", train), ("valid", valid), ("test", test_mined.pairs)):
+        pq.write_table(table, output / f"{name}.parquet")
+    pool = parted.notes.filter(pa.array(parted.is_test))
+    pq.write_table(pa.table({"note_id": pool}), output / "test_pool.parquet")
+    pq.write_table(_popularity(parted, train_mined, test_mined), output / "popularity.parquet")
+    trained = pc.unique(pa.chunked_array([*(train_mined.pairs.column(c).combine_chunks() for c in (0, 1))]))
+    num_stored = NoteStore.write(output / "train_notes.arrow", _stream(notes, trained, NOTE_SCHEMA.names))
+
+    texts = ["title", "topics", "content"]
+    statistics = {
+        "training": describe_notes(_stream(notes, trained, texts), train_mined.pairs.num_rows),
+        "testing": describe_notes(_stream(notes, pool, texts), test_mined.pairs.num_rows),
+    }
+    write_atomically(output / "statistics.json", json.dumps(statistics, indent=2))
+    _log.info("statistics of the pairs (validation pairs count as training):\n%s", format_statistics(statistics))
+    return {
+        "notes": len(parted.notes),
+        "train_notes": num_stored,
+        "test_pool": len(pool),
+        "train_pairs": train.num_rows,
+        "valid_pairs": valid.num_rows,
+        "test_pairs": test_mined.pairs.num_rows,
+        "boundary": None if parted.boundary is None else str(np.datetime64(parted.boundary, "us")),
+        "train_log": train_mined.counts,
+        "test_log": test_mined.counts,
+    }
+
+
+def _mine_both(
+    groups: list[event_log.RowGroup], parted: Split, settings: PairSettings, output: Path
+) -> tuple[MinedPairs, MinedPairs]:
+    """Training pairs from the events on training notes alone; test pairs from all events of the test log.
+
+    N_u is about a user's behaviour, so in the test log clicks on older notes count in it. In training, events on test
+    notes are left out altogether; by time there are none before the boundary but by a source's mistake.
+    """
+    for stale in output.glob(f"{_SCRATCH}*"):  # of a run that was killed
+        shutil.rmtree(stale)
+    with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=output) as scratch:
+        train_dir, test_dir = Path(scratch, "train"), Path(scratch, "test")
+        train_dir.mkdir()
+        test_dir.mkdir()
+        known = parted.notes.filter(pa.array(~parted.is_test))
+        start, end = parted.train_window
+        train = mine_pairs(groups, known, settings, start=start, end=end, scratch=train_dir, what="training pairs")
+        start, end = parted.test_window
+        test = mine_pairs(
+            groups,
+            parted.notes,
+            settings,
+            start=start,
+            end=end,
+            scratch=test_dir,
+            pairable=parted.is_test,
+            what="test pairs",
+        )
+    return train, test
+
+
+def _popularity(parted: Split, train: MinedPairs, test: MinedPairs) -> pa.Table:
+    clicks = test.clicks.copy()
+    clicks[~parted.is_test] = train.clicks
+    return pa.table([parted.notes, pa.array(clicks), pa.array(parted.is_test)], schema=POPULARITY_SCHEMA)
+
+
+def _check_test(num_pairs: int) -> None:
+    if num_pairs < FEW_TEST_PAIRS:
+        _log.warning(
+            "only %d test pairs: one pair moves a recall by %.1f points; raise split.test_share or give a longer log",
+            num_pairs,
+            100 / num_pairs,
+        )
+
+
+def _stream(notes: ds.Dataset, wanted: pa.Array | pa.ChunkedArray, columns: list[str]) -> Iterator[pa.RecordBatch]:
+    """The wanted notes, a few at a time: images are read ahead no further than needed."""
+    yield from notes.to_batches(
+        columns=columns,
+        filter=pc.field("note_id").isin(wanted),
+        batch_size=256,
+        batch_readahead=1,
+        fragment_readahead=1,
+    )

@@ -1,0 +1,1 @@
+"""Users' histories, blocks, targets and candidates."""

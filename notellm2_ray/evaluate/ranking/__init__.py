@@ -1,0 +1,1 @@
+"""Ranking of a user's candidates: task, metrics, results, tables, report."""

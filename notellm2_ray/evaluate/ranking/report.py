@@ -1,0 +1,161 @@
+"""The report of the ranking evaluation: ``index.html`` (one file, pictures inside), ``index.md`` and plots as PNG."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from notellm2_ray.core.run import write_atomically
+from notellm2_ray.evaluate.ranking import plots as ranking_plots
+from notellm2_ray.evaluate.ranking import tables
+from notellm2_ray.evaluate.ranking.page import RANKING_PAGE
+from notellm2_ray.evaluate.recall import plots
+from notellm2_ray.evaluate.recall.report import Section, listing_markdown, render, section_markdown, thumbnail
+from notellm2_ray.evaluate.recall.tables import escape_markdown, statistics_table
+
+TITLE = "Ranking report"
+
+
+@dataclass(frozen=True)
+class RankingSection(Section):
+    """A part of the ranking report."""
+
+    users: Sequence[Mapping[str, Any]] = ()
+
+    @property
+    def empty(self) -> bool:
+        return super().empty and not self.users
+
+
+def write_ranking_report(
+    output: Path,
+    *,
+    results: Mapping[str, Any],
+    statistics: Mapping[str, Any],
+    histories: Mapping[str, Sequence[Mapping[str, Any]]],
+    samples: Sequence[Mapping[str, Any]],
+    settings: Mapping[str, Any],
+    sweeps: Sequence[Mapping[str, Any]] = (),
+) -> None:
+    """Write ``index.html``, ``index.md`` and the plots into an existing directory.
+
+    All text of notes, models and settings is escaped; the page has no script and fetches nothing.
+
+    Args:
+        output: the directory.
+        results: ``{"protocols": {name: results of evaluate_protocol}}``, and ``remarks``: lines on how rows were made.
+        statistics: of the sequences stage: name to figure, or to several by name.
+        histories: run name to its logged steps, each with ``step``, ``loss`` and, now and then, ``valid_auc``.
+        samples: of :func:`notellm2_ray.evaluate.ranking.samples.sample_users`.
+        settings: the resolved settings.
+        sweeps: of :func:`notellm2_ray.pipeline.sweep.run_sweep`.
+    """
+    output = Path(output)
+    sections = [
+        *(_protocol(one, output) for one in results["protocols"].values()),
+        *(_tests(one) for one in results["protocols"].values()),
+        *(_sweep(one, output) for one in sweeps),
+        _training(histories, output),
+        RankingSection("Dataset", tables=[statistics_table(statistics)] if statistics else []),
+        _users(samples),
+        RankingSection("Settings", listing=yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)),
+    ]
+    sections = [section for section in sections if not section.empty]
+    lead = " ".join(results.get("remarks", ()))
+    write_atomically(output / "index.html", render(RANKING_PAGE, TITLE, lead, sections))
+    write_atomically(output / "index.md", _markdown(sections, lead))
+
+
+def _protocol(results: Mapping[str, Any], output: Path) -> RankingSection:
+    all_figures = list(results["rows"][0]["figures"]["all"]) if results["rows"] else []
+    folded = [
+        ("All figures", tables.ranking_table(results, all_figures)),
+        ("All figures with their intervals over users", tables.interval_table(results)),
+    ]
+    folded += [
+        (f"{tables.STRATUM_NAMES[name]} with their intervals over users", tables.interval_table(results, name))
+        for name in ("warm", "cold")
+        if results["examples"][name]
+    ]
+    return RankingSection(
+        tables.PROTOCOL_NAMES.get(results["protocol"], results["protocol"]),
+        tables.lead(results),
+        [tables.ranking_table(results), tables.strata_table(results)],
+        folded,
+        [ranking_plots.interval_plot(results, output)],
+    )
+
+
+def _tests(results: Mapping[str, Any]) -> RankingSection:
+    name = tables.PROTOCOL_NAMES.get(results["protocol"], results["protocol"])
+    mine = tables.significance_table(results, ("ablation", "control"))
+    references = tables.significance_table(results, ("reference",))
+    folded = [
+        (f"{tables.STRATUM_NAMES[stratum]}, all tests", tables.significance_table(results, roles, stratum))
+        for stratum in ("warm", "cold")
+        if (roles := ("reference", "ablation", "control")) and results["examples"][stratum]
+    ]
+    shown = [table for table in (mine, references) if table.rows]
+    text = "The first ranker against its ablations and controls, then every method against the reference rows."
+    return RankingSection(f"Significance: {name.lower()}", text, shown, folded if shown else [])
+
+
+def _sweep(sweep: Mapping[str, Any], output: Path) -> RankingSection:
+    drawn = ranking_plots.sweep_plot(sweep, output)
+    return RankingSection(
+        f"Sweep of {sweep['parameter']}",
+        sweep.get("text", ""),
+        [tables.sweep_table(sweep)],
+        plots=[drawn] if drawn else [],
+    )
+
+
+def _training(histories: Mapping[str, Sequence[Mapping[str, Any]]], output: Path) -> RankingSection:
+    drawn = [plots.history_curves(histories, output, figure) for figure in ("loss", "auc")]
+    return RankingSection("Training", plots=[path for path in drawn if path])
+
+
+def _users(samples: Sequence[Mapping[str, Any]]) -> RankingSection:
+    text = (
+        "The history block by block, with the preference that was read out of it after each block, then the candidates "
+        "by P(yes); the note that the user really took next is marked."
+    )
+    return RankingSection("Users", text, users=[_with_pictures(user) for user in samples])
+
+
+def _with_pictures(user: Mapping[str, Any]) -> dict[str, Any]:
+    blocks = [{**block, "notes": list(map(_card, block["notes"]))} for block in user["blocks"]]
+    return {**user, "blocks": blocks, "candidates": list(map(_card, user["candidates"]))}
+
+
+def _card(note: Mapping[str, Any]) -> dict[str, Any]:
+    uri, why = thumbnail(note["image"])
+    return {"rank": 0, "is_target": False, **note, "image": None, "thumbnail": uri, "why_blank": why}
+
+
+def _markdown(sections: Sequence[RankingSection], lead: str) -> str:
+    lines = [f"# {TITLE}", *([escape_markdown(lead)] if lead else [])]
+    for section in sections:
+        lines += section_markdown(section)
+        for user in section.users:
+            lines += _user_markdown(user)
+        lines += listing_markdown(section)
+    return "\n\n".join(lines) + "\n"
+
+
+def _user_markdown(user: Mapping[str, Any]) -> list[str]:
+    escape = escape_markdown
+    lines = [f"### {escape(user['method'])}: user {escape(user['user_id'])}, target at {user['target_rank']}"]
+    for block in user["blocks"]:
+        lines.append("\n".join(f"- {escape(note['title'])}" for note in block["notes"]))
+        if block["preference"]:
+            lines.append(f"> {escape(block['preference'])}")
+    ranked = [
+        f"{note['rank']}. {escape(note['title'])} ({note['score']:.3f}){' **← target**' if note['is_target'] else ''}"
+        for note in user["candidates"]
+    ]
+    return [*lines, "\n".join(ranked)]

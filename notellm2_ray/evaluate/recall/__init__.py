@@ -1,0 +1,1 @@
+"""Recall of related notes: task, metrics, results, tables, report."""

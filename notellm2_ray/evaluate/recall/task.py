@@ -1,0 +1,179 @@
+"""The test pairs laid over the pool: strata, the published filter, and the ranks of anything that scores notes."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+
+from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.settings.retrieval import EvaluateSettings
+from notellm2_ray.evaluate.recall import metrics
+from notellm2_ray.index.vectors import name_some
+
+log = logging.getLogger(__name__)
+
+STRATA = ("all", "short_query", "short_target", "long_query", "long_target")
+
+
+@dataclass(frozen=True)
+class RetrievalTask:
+    """The test pairs over the pool, as rows.
+
+    Attributes:
+        pool_ids: (P,) object array of the notes that are ranked.
+        query_ids: (Q,) object array, one per pair.
+        target_ids: (Q,) object array.
+        query_rows: (Q,) int64 row of the query in the pool, -1 where it is not in it.
+        target_rows: (Q,) int64 row of the target in the pool.
+        strata: name to (Q,) bool mask.
+        cutoffs: k of Recall@k.
+    """
+
+    pool_ids: np.ndarray
+    query_ids: np.ndarray
+    target_ids: np.ndarray
+    query_rows: np.ndarray
+    target_rows: np.ndarray
+    strata: Mapping[str, np.ndarray]
+    cutoffs: tuple[int, ...]
+
+    @classmethod
+    def build(
+        cls, pairs: pa.Table, pool_ids: Sequence[str], token_counts: Mapping[str, int], settings: EvaluateSettings
+    ) -> RetrievalTask:
+        """Lay the pairs over the pool and find the strata.
+
+        Args:
+            pairs: PAIR_SCHEMA, in the order in which ``one_pair_per_note`` takes them.
+            pool_ids: the notes of the test period, all different.
+            token_counts: tokens of text of each query and target note.
+            settings: cutoffs, bounds of the strata, ``one_pair_per_note``.
+
+        Raises:
+            DataError: no pairs, an empty pool, a target outside the pool, or a note without a token count.
+        """
+        queries, targets = pairs.column("query_id").to_pylist(), pairs.column("target_id").to_pylist()
+        pool = list(pool_ids)
+        if settings.one_pair_per_note:
+            queries, targets, pool = one_pair_per_note(queries, targets, pool)
+        if not queries or not pool:
+            raise DataError(f"{len(queries)} test pairs over a pool of {len(pool)} notes: nothing to evaluate")
+        row_of = {note_id: row for row, note_id in enumerate(pool)}
+        absent = list(dict.fromkeys(target for target in targets if target not in row_of))
+        if absent:
+            raise DataError(
+                f"target note {name_some(absent)} is not in the test pool: mine the pairs and the pool together"
+            )
+        uncounted = list(dict.fromkeys(note for note in (*queries, *targets) if note not in token_counts))
+        if uncounted:
+            raise DataError(f"no token count for note {name_some(uncounted)}: count the tokens of all test notes")
+        return cls(
+            _objects(pool),
+            _objects(queries),
+            _objects(targets),
+            np.array([row_of.get(note, -1) for note in queries], dtype=np.int64),
+            np.array([row_of[note] for note in targets], dtype=np.int64),
+            _strata([token_counts[note] for note in queries], [token_counts[note] for note in targets], settings),
+            settings.cutoffs,
+        )
+
+    @property
+    def num_pairs(self) -> int:
+        return len(self.query_ids)
+
+    @property
+    def saturated(self) -> tuple[int, ...]:
+        """Cutoffs at which every target is found whatever the method: k is at least the number of notes ranked."""
+        most = int(metrics.num_candidates(len(self.pool_ids), self.query_rows).max())
+        return tuple(k for k in self.cutoffs if k >= most)
+
+    def embedding_ranks(self, ids: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+        """(Q,) ranks by cosine, from a table of vectors that holds the pool and the queries.
+
+        A note without a vector (quarantined when it was embedded) counts against the method: as query or target it has
+        the worst rank, and every other missing note stands above the target.
+
+        Args:
+            ids: (N,) note ids of the table.
+            vectors: (N, D) float32, unit length.
+
+        Raises:
+            DataError: more than half of the pool has no vector, or a vector is not finite.
+        """
+        row_of = {note_id: row for row, note_id in enumerate(ids)}
+        pool = np.array([row_of.get(note, -1) for note in self.pool_ids], dtype=np.int64)
+        queries = np.array([row_of.get(note, -1) for note in self.query_ids], dtype=np.int64)
+        present = pool >= 0
+        missing = int((~present).sum())
+        if missing > len(pool) / 2:
+            raise DataError(
+                f"{missing} of the pool's {len(pool)} notes have no vector, note {name_some(self.pool_ids[~present])}: "
+                "does this embedding table belong to these pairs?"
+            )
+        if missing:
+            log.warning("%d notes of the pool have no vector and are counted against the method", missing)
+        ranks = metrics.num_candidates(len(pool), self.query_rows)  # the worst
+        known = (queries >= 0) & present[self.target_rows]
+        place = np.cumsum(present) - 1  # row in the pool to row among those present
+        query_rows = self.query_rows[known]
+        found = metrics.target_ranks(
+            vectors[queries[known]],
+            vectors[pool[present]],
+            np.where(query_rows >= 0, place[query_rows], -1),
+            place[self.target_rows[known]],
+        )
+        ranks[known] = found + missing
+        return ranks
+
+    def popularity_ranks(self, clicks: Mapping[str, int]) -> np.ndarray:
+        """(Q,) ranks by clicks, of test notes those in the test log itself; a note that is not listed had none."""
+        counts = np.array([clicks.get(note, 0) for note in self.pool_ids], dtype=np.int64)
+        return metrics.popularity_ranks(counts, self.query_rows, self.target_rows)
+
+    def random_ranks(self, seed: int) -> np.ndarray:
+        """(Q,) ranks under random scores."""
+        return metrics.random_ranks(len(self.pool_ids), self.query_rows, seed)
+
+
+def one_pair_per_note(
+    queries: Sequence[str], targets: Sequence[str], pool: Sequence[str]
+) -> tuple[list[str], list[str], list[str]]:
+    """The published code's filter: keep a pair only if neither note was in a kept pair before, in either role.
+
+    Depends on the order of the pairs. The pool loses the kept queries.
+
+    Returns:
+        Kept queries, their targets, and the pool.
+    """
+    used: set[str] = set()
+    kept = []
+    for query, target in zip(queries, targets, strict=True):
+        if query not in used and target not in used:
+            kept.append((query, target))
+            used |= {query, target}
+    asked = {query for query, _ in kept}
+    return [query for query, _ in kept], [target for _, target in kept], [note for note in pool if note not in asked]
+
+
+def _strata(
+    query_tokens: Sequence[int], target_tokens: Sequence[int], settings: EvaluateSettings
+) -> dict[str, np.ndarray]:
+    queries, targets = np.asarray(query_tokens), np.asarray(target_tokens)
+    masks = (
+        np.ones(len(queries), dtype=bool),
+        queries < settings.short_tokens,
+        targets < settings.short_tokens,
+        queries > settings.long_tokens,
+        targets > settings.long_tokens,
+    )
+    return dict(zip(STRATA, masks, strict=True))
+
+
+def _objects(values: Sequence[str]) -> np.ndarray:
+    array = np.empty(len(values), dtype=object)
+    array[:] = values
+    return array

@@ -1,0 +1,78 @@
+"""What the tiny models are trained on, where no checkpoint is at hand."""
+
+from __future__ import annotations
+
+import math
+import random
+import re
+from collections import Counter
+from collections.abc import Iterator
+
+from notellm2_ray.baselines.recall.bm25 import note_text, tokenize
+from notellm2_ray.core.note_store import NoteStore
+from notellm2_ray.core.prompts import Language, Slot, join_topics, note_prompt, quote, truncate
+from notellm2_ray.core.run import stream_seed
+from notellm2_ray.core.schema import Note
+from notellm2_ray.core.settings import Settings, WorldSettings
+
+_AT_ONCE = 256
+_EXCERPTS = 8  # of each note, the first one whole
+_SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s*")
+_CLOSING: dict[Language, str] = {"zh": "”", "en": '"'}
+
+
+def exercises(store: NoteStore, language: Language, seed: int) -> Iterator[str]:
+    """Texts that teach a small LM what a large one brings along: words of the notes, and to sum up a text in one.
+
+    Each is an excerpt of a training note in the compression prompt, answered by its most telling word (the highest
+    tf-idf). An LM that has only read texts is in one and the same state at the end of every prompt, and contrastive
+    training cannot leave that state: all vectors are equal, so all gradients are zero.
+    """
+    words: Counter[str] = Counter()
+    for note in _notes(store):
+        words.update(set(tokenize(note_text(note), stem=False)))
+    for number, note in enumerate(_notes(store)):
+        rng = random.Random(stream_seed(seed, "exercises", number))
+        sentences = [sentence for sentence in _SENTENCE_END.split(note.content) if sentence]
+        for turn in range(_EXCERPTS):
+            few = rng.sample(sentences, min(len(sentences), rng.randint(1, 2)))
+            excerpt = note._replace(content=" ".join(sentences if turn == 0 else few))
+            yield _ask(excerpt, language) + _keyword(excerpt, words, len(store)) + _CLOSING[language]
+
+
+def _ask(note: Note, language: Language) -> str:
+    fields = {
+        Slot.TITLE: truncate(note.title, 20, "auto"),
+        Slot.TOPICS: join_topics(note.topics, language),
+        Slot.CONTENT: truncate(note.content, 80, "auto"),
+    }
+    parts = note_prompt("text", language)
+    return "".join(quote(fields[part], language) if isinstance(part, Slot) else part for part in parts)
+
+
+def _keyword(note: Note, notes_with: Counter[str], num_notes: int) -> str:
+    """The word of the highest tf-idf; a word of one or two notes alone tells a note, but no kind of notes."""
+    counts = Counter(tokenize(note_text(note), stem=False))
+    return max(
+        counts,
+        key=lambda word: (counts[word] * math.log(num_notes / notes_with[word]) if notes_with[word] > 2 else 0, word),
+        default="",
+    )
+
+
+def captions(settings: Settings, store: NoteStore) -> Iterator[tuple[bytes, str]]:
+    """Encoded images with words for them: the world's captioned drawings, else the training notes' title and topics."""
+    if isinstance(settings.source, WorldSettings):
+        from notellm2_ray.data.sources.world import captions as drawings
+
+        yield from drawings(settings.source, settings.seed, settings.tiny.num_captions)
+        return
+    for note in _notes(store):
+        if note.image is not None:
+            yield note.image, ", ".join([note.title, *note.topics])
+
+
+def _notes(store: NoteStore) -> Iterator[Note]:
+    ids = list(store.ids)
+    for start in range(0, len(ids), _AT_ONCE):
+        yield from store.get(ids[start : start + _AT_ONCE])

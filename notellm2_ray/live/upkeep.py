@@ -1,0 +1,131 @@
+"""Keeping a live table quick: joining small files, purging old tombstones, removing old versions."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from datetime import timedelta
+from typing import Any
+
+from notellm2_ray.live import durability as files
+from notellm2_ray.live.rows import now
+from notellm2_ray.live.table import PURGED_KEY, LiveTable
+
+log = logging.getLogger(__name__)
+
+FRAGMENT_ROWS = 16_384  # a file of so many rows is left alone until a tenth of them is gone
+
+
+class Upkeep:
+    """When and how a table is tidied.
+
+    Joining files runs between two commit groups, in the writer's thread, so it conflicts with none; it writes again
+    small files, and those of which a tenth is gone. Removing old versions runs in a thread of its own. A follower that
+    still reads a removed version notices and goes on with the newest.
+    """
+
+    def __init__(
+        self,
+        *,
+        fragment_rows: int = FRAGMENT_ROWS,
+        small_files: int = 24,
+        idle_small_files: int = 4,
+        tombstone_horizon: timedelta = timedelta(hours=1),
+        keep_versions: timedelta = timedelta(minutes=2),
+    ):
+        """Settings.
+
+        Args:
+            fragment_rows: files of fewer rows are joined; not more than at the table's creation.
+            small_files: files added since the last tidying that the next one starts at, under load ...
+            idle_small_files: ... and when no writes come.
+            tombstone_horizon: tombstones older than that are removed; a follower that was away for longer loads anew.
+            keep_versions: how long an old version stays readable.
+        """
+        self.fragment_rows, self.small_files, self.idle_small_files = fragment_rows, small_files, idle_small_files
+        self.tombstone_horizon, self.keep_versions = tombstone_horizon, keep_versions
+        self._settled = 0  # fragments after the last tidying
+        self._cleaner: threading.Thread | None = None
+        self._counts: dict[str, Any] = {"compactions": 0, "purged_tombstones": 0, "longest_pause_seconds": 0.0}
+
+    def index(self, table: LiveTable) -> None:
+        """Make the index of note ids if it is not there (as after a killed creation)."""
+        if not any(index.field_names == ["note_id"] for index in table.dataset.describe_indices()):
+            before = files.listing(table.path)
+            table.dataset.create_scalar_index("note_id", "BTREE")
+            files.sync_new(table.path, before)
+        self._settled = len(table.fragment_ids())
+
+    def due(self, fragments: int, *, idle: bool) -> bool:
+        """Whether enough small files have come together."""
+        return fragments - self._settled >= (self.idle_small_files if idle else self.small_files)
+
+    def run(self, table: LiveTable, seq: int) -> None:
+        """Tidy the newest version; only the writer's thread may call this.
+
+        Args:
+            table: the newest version.
+            seq: of the last commit group.
+        """
+        started, before = time.perf_counter(), files.listing(table.path)
+        purged = self._purge(table, seq)
+        table.dataset.checkout_latest()
+        self._join_files(table)
+        table.dataset.optimize.optimize_indices()
+        files.sync_new(table.path, before)
+        self._settled = len(LiveTable(table.path).fragment_ids())
+        pause = time.perf_counter() - started
+        self._counts["compactions"] += 1
+        self._counts["purged_tombstones"] += purged
+        self._counts["longest_pause_seconds"] = round(max(pause, self._counts["longest_pause_seconds"]), 3)
+        self._clean(table)
+
+    def wait(self) -> None:
+        """Wait until a removal of old versions under way is done."""
+        if self._cleaner is not None:
+            self._cleaner.join()
+
+    def info(self) -> dict[str, Any]:
+        """Counts as JSON values."""
+        return dict(self._counts)
+
+    def _join_files(self, table: LiveTable) -> None:
+        """Join small files; what they become is on the disk before the version that names it is there."""
+        from lance.optimize import Compaction
+
+        dataset, before = table.dataset, files.listing(table.path)
+        plan = Compaction.plan(dataset, {"target_rows_per_fragment": self.fragment_rows})
+        results = [task.execute(dataset) for task in plan.tasks]
+        if results:
+            files.sync_new(table.path, before)
+            Compaction.commit(dataset, results)
+
+    def _purge(self, table: LiveTable, seq: int) -> int:
+        """Remove old tombstones, after writing down up to which seq, so that who is behind it loads anew."""
+        import pyarrow.compute as pc
+
+        limit = (now() - self.tombstone_horizon).isoformat(sep=" ")
+        old = f"deleted AND committed_at < timestamp '{limit}'"
+        tombstones = table.dataset.to_table(columns=["seq"], filter=old)
+        if not len(tombstones):
+            return 0
+        purged = pc.max(tombstones["seq"]).as_py()
+        table.dataset.update_config({PURGED_KEY: str(max(purged, table.purged_seq))})
+        table.dataset.delete(f"deleted AND seq <= {purged}")
+        log.info("%s: removed %d tombstone(s) up to seq %d of %d", table.path, len(tombstones), purged, seq)
+        return len(tombstones)
+
+    def _clean(self, table: LiveTable) -> None:
+        if self._cleaner is not None and self._cleaner.is_alive():
+            return
+        dataset = LiveTable(table.path).dataset  # a handle of its own
+
+        def clean() -> None:
+            try:
+                dataset.cleanup_old_versions(older_than=self.keep_versions)
+            except (OSError, RuntimeError, ValueError):  # what Lance raises
+                log.exception("%s: old versions could not be removed; it is tried again", table.path)
+
+        self._cleaner = threading.Thread(target=clean, name="cleanup")
+        self._cleaner.start()

@@ -1,0 +1,1 @@
+"""The note embedder: what is trained, and its directory."""

@@ -1,0 +1,173 @@
+"""The embedder as its users have it: a self-describing directory, and notes in, unit vectors out."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from transformers.initialization import no_init_weights
+
+from notellm2_ray.core.config import to_plain
+from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.schema import Note
+from notellm2_ray.core.settings.model import ModelSettings
+from notellm2_ray.models.embedder.mlrm import NoteModel
+from notellm2_ray.models.embedder.network import make_preprocessor, model_from_configs
+from notellm2_ray.models.embedder.preprocess import Inputs, NoteFeatures, NotePreprocessor
+from notellm2_ray.models.embedder.storage import (
+    CONFIG_FILE,
+    FORMAT,
+    MODEL_TYPE,
+    load_weights,
+    read_description,
+    save_weights,
+)
+from notellm2_ray.models.llm import load_tokenizer
+
+
+class NoteEncoder:
+    """A trained embedder.
+
+    Attributes:
+        model: the network (:class:`~notellm2_ray.models.embedder.mlrm.NoteModel`).
+        preprocessor: notes to features and batches; picklable, holds no weights.
+    """
+
+    def __init__(self, model: NoteModel, preprocessor: NotePreprocessor) -> None:
+        self.model = model
+        self.preprocessor = preprocessor
+
+    @property
+    def settings(self) -> ModelSettings:
+        return self.preprocessor.settings
+
+    @property
+    def embedding_dim(self) -> int:
+        """D, the length of a note's vector."""
+        return self.settings.embedding_dim
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.temperature.device
+
+    @property
+    def fingerprint(self) -> str:
+        """Hash of configuration and weights (16 hex digits). Reads every weight: seconds for a large model."""
+        digest = hashlib.sha256(json.dumps(self._config(), sort_keys=True).encode())
+        for name, tensor in sorted(self.model.state_dict().items()):
+            digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
+            digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
+        return digest.hexdigest()[:16]
+
+    def encode(
+        self,
+        notes: Sequence[Note],
+        inputs: Inputs = "multimodal",
+        *,
+        batch_tokens: int = 16_384,
+        max_batch_notes: int = 256,
+    ) -> np.ndarray:
+        """Vectors of notes, in their order. Leaves the model in evaluation mode.
+
+        Args:
+            inputs: what of each note is shown to the model (Table 3).
+            batch_tokens: padded tokens in a forward pass at most; notes of like length go together.
+            max_batch_notes: notes in a forward pass at most.
+
+        Returns:
+            (N, D) float32, each row of length one.
+
+        Raises:
+            DataError: an image cannot be decoded, or a vector is not finite; the message names the notes.
+        """
+        features = [self.preprocessor.features(note, inputs) for note in notes]
+        return self.encode_features(features, batch_tokens=batch_tokens, max_batch_notes=max_batch_notes)
+
+    def encode_features(
+        self, features: Sequence[NoteFeatures], *, batch_tokens: int = 16_384, max_batch_notes: int = 256
+    ) -> np.ndarray:
+        """As :meth:`encode`, of notes that went through the preprocessor already."""
+        vectors = np.empty((len(features), self.embedding_dim), np.float32)
+        if self.model.training:  # eval() visits every module: a millisecond, as long as a tiny model's forward pass
+            self.model.eval()
+        with torch.inference_mode():
+            for rows in batches_by_length([item.num_tokens for item in features], batch_tokens, max_batch_notes):
+                batch = self.preprocessor.collate([features[row] for row in rows]).to(self.device)
+                vectors[rows] = F.normalize(self.model(batch).multimodal, dim=-1).cpu().numpy()
+        wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
+        if len(wrong):
+            names = ", ".join(features[row].note_id for row in wrong[:5])
+            raise DataError(
+                f"the model gave vectors that are not finite for {len(wrong)} of {len(features)} notes ({names}): "
+                "its weights are damaged, or they overflow in this precision (try precision=fp32)"
+            )
+        return vectors
+
+    def save_pretrained(self, path: str | Path) -> None:
+        """Write the self-describing directory: config.json, model*.safetensors, tokenizer, preprocessor_config.json."""
+        self.save_description(path)
+        save_weights(self.model.state_dict(), Path(path))
+
+    def save_description(self, path: str | Path) -> None:
+        """Write all of the directory but the weights, for a caller that gathers those from elsewhere."""
+        directory = Path(path)
+        directory.mkdir(parents=True, exist_ok=True)
+        self.preprocessor.tokenizer.save_pretrained(directory)
+        if self.preprocessor.image is not None:
+            self.preprocessor.image.save(directory)
+        (directory / CONFIG_FILE).write_text(
+            json.dumps(self._config(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
+        )
+
+    def _config(self) -> dict[str, Any]:
+        llm, tower = self.model.llm, self.model.tower
+        return {
+            "model_type": MODEL_TYPE,
+            "architectures": [type(self.model).__name__],
+            "format": FORMAT,
+            "settings": to_plain(self.settings),
+            "llm_config": llm.config.to_dict() if llm is not None else None,
+            "vision_config": tower.config.to_dict() if tower is not None else None,
+        }
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | Path, device: str = "cpu", precision: str = "fp32", attention: str | None = None
+    ) -> NoteEncoder:
+        """Read a directory written by :meth:`save_pretrained`.
+
+        Args:
+            precision: of the weights, ``fp32`` or ``bf16``; the temperature stays float32.
+            attention: implementation; as in training by default, but for flash attention, which a CPU does not have.
+
+        Raises:
+            ModelError: the directory is missing, of another kind or incomplete.
+        """
+        description = read_description(path)
+        trained_with = description.settings.attention
+        attention = attention or ("sdpa" if trained_with == "flash_attention_2" and device == "cpu" else trained_with)
+        with no_init_weights():
+            model = model_from_configs(*description, attention=attention)
+        load_weights(model, Path(path), device)
+        model = model.to(device).to_precision(precision).eval()
+        tokenizer = load_tokenizer(str(path))
+        return cls(model, make_preprocessor(description.settings, tokenizer, model.tower, description.llm_config))
+
+
+def batches_by_length(lengths: Sequence[int], batch_tokens: int, max_notes: int) -> Iterator[np.ndarray]:
+    """Row numbers of batches, longest notes first, so that hardly anything is padding.
+
+    A batch's longest note times its notes stays within ``batch_tokens``; a note longer than that goes alone.
+    """
+    order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
+    begin = 0
+    while begin < len(order):
+        num = min(max_notes, max(1, batch_tokens // max(1, lengths[order[begin]])))
+        yield order[begin : begin + num]
+        begin += num

@@ -1,0 +1,157 @@
+"""The multimodal large representation model (sections 2.2 and 3): a note to its vectors.
+
+Z_v, pooled = V(image)            the tower's patches and its one vector        vision.py
+E_v = C(Z_v)                      visual tokens                                 qformer.py
+H = LLM([text with E_v in it])    states after the final norm                   llm.py
+n_v, n_m = H at the opening quotation mark of the visual half, and of the end
+n = z * v + (1 - z) * n           gated late fusion, Eq. 7                      fusion.py
+vector = P n                      to 64 numbers, P shared by both
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from notellm2_ray.core.settings.model import ModelSettings
+from notellm2_ray.models.embedder.fusion import LateFusion
+from notellm2_ray.models.embedder.preprocess import Batch
+from notellm2_ray.models.embedder.qformer import Connector
+from notellm2_ray.models.embedder.variants import VARIANTS
+from notellm2_ray.models.vision.tower import Views, VisionTower
+
+
+class NoteVectors(NamedTuple):
+    """What the model makes of N notes. Not of unit length: the loss and the encoder normalise."""
+
+    multimodal: torch.Tensor  # (N, D) float32
+    visual: torch.Tensor | None  # (N, D) float32, zero where has_visual is not; None if the variant has no such vector
+    has_visual: torch.Tensor  # (N,) bool
+    temperature: torch.Tensor  # () float32, tau; here because a sharded parameter is whole only inside forward
+
+
+def join_vectors(parts: Sequence[NoteVectors], order: torch.Tensor | None = None) -> NoteVectors:
+    """Vectors of several batches as those of one.
+
+    Args:
+        order: (N,) int64; row i of the result is row ``order[i]`` of the concatenated parts.
+    """
+
+    def rows(name: str) -> torch.Tensor:
+        joined = torch.cat([getattr(part, name) for part in parts])
+        return joined if order is None else joined[order]
+
+    visual = None if parts[0].visual is None else rows("visual")
+    return NoteVectors(rows("multimodal"), visual, rows("has_visual"), parts[-1].temperature)
+
+
+class NoteModel(nn.Module):
+    """The embedder's network.
+
+    Args:
+        settings: which variant, and the sizes of what starts random.
+        llm: a causal LM without its head (h_t wide); None for ``image_only``.
+        tower: the vision tower (h_v wide); None for ``text_only``.
+
+    Attributes:
+        temperature: tau of Eq. 1, float32 of shape (1,); its exponential multiplies the cosine.
+    """
+
+    def __init__(self, settings: ModelSettings, llm: PreTrainedModel | None, tower: VisionTower | None) -> None:
+        super().__init__()
+        self.variant = VARIANTS[settings.variant]
+        assert (llm is None) == (self.variant.prompt is None)
+        assert (tower is None) == (not self.variant.sees_images)
+        self.llm, self.tower = llm, tower
+        llm_width = llm.config.hidden_size if llm is not None else 0
+        vision_width = tower.width if tower is not None else 0
+        if self.variant.visual_tokens:
+            self.connector = Connector(settings.qformer, vision_width, llm_width)
+        if self.variant.late_fusion:
+            self.fusion = LateFusion(vision_width, llm_width)
+        self.projection = nn.Linear(llm_width or vision_width, settings.embedding_dim, bias=False)
+        self.temperature = nn.Parameter(torch.full((1,), settings.initial_temperature, dtype=torch.float32))
+
+    def forward(self, batch: Batch) -> NoteVectors:
+        """Vectors of a batch's notes. In training every parameter takes part, whether or not there is an image.
+
+        Where some ranks have an image and others have none, those would otherwise wait for each other for ever.
+        """
+        dummy = self.training and self.tower is not None and len(batch.pixels) == 0
+        if dummy:
+            batch = _with_dummy_image(batch)
+        views = self.tower(batch.pixels) if self.tower is not None and len(batch.pixels) else None
+        if self.variant.prompt is None:
+            assert views is not None  # a note without image has a blank one
+            return self._vectors(views.pooled, None, batch, dummy)
+        states = self._read(batch, views, dummy)
+        num_notes = len(batch.input_ids)
+        multimodal = states[torch.arange(num_notes, device=states.device), batch.last]
+        visual = states[batch.image_rows, batch.visual_ends] if self.variant.visual_vector else None
+        if self.variant.late_fusion and views is not None:
+            fused = self.fusion(views.pooled, multimodal[batch.image_rows])
+            multimodal = _put(multimodal, (batch.image_rows,), fused, dummy)
+            visual = None if visual is None else self.fusion(views.pooled, visual)
+        return self._vectors(multimodal, visual, batch, dummy)
+
+    def _read(self, batch: Batch, views: Views | None, dummy: bool) -> torch.Tensor:
+        """Hidden states (N, T, h_t) of the prompts, the images' visual tokens in their places."""
+        assert self.llm is not None
+        embeddings = self.llm.get_input_embeddings()(batch.input_ids)
+        if self.variant.visual_tokens and views is not None:
+            tokens = self.connector(views.patches)  # (K, L_c, h_t)
+            places = batch.image_starts[:, None] + torch.arange(tokens.shape[1], device=tokens.device)
+            embeddings = _put(embeddings, (batch.image_rows[:, None], places), tokens, dummy)
+        return self.llm(
+            inputs_embeds=embeddings, attention_mask=batch.attention_mask, use_cache=False
+        ).last_hidden_state
+
+    def _vectors(self, multimodal: torch.Tensor, visual: torch.Tensor | None, batch: Batch, dummy: bool) -> NoteVectors:
+        """Project; the K visual vectors go to the rows of their notes."""
+        multimodal = self.projection(multimodal).float()
+        has_visual = torch.zeros(len(multimodal), dtype=torch.bool, device=multimodal.device)
+        if visual is not None:
+            if not dummy:
+                has_visual[batch.image_rows] = True
+            visual = _put(torch.zeros_like(multimodal), (batch.image_rows,), self.projection(visual), dummy)
+        return NoteVectors(multimodal, visual, has_visual, self.temperature.float().squeeze().clone())
+
+    def to_precision(self, precision: str) -> NoteModel:
+        """Weights in float32 (``fp32``) or bfloat16 (``bf16``); the temperature stays float32."""
+        # Parameters only: the angles of rotary positions are buffers, and wrong in bfloat16.
+        for parameter in self.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16 if precision == "bf16" else torch.float32)
+        self.temperature.data = self.temperature.data.float()
+        return self
+
+    def is_fresh(self, name: str) -> bool:
+        """Whether the parameter of that name starts random, as against pretrained."""
+        return name.startswith(("connector.", "fusion.", "projection."))
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in the backward pass: less memory, about a third slower."""
+        trained = [self.llm] if self.llm is not None else []
+        if self.tower is not None and not self.tower.frozen:
+            trained.append(self.tower.model)
+        for model in trained:
+            if enabled:
+                model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            else:
+                model.gradient_checkpointing_disable()
+
+
+def _with_dummy_image(batch: Batch) -> Batch:
+    """One black image for the first note, whose outcome is then multiplied by zero."""
+    zero = torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device)
+    pixels = batch.pixels.new_zeros((1, *batch.pixels.shape[1:]))
+    return batch._replace(pixels=pixels, image_rows=zero, image_starts=zero, visual_ends=zero)
+
+
+def _put(target: torch.Tensor, places: tuple[torch.Tensor, ...], values: torch.Tensor, dummy: bool) -> torch.Tensor:
+    """``target`` with ``values`` at ``places``; unchanged, but depending on them, if they come of a dummy image."""
+    values = values.to(target.dtype)
+    return target + 0.0 * values.sum() if dummy else target.index_put(places, values)

@@ -1,0 +1,125 @@
+"""The files of an embedder's directory: a configuration that names its own kind, and safetensors weights."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import nn
+from transformers import CONFIG_MAPPING, PretrainedConfig
+
+from notellm2_ray.core.config import build
+from notellm2_ray.core.errors import ConfigError, ModelError
+from notellm2_ray.core.settings.model import ModelSettings
+from notellm2_ray.models.vision.pixels import PREPROCESSOR_FILE, ImageSettings, from_processor
+
+MODEL_TYPE = "notellm2"
+FORMAT = 1
+CONFIG_FILE = "config.json"
+_INDEX_FILE = "model.safetensors.index.json"
+_SINGLE_FILE = "model.safetensors"
+
+
+class Description(NamedTuple):
+    """What a directory says of its network."""
+
+    settings: ModelSettings
+    llm_config: PretrainedConfig | None
+    vision_config: Mapping[str, Any] | None
+    image: ImageSettings | None
+
+
+def read_description(path: str | Path) -> Description:
+    """The configuration of the embedder in a directory.
+
+    Raises:
+        ModelError: there is no embedder, or one of a later format.
+    """
+    directory = Path(path)
+    try:
+        values = json.loads((directory / CONFIG_FILE).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ModelError(
+            f"{directory} holds no embedder: {CONFIG_FILE} is missing. Give the directory that train-embedder "
+            "wrote its model to"
+        ) from None
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory / CONFIG_FILE} cannot be read: {error}") from error
+    kind = values.get("model_type") if isinstance(values, dict) else None
+    if kind != MODEL_TYPE:
+        raise ModelError(
+            f"{directory} holds a model of kind {kind!r}, not an embedder of this package ({MODEL_TYPE!r}); "
+            "such a model can be model.llm or model.vision of a new embedder"
+        )
+    if values.get("format") != FORMAT:
+        raise ModelError(f"{directory} has format {values.get('format')!r}; this version reads format {FORMAT}")
+    try:
+        settings = build(ModelSettings, values["settings"])
+        image = _read_image(directory, values["vision_config"])
+        return Description(settings, _llm_config(values["llm_config"]), values["vision_config"], image)
+    except (ConfigError, KeyError) as error:
+        raise ModelError(f"{directory / CONFIG_FILE} does not describe an embedder: {error}") from error
+
+
+def _llm_config(values: Mapping[str, Any] | None) -> PretrainedConfig | None:
+    return None if values is None else CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
+
+
+def _read_image(directory: Path, vision_config: Mapping[str, Any] | None) -> ImageSettings | None:
+    if vision_config is None:
+        return None
+    try:
+        values = json.loads((directory / PREPROCESSOR_FILE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"{directory / PREPROCESSOR_FILE} cannot be read: {error}") from error
+    return from_processor(values, values["crop_size"]["height"], str(directory))
+
+
+def save_weights(state: Mapping[str, torch.Tensor], directory: Path, max_shard_size: str = "5GB") -> None:
+    """Write weights as safetensors, in several files with an index when they are large."""
+    from huggingface_hub import save_torch_state_dict
+
+    directory.mkdir(parents=True, exist_ok=True)
+    save_torch_state_dict(dict(state), directory, max_shard_size=max_shard_size)
+
+
+def load_weights(model: nn.Module, directory: Path, device: str) -> None:
+    """Put the weights of a directory into ``model``, all of them or an error.
+
+    Raises:
+        ModelError: a file is missing or damaged, or files and model do not fit.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    state: dict[str, torch.Tensor] = {}
+    for name in _weight_files(directory):
+        try:
+            state |= load_file(directory / name, device=device)
+        except FileNotFoundError:
+            raise ModelError(f"{directory} is incomplete: {name} is missing") from None
+        except (OSError, SafetensorError) as error:
+            raise ModelError(f"{directory / name} is damaged: {error}") from error
+    expected = {name: tuple(tensor.shape) for name, tensor in model.state_dict().items()}
+    found = {name: tuple(tensor.shape) for name, tensor in state.items()}
+    wrong = sorted(name for name in expected.keys() | found.keys() if expected.get(name) != found.get(name))
+    if wrong:
+        first = wrong[0]
+        raise ModelError(
+            f"the weights in {directory} do not fit its {CONFIG_FILE}: {len(wrong)} differ, first {first} "
+            f"(expected {expected.get(first, 'none')}, found {found.get(first, 'none')})"
+        )
+    model.load_state_dict(state, assign=True)
+
+
+def _weight_files(directory: Path) -> list[str]:
+    index = directory / _INDEX_FILE
+    if not index.is_file():
+        return [_SINGLE_FILE]
+    try:
+        return sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    except (ValueError, KeyError) as error:
+        raise ModelError(f"{index} is damaged: {error}") from error

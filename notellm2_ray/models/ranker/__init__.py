@@ -1,0 +1,1 @@
+"""The model that says yes or no to a candidate."""

@@ -1,0 +1,201 @@
+"""The ranker: any Hugging Face image-text model (or text-only LLM) that says yes or no, with LoRA on its LLM."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+)
+
+from notellm2_ray.core.errors import ModelError
+from notellm2_ray.core.run import stream_seed
+from notellm2_ray.core.settings.ranking import TuneSettings
+from notellm2_ray.models.chat import load_processor
+from notellm2_ray.models.llm import first_line, require_all_weights
+from notellm2_ray.models.quiet import quiet_loading
+from notellm2_ray.models.ranker.inputs import IGNORED, RankerBatch
+
+_NEEDED = "ranker.model needs a Hugging Face image-text model, or for ranker.variant=tallrec a text-only LLM"
+
+
+@quiet_loading()
+def load_network(path: str, dtype: torch.dtype | str = "auto", revision: str | None = None) -> PreTrainedModel:
+    """The pretrained network in a directory or under a hub name; an image-text model wherever it is one.
+
+    Args:
+        dtype: of its weights; ``auto``: the checkpoint's own.
+
+    Raises:
+        ModelError: there is none, it is of another kind, or its weights are incomplete or not safetensors.
+    """
+    try:
+        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} cannot be read as a model: {first_line(error)}. {_NEEDED}") from error
+    if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        kind: Any = AutoModelForImageTextToText
+    elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
+        kind = AutoModelForCausalLM
+    else:
+        raise ModelError(f"{path} is a {config.model_type or 'model of unknown type'}. {_NEEDED}")
+    try:
+        network, report = kind.from_pretrained(
+            path, revision=revision, dtype=dtype, use_safetensors=True, output_loading_info=True
+        )
+    except (OSError, ValueError, ImportError, RuntimeError) as error:
+        raise ModelError(
+            f"the weights of {path} cannot be loaded: {first_line(error)}. Only safetensors are read"
+        ) from error
+    require_all_weights(report, path)
+    return network
+
+
+def language_linears(network: PreTrainedModel) -> list[str]:
+    """Full paths of the language model's linear layers; the head and everything of the vision tower left out.
+
+    By path, not by the last part of a name: vision towers have a ``q_proj`` too.
+
+    Raises:
+        ModelError: none is found.
+    """
+    decoder = network.get_decoder()
+    inside = {id(module) for module in decoder.modules()}
+    names = [n for n, module in network.named_modules() if isinstance(module, nn.Linear) and id(module) in inside]
+    if not names:
+        raise ModelError(f"{type(network).__name__} has no linear layer in its language model that LoRA could adapt")
+    return names
+
+
+class RankerModel(nn.Module):
+    """The network with LoRA matrices beside its language model's linear layers; all else is frozen."""
+
+    def __init__(self, network: PreTrainedModel, tune: TuneSettings) -> None:
+        """Add LoRA.
+
+        The matrices are float32 whatever the network is; their start depends on ``tune.seed`` alone.
+        """
+        from peft import LoraConfig, get_peft_model
+        from peft.tuners.tuners_utils import BaseTunerLayer
+
+        super().__init__()
+        config = LoraConfig(
+            r=tune.lora_rank,
+            lora_alpha=tune.lora_alpha,  # type: ignore[arg-type]
+            lora_dropout=tune.lora_dropout,
+            target_modules=language_linears(network),
+            task_type="CAUSAL_LM",
+        )
+        network.config.use_cache = False
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(stream_seed(tune.seed, "ranker", "lora"))
+            self.peft = get_peft_model(network, config)
+        layers: list[Any] = [module for module in self.peft.modules() if isinstance(module, BaseTunerLayer)]
+        for layer in layers:
+            # Autocast gives the matrices what they take; peft would copy every input to float32 first.
+            layer.cast_input_dtype_enabled = False
+        self.set_gradient_checkpointing(tune.gradient_checkpointing)
+
+    def forward(self, batch: RankerBatch, places: torch.Tensor) -> torch.Tensor:
+        """Logits (N, P, V) at the P ``places`` (P,) of every row."""
+        return forward_logits(self.peft.get_base_model(), batch, places)
+
+    def set_gradient_checkpointing(self, enabled: bool) -> None:
+        """Recompute activations in the backward pass: less memory, about a third slower."""
+        network: Any = self.peft.get_base_model()
+        if enabled:
+            network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+            # The library makes what all embeddings return carry gradients, for reentrant checkpoints, which these are
+            # not: the frozen vision tower would get a backward pass.
+            network.disable_input_require_grads()
+        else:
+            network.gradient_checkpointing_disable()
+
+    def is_fresh(self, name: str) -> bool:
+        """LoRA's matrices all learn at the same rate."""
+        return False
+
+    def save_adapter(self, directory: Path, weights: dict[str, torch.Tensor], base: str) -> None:
+        """Write ``weights`` (by this module's parameter names) as a peft adapter of the model ``base``."""
+        from peft import get_peft_model_state_dict
+        from safetensors.torch import save_file
+
+        config = self.peft.peft_config["default"]
+        config.base_model_name_or_path = base
+        state = {name.removeprefix("peft."): tensor for name, tensor in weights.items()}
+        directory.mkdir(parents=True, exist_ok=True)
+        adapter = get_peft_model_state_dict(self.peft, state_dict=state, save_embedding_layers=False)
+        save_file({name: tensor.contiguous() for name, tensor in adapter.items()}, _adapter_file(directory))
+        inference_mode, config.inference_mode = config.inference_mode, True
+        config.save_pretrained(str(directory))
+        config.inference_mode = inference_mode
+
+
+def forward_logits(network: nn.Module, batch: RankerBatch, places: torch.Tensor) -> torch.Tensor:
+    """Logits (N, P, V) of a Hugging Face model at the ``places`` (P,) of every row."""
+    inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.vision}
+    known = inspect.signature(network.forward).parameters
+    if batch.vision and "mm_token_type_ids" in known:
+        inputs["mm_token_type_ids"] = batch.is_image
+    if "logits_to_keep" in known:
+        return network(**inputs, logits_to_keep=places).logits
+    return network(**inputs).logits[:, places]
+
+
+def answer_loss(model: RankerModel, batch: RankerBatch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Cross-entropy of the labelled tokens.
+
+    Returns:
+        its sum in nats, float32, and for each row whether it is finite (N,).
+    """
+    wanted = batch.labels[:, 1:] != IGNORED  # a token is told at the place before it
+    places = wanted.any(dim=0).nonzero().squeeze(-1)
+    logits = model(batch, places).float()
+    labels = batch.labels[:, places + 1]
+    losses = nn.functional.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED, reduction="none")
+    losses = losses.view_as(labels)
+    return losses.sum(), torch.isfinite(losses.detach()).all(dim=1)
+
+
+def yes_probability(logits: torch.Tensor, yes_id: int, no_id: int) -> torch.Tensor:
+    """P(yes) / (P(yes) + P(no)) from logits (..., V), computed in float32: (...)."""
+    pair = logits[..., [yes_id, no_id]].float()
+    return pair.softmax(dim=-1)[..., 0]
+
+
+def answer_probability(model: Any, batch: RankerBatch, yes_id: int, no_id: int) -> torch.Tensor:
+    """P(yes) of every row: (N,) float32. ``model`` takes (batch, places) and returns logits (N, P, V)."""
+    places, row_place = batch.last.unique(return_inverse=True)
+    logits = model(batch, places)
+    return yes_probability(logits[torch.arange(len(row_place)), row_place], yes_id, no_id)
+
+
+@quiet_loading()
+def merge_adapter(base: str, adapter: Path, directory: Path) -> None:
+    """Write the base model with an adapter added to its weights, as a complete model that anything can load.
+
+    The weights keep the checkpoint's own type.
+    """
+    from peft import PeftModel
+
+    network = load_network(base)
+    merged = PeftModel.from_pretrained(network, str(adapter)).merge_and_unload(safe_merge=True)
+    merged.config.use_cache = True
+    merged.save_pretrained(str(directory))
+    load_processor(base).save_pretrained(str(directory))
+
+
+def trained_names(model: nn.Module) -> Sequence[str]:
+    """Names of the parameters that are trained."""
+    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+
+
+def _adapter_file(directory: Path) -> Path:
+    return directory / "adapter_model.safetensors"

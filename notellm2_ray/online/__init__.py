@@ -1,0 +1,1 @@
+"""The service wired together from its parts."""

@@ -1,0 +1,98 @@
+"""vLLM engines for the online service: made inside a replica, from what ``infer`` and ``models`` bring."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import math
+import os
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.settings import Settings
+
+if TYPE_CHECKING:
+    from notellm2_ray.models.ranker.inputs import Question, RankerPrompter
+
+
+def preference_writer(model: str, settings: Settings) -> Any:
+    """The object behind the deployment Preferences: the bulk job's own steps, over an engine of this process.
+
+    Raises:
+        ModelError: vLLM cannot run the model.
+    """
+    from notellm2_ray.infer.engine import check_model, engine_environment, start_engine
+    from notellm2_ray.infer.preference_steps import PreferenceWriter
+    from notellm2_ray.models.chat import ChatTokenizer
+
+    os.environ.update(engine_environment(settings.generation))
+    facts = check_model(model, images=False)
+    tokenizer = ChatTokenizer.from_pretrained(facts.model)
+    engine = start_engine(facts, settings.generation)
+    language = settings.ranker.prompt_language
+    return PreferenceWriter(engine, tokenizer, settings.preferences, settings.generation, language, settings.seed)
+
+
+def yes_no_scorer(model: str, settings: Settings) -> YesNoScorer:
+    """The object behind the deployment Ranker, with the engine's settings of the bulk job: the same scores.
+
+    Raises:
+        ModelError: vLLM cannot run the model.
+    """
+    from notellm2_ray.infer.engine import check_model, engine_environment, start_engine
+    from notellm2_ray.infer.score import for_scoring
+    from notellm2_ray.models.chat import ChatTokenizer
+    from notellm2_ray.models.ranker.inputs import RankerPrompter
+
+    generation = for_scoring(settings.generation)
+    os.environ.update(engine_environment(generation))
+    shows_images = settings.ranker.variant != "tallrec"
+    facts = check_model(model, images=shows_images)
+    prompter = RankerPrompter(ChatTokenizer.from_pretrained(facts.model), settings.ranker)
+    return YesNoScorer(start_engine(facts, generation, images=int(shows_images)), prompter)
+
+
+class YesNoScorer:
+    """P(yes) of candidates.
+
+    Args:
+        engine: of the ranker, from ``start_engine``.
+        prompter: makes the very prompts that it was tuned with.
+    """
+
+    def __init__(self, engine: Any, prompter: RankerPrompter) -> None:
+        self.engine, self.prompter = engine, prompter
+        self.numbers = itertools.count()
+
+    async def score(
+        self, preference: str | None, history_titles: Sequence[str], candidates: Sequence[tuple[str, bytes | None]]
+    ) -> list[float | None]:
+        """P(yes) / (P(yes) + P(no)) of each candidate (title, encoded image).
+
+        None where its image does not decode, its prompt does not fit or its score is not finite.
+        """
+        from notellm2_ray.infer.score_worker import ask, yes_share
+        from notellm2_ray.models.ranker.inputs import Question
+
+        questions = [Question(title, image, preference, tuple(history_titles)) for title, image in candidates]
+        prompts = await asyncio.to_thread(lambda: [self._prompt(question) for question in questions])
+        asked = [prompt for prompt in prompts if prompt is not None]
+        chat = self.prompter.chat
+        answers = iter(await ask(self.engine, chat, asked, f"serve-{next(self.numbers)}"))
+        scores: list[float | None] = []
+        for prompt in prompts:
+            answer = None if prompt is None else next(answers)
+            score = math.nan if answer is None or isinstance(answer, ValueError) else yes_share(answer, chat)
+            scores.append(score if math.isfinite(score) else None)
+        return scores
+
+    def _prompt(self, question: Question) -> Any:
+        from notellm2_ray.core.ranking_rows import CandidateRow
+        from notellm2_ray.infer.score_worker import Prompt
+
+        try:
+            image = self.prompter.image(question)
+        except DataError:
+            return None
+        return Prompt(CandidateRow("", "", 0, None, ()), self.prompter.prompt(question), image)

@@ -1,0 +1,266 @@
+"""`notellm2 swap-embedder`: the served notes embedded by another model, which then serves them, from one moment on."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import re
+import shutil
+import time
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from notellm2_ray.core.cluster import connect
+from notellm2_ray.core.errors import ConfigError, DataError, ModelError, OutputError
+from notellm2_ray.core.run import MANIFEST, Output, files_fingerprint, read_manifest
+from notellm2_ray.core.schema import NOTE_SCHEMA, Note
+from notellm2_ray.core.settings import Settings
+from notellm2_ray.index.table import table_info
+from notellm2_ray.infer.results import first_reasons
+from notellm2_ray.live import current
+from notellm2_ray.live.durability import VERSIONS, WriterLock, manifests
+from notellm2_ray.live.seed import seed_from_bulk
+from notellm2_ray.live.store import LiveStore
+from notellm2_ray.live.table import LiveTable, newest_if_gone
+from notellm2_ray.pipeline import recall_outputs as outputs
+from notellm2_ray.pipeline.stage import run_stage
+from notellm2_ray.serve.deployments.loaded_model import INPUTS, LoadedModel, Vectors, Workers
+from notellm2_ray.serve.deployments.successor import Successor
+from notellm2_ray.serve.figures import Figures
+
+log = logging.getLogger("notellm2_ray")
+
+_ROWS_AT_ONCE = 512
+_RESTART_SECONDS = 15.0  # twice what a writer's replica takes
+_OURS = re.compile(r"live(-[0-9a-f]{16})?\.lance")
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def swap_embedder(settings: Settings) -> str:
+    """Make the workspace's embedder (``model``, ``seed``: as train-embedder names it) the served one.
+
+    The notes of the live table are embedded in bulk into a new table beside it, while the service goes on. Then the
+    service's writer brings that table up to date with what came meanwhile, and it is served in the old one's place,
+    encoder and index together. Where no service runs this is done here. A run that was stopped is continued.
+
+    Returns:
+        What was done, for the user.
+
+    Raises:
+        OutputError: the embedder is not trained, nothing is served yet, another swap is under way, or the running
+            service does not take the table over within ``serve.ready_seconds``.
+        DataError, ModelError: as of bulk embedding.
+    """
+    directory = outputs.workspace_of(settings) / "serving"
+    model = outputs.workspace_of(settings) / "embedders" / settings.embedder_name / "model"
+    read_manifest(model.parent)  # finished, not half-way
+    if settings.embed.precision != settings.serve.encode.precision:
+        raise ConfigError(
+            f"embed.precision={settings.embed.precision} and serve.encode.precision={settings.serve.encode.precision}: "
+            "vectors of two precisions cannot be served together, set both to the same"
+        )
+    served = current.current(directory)
+    if not manifests(served.table):
+        raise OutputError(f"nothing is served from {directory} yet: `notellm2 serve` begins with this embedder")
+    # Ray starts its processes by exec, whatever this one has imported before.
+    warnings.filterwarnings("ignore", message="lance is not fork-safe")
+    lock = WriterLock(directory / "swap")
+    try:
+        told = _swap(settings, directory, served, model)
+        _clear(directory)
+        return told
+    finally:
+        lock.release()
+
+
+def _swap(settings: Settings, directory: Path, served: current.Served, model: Path) -> str:
+    following = current.upcoming(directory)
+    if following is not None and following.source != served.table.name:
+        current.forget_upcoming(directory)  # of a table that is served no more, or served by now
+        following = None
+    if _is_served(settings, served, model):
+        return f"{settings.embedder_name} is the model that is served already"
+    left_out = 0
+    if following is None:
+        work = directory / f"next-{files_fingerprint(str(model))}"
+        fingerprint, held = _embed(settings, model, served, work)
+        if fingerprint == LiveTable(served.table).model_fingerprint:
+            return f"{settings.embedder_name} is the model that is served already"
+        following, left_out = _fill(directory, served, model, work, fingerprint, held)
+    elif files_fingerprint(str(following.model)) == files_fingerprint(str(model)):
+        log.info("%s is filled already", following.table.name)
+    else:
+        raise OutputError(
+            f"{following.table} is to be served next already, by {following.model}: wait until it is, or remove "
+            f"{directory / current.NEXT} to give it up"
+        )
+    _take_over(settings, directory, following)
+    without = f"; {left_out} note(s) have no vector of it and are left out, see the log" if left_out else ""
+    return f"served from now on: {following.table}, by {following.model}{without}"
+
+
+def _is_served(settings: Settings, served: current.Served, model: Path) -> bool:
+    """Whether the model is known to be the served one, without reading its weights."""
+    if served.model is not None:
+        return files_fingerprint(str(served.model)) == files_fingerprint(str(model))
+    bulk = outputs.embedding_table(settings, "all").with_suffix("")
+    if not (bulk / MANIFEST).is_file():
+        return False
+    manifest = read_manifest(bulk)
+    same = manifest["inputs"].get("embedder") == outputs.fingerprint_of(model.parent)
+    return same and manifest["counts"].get("model_fingerprint") == LiveTable(served.table).model_fingerprint
+
+
+def _clear(directory: Path) -> None:
+    """Remove what this swap needs no more, and tables and models older than the one that was served before."""
+    served = current.current(directory)
+    following = current.upcoming(directory)
+    used = [one.table for one in (served, following) if one is not None]
+    tables = [one for one in directory.glob("live*.lance") if _OURS.fullmatch(one.name) and one not in used]
+    tables.sort(key=lambda one: (one / VERSIONS).stat().st_mtime)
+    kept = {served.model, following and following.model} | {
+        directory / current.MODELS / LiveTable(one).model_fingerprint for one in tables[-1:]
+    }
+    models = [one for one in (directory / current.MODELS).glob("*") if one not in kept]
+    for one in [*directory.glob("next-*"), *tables[:-1], *models]:
+        log.info("swap-embedder: removing %s", one)
+        shutil.rmtree(one)
+
+
+def _embed(settings: Settings, model: Path, served: current.Served, work: Path) -> tuple[str, int]:
+    """Embed the served notes as they are now; the model's fingerprint, and the last commit group among the notes."""
+    from notellm2_ray.infer.embed import embed_notes
+
+    shaped = {"table": served.table.name, "model": LiveTable(served.table).model_fingerprint}
+    exported = run_stage(
+        Output(work / "notes", "export-served-notes", shaped), lambda output: _export(served.table, output)
+    )
+    inputs = [INPUTS[column] for column in LiveTable(served.table).columns]
+
+    def embed(output: Path) -> dict[str, Any]:
+        connect(settings.ray)
+        return embed_notes(model, work / "notes" / "notes.parquet", output, settings.embed, inputs=inputs)
+
+    how = {"embed": outputs.shaping(settings.embed), "inputs": inputs}
+    sources = {"notes": str(exported["version"]), "model": files_fingerprint(str(model))}
+    run_stage(Output(work / "embeddings", "embed-served-notes", how, sources), embed)
+    return table_info(work / "embeddings.lance").model_fingerprint, exported["seq"]
+
+
+def _export(path: Path, output: Path) -> dict[str, Any]:
+    """The notes of a live table, as bulk embedding reads them.
+
+    Those of one version, each as it is when it is read, for a version does not outlive a clean-up. What has changed
+    since is carried over later.
+    """
+    import pyarrow.parquet as pq
+
+    table = LiveTable(path)
+    seq, version = table.last_seq(), table.version
+    ids = table.dataset.to_table(columns=["note_id"], filter="NOT deleted")["note_id"].to_pylist()
+    notes = 0
+    with pq.ParquetWriter(output / "notes.parquet", NOTE_SCHEMA) as writer:
+        for start in range(0, len(ids), _ROWS_AT_ONCE):
+            part = ids[start : start + _ROWS_AT_ONCE]
+            stored = newest_if_gone(table, partial(LiveTable.notes, note_ids=part))
+            found = [one for one in stored if one is not None]
+            rows = pa.Table.from_pylist([one._asdict() for one in found], schema=NOTE_SCHEMA)
+            writer.write_table(rows, row_group_size=_ROWS_AT_ONCE)
+            notes += len(found)
+    if not notes:
+        raise DataError(f"{path} holds no notes: there is nothing to embed")
+    return {"notes": notes, "seq": seq, "version": version}
+
+
+def _fill(
+    directory: Path, served: current.Served, model: Path, work: Path, fingerprint: str, seq: int
+) -> tuple[current.Served, int]:
+    """The new table and a copy of its model beside it, named in NEXT; and how many notes have no vector."""
+    kept = current.keep_model(directory, model, fingerprint)
+    table = directory / f"live-{fingerprint}.lance"
+    if manifests(table):  # of a swap that was stopped, or of one to another model and now back
+        LiveStore.open(table).close()  # nobody writes it
+        shutil.rmtree(table)
+    seeded = seed_from_bulk(work / "notes" / "notes.parquet", work / "embeddings.lance", table, seq=seq)
+    if seeded.without_vector:
+        reasons = "; ".join(first_reasons(work / "embeddings"))
+        log.warning("%d note(s) have no vector of the new model and are left out: %s", seeded.without_vector, reasons)
+    if current.current(directory).table != served.table:
+        raise OutputError(f"{served.table} is served no more: run this again")
+    current.set_upcoming(directory, table, kept, served.table.name, seq)
+    following = current.upcoming(directory)
+    assert following is not None
+    return following, seeded.without_vector
+
+
+def _take_over(settings: Settings, directory: Path, following: current.Served) -> None:
+    """Wait until the service's writer has done it, or do it, where no service runs.
+
+    Raises:
+        OutputError: the service does not.
+    """
+    if _nobody_writes(directory / following.source):
+        asyncio.run(_serve_next(directory, following, settings))
+        return
+    until, said = time.monotonic() + settings.serve.ready_seconds, 0.0
+    while current.current(directory).table != following.table:
+        if time.monotonic() > until:
+            raise OutputError(
+                f"the service has not taken {following.table.name} over within serve.ready_seconds="
+                f"{settings.serve.ready_seconds:g} ({current.told(directory) or 'it does not say why'}), and goes on "
+                f"trying. Run this again to wait on, or remove {directory / current.NEXT} to give it up"
+            )
+        if time.monotonic() > said + _SECONDS_BETWEEN_LINES:
+            said = time.monotonic()
+            reason = current.told(directory)
+            log.info(
+                "swap-embedder: waiting for the running service to take %s over%s",
+                following.table.name,
+                reason and f": {reason}",
+            )
+        time.sleep(0.5)
+
+
+def _nobody_writes(table: Path) -> bool:
+    """Whether no service holds the table, for longer than one takes to restart its writer."""
+    until = time.monotonic() + _RESTART_SECONDS
+    while time.monotonic() < until:
+        try:
+            WriterLock(table).release()
+        except OutputError:
+            return False
+        time.sleep(0.5)
+    return True
+
+
+async def _serve_next(directory: Path, following: current.Served, settings: Settings) -> None:
+    """What the service's writer does, where there is none."""
+    model: list[LoadedModel] = []
+
+    async def encode(notes: Sequence[Note], columns: Sequence[str], fingerprint: str) -> Vectors:
+        return await model[0].encode(notes, columns)
+
+    successor = Successor(following, encode)
+    with successor.store:
+        source = directory / following.source
+        if (await successor.missed(LiveTable(source))).notes:  # loaded before the table is taken
+            assert following.model is not None
+            workers = Workers(settings.serve.encode, Figures("swap-embedder"))
+            model.append(LoadedModel(following.model, "cpu", workers))
+            if model[0].fingerprint != successor.store.model_fingerprint:
+                raise ModelError(
+                    f"{following.model} is {model[0].fingerprint} on this machine, and {following.table.name} holds "
+                    f"vectors of {successor.store.model_fingerprint}: have a running service take it over"
+                )
+            await successor.catch_up(LiveTable(source))
+        with LiveStore.open(source) as store:
+            if current.current(directory).table != source or (await successor.missed(store.table)).notes:
+                raise OutputError(f"{source} was written meanwhile: run this again")
+            successor.store.skip_to(store.seq)
+            current.set_current(directory, following.table, following.model)
+            current.forget_upcoming(directory)

@@ -1,0 +1,184 @@
+"""The online service wired together: settings to a plan, engines from ``infer`` to deployments of ``serve``.
+
+``build_app`` is what `serve run serve_configs/local_cpu.yaml` names. This module must not postpone the evaluation of
+its annotations: Ray would hand the builder a plain dict instead of ServeArguments, and a misspelt key would pass
+unseen.
+"""
+
+import functools
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field
+
+from notellm2_ray.core.config import Frozen
+from notellm2_ray.core.errors import ConfigError, OutputError
+from notellm2_ray.core.settings import Settings
+from notellm2_ray.live.current import current
+from notellm2_ray.live.durability import manifests
+from notellm2_ray.pipeline import ranking_outputs
+from notellm2_ray.pipeline import recall_outputs as outputs
+from notellm2_ray.serve.plan import Plan
+
+
+class ServeArguments(Frozen):
+    """What a Serve configuration file says of the application: the same as the command line's options."""
+
+    preset: str | None = Field(None, description="starting point, as --preset")
+    config: str | None = Field(None, description="YAML file of settings, as --config")
+    overrides: tuple[str, ...] = Field((), description="settings as key=value, as on the command line")
+
+
+def build_app(args: ServeArguments) -> Any:
+    """The application of a Serve configuration file.
+
+    Raises:
+        ConfigError: a setting is unknown or wrong.
+        OutputError: the embedder or its vectors are not there yet.
+    """
+    from notellm2_ray.presets import load_settings
+    from notellm2_ray.serve.app import compose
+    from notellm2_ray.serve.launch import check_safe
+
+    plan = make_plan(load_settings(args.config, args.preset, args.overrides))
+    check_safe(plan)
+    return compose(plan)
+
+
+def serve_forever(settings: Settings) -> None:
+    """`notellm2 serve`: run until SIGTERM or Ctrl-C."""
+    from notellm2_ray.core.cluster import connect
+    from notellm2_ray.core.settings import RaySettings
+    from notellm2_ray.serve import launch
+
+    plan = make_plan(settings)
+    # Logical CPUs: all deployments, and Serve's own actors, must find room on a laptop's two cores.
+    needed = int(_cpus(plan)) + 2
+    ray = RaySettings(num_cpus=max(settings.ray.num_cpus, needed), object_store_gb=settings.ray.object_store_gb)
+    launch.serve_forever(plan, functools.partial(connect, ray))
+
+
+def create_key(settings: Settings, name: str, scopes: Sequence[str]) -> str:
+    """`notellm2 keys create NAME --scope read`: the key, which cannot be shown again."""
+    from notellm2_ray.serve.keys import create_key as create
+
+    return create(_keys_file(settings), name, scopes)
+
+
+def revoke_key(settings: Settings, name: str) -> None:
+    """`notellm2 keys revoke NAME`."""
+    from notellm2_ray.serve.keys import revoke_key as revoke
+
+    revoke(_keys_file(settings), name)
+
+
+def make_plan(settings: Settings) -> Plan:
+    """What the deployments are told, of these settings and of what the workspace holds.
+
+    Raises:
+        ConfigError: see :func:`_engines`.
+        OutputError: the embedder is not trained or the notes are not embedded; a ranker is asked for that is not there.
+    """
+    workspace, directory = outputs.workspace_of(settings), _directory(settings)
+    model = workspace / "embedders" / settings.embedder_name / "model"
+    embeddings = outputs.embedding_table(settings, "all")
+    served = current(directory)
+    if served.model is not None and not served.model.is_dir():
+        raise OutputError(f"{served.model} is not there, whose vectors {served.table} holds: restore it from a copy")
+    if served.model is None and not model.is_dir():
+        raise OutputError(f"{model} is not there: run train-embedder (or `notellm2 run`) first")
+    # Not whether the directory is there: making a key makes it.
+    if not embeddings.exists() and not manifests(served.table):
+        raise OutputError(f"{embeddings} is not there: run embed-notes first")
+    return Plan(
+        directory=directory,
+        model=served.model or model,
+        notes=Path(settings.embed.notes) if settings.embed.notes else workspace / "prepared" / "notes",
+        embeddings=embeddings,
+        serve=settings.serve,
+        index=settings.index,
+        ranker=settings.ranker,
+        seed=settings.seed,
+        block_size=settings.sequences.block_size,
+        actions=settings.sequences.actions,
+        session_gap_minutes=_session_gap(settings),
+        events=workspace / "prepared" / "events",
+        saved_index=_if_there(workspace / "index" / settings.embedder_name, "index.json"),
+        sequences=_if_there(workspace / "sequences", "blocks.parquet"),
+        preferences=_if_there(_preferences_of(settings), "preferences.parquet"),
+        summaries=_summaries(settings),
+        **_engines(settings),
+    )
+
+
+def _engines(settings: Settings) -> dict[str, Any]:
+    """Factories of the engines that ``serve.preferences`` and ``serve.ranker`` ask for.
+
+    Raises:
+        ConfigError: preferences of a variant that cannot be advanced.
+        OutputError: the ranker is not trained yet.
+    """
+    from notellm2_ray.infer.engine import engine_environment
+    from notellm2_ray.online.engines import preference_writer, yes_no_scorer
+
+    found: dict[str, Any] = {}
+    if settings.serve.preferences is not None:
+        if settings.preferences.variant == "direct":
+            raise ConfigError(
+                "preferences.variant=direct asks the model for a whole history at once, but serve.preferences advances "
+                "a taste block by block: set preferences.variant to recurrent or no_image_summary, or leave "
+                "serve.preferences null"
+            )
+        model = ranking_outputs.ranking_model(settings, settings.preferences.model)
+        found["preference_engine"] = functools.partial(preference_writer, model, settings)
+    if settings.serve.ranker is not None:
+        name = settings.serve.ranker_model or _ranker_model(settings)
+        found["ranker_engine"] = functools.partial(yes_no_scorer, str(name), settings)
+    if found:
+        found["environment"] = engine_environment(settings.generation)
+    return found
+
+
+def _ranker_model(settings: Settings) -> Path:
+    path = outputs.workspace_of(settings) / "rankers" / ranking_outputs.ranker_name(settings) / "model"
+    if not path.is_dir():
+        raise OutputError(
+            f"{path} is not there: run train-ranker, name another with serve.ranker_model, or leave serve.ranker null"
+        )
+    return path
+
+
+def _preferences_of(settings: Settings) -> Path:
+    variant = ranking_outputs.PREFERENCES[settings.ranker.variant] or settings.preferences.variant
+    return outputs.workspace_of(settings) / "preferences" / variant
+
+
+def _summaries(settings: Settings) -> Path | None:
+    directory = outputs.workspace_of(settings) / "image_summaries"
+    there = _if_there(directory, "summaries.parquet")
+    return None if there is None else there / "summaries.parquet"
+
+
+def _if_there(directory: Path, name: str) -> Path | None:
+    return directory if (directory / name).is_file() else None
+
+
+def _session_gap(settings: Settings) -> float | None:
+    return settings.sequences.session_gap_minutes if settings.sequences.blocks_by == "session" else None
+
+
+def _directory(settings: Settings) -> Path:
+    return outputs.workspace_of(settings) / "serving"
+
+
+def _keys_file(settings: Settings) -> Path:
+    return settings.serve.keys_file or _directory(settings) / "keys.json"
+
+
+def _cpus(plan: Plan) -> float:
+    """CPUs that all replicas reserve together, autoscaled ones included."""
+    serve = plan.serve
+    scaled = [serve.gateway, serve.encoder]
+    scaled += [one for one in (serve.preferences, serve.ranker) if one is not None]
+    return serve.writer_cpus + serve.users_cpus + sum(one.cpus * one.most_replicas for one in scaled)

@@ -1,0 +1,1 @@
+"""The stages, what each needs, and where its output lies."""

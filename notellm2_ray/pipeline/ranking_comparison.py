@@ -1,0 +1,207 @@
+"""Every ranker, control and baseline on the same candidates, and the report of it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+
+from notellm2_ray.core.config import to_plain
+from notellm2_ray.core.run import write_atomically
+from notellm2_ray.core.schema import Note, iter_notes
+from notellm2_ray.core.settings import Settings
+from notellm2_ray.core.settings.ranking import ProtocolName
+from notellm2_ray.pipeline.ranking_outputs import PREFERENCES, Scored, preferences_directory
+from notellm2_ray.pipeline.recall_outputs import model_paths
+
+if TYPE_CHECKING:
+    from notellm2_ray.baselines.ranking.rows import Baselines, Protocol
+    from notellm2_ray.evaluate.ranking.results import Kind, MethodScores
+
+CONTROL_NAMES = {"shuffled_image": "shuffled image", "other_preference": "another user's preference"}
+_UNTUNED = ("untuned", "untuned_text")
+
+
+def compare_ranking(settings: Settings, workspace: Path, scores: Mapping[Scored, Path], output: Path) -> dict[str, Any]:
+    """All figures of all methods under every protocol, written as results.json, table.txt and the report.
+
+    Args:
+        settings: those of the run; ``ranking`` says which baselines, cutoffs and seeds.
+        workspace: where sequences/, prepared/, image_summaries/, preferences/ and rankers/ lie.
+        scores: the tables of scores (SCORE_SCHEMA) of rankers, controls and untuned models.
+        output: an existing directory.
+
+    Returns:
+        counts for the manifest, and each ranker's AUC. results.json holds ``{"protocols": {name: results of
+        evaluate_protocol}, "remarks": [...]}``.
+
+    Raises:
+        DataError: scores or sequences do not belong together; ModelError: a baseline's weights are not there.
+    """
+    from notellm2_ray.baselines.ranking.rows import Baselines, read_protocol
+    from notellm2_ray.evaluate.ranking.results import evaluate_protocol
+    from notellm2_ray.evaluate.ranking.tables import printed
+
+    llm, vision = model_paths(settings)
+    protocols = {name: read_protocol(workspace / "sequences", name) for name in settings.candidates.protocols}
+    baselines = Baselines(settings, workspace, protocols.values(), llm=llm, vision=vision)
+    results: dict[str, Any] = {"protocols": {}, "remarks": _remarks(settings, llm, vision)}
+    methods = {}
+    for name, protocol in protocols.items():
+        methods[name] = list(_methods(settings, baselines, protocol, scores))
+        results["protocols"][name] = evaluate_protocol(protocol.task, methods[name], settings.ranking, settings.seed)
+    write_atomically(output / "results.json", json.dumps(results, indent=1))
+    write_atomically(output / "table.txt", printed(results))
+    _report(settings, workspace, protocols, methods, results, output)
+    return _brief(results)
+
+
+def _brief(results: Mapping[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for name, one in results["protocols"].items():
+        found |= {f"{name}_targets": one["examples"]["all"], f"{name}_rows": len(one["rows"])}
+        rankers = [row for row in one["rows"] if row["kind"] == "ranker"]
+        found |= {f"{name}_auc_{row['method']}": row["figures"]["all"]["auc"]["mean"] for row in rankers}
+    return found
+
+
+def _methods(
+    settings: Settings, baselines: Baselines, protocol: Protocol, scores: Mapping[Scored, Path]
+) -> Iterable[MethodScores]:
+    """Rows in the tables' order: baselines as the settings name them, rankers, controls."""
+    from notellm2_ray.evaluate.ranking.results import MethodScores
+
+    tables = _by_method(protocol, scores)
+    for name in settings.ranking.baselines:
+        if name not in _UNTUNED:
+            yield MethodScores(name, "baseline", baselines.scores(name, protocol))
+        elif name in tables:
+            yield tables.pop(name)
+    yield from sorted(tables.values(), key=lambda method: method.kind == "control")
+
+
+def _by_method(protocol: Protocol, scores: Mapping[Scored, Path]) -> dict[str, MethodScores]:
+    """The tables of a protocol, those of one method and different seeds together."""
+    from notellm2_ray.evaluate.ranking.results import MethodScores
+
+    found: dict[str, tuple[Kind, dict[int | None, np.ndarray]]] = {}
+    for table, path in scores.items():
+        if table.protocol != protocol.task.protocol:
+            continue
+        name, kind = row_name(table)
+        values = protocol.task.align(pq.read_table(path), f"scores of {name} ({path})")
+        found.setdefault(name, (kind, {}))[1][table.seed] = values
+    return {name: MethodScores(name, kind, seeds) for name, (kind, seeds) in found.items()}
+
+
+def row_name(table: Scored) -> tuple[str, Kind]:
+    """A table's name in the results, and what kind of row it is."""
+    if table.control is not None:
+        return f"{table.method}, {CONTROL_NAMES[table.control]}", "control"
+    return table.method, "untuned" if table.seed is None else "ranker"
+
+
+def _remarks(settings: Settings, llm: str, vision: str) -> list[str]:
+    remarks = [
+        "Cold and warm are by what may be known of a target's clicks. Sequential baselines are trained on the training "
+        "users' sequences and on what came before other users' targets, and stop by their AUC on validation targets; "
+        "a note that they never saw scores as one class that was never a target."
+    ]
+    if "gru4rec_image" in settings.ranking.baselines:
+        remarks.append(f"gru4rec_image: pooled vectors of {settings.ranking.image_tower or vision}.")
+    if "gru4rec_summary" in settings.ranking.baselines:
+        remarks.append(f"gru4rec_summary: mean of the last states of {llm} over the image summary.")
+    return remarks
+
+
+def _report(
+    settings: Settings,
+    workspace: Path,
+    protocols: Mapping[ProtocolName, Protocol],
+    methods: Mapping[ProtocolName, Sequence[MethodScores]],
+    results: Mapping[str, Any],
+    output: Path,
+) -> None:
+    from notellm2_ray.baselines.ranking.rows import read_statistics
+    from notellm2_ray.evaluate.ranking.report import write_ranking_report
+
+    write_ranking_report(
+        output,
+        results=results,
+        statistics=read_statistics(workspace),
+        histories=_histories(workspace, settings),
+        samples=_samples(settings, workspace, protocols, methods),
+        settings=to_plain(settings),
+        sweeps=_sweeps(workspace),
+    )
+
+
+def _samples(
+    settings: Settings,
+    workspace: Path,
+    protocols: Mapping[ProtocolName, Protocol],
+    methods: Mapping[ProtocolName, Sequence[MethodScores]],
+) -> list[dict[str, Any]]:
+    """Users of the first protocol, as the first ranker ranks their candidates with its first seed."""
+    from notellm2_ray.baselines.ranking.rows import read_summaries
+    from notellm2_ray.evaluate.ranking.samples import sample_users
+
+    name, protocol = next(iter(protocols.items()))
+    shown = next((method for method in methods[name] if method.kind == "ranker"), None)
+    if shown is None or not settings.ranking.sample_users:
+        return []
+    blocks = "published_blocks.parquet" if name == "published" else "blocks.parquet"
+    return sample_users(
+        protocol.task,
+        next(iter(shown.scores.values())),
+        protocol.examples,
+        pq.read_table(workspace / "sequences" / blocks),
+        get_notes=lambda ids: _notes(workspace, ids),
+        summaries=read_summaries(workspace),
+        preferences=_preferences(settings, shown.method, name),
+        method=shown.method,
+        count=settings.ranking.sample_users,
+        seed=settings.seed,
+    )
+
+
+def _notes(workspace: Path, ids: Sequence[str]) -> dict[str, Note]:
+    table = ds.dataset(workspace / "prepared" / "notes").to_table(filter=ds.field("note_id").isin(list(ids)))
+    return {note.note_id: note for note in iter_notes(table)}
+
+
+def _preferences(settings: Settings, ranker: str, protocol: str) -> dict[tuple[str, int], str]:
+    """(user, block) to preference; empty for a ranker that reads none."""
+    variant = next((kind for name, kind in PREFERENCES.items() if name == ranker), None)
+    if variant is None:
+        return {}
+    # the published protocol's histories differ, and so do the preferences after them
+    history = "published" if protocol == "published" else ""
+    path = preferences_directory(settings, variant, history) / "preferences.parquet"
+    if not path.is_file():
+        return {}
+    table = pq.read_table(path, columns=["user_id", "block", "preference"])
+    return {(row["user_id"], row["block"]): row["preference"] for row in table.to_pylist()}
+
+
+def _histories(workspace: Path, settings: Settings) -> dict[str, list[dict[str, Any]]]:
+    """The logged steps of every ranker that has any."""
+    found = {}
+    for variant in settings.ranking.rankers:
+        for seed in settings.ranking.seeds:
+            path = workspace / "rankers" / f"{variant}-seed{seed}" / "history.jsonl"
+            if path.is_file():
+                lines = path.read_text(encoding="utf-8").splitlines()
+                found[f"{variant}-seed{seed}"] = [json.loads(line) for line in lines]
+    return found
+
+
+def _sweeps(workspace: Path) -> list[dict[str, Any]]:
+    """What `notellm2 sweep` found in this workspace."""
+    paths = sorted((workspace / "sweeps").glob("*/sweep.json"))
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]

@@ -1,0 +1,274 @@
+"""The recommender's stages in order, as :mod:`notellm2_ray.pipeline.recall_stages` has those of recall."""
+
+from __future__ import annotations
+
+import json
+from collections import defaultdict
+from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+
+from notellm2_ray.core.cluster import connect
+from notellm2_ray.core.errors import OutputError
+from notellm2_ray.core.settings import Settings
+from notellm2_ray.core.settings.ranking import RankerVariant
+from notellm2_ray.pipeline import ranking_outputs as outputs
+from notellm2_ray.pipeline.recall_outputs import workspace_of
+from notellm2_ray.pipeline.stage import run_stage, run_together
+
+SPLITS = ("train", "valid", "test")
+
+
+def make_sequences(settings: Settings) -> dict[str, Any]:
+    """Events to histories, blocks, targets and their candidates."""
+    from notellm2_ray.data.sequences.protocol import make_sequences as work
+
+    def run(output: Path) -> dict[str, Any]:
+        connect(settings.ray)
+        prepared = workspace_of(settings) / "prepared"
+        return work(prepared, output, settings.sequences, settings.candidates, settings.seed)
+
+    return run_stage(outputs.sequences(settings), run)
+
+
+def build_tiny_mllm(settings: Settings) -> dict[str, Any]:
+    """Train the tiny multimodal LLM on drawings and texts, if the settings name it."""
+    if not outputs.uses_tiny_mllm(settings):
+        return {}
+    from notellm2_ray.lessons.tastes import lessons
+    from notellm2_ray.models.tiny.mllm import train_tiny_mllm
+
+    def run(output: Path) -> dict[str, Any]:
+        texts = _texts(workspace_of(settings) / "prepared" / "notes")
+        return train_tiny_mllm(lessons(settings), texts, settings.tiny, output, settings.seed)
+
+    return run_stage(outputs.tiny_mllm(settings), run)
+
+
+def _texts(notes: Path) -> Iterator[str]:
+    """The texts of all notes; whom they please stays unknown."""
+    import pyarrow.dataset as ds
+
+    from notellm2_ray.baselines.recall.bm25 import note_text
+    from notellm2_ray.core.schema import Note, iter_notes
+
+    columns = {name: ds.field(name) for name in Note._fields if name != "image"}
+    for batch in ds.dataset(notes).to_batches(columns={**columns, "image": ds.scalar(None)}):
+        yield from map(note_text, iter_notes(batch))
+
+
+def summarize_images(settings: Settings) -> dict[str, Any]:
+    """Every note's image to a text."""
+    from notellm2_ray.infer.summaries import summarize_images as work
+
+    def run(output: Path) -> dict[str, Any]:
+        connect(settings.ray)
+        return work(
+            outputs.ranking_model(settings, settings.summaries.model),
+            workspace_of(settings) / "prepared" / "notes",
+            output,
+            settings.summaries,
+            settings.generation,
+            settings.ranker.prompt_language,
+        )
+
+    return run_stage(outputs.image_summaries(settings), run)
+
+
+def summarize_preferences(settings: Settings) -> dict[str, Any]:
+    """Blocks of history to tastes in words, for ``preferences.variant``."""
+    return {history or "own": _summarize(settings, history) for history in outputs.preference_histories(settings)}
+
+
+def _summarize(settings: Settings, history: str) -> dict[str, Any]:
+    from notellm2_ray.infer.preferences import summarize_preferences as work
+
+    workspace = workspace_of(settings)
+    blocks = "published_blocks.parquet" if history else "blocks.parquet"
+    with_images = settings.preferences.variant != "no_image_summary"
+
+    def run(output: Path) -> dict[str, Any]:
+        connect(settings.ray)
+        return work(
+            outputs.ranking_model(settings, settings.preferences.model),
+            workspace / "sequences" / blocks,
+            workspace / "prepared" / "notes",
+            workspace / "image_summaries" / "summaries.parquet" if with_images else None,
+            output,
+            settings.preferences,
+            settings.generation,
+            settings.ranker.prompt_language,
+            seed=settings.seed,
+            needed=_needed(workspace / "sequences", history, output)
+            if settings.preferences.variant == "direct"
+            else None,
+            # Apart from the output, so that a history that grew by a block costs one call.
+            logs=workspace / "preference_logs" / output.name,
+        )
+
+    return run_stage(outputs.preferences(settings, history), run)
+
+
+def _needed(sequences: Path, history: str, output: Path) -> Path:
+    """The (user_id, block) that any example is about."""
+    import pyarrow.parquet as pq
+
+    parts = (history,) if history else SPLITS
+    tables = [pq.read_table(sequences / f"{part}.parquet", columns=["user_id", "block"]) for part in parts]
+    path = output / "needed.parquet"
+    pq.write_table(pa.concat_tables(tables).group_by(["user_id", "block"]).aggregate([]), path)
+    return path
+
+
+def train_ranker(settings: Settings) -> dict[str, Any]:
+    """Examples to a tuned recommender."""
+    from notellm2_ray.train.sft import train_ranker as work
+
+    kind = outputs.PREFERENCES[settings.ranker.variant]
+    if kind is not None and not outputs.preferences(outputs.for_preferences(settings, kind)).complete:
+        raise OutputError(
+            f"preferences ({kind}) are not written with these settings: run summarize-preferences, or "
+            "`notellm2 run-ranking` for all of it"
+        )
+
+    def run(output: Path) -> dict[str, Any]:
+        connect(settings.ray)
+        return work(
+            settings.ranker,
+            settings.tune,
+            model_path=outputs.ranking_model(settings, settings.ranker.model),
+            sequences=workspace_of(settings) / "sequences",
+            notes=workspace_of(settings) / "prepared" / "notes",
+            preferences=_preferences(settings, settings.ranker.variant),
+            output=output,
+        )
+
+    return run_stage(outputs.ranker(settings), run)
+
+
+def _preferences(settings: Settings, variant: RankerVariant, history: str = "") -> Path | None:
+    kind = outputs.PREFERENCES[variant]
+    if kind is None:
+        return None
+    return outputs.preferences_directory(settings, kind, history) / "preferences.parquet"
+
+
+def score_candidates(settings: Settings) -> dict[str, Any]:
+    """P(yes) of every compared model for every candidate; each model's engine is started once."""
+    by_model: dict[str, list[outputs.Scored]] = defaultdict(list)
+    for table in outputs.scored(settings):
+        if (
+            table.seed is not None
+            and not outputs.ranker(outputs.for_ranker(settings, table.ranker, table.seed)).complete
+        ):
+            raise OutputError(
+                f"ranker {table.ranker}-seed{table.seed} is not tuned with these settings: run train-ranker, or "
+                "`notellm2 run-ranking` for all of them"
+            )
+        by_model[_scoring_model(settings, table)].append(table)
+    counts: dict[str, Any] = {}
+    for model, tables in by_model.items():
+        found = run_together(
+            [outputs.scores(settings, table) for table in tables], partial(_score, settings, model, tables)
+        )
+        counts |= {f"{table.name}/{table.protocol}": one for table, one in zip(tables, found, strict=True)}
+    return counts
+
+
+def _scoring_model(settings: Settings, table: outputs.Scored) -> str:
+    if table.seed is None:
+        return outputs.ranking_model(settings, settings.ranker.model)
+    return str(workspace_of(settings) / "rankers" / f"{table.ranker}-seed{table.seed}" / "model")
+
+
+def _score(
+    settings: Settings, model: str, tables: Sequence[outputs.Scored], todo: Sequence[int], directories: Sequence[Path]
+) -> list[dict[str, Any]]:
+    from notellm2_ray.infer.score import ScoreTable
+    from notellm2_ray.infer.score import score_candidates as work
+    from notellm2_ray.infer.score_questions import Controls
+
+    connect(settings.ray)
+    workspace = workspace_of(settings)
+    asked = []
+    for number, directory in zip(todo, directories, strict=True):
+        table = tables[number]
+        asked.append(
+            ScoreTable(
+                settings.ranker.model_copy(update={"variant": table.ranker}),
+                workspace / "sequences" / f"{table.history or 'test'}.parquet",
+                workspace / "sequences" / "candidates" / f"{table.protocol}.parquet",
+                _preferences(settings, table.ranker, table.history),
+                directory,
+                Controls(table.control == "shuffled_image", table.control == "other_preference", settings.seed),
+            )
+        )
+    return work(model, settings.generation, workspace / "prepared" / "notes", asked)
+
+
+def eval_ranking(settings: Settings) -> dict[str, Any]:
+    """AUC, HR, MRR and NDCG of all rankers and baselines; prints the tables and writes the report."""
+    from notellm2_ray.evaluate.front_page import write_front_page
+    from notellm2_ray.pipeline.ranking_comparison import compare_ranking
+
+    tables = outputs.scored(settings)
+    missing = [f"{table.name}/{table.protocol}" for table in tables if not outputs.scores(settings, table).complete]
+    if missing:
+        raise OutputError(
+            f"candidates are not scored with these settings by {', '.join(missing)}: run score-candidates, or "
+            "`notellm2 run-ranking` for all of it"
+        )
+    paths = {table: outputs.scores(settings, table).directory / "scores.parquet" for table in tables}
+    counts = run_stage(
+        outputs.ranking_evaluation(settings),
+        lambda output: compare_ranking(settings, workspace_of(settings), paths, output),
+    )
+    report = workspace_of(settings) / "report"
+    print((report / "ranking" / "table.txt").read_text(encoding="utf-8"))
+    write_front_page(report)
+    print(f"report: {report / 'index.html'}")
+    return counts
+
+
+def sweep(settings: Settings) -> None:
+    """How the first ranker's figures change with ``ranking.sweep``; a plot joins the report."""
+    from notellm2_ray.pipeline.sweep import SWEEPS, run_sweep
+
+    connect(settings.ray)
+    build_tiny_mllm(settings)
+    if outputs.needs_image_summaries(settings):
+        summarize_images(settings)
+    found = run_sweep(SWEEPS[settings.ranking.sweep], partial(_trial, settings), workspace_of(settings))
+    for point in found["points"]:
+        figures = ", ".join(f"{name} {value:.3f}" for name, value in point["metrics"].items())
+        print(f"{found['parameter']} = {point['value']}: {figures or point['error']}")
+
+
+def _trial(settings: Settings, overrides: Mapping[str, int], home: Path) -> dict[str, float]:
+    from notellm2_ray.core.config import apply_overrides, build, to_plain
+    from notellm2_ray.pipeline.sweep import figures_of
+
+    first = settings.ranking.rankers[0]
+    fixed = [f"workspace={home}", f"ranking.rankers=[{first}]", "ranking.controls=[]", "ranking.baselines=[random]"]
+    changed = [*fixed, *(f"{name}={value}" for name, value in overrides.items())]
+    trial: Settings = build(Settings, apply_overrides(to_plain(settings), changed))
+    run_ranking(trial)
+    results = json.loads((home / "report" / "ranking" / "results.json").read_text(encoding="utf-8"))
+    return figures_of(results, first)
+
+
+def run_ranking(settings: Settings) -> None:
+    """Everything from prepared notes and events to the ranking tables."""
+    make_sequences(settings)
+    build_tiny_mllm(settings)
+    if outputs.needs_image_summaries(settings):
+        summarize_images(settings)
+    for variant in outputs.preference_variants(settings):
+        summarize_preferences(outputs.for_preferences(settings, variant))
+    for each in outputs.rankers(settings):
+        train_ranker(each)
+    score_candidates(settings)
+    eval_ranking(settings)

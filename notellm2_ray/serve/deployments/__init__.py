@@ -1,0 +1,1 @@
+"""The deployments of the Ray Serve application."""

@@ -1,0 +1,168 @@
+"""The deployment that turns notes into vectors."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import sys
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from notellm2_ray.core.errors import ModelError
+from notellm2_ray.core.memory import keep_freed_memory
+from notellm2_ray.core.schema import Note
+from notellm2_ray.live.current import current, upcoming
+from notellm2_ray.serve.deployments.loaded_model import LoadedModel, Vectors, Workers
+from notellm2_ray.serve.figures import Family, Figures
+from notellm2_ray.serve.plan import Plan, replica_options
+
+log = logging.getLogger("notellm2_ray.serve")
+
+_SWITCH_SECONDS = 2e-4  # as in bulk embedding: a thread that keeps the interpreter longer starves a small model
+_KEPT_SECONDS = 60.0  # a model that is served no more, after it was asked for last
+_RETRY_SECONDS = 30.0  # after a model could not be loaded
+_MOST_FAILURES = 3
+_LOOK_SECONDS = 1.0
+_NOTICE_SECONDS = 0.5
+
+
+class Encoder:
+    """One replica of the deployment.
+
+    It holds the model that is served. While another one is to take its place it holds both, and a call says by
+    fingerprint whose vectors it wants; the old one goes when it has not been asked for a minute.
+    """
+
+    def __init__(self, plan: Plan) -> None:
+        import torch
+
+        torch.set_num_threads(max(1, int(plan.serve.encoder.cpus)))
+        keep_freed_memory()
+        sys.setswitchinterval(_SWITCH_SECONDS)
+        self.plan, self.device = plan, "cuda" if plan.serve.encoder.gpus else "cpu"
+        self.figures = Figures(f"encoder-{_replica()}")
+        self.workers = Workers(plan.serve.encode, self.figures)
+        self.models = [self._load(self._served())]
+        self.loading: Path | None = None
+        self._failed: dict[Path, tuple[int, float]] = {}  # how often loading failed, and when last (monotonic)
+        self._look_now, self._looking = threading.Event(), threading.Lock()
+        threading.Thread(target=self._keep_looking, name="models", daemon=True).start()
+
+    async def encode(self, notes: Sequence[Note], columns: Sequence[str], fingerprint: str) -> Vectors:
+        """Vectors of N notes; where the model is being loaded, once it is.
+
+        Args:
+            notes: to be encoded.
+            columns: which of ``embedding``, ``embedding_image``, ``embedding_text``.
+            fingerprint: of the model.
+
+        Raises:
+            OverloadedError: the notes in hand take as long as anybody should wait.
+            ModelError: this replica does not have that model.
+        """
+        model = self._model(fingerprint)
+        if model is None:
+            self._look_now.set()
+            await asyncio.sleep(_NOTICE_SECONDS)
+            while (model := self._model(fingerprint)) is None and self.loading is not None:
+                await asyncio.sleep(0.05)
+        if model is None:
+            there = ", ".join(one.fingerprint for one in self.models)
+            raise ModelError(f"the encoder runs another model ({there}) than {fingerprint}, which is asked for")
+        return await model.encode(notes, columns)
+
+    def describe(self, needed: str) -> dict[str, Any]:
+        """What this replica runs.
+
+        Args:
+            needed: fingerprint of the model that the caller needs, which is kept for a while longer.
+        """
+        model = self._model(needed)
+        if model is not None:
+            model.used = time.monotonic()
+        models = [{"path": str(one.path), "fingerprint": one.fingerprint, "files": one.files} for one in self.models]
+        return {"models": models}
+
+    def report(self) -> list[Family]:
+        """This replica's figures."""
+        return self.figures.snapshot()
+
+    def _model(self, fingerprint: str) -> LoadedModel | None:
+        return next((one for one in self.models if one.fingerprint == fingerprint), None)
+
+    def _served(self) -> Path:
+        return current(self.plan.directory).model or self.plan.model
+
+    def _load(self, path: Path) -> LoadedModel:
+        return LoadedModel(path, self.device, self.workers)
+
+    def _keep_looking(self) -> None:
+        while True:
+            self._look_now.wait(_LOOK_SECONDS)
+            self._look_now.clear()
+            try:
+                with self._looking:
+                    self._look()
+            except Exception:  # of any kind, as a damaged CURRENT: the models that are there go on
+                log.exception("what is to be served cannot be told; it is tried again")
+
+    def _look(self) -> None:
+        """Load what is to be served, drop what is no more."""
+        following = upcoming(self.plan.directory)  # before CURRENT, which takes its place
+        wanted = [self._served()] + ([following.model] if following is not None and following.model else [])
+        late = time.monotonic() - _KEPT_SECONDS
+        for one in self.models:
+            own_copy = next((path for path in wanted if path.name == one.fingerprint), None)
+            one.path = own_copy or one.path  # the same model, wherever it was loaded from
+            if one.path in wanted:
+                one.wanted = time.monotonic()
+        if any(one.path in wanted for one in self.models):  # else the old one is all there is
+            kept = [one for one in self.models if max(one.used, one.wanted) > late or one.path in wanted]
+            if len(kept) < len(self.models):
+                self.models = kept
+                self._free()
+        there = {one.path for one in self.models}
+        for path in wanted:
+            if path not in there and self._may_be_loaded(path):
+                self._add(path)
+
+    def _may_be_loaded(self, path: Path) -> bool:
+        """Not at once after it failed, and not for ever: every attempt may cost the model beside it memory."""
+        times, last = self._failed.get(path, (0, 0.0))
+        return times < _MOST_FAILURES and (not times or time.monotonic() > last + _RETRY_SECONDS)
+
+    def _add(self, path: Path) -> None:
+        self.loading = path
+        try:
+            model = self._load(path)
+            log.info("the model %s is loaded beside %s", model.fingerprint, [one.fingerprint for one in self.models])
+            self.models = [*self.models, model]
+        except Exception:  # of any kind: the model that is there goes on
+            log.exception("the model in %s could not be loaded", path)
+            self._failed[path] = (self._failed.get(path, (0, 0.0))[0] + 1, time.monotonic())
+            self._free()
+        finally:
+            self.loading = None
+
+    def _free(self) -> None:
+        import torch
+
+        if self.device == "cuda":
+            torch.cuda.empty_cache()
+
+
+def _replica() -> str:
+    from ray import serve
+
+    return serve.get_replica_context().replica_id.unique_id
+
+
+def encoder_deployment(plan: Plan) -> Any:
+    """The deployment, not bound yet."""
+    from ray import serve
+
+    options = replica_options(plan.serve.encoder, drain_seconds=plan.serve.drain_seconds)
+    return serve.deployment(Encoder, name="Encoder", **options)

@@ -1,0 +1,188 @@
+"""One embedder in a replica's memory: requests' notes to vectors, in micro-batches."""
+
+from __future__ import annotations
+
+import asyncio
+import copy
+import logging
+import threading
+import time
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.run import files_fingerprint
+from notellm2_ray.core.schema import Note
+from notellm2_ray.core.settings.serve import EncodeSettings
+from notellm2_ray.live.rows import LiveNote
+from notellm2_ray.serve.deployments.micro_batch import MicroBatcher
+from notellm2_ray.serve.deployments.workload import Workload
+from notellm2_ray.serve.figures import Figures
+
+if TYPE_CHECKING:
+    from notellm2_ray.models.embedder.preprocess import NoteFeatures
+
+log = logging.getLogger("notellm2_ray.serve")
+
+_MOST_SECONDS = 10.0  # of notes in hand; serve.encode.timeout_seconds must leave room for them
+
+INPUTS = {"embedding": "multimodal", "embedding_image": "image", "embedding_text": "text"}
+
+Encoded = tuple[np.ndarray, str, int]  # (D,) vector, NaN where there is a problem; the problem; tokens
+
+
+class Vectors(NamedTuple):
+    """What became of a request's notes."""
+
+    columns: dict[str, np.ndarray]  # (N, D) float32 each; rows of notes with a problem are NaN
+    problems: dict[int, str]  # row to why it has no vector
+    tokens: int  # that the notes took
+    fingerprint: str  # of the model
+
+    def live_notes(self, notes: Sequence[Note], created: Mapping[str, datetime | None]) -> list[LiveNote]:
+        """Those of the N notes that have a vector, as they are written.
+
+        Args:
+            created: when each was created, by id.
+        """
+        own, *others = self.columns
+        found = []
+        for row, note in enumerate(notes):
+            if row not in self.problems:
+                further: dict[str, np.ndarray | None] = {name: self.columns[name][row] for name in others}
+                if note.image is None and "embedding_image" in further:
+                    further["embedding_image"] = None  # what the model makes of no image says nothing about one
+                vector = self.columns[own][row]
+                found.append(LiveNote(note.note_id, vector, *note[1:], created[note.note_id], further))
+        return found
+
+
+class Workers:
+    """What the models of a replica share: threads, and the figures of their work.
+
+    One thread runs models, whichever: two at once would only share the device.
+    """
+
+    def __init__(self, settings: EncodeSettings, figures: Figures) -> None:
+        self.settings, self.figures = settings, figures
+        self.preprocess = ThreadPoolExecutor(settings.threads, thread_name_prefix="preprocess")
+        self.model = ThreadPoolExecutor(1, thread_name_prefix="model")
+        self.workload = Workload(_MOST_SECONDS)
+
+
+class LoadedModel:
+    """A model and its micro-batches: prepared in ``encode.threads`` threads, then put through the model in a thread of
+    its own, while the next batch is prepared.
+
+    Attributes:
+        path: its directory.
+        fingerprint: of the model.
+        files: of its files, as they were before it was read.
+        used, wanted: when it was last asked for, and when it was last to be served (``time.monotonic``).
+    """
+
+    def __init__(self, path: Path, device: str, workers: Workers) -> None:
+        from notellm2_ray.models.embedder.encoder import NoteEncoder
+
+        self.path, self.workers, self.settings = path, workers, workers.settings
+        self.files = files_fingerprint(str(path))
+        self.encoder = NoteEncoder.from_pretrained(path, device=device, precision=workers.settings.precision)
+        self.fingerprint = self.encoder.fingerprint
+        self.used = self.wanted = time.monotonic()
+        self._local = threading.local()
+        self._batcher = MicroBatcher(self._batch, most=workers.settings.batch, size=len)
+
+    async def encode(self, notes: Sequence[Note], columns: Sequence[str]) -> Vectors:
+        """Vectors of N notes.
+
+        Args:
+            notes: to be encoded.
+            columns: which of ``embedding``, ``embedding_image``, ``embedding_text``.
+
+        Raises:
+            OverloadedError: the notes in hand take as long as anybody should wait.
+        """
+        self.used = time.monotonic()
+        items = [(note, INPUTS[column]) for column in columns for note in notes]
+        step = self.settings.batch
+        with self.workers.workload.room_for(len(items)):
+            parts = [items[start : start + step] for start in range(0, len(items), step)]
+            done = [one for part in await asyncio.gather(*map(self._batcher.submit, parts)) for one in part]
+        tokens = sum(tokens for _, _, tokens in done[: len(notes)])
+        problems = {row % len(notes): problem for row, (_, problem, _) in enumerate(done) if problem}
+        vectors = np.array([vector for vector, _, _ in done], np.float32)
+        matrix = vectors.reshape(len(columns), len(notes), self.encoder.embedding_dim)
+        return Vectors(dict(zip(columns, matrix, strict=True)), problems, tokens, self.fingerprint)
+
+    async def _batch(self, parts: list[list[tuple[Note, str]]]) -> list[list[Encoded]]:
+        """Vector, problem and tokens of every item of every part."""
+        items = [item for part in parts for item in part]
+        self.workers.figures.batch("encoder", len(items))
+        loop, started = asyncio.get_running_loop(), time.perf_counter()
+        share = -(-len(items) // self.settings.threads)
+        shares = [items[start : start + share] for start in range(0, len(items), share)]
+        prepared = await asyncio.gather(
+            *(loop.run_in_executor(self.workers.preprocess, self._features, one) for one in shares)
+        )
+        features = [one for share in prepared for one in share]
+        self.workers.workload.took("preprocess", time.perf_counter() - started, len(items))
+        self.workers.figures.took("preprocess", time.perf_counter() - started)
+        encoded = iter(await loop.run_in_executor(self.workers.model, self._encode, features))
+        return [[next(encoded) for _ in part] for part in parts]
+
+    def _features(self, items: Sequence[tuple[Note, str]]) -> list[NoteFeatures | str]:
+        """Features of notes, or why a note has none."""
+        # A fast tokenizer must not be used by two threads at once: each thread has its own.
+        if not hasattr(self._local, "preprocessor"):
+            self._local.preprocessor = copy.deepcopy(self.encoder.preprocessor)
+        found: list[NoteFeatures | str] = []
+        for note, inputs in items:
+            try:
+                found.append(self._local.preprocessor.features(note, inputs))
+            except DataError as error:
+                found.append(str(error))
+            except Exception:  # any: what a stranger's image makes a decoder raise must not fail others' notes
+                log.exception("a note could not be prepared")
+                found.append("the note cannot be read; the service's log says why")
+        return found
+
+    def _encode(self, features: Sequence[NoteFeatures | str]) -> list[Encoded]:
+        started = time.perf_counter()
+        good = [one for one in features if not isinstance(one, str)]
+        vectors = iter(self._vectors(good))
+        seconds = time.perf_counter() - started
+        self.workers.workload.took("model", seconds, len(good))
+        self.workers.figures.took("model", seconds)
+        nothing = np.full(self.encoder.embedding_dim, np.nan, np.float32)
+        encoded: list[Encoded] = []
+        for one in features:
+            if isinstance(one, str):
+                encoded.append((nothing, one, 0))
+                continue
+            vector = next(vectors)
+            problem = "" if np.isfinite(vector).all() else "the model gives no finite vector for it"
+            encoded.append((vector, problem, one.num_tokens))
+        return encoded
+
+    def _vectors(self, features: Sequence[NoteFeatures]) -> np.ndarray:
+        """(N, D); rows that are not finite stay so, for their caller alone to be told."""
+        try:
+            return self._forward(features)
+        except DataError:
+            return np.concatenate([self._one(one) for one in features])
+
+    def _one(self, features: NoteFeatures) -> np.ndarray:
+        try:
+            return self._forward([features])
+        except DataError:
+            return np.full((1, self.encoder.embedding_dim), np.nan, np.float32)
+
+    def _forward(self, features: Sequence[NoteFeatures]) -> np.ndarray:
+        return self.encoder.encode_features(
+            features, batch_tokens=self.settings.batch_tokens, max_batch_notes=self.settings.batch
+        )

@@ -1,0 +1,131 @@
+"""The HTTP application of a gateway replica: routes, error answers, the page's files, and the guard around it all."""
+
+from __future__ import annotations
+
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, Any
+
+from notellm2_ray.serve import errors
+from notellm2_ray.serve.http import schemas
+from notellm2_ray.serve.http.guard import Guard
+from notellm2_ray.serve.http.page import PAGE_HEADERS, WEB
+
+if TYPE_CHECKING:
+    from notellm2_ray.serve.deployments.gateway import Gateway
+
+_DESCRIPTION = "Notes by content, and what a user may like next. Keys: `Authorization: Bearer KEY` or `x-api-key`."
+FAILURES: dict[int | str, dict[str, Any]] = {
+    status: {"model": schemas.ErrorAnswer, "description": text}
+    for status, text in {
+        400: "no JSON, or none of the right kind",
+        401: "no valid key",
+        403: "a key without the scope",
+        408: "the body took too long",
+        413: "more bytes, notes or pixels than allowed",
+        422: "the request is wrong, or asks for too much",
+        429: "overloaded: come again after Retry-After",
+        503: "a part of the service is not there for the moment",
+    }.items()
+}
+
+
+def build_api(gateway: Gateway) -> Any:
+    """The ASGI application of a replica."""
+    from fastapi import FastAPI
+    from starlette.staticfiles import StaticFiles
+
+    from notellm2_ray import __version__
+    from notellm2_ray.serve.http import note_routes, status_routes, user_routes
+
+    @asynccontextmanager
+    async def lifespan(_: FastAPI) -> Any:
+        await gateway.start()
+        yield
+
+    # /docs would load scripts from elsewhere.
+    app = FastAPI(
+        title="notellm2-ray",
+        version=__version__,
+        description=_DESCRIPTION,
+        docs_url=None,
+        redoc_url=None,
+        lifespan=lifespan,
+        responses=FAILURES,
+        redirect_slashes=False,
+    )
+    app.state.refused = gateway.figures.refused
+    for routes in (note_routes, user_routes, status_routes):
+        app.include_router(routes.build(gateway))
+    _add_error_answers(app)
+    _declare_keys(app)
+    if WEB.is_dir():
+        app.mount("/ui", _with_headers(StaticFiles(directory=WEB), PAGE_HEADERS), name="ui")
+    settings = gateway.settings.gateway
+    most = settings.slots
+    gateway.guard = Guard(app, gateway.limits, most, gateway.keys, gateway.figures)
+    return gateway.guard
+
+
+def _with_headers(app: Any, headers: dict[str, str]) -> Any:
+    """An ASGI application that answers with further headers: whoever opens the page by its file is as safe."""
+    added = [(name.encode(), value.encode()) for name, value in headers.items()]
+
+    async def answering(scope: Any, receive: Any, send: Any) -> None:
+        async def send_on(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], *added]}
+            await send(message)
+
+        await app(scope, receive, send_on)
+
+    return answering
+
+
+def _add_error_answers(app: Any) -> None:
+    from fastapi.exceptions import RequestValidationError
+    from starlette.exceptions import HTTPException
+    from starlette.responses import Response
+
+    def answer(status: int, body: bytes, headers: Any = None) -> Response:
+        return Response(body, status, dict(headers or {}), "application/json")
+
+    async def ours(_: Any, error: errors.ApiError) -> Response:
+        app.state.refused(error.kind)
+        return answer(error.status, error.body(), error.headers)
+
+    async def invalid(_: Any, error: RequestValidationError) -> Response:
+        found = error.errors()
+        if any(one["type"] == "json_invalid" for one in found):
+            app.state.refused("malformed_request")
+            return answer(400, errors.error_body("malformed_request", "the body is no valid JSON"))
+        app.state.refused("invalid_request")
+        return answer(422, errors.error_body("invalid_request", *errors.explain_validation(found)))
+
+    async def http(_: Any, error: HTTPException) -> Response:
+        kind = errors.BY_STATUS.get(error.status_code, "internal")
+        app.state.refused(kind)
+        return answer(error.status_code, errors.error_body(kind, str(error.detail)), error.headers)
+
+    async def anything(_: Any, error: Exception) -> Response:
+        app.state.refused("internal")  # Starlette raises it again after this answer, and the guard logs it
+        return answer(500, errors.ApiError("the service failed on this request; its log says why").body())
+
+    app.add_exception_handler(Exception, anything)
+    app.add_exception_handler(errors.ApiError, ours)
+    app.add_exception_handler(RequestValidationError, invalid)
+    app.add_exception_handler(HTTPException, http)
+
+
+def _declare_keys(app: Any) -> None:
+    """Say in the OpenAPI document how keys are given."""
+    plain = app.openapi
+
+    def openapi() -> dict[str, Any]:
+        document = plain()
+        schemes = document.setdefault("components", {}).setdefault("securitySchemes", {})
+        schemes["bearer"] = {"type": "http", "scheme": "bearer"}
+        schemes["header"] = {"type": "apiKey", "in": "header", "name": "x-api-key"}
+        document["security"] = [{"bearer": []}, {"header": []}, {}]
+        return document
+
+    app.openapi = openapi

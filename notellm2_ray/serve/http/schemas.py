@@ -1,0 +1,262 @@
+"""What the API takes and gives. :mod:`~notellm2_ray.serve.http.checks` checks the bounds that the settings decide."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+
+
+def _in_range(value: datetime) -> datetime:
+    # A zone moves a moment by up to a day: in the first or the last year that Python has it could leave them.
+    if not 2 <= value.year <= 9998:
+        raise ValueError("a year from 2 to 9998 is needed")
+    return value.astimezone(UTC)
+
+
+Id = Annotated[str, Field(min_length=1, max_length=1024, description="an id, as the platform has it")]
+Time = Annotated[AwareDatetime, AfterValidator(_in_range)]
+
+
+class Body(BaseModel):
+    """Base of request bodies: an unknown field is an error, and values are what they say they are."""
+
+    model_config = ConfigDict(extra="forbid", strict=True)
+
+
+class Note(Body):
+    """A note to be written or to be searched from."""
+
+    note_id: Id
+    title: str = ""
+    topics: list[str] = []
+    content: str = ""
+    image: str | None = Field(None, description="the encoded picture (JPEG, PNG, WebP, GIF, BMP), in base64")
+    image_url: str | None = Field(None, max_length=2048, description="or where to fetch it; listed hosts alone")
+    created_at: Time | None = Field(None, description="ISO 8601 with a time zone", strict=False)
+
+    @model_validator(mode="after")
+    def _one_image(self) -> Note:
+        if self.image is not None and self.image_url is not None:
+            raise ValueError("give image or image_url, not both")
+        return self
+
+
+class NoteCard(BaseModel):
+    """A note as it is shown."""
+
+    note_id: str
+    title: str
+    topics: list[str]
+    content: str
+    has_image: bool
+    created_at: datetime | None
+
+
+class UpsertRequest(Body):
+    notes: list[Note] = Field(min_length=1)
+
+
+class Rejected(BaseModel):
+    note_id: str
+    reason: str
+
+
+class UpsertAnswer(BaseModel):
+    seq: int = Field(description="number of the commit that holds the notes; -1: none was written")
+    upserted: int
+    rejected: list[Rejected]
+
+
+class DeleteRequest(Body):
+    note_ids: list[Id] = Field(min_length=1)
+
+
+class DeleteAnswer(BaseModel):
+    seq: int
+    deleted: int
+    unknown: list[str]
+
+
+class SearchRequest(Body):
+    text: str = Field(min_length=1)
+    limit: int = Field(20, ge=1, le=200)
+
+
+class CardsAnswer(BaseModel):
+    notes: list[NoteCard]
+
+
+class EmbeddingsRequest(BaseModel):
+    """OpenAI's shape; fields of theirs that mean nothing here (user, dimensions) are let through."""
+
+    input: str | list[str] | list[Note]
+    model: str | None = None
+    encoding_format: Literal["float", "base64"] = "float"
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"] = "embedding"
+    index: int
+    embedding: list[float] | str
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+
+
+class EmbeddingsAnswer(BaseModel):
+    object: Literal["list"] = "list"
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class Filter(Body):
+    """Conditions on the notes found; all that are given must hold."""
+
+    topics_any: list[str] = Field([], description="at least one of them")
+    topics_all: list[str] = Field([], description="every one of them")
+    created_after: Time | None = Field(None, description="at this moment or later", strict=False)
+    created_before: Time | None = Field(None, description="before this moment", strict=False)
+    exclude: list[Id] = Field([], description="ids never to return")
+
+
+class SimilarRequest(Body):
+    note_id: Id | None = None
+    note: Note | None = None
+    k: int = Field(20, ge=1)
+    filter: Filter | None = None
+    explain: bool = Field(False, description="add cards, and cosines of image and text apart where there are any")
+
+    @model_validator(mode="after")
+    def _one_query(self) -> SimilarRequest:
+        if (self.note_id is None) == (self.note is None):
+            raise ValueError("give note_id or note, one of them")
+        return self
+
+
+class Similar(BaseModel):
+    note_id: str
+    score: float
+    note: NoteCard | None = None
+    by_modality: dict[Literal["image", "text"], float | None] | None = None
+
+
+class IndexState(BaseModel):
+    version: int = Field(description="number of the last commit that this replica has applied")
+    fresh: int = Field(description="notes since the index was built, searched exactly")
+    size: int
+
+
+class SimilarAnswer(BaseModel):
+    query: str | None
+    results: list[Similar]
+    index: IndexState
+
+
+class Event(Body):
+    event_id: Id | None = Field(
+        None, description="the same again is a duplicate; none: derived from the rest, which then needs a timestamp"
+    )
+    user_id: Id
+    note_id: Id
+    timestamp: Time | None = Field(None, description="none: now", strict=False)
+    action: Annotated[str, Field(min_length=1, max_length=64)]
+    session_id: Id | None = None
+    request_id: Id | None = Field(None, description="of the recommendation that the event answers")
+
+    @model_validator(mode="after")
+    def _known_again(self) -> Event:
+        # Without either the time of arrival would tell one from another: sent again after a cut connection it would
+        # count twice.
+        if self.event_id is None and self.timestamp is None:
+            raise ValueError("give event_id or timestamp: by one of them an event that is sent again is known")
+        return self
+
+
+class EventsRequest(Body):
+    events: list[Event] = Field(min_length=1)
+
+
+class RejectedEvent(BaseModel):
+    index: int
+    event_id: str | None
+    reason: str
+
+
+class EventsAnswer(BaseModel):
+    accepted: int
+    duplicates: int
+    rejected: list[RejectedEvent]
+
+
+class RecommendRequest(Body):
+    user_id: Id | None = None
+    history: list[Id] | None = Field(None, description="note ids, oldest first, of somebody not known here")
+    k: int = Field(10, ge=1)
+    budget_ms: float | None = Field(None, gt=0, le=60_000, strict=False)
+    explain: bool = Field(False, description="add cards")
+
+    @model_validator(mode="after")
+    def _one_subject(self) -> RecommendRequest:
+        if (self.user_id is None) == (self.history is None):
+            raise ValueError("give user_id or history, one of them")
+        return self
+
+
+class Recommended(BaseModel):
+    note_id: str
+    score: float = Field(description="of the recall: weighted sum over the history's notes")
+    p_yes: float | None = None
+    from_history: list[str] = Field(description="notes of the history that it was found from, strongest first")
+    note: NoteCard | None = None
+
+
+class RecommendAnswer(BaseModel):
+    request_id: str
+    arm: str
+    preference: str | None = Field(description="the user's taste in words: why these notes")
+    ranked_by: Literal["ranker", "recall"]
+    fallback: str | None = Field(description="why the ranker did not rank; null where it did")
+    results: list[Recommended]
+
+
+class UserBlock(BaseModel):
+    block: int
+    notes: list[NoteCard]
+    preference: str | None
+
+
+class UserAnswer(BaseModel):
+    user_id: str
+    blocks: list[UserBlock]
+    open_block: list[NoteCard]
+
+
+class UsersAnswer(BaseModel):
+    users: list[str]
+
+
+class Health(BaseModel):
+    status: Literal["ok"] = "ok"
+
+
+class Ready(BaseModel):
+    ready: bool
+    reasons: list[str]
+
+
+class ErrorDetail(BaseModel):
+    type: str
+    message: str
+    param: str | None
+
+
+class ErrorAnswer(BaseModel):
+    error: ErrorDetail
+
+
+Stats = dict[str, Any]

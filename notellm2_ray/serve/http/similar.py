@@ -1,0 +1,119 @@
+"""The hot path: nearest notes, answered as JSON bytes."""
+
+from __future__ import annotations
+
+from datetime import datetime
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from notellm2_ray.live.index import LiveIndex
+from notellm2_ray.live.search import Filter, Hits
+from notellm2_ray.serve.errors import InvalidError
+from notellm2_ray.serve.http import schemas
+from notellm2_ray.serve.http.cards import cards
+from notellm2_ray.serve.http.checks import check_count, check_ids, prepare_notes
+
+if TYPE_CHECKING:
+    from notellm2_ray.serve.deployments.gateway import Gateway
+
+_MODALITIES = {"image": "embedding_image", "text": "embedding_text"}
+
+
+async def find_similar(gateway: Gateway, body: schemas.SimilarRequest) -> bytes:
+    """The answer of ``/v1/similar``."""
+    from pydantic_core import to_json
+
+    exclude, where = index_filter(gateway, body.filter) if body.filter else ((), None)
+    state = gateway.follower.state  # table, index and seq that belong together
+    own: dict[str, np.ndarray] = {}
+    if body.note_id is not None:
+        check_ids([body.note_id], gateway.limits, "note_id")
+        hits = await gateway.search(body.note_id, body.k, exclude, where, index=state.index)
+    else:
+        assert body.note is not None
+        columns = state.table.columns if body.explain else ("embedding",)
+        own, model = await query_vectors(gateway, body.note, columns)
+        # A new model's table may have taken the old one's place while the note was encoded.
+        state = gateway.follower.state
+        if model != state.index.model_fingerprint:
+            own, model = await query_vectors(gateway, body.note, columns)
+        hits = await gateway.search(own["embedding"], body.k, exclude, where, index=state.index, model=model)
+    results: list[dict[str, Any]] = [
+        {"note_id": note_id, "score": score} for note_id, score in zip(hits.ids, hits.scores.tolist(), strict=True)
+    ]
+    if body.explain:
+        await explain(gateway, state.index, body.note_id, own, hits, results)
+    info = state.index.info()
+    return to_json(
+        {
+            "query": body.note_id,
+            "results": results,
+            "index": {"version": state.seq, "fresh": info["fresh"], "size": info["notes"]},
+        }
+    )
+
+
+async def query_vectors(
+    gateway: Gateway, note: schemas.Note, columns: tuple[str, ...]
+) -> tuple[dict[str, np.ndarray], str]:
+    """(D,) vectors of a note that is given with the request, and the fingerprint of the model that made them.
+
+    Raises:
+        InvalidError: it cannot be embedded.
+    """
+    prepared, problems = await prepare_notes([note], gateway.limits, gateway.fetcher, gateway.images)
+    if problems:
+        raise InvalidError(problems[0], "note")
+    vectors = await gateway.encode(prepared, columns)
+    if vectors.problems:
+        raise InvalidError(vectors.problems[0], "note")
+    return {name: matrix[0] for name, matrix in vectors.columns.items()}, vectors.fingerprint
+
+
+def index_filter(gateway: Gateway, given: schemas.Filter) -> tuple[list[str], Filter | None]:
+    """What the index is told of a request's filter: ids to leave out, and conditions."""
+    limits = gateway.limits
+    check_count(given.exclude, limits.ids, "exclude")
+    check_ids(given.exclude, limits, "filter.exclude")
+    check_count(given.topics_any, limits.topics, "topics_any")
+    check_count(given.topics_all, limits.topics, "topics_all")
+    where = Filter(
+        topics=frozenset(given.topics_any),
+        all_topics=frozenset(given.topics_all),
+        created_from=_microseconds(given.created_after),
+        created_to=_microseconds(given.created_before),
+    )
+    return given.exclude, None if where == Filter() else where
+
+
+def _microseconds(moment: datetime | None) -> int | None:
+    return None if moment is None else int(moment.timestamp() * 1_000_000)
+
+
+async def explain(
+    gateway: Gateway,
+    index: LiveIndex,
+    query_id: str | None,
+    own: dict[str, np.ndarray],
+    hits: Hits,
+    results: list[dict[str, Any]],
+) -> None:
+    """Add cards, and the cosines of image and text apart where the index that was searched has those vectors."""
+    shown = await cards(gateway, hits.ids)
+    # A given note has the vectors that its model makes; the index that is searched may be of other columns.
+    known = set(index.others) if query_id is not None else own.keys() & set(index.others)
+    columns = {name: column for name, column in _MODALITIES.items() if column in known}
+    by_column: dict[str, list[float | None]] = {}
+    for name, column in columns.items():
+        if query_id is not None:
+            by_column[name] = index.similarity(query_id, hits.ids, column)
+        else:
+            vectors = [index.vector(note_id, column) for note_id in hits.ids]
+            by_column[name] = [None if one is None else float(one @ own[column]) for one in vectors]
+    for row, result in enumerate(results):
+        there = shown.get(hits.ids[row])
+        if there is not None:
+            result["note"] = there.model_dump(mode="json")
+        if columns:
+            result["by_modality"] = {name: by_column[name][row] for name in columns}

@@ -1,0 +1,61 @@
+"""Routes about the service itself: health, readiness, figures, the page."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from notellm2_ray.serve.errors import NotFoundError
+from notellm2_ray.serve.figures import render, summary
+from notellm2_ray.serve.http import schemas
+from notellm2_ray.serve.http.page import PAGE_HEADERS, WEB
+
+if TYPE_CHECKING:
+    from notellm2_ray.serve.deployments.gateway import Gateway
+
+
+def build(gateway: Gateway) -> Any:
+    """The router."""
+    from fastapi import APIRouter
+    from starlette.responses import FileResponse, JSONResponse, Response
+
+    routes = APIRouter(tags=["service"])
+
+    @routes.get("/v1/health", response_model=schemas.Health)
+    async def health() -> Any:
+        """Whether this process answers."""
+        return {"status": "ok"}
+
+    @routes.get("/v1/ready", response_model=schemas.Ready, responses={503: {"model": schemas.Ready}})
+    async def ready() -> Any:
+        """Whether everything that it needs is there; 503 until it is. Reasons may also name what it does without."""
+        body = {"ready": not gateway.problems, "reasons": gateway.problems + gateway.missing}
+        return JSONResponse(body, 200 if body["ready"] else 503)
+
+    @routes.get("/v1/stats", response_model=schemas.Stats)
+    async def stats() -> Any:
+        """Figures of all replicas: counts, latencies by route and stage, batch sizes; and each replica's index."""
+        reports = {**gateway.reports, gateway.name: gateway._report()}
+        encoders = await gateway.other_figures()
+        return {
+            "replica": gateway.name,
+            "model": gateway.index.model_fingerprint,
+            "ready": not gateway.problems,
+            "in_hand": gateway.guard.in_hand if gateway.guard else 0,
+            "replicas": {name: report["state"] for name, report in reports.items()},
+            **summary([*(report["families"] for report in reports.values()), *encoders]),
+        }
+
+    @routes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
+    async def metrics() -> Any:
+        """The same for Prometheus; any replica answers for all, with a label for each."""
+        reports = {**gateway.reports, gateway.name: gateway._report()}
+        text = render([*(report["families"] for report in reports.values()), *await gateway.other_figures()])
+        return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
+
+    @routes.get("/", include_in_schema=False)
+    async def page() -> Any:
+        if not (WEB / "index.html").is_file():
+            raise NotFoundError("this installation has no page; the API's document is at /openapi.json")
+        return FileResponse(WEB / "index.html", headers=PAGE_HEADERS)
+
+    return routes

@@ -1,0 +1,173 @@
+"""The first users' database, from what the bulk jobs left: sequences, blocks and preferences, or events alone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sqlite3
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyarrow.parquet as pq
+
+from notellm2_ray.core.errors import DataError, OutputError
+from notellm2_ray.live.durability import sync
+from notellm2_ray.live.rows import now
+from notellm2_ray.users import blocks as user_blocks
+from notellm2_ray.users.blocks import BlockRule
+from notellm2_ray.users.rows import TABLES, PendingBlock, UserEvent, micros
+from notellm2_ray.users.store import UserStore, connect
+
+log = logging.getLogger("notellm2_ray.serve")
+
+_ROWS_PER_BATCH = 1000
+_EVENTS_PER_BATCH = 5000
+_MAX_EVENTS = 2_000_000
+
+
+class SeededUsers(NamedTuple):
+    """What went into a new database."""
+
+    users: int
+    events: int
+    blocks: int  # with their preference
+
+
+def seed_users(
+    path: str | Path,
+    sequences: str | Path,
+    blocks: str | Path,
+    preferences: str | Path,
+    *,
+    block_size: int = 3,
+    session_gap_minutes: float | None = None,
+    action: str = "click",
+) -> SeededUsers:
+    """Make a users' database from SEQUENCE_SCHEMA, BLOCK_SCHEMA and PREFERENCE_SCHEMA Parquet files.
+
+    A user's blocks are closed as far as they have preferences without a gap; all later notes wait for the next one.
+    Events get the ids that :class:`UserEvent` gives them, so that the same ones sent again are duplicates.
+
+    Args:
+        action: what the sequences' events are called.
+
+    Raises:
+        DataError: a file is missing, or a block names a note that is not in its user's sequence.
+        OutputError: the database is there already.
+    """
+    gap = None if session_gap_minutes is None else round(session_gap_minutes * 60e6)
+    rule = BlockRule(frozenset([action]), block_size, gap)
+    with _new_database(Path(path)) as temporary, closing(connect(temporary)) as db:
+        return _fill(db, rule, action, Path(sequences), Path(blocks), Path(preferences))
+
+
+def seed_events(path: str | Path, events: str | Path, **rule: Any) -> int:
+    """Make a users' database from prepared events; the number kept.
+
+    A service that starts with an empty history can recommend nothing of one's own; a log of billions is no seed
+    either, so it ends after the first two million rows and says so.
+
+    Args:
+        events: Parquet file or directory.
+        rule: block_size, session_gap_minutes and actions, as of :class:`UserStore`.
+
+    Raises:
+        OutputError: the database is there already.
+    """
+    import pyarrow.dataset as pads
+
+    kept = 0
+    with _new_database(Path(path)) as temporary, UserStore(temporary, **rule) as store:
+        for batch in pads.dataset(str(events), format="parquet").to_batches(batch_size=_EVENTS_PER_BATCH):
+            rows = batch.select(["user_id", "note_id", "timestamp", "action", "session_id"]).to_pylist()
+            store.add_events([UserEvent(**row) for row in rows])
+            kept += len(rows)
+            if kept >= _MAX_EVENTS:
+                log.warning("%s: only the first %d events were taken as histories", events, kept)
+                break
+    return kept
+
+
+@contextmanager
+def _new_database(path: Path) -> Iterator[Path]:
+    """Where to fill a database, which then takes its place at ``path``, whole or not at all: who finds a file there
+    after a kill takes it for what was kept since.
+    """
+    if path.exists():
+        raise OutputError(f"{path} is there already: remove it to seed it again")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.seeding")
+    _remove(temporary)  # of a seeding that was killed
+    try:
+        yield temporary
+        with closing(connect(temporary)) as db:
+            db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
+            db.execute("PRAGMA journal_mode = DELETE")  # so that one file holds everything when it is renamed
+        sync([temporary])
+        os.replace(temporary, path)
+        sync([path.parent])
+    finally:
+        _remove(temporary)
+
+
+def _fill(
+    db: sqlite3.Connection, rule: BlockRule, action: str, sequences: Path, blocks: Path, preferences: Path
+) -> SeededUsers:
+    db.executescript(TABLES)
+    db.execute("BEGIN")
+    db.execute(
+        "CREATE TEMP TABLE bulk (user_id TEXT, block INTEGER, notes TEXT, text TEXT, PRIMARY KEY (user_id, block))"
+    )
+    for row in _rows(blocks, ["user_id", "block", "note_ids"]):
+        db.execute(
+            "INSERT INTO bulk VALUES (?, ?, ?, NULL)", (row["user_id"], row["block"], "\0".join(row["note_ids"]))
+        )
+    for row in _rows(preferences, ["user_id", "block", "preference"]):
+        key = (row["preference"], row["user_id"], row["block"])
+        db.execute("UPDATE bulk SET text = ? WHERE user_id = ? AND block = ?", key)
+    users, events, closed = 0, 0, 0
+    for row in _rows(sequences, ["user_id", "note_ids", "timestamps", "session_ids"]):
+        columns = (row["note_ids"], row["timestamps"], row["session_ids"])
+        for note_id, timestamp, session_id in zip(*columns, strict=True):
+            event = UserEvent(row["user_id"], note_id, timestamp, action, session_id)
+            events += user_blocks.add_event(db, event, rule) != "duplicate"
+        closed += _close_blocks(db, row["user_id"], set(row["note_ids"]))
+        user_blocks.note_waiting(db, row["user_id"], rule)
+        users += 1
+    user_blocks.keep_rule(db, rule)
+    db.execute("COMMIT")
+    return SeededUsers(users, events, closed)
+
+
+def _close_blocks(db: sqlite3.Connection, user_id: str, held: set[str]) -> int:
+    rows = db.execute("SELECT block, notes, text FROM bulk WHERE user_id = ? ORDER BY block", (user_id,)).fetchall()
+    previous: str | None = None
+    at = micros(now())
+    for expected, (block, joined, text) in enumerate(rows):
+        if block != expected or text is None:
+            return expected
+        notes = joined.split("\0")
+        missing = set(notes) - held
+        if missing:
+            raise DataError(
+                f"block {block} of user {user_id!r} has note {sorted(missing)[0]!r}, their sequence has not"
+            )
+        user_blocks.close_block(db, PendingBlock(user_id, block, notes, previous, f"bulk:{block}"), text, at)
+        previous = text
+    return len(rows)
+
+
+def _rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
+    try:
+        file = pq.ParquetFile(path)
+    except FileNotFoundError:
+        raise DataError(f"{path} is not there: run the stage that makes it first") from None
+    for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=columns):
+        yield from batch.to_pylist()
+
+
+def _remove(path: Path) -> None:
+    for suffix in ("", "-wal", "-shm", "-journal"):
+        path.with_name(path.name + suffix).unlink(missing_ok=True)

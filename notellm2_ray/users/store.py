@@ -1,0 +1,284 @@
+"""What users did and what is known of their taste, durable: one SQLite file.
+
+Used as::
+
+    users = UserStore("runs/world/serving/users.sqlite", block_size=3)
+    users.add_events([UserEvent("u1", "n7", now, "click")])
+    for pending in users.pending(limit=64):
+        users.save_preference(pending.user_id, pending.block, pending.fingerprint, summarise(pending))
+"""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future
+from datetime import datetime
+from pathlib import Path
+from typing import Any, Literal
+
+from notellm2_ray.core.errors import OutputError
+from notellm2_ray.live.group_commit import GroupCommitter
+from notellm2_ray.live.rows import now
+from notellm2_ray.users import blocks as user_blocks
+from notellm2_ray.users import exposures
+from notellm2_ray.users.blocks import BlockRule
+from notellm2_ray.users.exposures import Exposure
+from notellm2_ray.users.rows import (
+    TABLES,
+    PendingBlock,
+    Status,
+    SummarisedBlock,
+    UserEvent,
+    UserHistory,
+    check_event,
+    micros,
+    moment,
+)
+
+Write = Callable[[sqlite3.Connection], Any]
+_BUSY_SECONDS = 10.0
+
+
+class UserStore:
+    """Events, blocks and preferences of users, and what experiments showed them.
+
+    Writes of all threads and coroutines are gathered by one thread and committed together; each returns when it is on
+    the disk (WAL, synchronous=FULL). Reads take a connection per thread and wait for nobody. The file must lie on a
+    local disk: SQLite's WAL does not work over a network.
+
+    An event is kept once, by its id. Blocks follow :mod:`~notellm2_ray.users.blocks`: what is summarised stays as
+    it is, and an event that arrives late joins the notes that are not summarised yet.
+    """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        block_size: int = 3,
+        session_gap_minutes: float | None = None,
+        actions: Iterable[str] = ("click",),
+        gather_seconds: float = 0.002,
+    ):
+        """Open the database, or make it.
+
+        Args:
+            path: the file.
+            block_size: notes in a block.
+            session_gap_minutes: a longer pause (or another session_id) ends a block too; None: blocks by size alone.
+            actions: events that say a user liked a note.
+            gather_seconds: how long the first write of a group waits for others.
+
+        Raises:
+            OutputError: the file cannot be opened, or is no such database.
+        """
+        self.path = Path(path)
+        gap = None if session_gap_minutes is None else round(session_gap_minutes * 60e6)
+        self.rule = BlockRule(frozenset(actions), block_size, gap)
+        self._local = threading.local()
+        self._readers: list[sqlite3.Connection] = []
+        try:
+            self._writer = connect(self.path)
+            self._writer.executescript(TABLES)
+            user_blocks.apply_rule(self._writer, self.rule)
+        except sqlite3.Error as error:
+            raise OutputError(f"{path} cannot be used as the users' database: {error}") from error
+        self._committer: GroupCommitter[Write] = GroupCommitter(
+            f"writer of {self.path.name}", self._commit, gather_seconds=gather_seconds
+        )
+
+    def submit(self, write: Write) -> Future[Any]:
+        """Hand a function of the connection to the writer; what it does is committed whole or not at all."""
+        return self._committer.submit(write)
+
+    def submit_events(self, events: Iterable[UserEvent]) -> Future[list[Status]]:
+        """As :meth:`add_events`; the future is done when the events are durable (``asyncio.wrap_future`` awaits it).
+
+        Raises:
+            DataError: an event cannot be kept; nothing of the call is written.
+        """
+        checked = [check_event(event) for event in events]
+
+        def write(db: sqlite3.Connection) -> list[Status]:
+            statuses = [user_blocks.add_event(db, event, self.rule) for event in checked]
+            for user_id in {event.user_id for event in checked if event.action in self.rule.actions}:
+                user_blocks.note_waiting(db, user_id, self.rule)
+            return statuses
+
+        return self.submit(write)
+
+    def add_events(self, events: Iterable[UserEvent]) -> list[Status]:
+        """Keep events and wait until they are durable.
+
+        Returns:
+            ``added``; ``duplicate`` where an event of that id was there; ``late`` where it was added, but is older than
+            a note of a block that was already summarised.
+        """
+        return self.submit_events(events).result()
+
+    def submit_preference(
+        self, user_id: str, block: int, input_fingerprint: str, text: str
+    ) -> Future[Literal["saved", "duplicate", "stale"]]:
+        """As :meth:`save_preference`, with a future."""
+        at = micros(now())
+        return self.submit(
+            lambda db: user_blocks.save_preference(db, user_id, block, input_fingerprint, text, self.rule, at)
+        )
+
+    def save_preference(
+        self, user_id: str, block: int, input_fingerprint: str, text: str
+    ) -> Literal["saved", "duplicate", "stale"]:
+        """Close a pending block with the taste after it, exactly once.
+
+        Args:
+            text: the taste; "" where nothing is known of it, as of a first block whose notes are all gone.
+
+        Returns:
+            ``saved``; ``duplicate`` where a preference from the same input was there, which stays; ``stale`` where the
+            block has changed since, or another one is due: ask :meth:`pending` again.
+        """
+        return self.submit_preference(user_id, block, input_fingerprint, text).result()
+
+    def pending(
+        self, limit: int = 100, at: datetime | None = None, without: frozenset[str] | set[str] = frozenset()
+    ) -> list[PendingBlock]:
+        """Blocks that wait for a preference, longest waiting first; one per user, since each needs the one before.
+
+        Args:
+            limit: blocks at most.
+            at: the time to judge by whether a session has ended; None: now.
+            without: users to be passed over.
+        """
+        time, limit = micros(at or now()), limit + len(without)
+        users = "SELECT user_id FROM waiting WHERE ready = 1 ORDER BY last_timestamp LIMIT ?"
+        found = [row[0] for row in self._read(users, (limit,))]
+        if self.rule.session_gap is not None and len(found) < limit:
+            ended = "SELECT user_id FROM waiting WHERE ready = 0 AND last_timestamp < ? ORDER BY last_timestamp LIMIT ?"
+            found += [row[0] for row in self._read(ended, (time - self.rule.session_gap, limit - len(found)))]
+        found = [user_id for user_id in found if user_id not in without][: limit - len(without)]
+        blocks = [user_blocks.pending_block(self._reader(), user_id, self.rule, time) for user_id in found]
+        return [block for block in blocks if block is not None]
+
+    def history(self, user_id: str) -> UserHistory:
+        """A user's blocks with their preferences, and the liked notes in no block yet."""
+        rows = self._read(
+            "SELECT block, note_ids, preference, created_at FROM preferences WHERE user_id = ? ORDER BY block",
+            (user_id,),
+        )
+        waiting = self._read(
+            "SELECT note_id FROM sequence WHERE user_id = ? AND block IS NULL ORDER BY timestamp, arrival", (user_id,)
+        )
+        blocks = [SummarisedBlock(block, json.loads(notes), text, moment(at)) for block, notes, text, at in rows]
+        return UserHistory(user_id, blocks, [row[0] for row in waiting])
+
+    def preference(self, user_id: str) -> tuple[int, str] | None:
+        """(block, text) of a user's newest preference."""
+        newest = "SELECT block, preference FROM preferences WHERE user_id = ? ORDER BY block DESC LIMIT 1"
+        rows = self._read(newest, (user_id,))
+        return rows[0] if rows else None
+
+    def liked(self, user_id: str, limit: int = 100) -> list[str]:
+        """A user's last liked notes, the latest first."""
+        last = "SELECT note_id FROM sequence WHERE user_id = ? ORDER BY timestamp DESC, arrival DESC LIMIT ?"
+        return [row[0] for row in self._read(last, (user_id, limit))]
+
+    def seen(self, user_id: str, limit: int = 1000) -> list[str]:
+        """Notes of a user's last events of any action, the latest first, each once."""
+        last = "SELECT note_id FROM events WHERE user_id = ? ORDER BY timestamp DESC, arrival DESC LIMIT ?"
+        return list(dict.fromkeys(row[0] for row in self._read(last, (user_id, limit))))
+
+    def seen_among(self, user_id: str, note_ids: Sequence[str]) -> set[str]:
+        """Those of the notes that any event of a user names."""
+        marks = ", ".join("?" for _ in note_ids)
+        named = f"SELECT DISTINCT note_id FROM events WHERE user_id = ? AND note_id IN ({marks})"
+        return {row[0] for row in self._read(named, (user_id, *note_ids))}
+
+    def more_events(self, user_id: str, than: int) -> bool:
+        """Whether a user has more than so many events."""
+        return bool(self._read("SELECT 1 FROM events WHERE user_id = ? LIMIT 1 OFFSET ?", (user_id, than)))
+
+    def users(self, limit: int = 100) -> list[str]:
+        """Some users with liked notes, by id."""
+        return [
+            row[0] for row in self._read("SELECT DISTINCT user_id FROM sequence ORDER BY user_id LIMIT ?", (limit,))
+        ]
+
+    def popular(self, limit: int = 100) -> list[str]:
+        """Notes that most users liked, most first. Counts the whole table: not for every request."""
+        most = "SELECT note_id FROM sequence GROUP BY note_id ORDER BY count(*) DESC, note_id LIMIT ?"
+        return [row[0] for row in self._read(most, (limit,))]
+
+    def add_exposures(self, shown: Sequence[Exposure]) -> int:
+        """:meth:`submit_exposures`, waited for."""
+        return self.submit_exposures(shown).result()
+
+    def submit_exposures(self, shown: Sequence[Exposure]) -> Future[int]:
+        """Keep what answers showed (once per request and note); the future gives how many were new."""
+        return self.submit(lambda db: exposures.add(db, shown))
+
+    def info(self) -> dict[str, int]:
+        """Counts: events, users, preferences, waiting."""
+        names = {"events": "events", "preferences": "preferences", "waiting": "waiting"}
+        counts = {name: self._read(f"SELECT count(*) FROM {table}")[0][0] for name, table in names.items()}
+        counts["users"] = self._read("SELECT count(DISTINCT user_id) FROM sequence")[0][0]
+        return counts
+
+    @property
+    def alive(self) -> bool:
+        """Whether its thread still writes."""
+        return self._committer.alive
+
+    def close(self) -> None:
+        """Commit what was submitted and close the file."""
+        self._committer.close()
+        for connection in [*self._readers, self._writer]:
+            connection.close()
+
+    def __enter__(self) -> UserStore:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.close()
+
+    def _commit(self, group: list[Write]) -> list[Any]:
+        results: list[Any] = []
+        try:
+            self._writer.execute("BEGIN IMMEDIATE")
+            for write in group:
+                self._writer.execute("SAVEPOINT one")
+                try:
+                    results.append(write(self._writer))
+                except sqlite3.OperationalError:  # the disk, not the value: the whole group fails
+                    raise
+                except Exception as error:
+                    self._writer.execute("ROLLBACK TO one")
+                    results.append(error)
+                self._writer.execute("RELEASE one")
+            self._writer.execute("COMMIT")
+        except sqlite3.Error as error:
+            if self._writer.in_transaction:
+                self._writer.execute("ROLLBACK")
+            raise OutputError(f"{self.path} could not be written ({error}): nothing of this call is kept") from error
+        return results
+
+    def _reader(self) -> sqlite3.Connection:
+        reader = getattr(self._local, "reader", None)
+        if reader is None:
+            reader = connect(self.path)
+            reader.execute("PRAGMA query_only = ON")
+            self._local.reader = reader
+            self._readers.append(reader)
+        return reader
+
+    def _read(self, query: str, values: tuple = ()) -> list[tuple]:
+        return self._reader().execute(query, values).fetchall()
+
+
+def connect(path: Path) -> sqlite3.Connection:
+    """A connection with the settings that durability needs; transactions are begun and ended by hand."""
+    connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    return connection
