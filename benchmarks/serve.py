@@ -30,9 +30,6 @@ from typing import Any
 import numpy as np
 from pydantic import BaseModel
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "serve")]
-
 DIM = 64
 ROUNDS = 3
 GOAL = 0.35
@@ -120,7 +117,7 @@ async def load(
 def prepare(directory: Path, count: int) -> Any:
     """The live table, the index, and a plan over them."""
     import pyarrow as pa
-    from serving import START, free_port, make_world
+    from _service import START, free_port, make_world
 
     from notellm2_ray.core.settings.retrieval import IndexSettings
     from notellm2_ray.core.settings.serve import DeploymentSettings
@@ -175,7 +172,7 @@ def main() -> None:
     if options.bare:
         bare(options.bare[0], int(options.bare[1]))
         return
-    from serving import Service, wait_for
+    from _service import Service, wait_for
 
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)

@@ -29,9 +29,6 @@ from typing import Any
 import httpx
 import psutil
 
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "serve")]
-
 LATE = 10.0  # seconds
 MAX_GROWTH_MB = 200  # of all processes together, between a tenth of the way and the end
 
@@ -141,7 +138,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.url:
         sys.exit(fuzz(options.url, options.pid, options))
-    from serving import Service, make_world
+    from _service import Service, make_world
 
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)

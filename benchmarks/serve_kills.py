@@ -19,7 +19,6 @@ import json
 import random
 import sqlite3
 import statistics
-import sys
 import tempfile
 import threading
 import time
@@ -27,9 +26,6 @@ from pathlib import Path
 from typing import Any
 
 import httpx
-
-ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "serve")]
 
 TIMEOUT = 60.0  # an answer that takes longer counts as a hang
 BETWEEN = 2.0  # seconds of load between a recovery and the next kill
@@ -115,8 +111,7 @@ def main() -> None:
     parser.add_argument("--kills", type=int, default=50, help="replicas killed")
     parser.add_argument("--clusters", type=int, default=4, help="times that everything is killed")
     options = parser.parse_args()
-    import engines
-    from serving import SMALL, Service, make_world
+    from _service import SMALL, Service, engines, make_world
 
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)

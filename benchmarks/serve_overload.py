@@ -14,7 +14,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import collections
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -22,7 +21,7 @@ from pathlib import Path
 import httptools
 import numpy as np
 import uvloop
-from serve_fuzz import ROOT, memory_mb
+from serve_fuzz import memory_mb
 
 CONNECTIONS, POOL = 16, 256
 GOAL_SHARE, GOAL_REFUSAL_MS, GOAL_RECOVERY = 0.9, 20.0, 5.0
@@ -128,8 +127,7 @@ def main() -> None:
     parser.add_argument("--seconds", type=float, default=30)
     parser.add_argument("--times", type=float, default=5)
     options = parser.parse_args()
-    sys.path[:0] = [str(ROOT), str(ROOT / "tests"), str(ROOT / "tests" / "serve")]
-    from serving import Service, make_world
+    from _service import Service, make_world
 
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)

@@ -1,12 +1,16 @@
-"""Fixtures shared by all tests: one embedded Ray for the whole run, and the real data where it is at hand."""
+"""Fixtures shared by all tests: one Ray for the whole run, small models and worlds, real data where it is at hand."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-SHARED_DATA = Path(__file__).resolve().parents[2] / "shared" / "data"
+from tests.support import ROOT
+
+SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +30,40 @@ def shared_data() -> Path:
     if not SHARED_DATA.is_dir():
         pytest.skip(f"the real data sets are not at {SHARED_DATA}")
     return SHARED_DATA
+
+
+@pytest.fixture(scope="session")
+def embedder(tmp_path_factory: pytest.TempPathFactory) -> SimpleNamespace:
+    """A random tiny NoteEncoder: ``.path`` its directory, ``.encoder`` itself as read back from there."""
+    from notellm2_ray.models.embedder.build import build_encoder
+    from notellm2_ray.models.embedder.encoder import NoteEncoder
+    from tests.support import tiny_models
+
+    base = tmp_path_factory.mktemp("embedder")
+    paths = {"llm_path": tiny_models.save_llm(base / "llm"), "vision_path": tiny_models.save_clip(base / "clip")}
+    build_encoder(tiny_models.settings(), 0, **paths).save_pretrained(base / "model")
+    return SimpleNamespace(path=base / "model", encoder=NoteEncoder.from_pretrained(base / "model"))
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory):
+    """See :class:`tests.support.serving.World`."""
+    from tests.support.serving import make_world
+
+    return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="module")
+def start(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable]:
+    """A function from a plan to a :class:`tests.support.serving.Service` that runs it; all stop with the module."""
+    from tests.support.serving import Service
+
+    services: list[Service] = []
+
+    def start(plan):
+        services.append(Service(plan, tmp_path_factory.mktemp("service")))
+        return services[-1]
+
+    yield start
+    for service in services:
+        service.stop()

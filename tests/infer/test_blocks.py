@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.schema import Note
 from notellm2_ray.infer.blocks import _ranges, list_files, plan_blocks, read_block, read_ids
+from tests.support.tiny_models import write_notes
 
 
 def notes(count: int, prefix: str = "n") -> list[Note]:
@@ -35,7 +36,7 @@ def test_ranges_hold_every_row_once_and_follow_small_row_groups(groups: list[int
 
 
 @pytest.mark.parametrize(("group_size", "block_rows"), [(7, 20), (50, 20), (1000, 33), (10, 10), (3, 1)])
-def test_blocks_read_back_the_table_in_order(tmp_path: Path, write_notes, group_size: int, block_rows: int) -> None:
+def test_blocks_read_back_the_table_in_order(tmp_path: Path, group_size: int, block_rows: int) -> None:
     write_notes(tmp_path / "notes" / "a.parquet", notes(110), group_size)
     write_notes(tmp_path / "notes" / "b.parquet", notes(30, "m"), group_size)
     made = plan(tmp_path / "notes", block_rows)
@@ -43,7 +44,7 @@ def test_blocks_read_back_the_table_in_order(tmp_path: Path, write_notes, group_
     assert made.notes == 140
 
 
-def test_only_ids_leaves_out_other_notes_and_whole_blocks(tmp_path: Path, write_notes) -> None:
+def test_only_ids_leaves_out_other_notes_and_whole_blocks(tmp_path: Path) -> None:
     path = write_notes(tmp_path / "a.parquet", notes(100), 10)
     only = pa.array(["n3", "n77", "elsewhere"])
     made = plan(path, 10, only=only)
@@ -54,7 +55,7 @@ def test_only_ids_leaves_out_other_notes_and_whole_blocks(tmp_path: Path, write_
         plan(path, 10, only=pa.array(["elsewhere"]))
 
 
-def test_block_ids_are_stable_and_change_with_what_made_them(tmp_path: Path, write_notes) -> None:
+def test_block_ids_are_stable_and_change_with_what_made_them(tmp_path: Path) -> None:
     path = write_notes(tmp_path / "a.parquet", notes(50), 10)
     first = plan(path, 10)
     assert plan(path, 10) == first
@@ -66,7 +67,7 @@ def test_block_ids_are_stable_and_change_with_what_made_them(tmp_path: Path, wri
         assert not {block.block_id for block in first.blocks} & {block.block_id for block in other.blocks}
 
 
-def test_directory_glob_and_file_are_read_alike(tmp_path: Path, write_notes) -> None:
+def test_directory_glob_and_file_are_read_alike(tmp_path: Path) -> None:
     path = write_notes(tmp_path / "notes" / "a.parquet", notes(5))
     (tmp_path / "notes" / "_temporary.parquet").write_bytes(b"not ours")
     (tmp_path / "notes" / "manifest.json").write_text("{}")
@@ -74,7 +75,7 @@ def test_directory_glob_and_file_are_read_alike(tmp_path: Path, write_notes) -> 
         assert [file.path for file in list_files(place)] == [str(path)]
 
 
-def test_larger_types_of_other_writers_are_taken(tmp_path: Path, write_notes) -> None:
+def test_larger_types_of_other_writers_are_taken(tmp_path: Path) -> None:
     path = write_notes(tmp_path / "a.parquet", notes(5))
     table = pq.read_table(path)
     large = {"note_id": pa.large_string(), "content": pa.large_string(), "image": pa.large_binary()}
@@ -83,14 +84,14 @@ def test_larger_types_of_other_writers_are_taken(tmp_path: Path, write_notes) ->
     assert read_block(plan(path, 10).blocks[0]) == notes(5)
 
 
-def test_repeated_ids_are_named_with_their_files(tmp_path: Path, write_notes) -> None:
+def test_repeated_ids_are_named_with_their_files(tmp_path: Path) -> None:
     write_notes(tmp_path / "n" / "a.parquet", notes(20))
     write_notes(tmp_path / "n" / "b.parquet", notes(2))
     with pytest.raises(DataError, match=r"2 note_id.*'n0' in a.parquet, b.parquet"):
         plan(tmp_path / "n", 10)
 
 
-def test_unfit_tables_are_refused_by_name(tmp_path: Path, write_notes) -> None:
+def test_unfit_tables_are_refused_by_name(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="no such file"):
         list_files(tmp_path / "absent")
     (tmp_path / "empty").mkdir()
@@ -115,7 +116,7 @@ def test_unfit_tables_are_refused_by_name(tmp_path: Path, write_notes) -> None:
         list_files(path)
 
 
-def test_a_file_that_shrank_after_planning_is_noticed(tmp_path: Path, write_notes) -> None:
+def test_a_file_that_shrank_after_planning_is_noticed(tmp_path: Path) -> None:
     path = write_notes(tmp_path / "a.parquet", notes(20))
     block = plan(path, 20).blocks[0]
     write_notes(path, notes(10))

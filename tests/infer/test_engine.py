@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
-from infer.tiny_mllm import save_mllm
+from tests.support.tiny_mllm import save_mllm
 
 from notellm2_ray.core.errors import ConfigError, ModelError
 from notellm2_ray.core.settings import GenerationSettings

@@ -15,13 +15,14 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from infer.tiny_mllm import picture, save_mllm
-from processes import command, descendants, end_family, processes, wait_until
+from tests.support.tiny_mllm import picture, save_mllm
 
 from notellm2_ray.core.schema import BLOCK_SCHEMA, NOTE_SCHEMA
 from notellm2_ray.core.settings import GenerationSettings, PreferenceSettings, SummarySettings
 from notellm2_ray.infer.preferences import summarize_preferences
 from notellm2_ray.infer.summaries import summarize_images
+from tests.support import ROOT
+from tests.support.processes import command, descendants, end_family, processes, wait_until
 
 pytestmark = pytest.mark.slow
 GENERATION = GenerationSettings(dtype="float32", max_model_len=768, max_sequences=8)
@@ -36,7 +37,7 @@ import sys
 from pathlib import Path
 from notellm2_ray.core.cluster import connect
 from notellm2_ray.core.settings import RaySettings
-from infer import test_generation_kills as job
+from tests.infer import test_generation_kills as job
 
 connect(RaySettings(num_cpus=4, object_store_gb=0.2))
 getattr(job, sys.argv[1])(*map(Path, sys.argv[2:]))
@@ -121,7 +122,7 @@ def kill_engine_then_driver(
     kept: Counter[str],
 ) -> None:
     """Run a job in a process of its own; kill its engine's actor early, and itself later. Fills ``kept``."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[1])}
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     arguments = [sys.executable, "-c", DRIVER, job, *map(str, paths)]
     driver = subprocess.Popen(arguments, start_new_session=True, env=environment)
     family: list[int] = []

@@ -137,7 +137,7 @@ def test_what_is_left_begins_after_the_last_logged_step(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def mllm(tmp_path_factory: pytest.TempPathFactory) -> str:
-    from infer.tiny_mllm import save_mllm
+    from tests.support.tiny_mllm import save_mllm
 
     return save_mllm(tmp_path_factory.mktemp("mllm"))
 

@@ -23,8 +23,9 @@ from notellm2_ray.core.settings import GenerationSettings
 from notellm2_ray.infer.score import ScoreTable, score_candidates
 from notellm2_ray.infer.score_parts import Part, clear_leftovers, commit_part, compile_scores, plan_parts, read_scored
 from notellm2_ray.infer.score_questions import Controls, Questions, ScoreFiles
-from tests.processes import end_family
-from tests.train import ranking_material as material
+from tests.support import ROOT
+from tests.support import ranker_training as material
+from tests.support.processes import end_family
 
 
 @pytest.fixture(scope="module")
@@ -217,7 +218,7 @@ def test_a_killed_engine_and_then_a_killed_driver_cost_the_parts_in_hand(undistu
     with open(tmp_path / "log", "w") as log:
         driver = subprocess.Popen(
             [sys.executable, "-c", program, str(directory), str(tmp_path)],
-            cwd=Path(__file__).parents[2],
+            cwd=ROOT,
             env={**os.environ, "PYTHONPATH": "."},
             stdout=log,
             stderr=log,

@@ -9,7 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from infer.tiny_mllm import picture, save_mllm
+from tests.support.tiny_mllm import picture, save_mllm
 from PIL import Image
 
 from notellm2_ray.core.errors import DataError, ModelError
@@ -18,6 +18,7 @@ from notellm2_ray.core.settings import GenerationSettings, SummarySettings
 from notellm2_ray.infer.answers import cut_at_sentence, is_repetitive, one_paragraph
 from notellm2_ray.infer.summaries import sort_rows, summarize_images
 from notellm2_ray.infer.summary_rows import ERROR, EncodedImage, checked
+from tests.support.tiny_models import write_notes
 
 # Sampled: a random model's greedy answers go round in circles.
 SETTINGS = SummarySettings(max_tokens=16, batch_rows=8, temperature=1.0, min_characters=0, max_bad_share=0.2)
@@ -79,19 +80,19 @@ def mllm(tmp_path_factory: pytest.TempPathFactory) -> str:
     return save_mllm(tmp_path_factory.mktemp("mllm"))
 
 
-def test_unfit_models_are_named(tmp_path: Path, mllm: str, write_notes) -> None:
-    from models import fixtures
+def test_unfit_models_are_named(tmp_path: Path, mllm: str) -> None:
+    from tests.support import tiny_models
 
     path = write_notes(tmp_path / "n.parquet", [Note("a", image=picture(0))])
     with pytest.raises(ModelError, match="there is no model directory"):
         summarize_images(tmp_path / "absent", path, tmp_path / "out", SETTINGS, GENERATION, "en")
-    text_only = fixtures.save_llm(tmp_path / "llm")
+    text_only = tiny_models.save_llm(tmp_path / "llm")
     with pytest.raises(ModelError, match="Qwen2ForCausalLM reads no images"):
         summarize_images(text_only, path, tmp_path / "out", SETTINGS, GENERATION, "en")
 
 
 @pytest.mark.slow
-def test_images_become_summaries(tmp_path: Path, ray_cluster, mllm: str, write_notes) -> None:
+def test_images_become_summaries(tmp_path: Path, ray_cluster, mllm: str) -> None:
     notes = [Note(f"n{i:03d}", f"title {i}", image=picture(i)) for i in range(60)]
     notes[3] = notes[3]._replace(image=None)
     notes[7] = notes[7]._replace(image=b"broken")

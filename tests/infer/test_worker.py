@@ -10,13 +10,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from models import fixtures
 
 from notellm2_ray.core.settings import EmbedSettings
 from notellm2_ray.infer import worker
 from notellm2_ray.infer.blocks import list_files, plan_blocks
 from notellm2_ray.infer.results import BLOCKS, QUARANTINE, begin_attempt, read_finished
 from notellm2_ray.infer.worker import BlockEmbedder, Job, encode
+from tests.support import tiny_models
+from tests.support.tiny_models import write_notes
 
 SETTINGS = EmbedSettings(batch_tokens=512, max_batch_notes=7, preprocess_threads=2)
 
@@ -45,8 +46,8 @@ def report(actor: BlockEmbedder, path: Path) -> tuple[dict, Path]:
     return row, Path(actor.job.output) / BLOCKS / f"{block.block_id}.parquet"
 
 
-def test_bulk_vectors_are_those_of_encode(tmp_path: Path, job: Job, embedder, write_notes) -> None:
-    notes = fixtures.notes(40, without_image=[3, 11])
+def test_bulk_vectors_are_those_of_encode(tmp_path: Path, job: Job, embedder) -> None:
+    notes = tiny_models.notes(40, without_image=[3, 11])
     columns = {"embedding": "multimodal", "embedding_image": "image", "embedding_text": "text"}
     row, path = report(BlockEmbedder(job._replace(columns=columns)), write_notes(tmp_path / "n.parquet", notes))
     assert (row["embedded"], row["quarantined"], row["error"]) == (40, 0, None)
@@ -61,8 +62,8 @@ def test_bulk_vectors_are_those_of_encode(tmp_path: Path, job: Job, embedder, wr
         np.testing.assert_allclose(found[:5], one_by_one, atol=2e-5)
 
 
-def test_undecodable_image_is_quarantined_with_its_reason(tmp_path: Path, job: Job, write_notes) -> None:
-    notes = fixtures.notes(6)
+def test_undecodable_image_is_quarantined_with_its_reason(tmp_path: Path, job: Job) -> None:
+    notes = tiny_models.notes(6)
     notes[2] = notes[2]._replace(image=b"no image")
     notes[4] = notes[4]._replace(image=notes[4].image[:40])
     row, path = report(BlockEmbedder(job), write_notes(tmp_path / "n.parquet", notes))
@@ -83,24 +84,24 @@ def spoil(monkeypatch: pytest.MonkeyPatch, rows: slice) -> None:
     monkeypatch.setattr(worker, "encode", spoilt)
 
 
-def test_nan_vectors_are_quarantined(tmp_path: Path, job: Job, write_notes, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_nan_vectors_are_quarantined(tmp_path: Path, job: Job, monkeypatch: pytest.MonkeyPatch) -> None:
     spoil(monkeypatch, slice(1, 3))
-    row, path = report(BlockEmbedder(job), write_notes(tmp_path / "n.parquet", fixtures.notes(6)))
+    row, path = report(BlockEmbedder(job), write_notes(tmp_path / "n.parquet", tiny_models.notes(6)))
     assert (row["embedded"], row["quarantined"]) == (4, 2)
     assert pq.read_table(path)["note_id"].to_pylist() == ["n0", "n3", "n4", "n5"]
     (quarantine,) = (tmp_path / "out" / QUARANTINE).glob("*.parquet")
     assert {entry["reason"] for entry in pq.read_table(quarantine).to_pylist()} == {"its vector is NaN or infinite"}
 
 
-def test_nothing_but_nan_is_the_models_fault(tmp_path: Path, job: Job, write_notes, monkeypatch) -> None:
+def test_nothing_but_nan_is_the_models_fault(tmp_path: Path, job: Job, monkeypatch) -> None:
     spoil(monkeypatch, slice(None))
-    row, path = report(BlockEmbedder(job), write_notes(tmp_path / "n.parquet", fixtures.notes(6)))
+    row, path = report(BlockEmbedder(job), write_notes(tmp_path / "n.parquet", tiny_models.notes(6)))
     assert row["error"] == "ModelError" and job.model in row["message"] and "NaN" in row["message"]
     assert not path.exists()
 
 
-def test_a_finished_block_is_not_done_again(tmp_path: Path, job: Job, write_notes) -> None:
-    notes = write_notes(tmp_path / "n.parquet", fixtures.notes(6))
+def test_a_finished_block_is_not_done_again(tmp_path: Path, job: Job) -> None:
+    notes = write_notes(tmp_path / "n.parquet", tiny_models.notes(6))
     first, path = report(BlockEmbedder(job), notes)
     before = path.stat()
     again, _ = report(BlockEmbedder(job._replace(model="/gone")), notes)
@@ -108,8 +109,8 @@ def test_a_finished_block_is_not_done_again(tmp_path: Path, job: Job, write_note
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_a_block_that_keeps_killing_its_actor_ends_the_job(tmp_path: Path, job: Job, write_notes) -> None:
-    path = write_notes(tmp_path / "n.parquet", fixtures.notes(6))
+def test_a_block_that_keeps_killing_its_actor_ends_the_job(tmp_path: Path, job: Job) -> None:
+    path = write_notes(tmp_path / "n.parquet", tiny_models.notes(6))
     block = plan_blocks(list_files(path), 1000, "m").blocks[0]
     for attempt in range(worker.MAX_ATTEMPTS):
         assert begin_attempt(tmp_path / "out", block.block_id) == attempt + 1
@@ -117,8 +118,8 @@ def test_a_block_that_keeps_killing_its_actor_ends_the_job(tmp_path: Path, job: 
     assert row["error"] == "ModelError" and "actors died" in row["message"]
 
 
-def test_errors_of_the_set_up_come_back_by_name(tmp_path: Path, job: Job, write_notes, monkeypatch) -> None:
-    notes = write_notes(tmp_path / "n.parquet", fixtures.notes(3))
+def test_errors_of_the_set_up_come_back_by_name(tmp_path: Path, job: Job, monkeypatch) -> None:
+    notes = write_notes(tmp_path / "n.parquet", tiny_models.notes(3))
     (tmp_path / "other").mkdir()
     row, _ = report(BlockEmbedder(job._replace(model=str(tmp_path / "other"))), notes)
     assert row["error"] == "ModelError" and "other" in row["message"]

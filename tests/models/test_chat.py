@@ -9,12 +9,12 @@ import pytest
 from hypothesis import HealthCheck, given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
-from models import fixtures
 from transformers import AddedToken
 
 from notellm2_ray.core.errors import ModelError
 from notellm2_ray.core.recommend_prompts import IMAGE, Text
 from notellm2_ray.models.chat import ChatTokenizer, expand_images
+from tests.support import tiny_models
 
 # In the manner of four families: lists of content, strings alone, no system message, all images first.
 CHATML = (
@@ -41,7 +41,7 @@ SPECIAL = ["<|im_start|>", "<|im_end|>", "<|start|>", "<|endoftext|>", "<image>"
 
 
 def tokenizer():
-    made = fixtures.tokenizer()
+    made = tiny_models.tokenizer()
     made.add_tokens([AddedToken(token, special=True) for token in SPECIAL if token != "<think>"])
     return made
 
@@ -152,7 +152,7 @@ def test_it_is_pickled_and_shared_between_threads(chats):
 def test_a_saved_model_s_template_is_found(tmp_path):
     words = tokenizer()
     words.chat_template = STRINGS
-    fixtures.save_llm(tmp_path)
+    tiny_models.save_llm(tmp_path)
     words.save_pretrained(tmp_path)
     chat = ChatTokenizer.from_pretrained(str(tmp_path))
     assert text_of(chat, chat.prompt(["cat"])) == "<|start|>[user]\n\ncat<|im_end|>[assistant]\n\n"

@@ -30,7 +30,7 @@ from notellm2_ray.serve.figures import Figures
 from notellm2_ray.serve.http.checks import Images
 from notellm2_ray.serve.http.schemas import Note, SimilarRequest
 from notellm2_ray.serve.http.similar import find_similar
-from tests.serve.notes import MODEL, make_table, note, unit
+from tests.support.live_notes import MODEL, make_table, note, unit
 
 EXACT = IndexSettings(kind="exact", recall_queries=5)
 

@@ -8,7 +8,8 @@ import time
 import httpx
 import numpy as np
 import pytest
-from serving import SMALL
+
+from tests.support.serving import SMALL
 
 pytestmark = pytest.mark.slow
 

@@ -9,10 +9,10 @@ import threading
 
 import httpx
 import pytest
-from serving import free_port, wait_for
 
 from notellm2_ray.core.settings.serve import DeploymentSettings, ServeSettings
 from notellm2_ray.serve import haproxy
+from tests.support.serving import free_port, wait_for
 
 SETTINGS = ServeSettings(gateway=DeploymentSettings(max_ongoing=8, max_queued=4))  # 12 in all, 4 for the encoder
 # What Ray's own configuration has, as far as the rules meet it.

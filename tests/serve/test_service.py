@@ -6,8 +6,9 @@ import base64
 
 import numpy as np
 import pytest
-from models import fixtures
-from serving import SMALL, wait_for
+
+from tests.support import tiny_models
+from tests.support.serving import SMALL, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -66,7 +67,7 @@ def test_a_text_is_embedded_as_a_note_of_that_content(service, world):
 
 
 def test_a_written_note_is_found_by_every_replica_and_a_deleted_one_by_none(service, world):
-    image = base64.b64encode(fixtures.picture(99)).decode()
+    image = base64.b64encode(tiny_models.picture(99)).decode()
     note = {"note_id": "fresh/1", "title": "green house", "topics": ["travel"], "image": image}
     done = service.http.put("/v1/notes", json={"notes": [{**note, "created_at": "2026-05-01T10:00:00+02:00"}]}).json()
     assert done["upserted"] == 1 and done["rejected"] == []
@@ -75,7 +76,7 @@ def test_a_written_note_is_found_by_every_replica_and_a_deleted_one_by_none(serv
     card = service.http.get("/v1/notes/fresh/1").json()
     assert card["title"] == "green house" and card["has_image"] and card["created_at"] == "2026-05-01T08:00:00Z"
     picture = service.http.get("/v1/notes/fresh/1/image")
-    assert picture.content == fixtures.picture(99) and picture.headers["content-type"] == "image/png"
+    assert picture.content == tiny_models.picture(99) and picture.headers["content-type"] == "image/png"
     gone = service.http.post("/v1/notes/delete", json={"note_ids": ["fresh/1", "never"]}).json()
     assert gone["deleted"] == 1 and gone["unknown"] == ["never"]
     assert on_both(service, lambda: similar(service, note_id="fresh/1", k=1).status_code == 404)

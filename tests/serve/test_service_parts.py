@@ -6,12 +6,12 @@ import sqlite3
 import threading
 import time
 
-import engines
 import httpx
 import pytest
-from serving import SMALL, wait_for
 
 from notellm2_ray.serve.keys import create_key
+from tests.support import engines
+from tests.support.serving import SMALL, wait_for
 
 pytestmark = pytest.mark.slow
 

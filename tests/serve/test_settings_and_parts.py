@@ -7,7 +7,6 @@ import asyncio
 import inspect
 import socket
 import threading
-from pathlib import Path
 
 import pytest
 import yaml
@@ -18,8 +17,9 @@ from notellm2_ray.core.settings.serve import LimitSettings
 from notellm2_ray.serve import doctor
 from notellm2_ray.serve.errors import OverloadedError, TookTooLongError
 from notellm2_ray.serve.http import checks, schemas
+from tests.support import ROOT
 
-CONFIGS = Path(__file__).resolve().parents[2] / "serve_configs"
+CONFIGS = ROOT / "serve_configs"
 
 
 def test_the_builders_module_evaluates_its_annotations():

@@ -13,8 +13,8 @@ import torch
 from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.note_store import NoteStore
 from notellm2_ray.train.history import read_history
-from tests.train import material
-from tests.train.ranks import run_ranks
+from tests.support import embedder_training as material
+from tests.support.ranks import run_ranks
 
 STEPS = 20
 

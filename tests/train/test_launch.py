@@ -20,8 +20,9 @@ from notellm2_ray.core.errors import ConfigError, DataError
 from notellm2_ray.core.note_store import NoteStore
 from notellm2_ray.train.history import read_history
 from notellm2_ray.train.launch import train_embedder
-from tests.processes import end_family
-from tests.train import material
+from tests.support import ROOT
+from tests.support import embedder_training as material
+from tests.support.processes import end_family
 
 pytestmark = pytest.mark.slow
 TOTAL = 80
@@ -71,7 +72,7 @@ def _same_training(output: Path, reference: Path) -> None:
 
 def test_a_run_leaves_the_best_model_and_its_history(undisturbed):
     from notellm2_ray.models.embedder.encoder import NoteEncoder
-    from tests.models import fixtures
+    from tests.support import tiny_models
 
     output, counts = undisturbed
     assert {path.name for path in output.iterdir()} == {"model", "history.jsonl", "training.json"}
@@ -81,7 +82,7 @@ def test_a_run_leaves_the_best_model_and_its_history(undisturbed):
     assert set(validations) == {30, 60, 80}
     assert counts["steps"] == TOTAL and counts["pairs"] == 40
     assert counts["best_recall"] == validations[counts["best_step"]] == max(validations.values())
-    vectors = NoteEncoder.from_pretrained(output / "model").encode(fixtures.notes(3))
+    vectors = NoteEncoder.from_pretrained(output / "model").encode(tiny_models.notes(3))
     assert vectors.shape == (3, 16)
 
 
@@ -133,7 +134,7 @@ def test_a_killed_driver_costs_only_the_steps_since_its_checkpoint(undisturbed, 
     with open(tmp_path.with_suffix(".log"), "w") as log:
         driver = subprocess.Popen(
             [sys.executable, "-c", program, str(trained_on), str(tmp_path)],
-            cwd=Path(__file__).parents[2],
+            cwd=ROOT,
             env={**os.environ, "PYTHONPATH": "."},
             stdout=log,
             stderr=log,

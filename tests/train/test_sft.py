@@ -20,8 +20,8 @@ from notellm2_ray.train.history import read_history
 from notellm2_ray.train.sft import train_ranker
 from notellm2_ray.train.sft_data import SftFiles, check_rows, gather_notes, length_groups, split_groups
 from notellm2_ray.train.sft_loop import SftJob, SftTrainer, mechanics, pooled_auc
-from tests.train import ranking_material as material
-from tests.train.ranks import run_ranks
+from tests.support import ranker_training as material
+from tests.support.ranks import run_ranks
 
 STEPS = 6
 

@@ -1,0 +1,85 @@
+"""What no program of ours reads, but Kubernetes and pip do: the KubeRay files and the installer's hook."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import subprocess
+import sys
+
+import pytest
+import yaml
+
+from tests.support import ROOT
+
+KUBERAY = ROOT / "serve_configs" / "kuberay"
+
+
+def documents(name):
+    return {one["kind"]: one for one in yaml.safe_load_all((KUBERAY / name).read_text())}
+
+
+def head_of(document):
+    spec = document["spec"]
+    return (spec.get("rayClusterConfig") or spec["rayClusterSpec"])["headGroupSpec"]
+
+
+@pytest.mark.parametrize(("name", "kind"), [("rayservice.yaml", "RayService"), ("rayjob.yaml", "RayJob")])
+def test_the_operator_and_the_submitter_reach_the_dashboard(name, kind):
+    head = head_of(documents(name)[kind])
+    assert "dashboard-host" not in head["rayStartParams"]
+    (container,) = head["template"]["spec"]["containers"]
+    ports = {one["name"]: one["containerPort"] for one in container.get("ports", ())}
+    wanted = {"gcs-server": 6379, "dashboard": 8265, "client": 10001}
+    assert not ports or wanted.items() <= ports.items()  # without any KubeRay's own are used
+
+
+def test_the_network_policy_lets_the_jobs_submitter_in():
+    submitter = documents("rayjob.yaml")["RayJob"]["spec"]["submitterPodTemplate"]
+    assert submitter["spec"]["restartPolicy"] == "Never" and submitter["spec"]["containers"][0]["image"]
+    rules = documents("rayservice.yaml")["NetworkPolicy"]["spec"]["ingress"]
+    to_dashboard = [rule for rule in rules if {"port": 8265} in rule.get("ports", ())]
+    (selector,) = to_dashboard[0]["from"]
+    assert selector["podSelector"]["matchLabels"].items() <= submitter["metadata"]["labels"].items()
+
+
+FAKE_TORCH = """
+made = []
+class version: cuda = {cuda!r}
+class library:
+    class Library:
+        def __init__(self, *_): pass
+        def define(self, schema): made.append(schema.split("(")[0])
+"""
+
+
+@pytest.mark.parametrize(
+    ("cuda", "torchvision", "declared"),
+    [(None, "0.28.0", ["nms", "qnms"]), (None, "0.28.0+cpu", []), ("13.0", "0.28.0", [])],
+)
+def test_the_hook_declares_operators_only_where_torchvision_cannot(tmp_path, cuda, torchvision, declared):
+    (tmp_path / "torch.py").write_text(FAKE_TORCH.format(cuda=cuda))
+    (tmp_path / "torchvision.py").write_text("")
+    about = tmp_path / f"torchvision-{torchvision}.dist-info"
+    about.mkdir()
+    (about / "METADATA").write_text(f"Metadata-Version: 2.1\nName: torchvision\nVersion: {torchvision}\n")
+    script = "import torchvision_cpu_hook, torchvision, torch; print(*torch.made)"
+    done = subprocess.run(
+        [sys.executable, "-S", "-c", script],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT / "requirements")])},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.returncode, done.stdout.split()) == (0, declared), done.stderr
+
+
+def test_the_hook_is_placed_where_it_is_wanted_and_a_stale_one_is_removed(tmp_path):
+    spec = importlib.util.spec_from_file_location("install", ROOT / "requirements" / "install.py")
+    install = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(install)
+    install.place_hook(tmp_path, wanted=True)
+    assert sorted(os.listdir(tmp_path)) == ["torchvision_cpu_hook.pth", "torchvision_cpu_hook.py"]
+    install.place_hook(tmp_path, wanted=False)
+    install.place_hook(tmp_path, wanted=False)
+    assert os.listdir(tmp_path) == []

@@ -1,0 +1,224 @@
+"""The embedder as its users have it: vectors, the self-describing directory, and refusals."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import BertConfig, T5Config
+
+from notellm2_ray.core.errors import DataError, ModelError
+from notellm2_ray.models.embedder import storage
+from notellm2_ray.models.embedder.build import build_encoder
+from notellm2_ray.models.embedder.encoder import NoteEncoder, batches_by_length
+from notellm2_ray.models.embedder.variants import VARIANTS
+from notellm2_ray.models.llm import load_llm
+from tests.support import tiny_models
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory):
+    base = tmp_path_factory.mktemp("parts")
+    return {"llm": tiny_models.save_llm(base / "llm"), "clip": tiny_models.save_clip(base / "clip")}
+
+
+def make(parts, variant="notellm2", **changes) -> NoteEncoder:
+    settings = tiny_models.settings(variant, **changes)
+    return build_encoder(settings, 1, llm_path=parts["llm"], vision_path=parts["clip"])
+
+
+@pytest.fixture
+def saved(parts, tmp_path) -> Path:
+    make(parts).save_pretrained(tmp_path / "model")
+    return tmp_path / "model"
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_a_saved_embedder_gives_the_same_vectors(parts, tmp_path, variant):
+    encoder = make(parts, variant, prompt_language="en", max_content_words=7, missing_image="zero")
+    notes = tiny_models.notes(5, without_image=[3])
+    encoder.save_pretrained(tmp_path)
+    again = NoteEncoder.from_pretrained(tmp_path)
+    for inputs in ("multimodal", "image", "text"):
+        assert np.array_equal(again.encode(notes, inputs), encoder.encode(notes, inputs))
+    assert again.settings == encoder.settings
+    assert again.fingerprint == encoder.fingerprint
+    assert not again.model.training
+    assert sorted(path.suffix for path in tmp_path.iterdir() if path.suffix not in (".json", ".jinja")) == [
+        ".safetensors"
+    ]
+
+
+def test_siglip_embedders_survive_too(parts, tmp_path):
+    siglip = tiny_models.save_siglip(tmp_path / "siglip")
+    for variant in ("basic", "late_fusion"):  # the first of them drops the tower's pooling head
+        encoder = build_encoder(tiny_models.settings(variant), 1, llm_path=parts["llm"], vision_path=siglip)
+        encoder.save_pretrained(tmp_path / variant)
+        notes = tiny_models.notes(2)
+        assert np.array_equal(NoteEncoder.from_pretrained(tmp_path / variant).encode(notes), encoder.encode(notes))
+
+
+def test_large_weights_are_sharded_and_read_again(parts, tmp_path):
+    encoder = make(parts)
+    encoder.save_description(tmp_path)
+    storage.save_weights(encoder.model.state_dict(), tmp_path, max_shard_size="50KB")
+    shards = sorted(tmp_path.glob("*.safetensors"))
+    assert len(shards) > 1
+    assert NoteEncoder.from_pretrained(tmp_path).fingerprint == encoder.fingerprint
+    shards[0].unlink()
+    with pytest.raises(ModelError, match=f"is incomplete: {shards[0].name} is missing"):
+        NoteEncoder.from_pretrained(tmp_path)
+
+
+def test_the_fingerprint_tells_weights_and_settings_apart(parts):
+    encoder = make(parts)
+    before = encoder.fingerprint
+    assert before == encoder.fingerprint == make(parts).fingerprint
+    assert make(parts, max_content_words=79).fingerprint != before
+    with torch.no_grad():
+        encoder.model.projection.weight[0, 0] += 1e-3
+    assert encoder.fingerprint != before
+
+
+@pytest.mark.parametrize(("batch_tokens", "max_notes"), [(1, 256), (150, 256), (16_384, 3), (16_384, 256)])
+def test_encoding_keeps_the_order_whatever_the_batches(parts, batch_tokens, max_notes):
+    encoder, notes = make(parts), tiny_models.notes(9, without_image=[4])
+    vectors = encoder.encode(notes, batch_tokens=batch_tokens, max_batch_notes=max_notes)
+    assert vectors.dtype == np.float32
+    assert np.allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    for note, vector in zip(notes, vectors, strict=True):
+        assert np.allclose(encoder.encode([note])[0], vector, atol=1e-5)
+    assert encoder.encode([]).shape == (0, encoder.embedding_dim)
+
+
+def test_batches_stay_within_their_bounds():
+    lengths = [5, 100, 7, 6, 300, 5, 5]
+    batches = list(batches_by_length(lengths, 100, 3))
+    assert sorted(np.concatenate(batches)) == list(range(7))
+    for rows in batches:
+        assert len(rows) <= 3
+        assert len(rows) == 1 or len(rows) * max(lengths[row] for row in rows) <= 100
+
+
+def test_bfloat16_vectors_are_close(saved):
+    notes = tiny_models.notes(4)
+    exact, rough = (NoteEncoder.from_pretrained(saved, precision=p).encode(notes) for p in ("fp32", "bf16"))
+    assert (exact * rough).sum(axis=1).min() > 0.99
+
+
+def test_a_vector_that_is_not_finite_names_its_notes(parts):
+    encoder = make(parts, "late_fusion")
+    with torch.no_grad():
+        encoder.model.fusion.visual.weight.fill_(torch.nan)
+    with pytest.raises(DataError, match=r"not finite for 2 of 3 notes \(n0, n2\)"):
+        encoder.encode(tiny_models.notes(3, without_image=[1]))
+
+
+def test_flash_attention_of_training_is_not_needed_on_a_cpu(saved):
+    path = saved / "config.json"
+    values = json.loads(path.read_text())
+    values["settings"]["attention"] = "flash_attention_2"
+    path.write_text(json.dumps(values))
+    assert NoteEncoder.from_pretrained(saved).encode(tiny_models.notes(1)).shape == (1, 16)
+
+
+def write_config(directory: Path, config) -> str:
+    config.save_pretrained(directory)
+    return str(directory)
+
+
+def test_what_is_no_causal_lm_is_refused_as_one(parts, tmp_path):
+    (tmp_path / "empty").mkdir()
+    cases = {
+        str(tmp_path / "empty"): "no config.json",
+        parts["clip"]: "is a clip, not a causal language model",
+        write_config(tmp_path / "t5", T5Config()): "is a t5, an encoder-decoder",
+        write_config(tmp_path / "bert", BertConfig()): "is a bert, a masked language model",
+        str(tmp_path / "absent" / "x" / "y"): "cannot be read as a model",
+    }
+    for path, message in cases.items():
+        with pytest.raises(ModelError, match=message) as caught:
+            load_llm(path, "sdpa")
+        assert "model.llm needs" in str(caught.value)
+
+
+def test_what_is_no_tower_is_refused_as_one(parts, tmp_path):
+    (tmp_path / "empty").mkdir()
+    for path, message in {str(tmp_path / "empty"): "no config.json", parts["llm"]: "is a qwen2, which has no"}.items():
+        with pytest.raises(ModelError, match=message):
+            build_encoder(tiny_models.settings(), 1, llm_path=parts["llm"], vision_path=path)
+
+
+def drop_weight(path: Path, name: str) -> None:
+    weights = load_file(path)
+    del weights[name]
+    save_file(weights, path, metadata={"format": "pt"})
+
+
+def test_incomplete_parts_are_refused(tmp_path):
+    llm, clip = tiny_models.save_llm(tmp_path / "llm"), tiny_models.save_clip(tmp_path / "clip")
+    drop_weight(tmp_path / "clip" / "model.safetensors", "vision_model.encoder.layers.1.mlp.fc1.weight")
+    with pytest.raises(ModelError, match=r"clip lacks 1 of its model's weights .*layers.1.mlp.fc1.weight"):
+        build_encoder(tiny_models.settings(), 1, llm_path=llm, vision_path=clip)
+    drop_weight(tmp_path / "llm" / "model.safetensors", "model.layers.1.mlp.up_proj.weight")
+    with pytest.raises(ModelError, match=r"llm lacks 1 of its model's weights .*up_proj"):
+        build_encoder(tiny_models.settings(), 1, llm_path=llm, vision_path=clip)
+    (tmp_path / "llm" / "model.safetensors").rename(tmp_path / "llm" / "pytorch_model.bin")
+    with pytest.raises(ModelError, match="Only safetensors are read"):
+        build_encoder(tiny_models.settings(), 1, llm_path=llm, vision_path=clip)
+    (tmp_path / "llm" / "tokenizer.json").write_text("{}")
+    with pytest.raises(ModelError, match="has no usable tokenizer"):
+        build_encoder(tiny_models.settings(), 1, llm_path=llm, vision_path=clip)
+
+
+def test_prompts_longer_than_the_llm_was_made_for_are_refused(parts):
+    with pytest.raises(ModelError, match=r"take 5\d\d tokens, but the LLM was made for 512"):
+        make(parts, max_body_tokens=500)
+
+
+def test_directories_of_another_kind_are_no_embedder(parts, tmp_path):
+    with pytest.raises(ModelError, match="of kind 'qwen2', not an embedder"):
+        NoteEncoder.from_pretrained(parts["llm"])
+    with pytest.raises(ModelError, match=r"holds no embedder: config.json is missing"):
+        NoteEncoder.from_pretrained(tmp_path)
+    (tmp_path / "config.json").write_text("{")
+    with pytest.raises(ModelError, match=r"config.json cannot be read"):
+        NoteEncoder.from_pretrained(tmp_path)
+
+
+def test_damaged_embedders_are_refused(saved):
+    weights = saved / "model.safetensors"
+    whole = weights.read_bytes()
+    drop_weight(weights, "fusion.gate.bias")
+    with pytest.raises(ModelError, match=r"1 differ, first fusion.gate.bias \(expected \(32,\), found none\)"):
+        NoteEncoder.from_pretrained(saved)
+    weights.write_bytes(whole[: len(whole) // 2])
+    with pytest.raises(ModelError, match=r"model.safetensors is damaged"):
+        NoteEncoder.from_pretrained(saved)
+    weights.unlink()
+    with pytest.raises(ModelError, match=r"model.safetensors is missing"):
+        NoteEncoder.from_pretrained(saved)
+    values = json.loads((saved / "config.json").read_text())
+    for change, message in (
+        ({"format": 2}, "has format 2; this version reads format 1"),
+        ({"settings": {"variant": "other"}}, "does not describe an embedder: setting 'variant'"),
+    ):
+        (saved / "config.json").write_text(json.dumps(values | change))
+        with pytest.raises(ModelError, match=message):
+            NoteEncoder.from_pretrained(saved)
+
+
+@pytest.mark.slow
+def test_models_import_nothing_of_the_cluster():
+    code = (
+        "import sys, notellm2_ray.models.embedder.build, notellm2_ray.models.embedder.losses\n"
+        "print([m for m in ('ray', 'vllm', 'deepspeed', 'open_clip', 'faiss', 'lance') if m in sys.modules])"
+    )
+    found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert found.stdout.strip() == "[]"
