@@ -7,11 +7,11 @@ import json
 from pathlib import Path
 
 import pytest
-from tests.support.tiny_mllm import save_mllm
 
 from notellm2_ray.core.errors import ConfigError, ModelError
 from notellm2_ray.core.settings import GenerationSettings
 from notellm2_ray.infer.engine import check_model, engine_arguments, engine_environment, engine_error
+from tests.support.tiny_mllm import save_mllm
 
 
 @pytest.fixture(scope="module")

@@ -15,7 +15,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.support.tiny_mllm import picture, save_mllm
 
 from notellm2_ray.core.schema import BLOCK_SCHEMA, NOTE_SCHEMA
 from notellm2_ray.core.settings import GenerationSettings, PreferenceSettings, SummarySettings
@@ -23,6 +22,7 @@ from notellm2_ray.infer.preferences import summarize_preferences
 from notellm2_ray.infer.summaries import summarize_images
 from tests.support import ROOT
 from tests.support.processes import command, descendants, end_family, processes, wait_until
+from tests.support.tiny_mllm import picture, save_mllm
 
 pytestmark = pytest.mark.slow
 GENERATION = GenerationSettings(dtype="float32", max_model_len=768, max_sequences=8)

@@ -9,7 +9,6 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from tests.support.tiny_mllm import picture, save_mllm
 from PIL import Image
 
 from notellm2_ray.core.errors import DataError, ModelError
@@ -18,6 +17,7 @@ from notellm2_ray.core.settings import GenerationSettings, SummarySettings
 from notellm2_ray.infer.answers import cut_at_sentence, is_repetitive, one_paragraph
 from notellm2_ray.infer.summaries import sort_rows, summarize_images
 from notellm2_ray.infer.summary_rows import ERROR, EncodedImage, checked
+from tests.support.tiny_mllm import picture, save_mllm
 from tests.support.tiny_models import write_notes
 
 # Sampled: a random model's greedy answers go round in circles.

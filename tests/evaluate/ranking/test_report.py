@@ -6,8 +6,6 @@ import re
 import numpy as np
 import pyarrow as pa
 import pytest
-from tests.evaluate.ranking.test_results import clicks, noisy, tables
-from tests.evaluate.recall.test_report import HOSTILE, Tags, picture
 
 from notellm2_ray.core.errors import OutputError
 from notellm2_ray.core.schema import BLOCK_SCHEMA, Note
@@ -18,6 +16,8 @@ from notellm2_ray.evaluate.ranking.results import MethodScores, evaluate_protoco
 from notellm2_ray.evaluate.ranking.samples import sample_users
 from notellm2_ray.evaluate.ranking.tables import printed, ranking_table, significance_table
 from notellm2_ray.evaluate.ranking.task import RankingTask
+from tests.evaluate.ranking.test_results import clicks, noisy, tables
+from tests.evaluate.recall.test_report import HOSTILE, Tags, picture
 
 SETTINGS = RankEvaluateSettings(cutoffs=(1, 5))
 SWEEP = {
@@ -178,11 +178,10 @@ def test_the_front_page_links_what_is_there(report, tmp_path):
 
 
 def test_the_front_page_shows_recall_too(report, tmp_path):
-    from tests.evaluate.recall.test_report import pair_table
-
     from notellm2_ray.core.settings.retrieval import EvaluateSettings
     from notellm2_ray.evaluate.recall.results import MethodRanks, evaluate
     from notellm2_ray.evaluate.recall.task import RetrievalTask
+    from tests.evaluate.recall.test_report import pair_table
 
     task = RetrievalTask.build(pair_table([("a", "b")]), list("abc"), {"a": 90, "b": 90}, EvaluateSettings())
     recall = evaluate(task, [MethodRanks("bm25", "text", {None: np.array([1])}, baseline=True)])
