@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 
 from notellm2_ray.core.config import build, merge
 from notellm2_ray.core.schema import NOTE_SCHEMA
-from notellm2_ray.core.settings import Settings, WorldSettings
+from notellm2_ray.core.settings import Settings
+from notellm2_ray.data.world.settings import WorldSettings
 from notellm2_ray.presets import preset
 
 SEED = 42

@@ -30,10 +30,11 @@ from sklearn.linear_model import LogisticRegression
 from notellm2_ray.core.config import build
 from notellm2_ray.core.errors import ConfigError, NoteLLMError, OutputError
 from notellm2_ray.core.run import MANIFEST, read_manifest
-from notellm2_ray.core.settings import Settings, WorldSettings
+from notellm2_ray.core.settings import Settings
 from notellm2_ray.core.settings.ranking import PreferenceVariant
 from notellm2_ray.data.sources.world import note_id, user_id
 from notellm2_ray.data.world.factors import LOG_START, telling, traits
+from notellm2_ray.data.world.settings import WorldSettings
 from notellm2_ray.data.world.users import _click_rate, catalogue, tastes, week_of
 from notellm2_ray.evaluate.ranking.metrics import PooledAuc
 from notellm2_ray.evaluate.ranking.task import RankingTask

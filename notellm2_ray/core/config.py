@@ -9,7 +9,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
@@ -21,6 +21,17 @@ class Frozen(BaseModel):
     """Base of all settings: immutable, and an unknown key is an error."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", validate_default=True)
+
+
+class Kinds(Frozen):
+    """Base of settings whose class follows from their ``kind``; the class that defines :meth:`kinds` stands for all."""
+
+    kind: str
+
+    @classmethod
+    def kinds(cls) -> Mapping[str, type[Kinds]]:
+        """The settings class of each kind."""
+        raise NotImplementedError
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -87,27 +98,22 @@ def build(model: type[Frozen], values: Mapping[str, Any]) -> Any:
 
 
 def _explain(model: type[BaseModel], entry: Mapping[str, Any]) -> str:
-    loc = [str(part) for part in entry["loc"]]
-    tag = _tag_of_union(model, loc[0]) if loc else None
-    if tag is not None:
-        del loc[1:2]  # a discriminated union puts its tag there (source.world.size); it is no key of the user's
-    key = ".".join(loc)
+    key = ".".join(str(part) for part in entry["loc"])
     if entry["type"] == "extra_forbidden":
-        return _explain_unknown(model, key, tag)
+        return _explain_unknown(model, key)
     given = entry.get("input")
     shown = "" if isinstance(given, (dict, BaseModel)) else f" (got {given!r})"
     place = f"setting {key!r}" if key else "settings"
     return f"{place}: {entry['msg'].removeprefix('Value error, ')}{shown}"
 
 
-def _explain_unknown(model: type[BaseModel], key: str, tag: str | None) -> str:
+def _explain_unknown(model: type[BaseModel], key: str) -> str:
     known = _known_keys(model)
-    if tag is not None and key in known:  # of another member of the union
-        first = key.partition(".")[0]
-        members = nested_models(model.model_fields[first].annotation)
-        kinds = [one for one in members if key in _known_keys(one, f"{first}.")]
-        named = " or ".join(f"{first}.{tag}={get_args(one.model_fields[tag].annotation)[0]}" for one in kinds)
-        return f"setting {key!r} is of another {first}.{tag}: set {named}"
+    if key in known:  # but not in the settings of the chosen kind
+        section = key.partition(".")[0]
+        owners = [kind for kind, one in _kinds_of(model, section).items() if key in _known_keys(one, f"{section}.")]
+        named = " or ".join(f"{section}.kind={kind}" for kind in owners)
+        return f"setting {key!r} is of another {section}.kind: set {named}"
     last = key.rpartition(".")[2]
     near = [name for name in known if name.rpartition(".")[2] == last]
     near = near[:3] or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
@@ -115,10 +121,13 @@ def _explain_unknown(model: type[BaseModel], key: str, tag: str | None) -> str:
     return f"unknown setting {key!r}{hint}"
 
 
-def _tag_of_union(model: type[BaseModel], name: str) -> str | None:
-    """The key that tells the members of a discriminated union apart, where the field is one."""
-    field = model.model_fields.get(name)
-    return field.discriminator if field is not None and isinstance(field.discriminator, str) else None
+def _kinds_of(model: type[BaseModel], section: str) -> Mapping[str, type[BaseModel]]:
+    base: Any = model.model_fields[section].annotation
+    return base.kinds() if _stands_for_kinds(base) else {}
+
+
+def _stands_for_kinds(annotation: Any) -> bool:
+    return isinstance(annotation, type) and issubclass(annotation, Kinds) and "kinds" in vars(annotation)
 
 
 def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
@@ -131,7 +140,9 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def nested_models(annotation: Any) -> list[type[BaseModel]]:
-    """The settings classes inside an annotation, unions included."""
+    """The settings classes inside an annotation: of a union, or of settings of several kinds, every one."""
+    if _stands_for_kinds(annotation):
+        return list(annotation.kinds().values())
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
         return [annotation]
     return [found for part in getattr(annotation, "__args__", ()) for found in nested_models(part)]

@@ -13,7 +13,8 @@ from notellm2_ray.core.note_store import NoteStore
 from notellm2_ray.core.prompts import Language, Slot, join_topics, note_prompt, quote, truncate
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.schema import Note
-from notellm2_ray.core.settings import Settings, WorldSettings
+from notellm2_ray.core.settings import Settings
+from notellm2_ray.data.world.settings import WorldSettings
 
 _AT_ONCE = 256
 _EXCERPTS = 8  # of each note, the first one whole

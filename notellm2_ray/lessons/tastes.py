@@ -16,10 +16,11 @@ import numpy as np
 from notellm2_ray.core.prompts import Language, quote
 from notellm2_ray.core.recommend_prompts import PREFERENCE_BEGINS, Item, Text, preference_prompt, summary_prompt
 from notellm2_ray.core.run import stream_seed
-from notellm2_ray.core.settings import Settings, WorldSettings
+from notellm2_ray.core.settings import Settings
 from notellm2_ray.core.settings.ranking import PreferenceVariant
 from notellm2_ray.data.world.images import draw_image
 from notellm2_ray.data.world.lexicon import Lexicon, lexicon
+from notellm2_ray.data.world.settings import WorldSettings
 from notellm2_ray.data.world.texts import Writer
 from notellm2_ray.lessons.yes_no import Scene, question
 from notellm2_ray.models.tiny.lessons import Exercise, ExerciseKind, Lessons

@@ -79,7 +79,7 @@ def _source_versions(settings: Settings, directory: Path) -> dict[str, str]:
     """Names, sizes and times of the source's tables, so that new content is noticed; where they are gone, what was made
     of them stands. Of images it is which there are, not what is in them.
     """
-    from notellm2_ray.data.sources.versions import table_versions
+    from notellm2_ray.data.sources import table_versions
 
     versions = table_versions(settings.source)
     if versions is None and (directory / MANIFEST).is_file():

@@ -20,10 +20,11 @@ from PIL import Image
 
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.schema import EVENT_SCHEMA, NOTE_SCHEMA, QUARANTINE_SCHEMA
-from notellm2_ray.core.settings.data import PrepareSettings, TabularSettings
+from notellm2_ray.core.settings.data import PrepareSettings
 from notellm2_ray.data import prepare as prepare_module
 from notellm2_ray.data.prepare import KeySet, prepare
 from notellm2_ray.data.sources import SourceTables, open_source
+from notellm2_ray.data.sources.tabular import TabularSettings
 from notellm2_ray.data.validate import check_events, check_notes, hash_ids
 from notellm2_ray.data.writer import RollingWriter
 

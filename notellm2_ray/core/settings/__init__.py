@@ -6,21 +6,14 @@ Defaults are the papers' where the papers say; what a laptop needs otherwise is 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 from pydantic import Field, model_validator
 
 from notellm2_ray.core.config import Frozen
 from notellm2_ray.core.settings.data import (
-    ColumnMap,
-    MicroLensSettings,
-    MovieLensSettings,
     PairSettings,
     PrepareSettings,
-    Source,
     SplitSettings,
-    TabularSettings,
-    WorldSettings,
 )
 from notellm2_ray.core.settings.model import ModelSettings, QFormerSettings, TinySettings
 from notellm2_ray.core.settings.ranking import (
@@ -35,18 +28,16 @@ from notellm2_ray.core.settings.ranking import (
 )
 from notellm2_ray.core.settings.retrieval import EmbedSettings, EvaluateSettings, IndexSettings
 from notellm2_ray.core.settings.serve import ServeSettings
+from notellm2_ray.core.settings.sources import SOURCES, AnySource, default_source
 from notellm2_ray.core.settings.train import TrainSettings
 
 __all__ = [
     "CandidateSettings",
-    "ColumnMap",
     "EmbedSettings",
     "EvaluateSettings",
     "GenerationSettings",
     "IndexSettings",
-    "MicroLensSettings",
     "ModelSettings",
-    "MovieLensSettings",
     "PairSettings",
     "PreferenceSettings",
     "PrepareSettings",
@@ -59,11 +50,9 @@ __all__ = [
     "Settings",
     "SplitSettings",
     "SummarySettings",
-    "TabularSettings",
     "TinySettings",
     "TrainSettings",
     "TuneSettings",
-    "WorldSettings",
 ]
 
 
@@ -79,7 +68,7 @@ class Settings(Frozen):
 
     workspace: Path = Field(Path("runs/world"), description="directory that every stage of this data set writes under")
     seed: int = Field(42, ge=0, description="seed of the data: world, splits, tiny models (training: train.seed)")
-    source: Source = Field(WorldSettings(), description="where notes and events come from")
+    source: AnySource = Field(default_factory=default_source, description="where notes and events come from")
     prepare: PrepareSettings = Field(PrepareSettings(), description="checks on the source")
     pairs: PairSettings = Field(PairSettings(), description="mining of related notes")
     split: SplitSettings = Field(SplitSettings(), description="train, validation and test")
@@ -100,16 +89,9 @@ class Settings(Frozen):
     serve: ServeSettings = Field(ServeSettings(), description="the online service")
     ray: RaySettings = Field(RaySettings(), description="embedded Ray cluster")
 
-    @model_validator(mode="before")
-    @classmethod
-    def _world_by_default(cls, values: Any) -> Any:
-        if isinstance(values, dict) and isinstance(values.get("source"), dict) and "kind" not in values["source"]:
-            return {**values, "source": {"kind": "world", **values["source"]}}
-        return values
-
     @model_validator(mode="after")
     def _source_has_what_is_asked(self) -> Settings:
-        if self.source.kind in ("movielens", "microlens") and self.split.by == "time":
+        if self.split.by == "time" and not SOURCES.get(self.source.kind).has_creation_times:
             raise ValueError(
                 f"split.by=time needs the notes' creation times, which {self.source.kind} lacks: use split.by=notes"
             )

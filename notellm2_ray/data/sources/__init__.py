@@ -1,43 +1,54 @@
-"""Where notes and events come from: one module a kind of source, each giving the same two raw tables."""
+"""Where notes and events come from. Every kind of source is one file here and one row of
+:data:`notellm2_ray.core.settings.sources.SOURCES`, and gives the same two raw tables."""
 
 from __future__ import annotations
 
-from importlib import import_module
+import sys
 from typing import TYPE_CHECKING, NamedTuple
+
+from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.settings.sources import SOURCES, Source, SourceSettings, Version
 
 if TYPE_CHECKING:
     import ray.data
-
-    from notellm2_ray.core.settings.data import Source
-
-_READERS = {
-    "world": ("notellm2_ray.data.sources.world", "world_tables"),
-    "tabular": ("notellm2_ray.data.sources.tabular", "tabular_tables"),
-    "microlens": ("notellm2_ray.data.sources.microlens", "microlens_tables"),
-    "movielens": ("notellm2_ray.data.sources.movielens", "movielens_tables"),
-}
 
 
 class SourceTables(NamedTuple):
     """Raw rows as lazy Ray datasets, in our column names.
 
-    Beside those, ``_source`` says where a row comes from ("file:row"), and ``_error`` (which may be absent) why the
-    reader could make nothing of it. An image is a path, a URI or encoded bytes. No row is left out without a word.
+    Two more columns: ``_source`` says where a row comes from ("file:row"), and ``_error``, which may be absent, why the
+    reader could not use it. An image is a path, a URI or encoded bytes. The reader leaves out no row silently.
     """
 
     notes: ray.data.Dataset
     events: ray.data.Dataset
 
 
-def open_source(source: Source, seed: int) -> SourceTables:
+def open_source(settings: SourceSettings, seed: int) -> SourceTables:
     """The tables of a source; Ray must be connected.
 
     Args:
-        source: one of the ``source.kind``s.
-        seed: of the synthetic world; the others do not draw.
+        seed: of the synthetic world; the other sources draw nothing at random.
 
     Raises:
         DataError: a file or a required column is missing, with the setting to change.
     """
-    module, reader = _READERS[source.kind]
-    return getattr(import_module(module), reader)(source, seed)
+    source = SOURCES.get(settings.kind)
+    if SOURCES.is_added(settings.kind):
+        _send_code_along(source)
+    return source.read(settings, seed)
+
+
+def _send_code_along(source: Source) -> None:
+    """Send the module's functions and classes to Ray's workers, which may not be able to import it."""
+    from ray import cloudpickle
+
+    cloudpickle.register_pickle_by_value(sys.modules[source.read.__module__])
+
+
+def table_versions(settings: SourceSettings) -> dict[str, Version] | None:
+    """What a source watches for changes, by the setting that names it; None where a file is missing."""
+    try:
+        return dict(SOURCES.get(settings.kind).versions(settings))
+    except (DataError, FileNotFoundError):
+        return None

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import glob
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 from pyarrow import fs
 
 from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.settings.sources import Version
 from notellm2_ray.data.rows import FATAL, failed_row
 
 if TYPE_CHECKING:
@@ -111,3 +112,53 @@ def dataset(files: Sequence[TableFile], read: Callable[[TableFile], Iterator[pa.
 
     items = ray.data.from_items([file._asdict() for file in files], override_num_blocks=len(files))
     return items.map_batches(read_one, batch_format="pyarrow", batch_size=None)
+
+
+def image_names(folder: Path, setting: str) -> dict[str, str]:
+    """File name without ending -> absolute path, for the images in a folder.
+
+    Raises:
+        DataError: there is no such folder.
+    """
+    endings = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
+    try:
+        entries = sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(endings))
+    except OSError as error:
+        raise DataError(f"{folder}: not a readable folder of images ({error.strerror}); set {setting}") from error
+    return {os.path.splitext(name)[0]: os.path.join(os.path.abspath(folder), name) for name in entries}
+
+
+def ref_to(value: object) -> Any:
+    """``value`` in Ray's object store, so that it is not sent along with every task."""
+    import ray
+
+    return ray.put(value)
+
+
+def table_version(pattern: str, format_: str, setting: str) -> Version:
+    """The version of a table's files; the arguments are those of :func:`list_files`.
+
+    Raises:
+        DataError: there is no such table.
+    """
+    if "://" not in pattern:
+        return [file_version(Path(file.path)) for file in list_files(pattern, format_, setting)]
+    files = uri_files(pattern)
+    if not files or any(info.type == fs.FileType.NotFound for _, info in files):
+        raise DataError(f"{pattern}: no such table file; set {setting}")
+    return [(uri, info.size, info.mtime_ns) for uri, info in files]
+
+
+def file_version(path: Path) -> tuple[str, int, int]:
+    """The version of one local file, told without reading it.
+
+    Raises:
+        FileNotFoundError: there is none.
+    """
+    found = path.stat()
+    return str(path.absolute()), found.st_size, found.st_mtime_ns
+
+
+def image_version(paths: Mapping[str, str]) -> Version:
+    """The version of a folder of images, as :func:`image_names` gives it: by name, not by content."""
+    return [(path, -1, -1) for path in sorted(paths.values())]

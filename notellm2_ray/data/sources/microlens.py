@@ -9,18 +9,19 @@ import os
 from collections.abc import Iterator, Mapping
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
 from notellm2_ray.core.errors import DataError
-from notellm2_ray.core.settings.data import MicroLensSettings
+from notellm2_ray.core.settings.sources import Source, SourceSettings, Version
 from notellm2_ray.data.columns import to_text
 from notellm2_ray.data.rows import UNREADABLE_ROW, raw_events, raw_notes
 from notellm2_ray.data.sources import SourceTables
-from notellm2_ray.data.sources.files import TableFile, dataset
+from notellm2_ray.data.sources.files import TableFile, dataset, file_version, image_names, image_version, ref_to
 from notellm2_ray.data.sources.formats import column_names, read_batches
 
 # A sequence file has an order and no times: event number n of a user is put n seconds after this moment.
@@ -29,6 +30,15 @@ ACTION = "click"  # every interaction is one: the comment that it was counts as 
 
 _BATCH = 20_000
 _MILLISECONDS_FROM = 100_000_000_000  # as seconds this would be the year 5138
+
+
+class MicroLensSettings(SourceSettings):
+    """MicroLens: a pairs file of item sequences and a titles file; covers if you have them."""
+
+    kind: Literal["microlens"]
+    pairs: Path = Field(description="the ..._pairs.tsv (sequences) or ..._pairs.csv (user,item,timestamp) file")
+    titles: Path = Field(description="the ..._titles.csv file (item,title)")
+    covers: Path | None = Field(None, description="folder of cover images named ITEM.jpg; absent: no images")
 
 
 def microlens_tables(settings: MicroLensSettings, seed: int = 0) -> SourceTables:
@@ -48,27 +58,6 @@ def microlens_tables(settings: MicroLensSettings, seed: int = 0) -> SourceTables
         notes=dataset([titles], lambda file: _read_titles(file, covers)),
         events=dataset([pairs], _read_sequences if sequences else _read_pairs),
     )
-
-
-def image_names(folder: Path, setting: str) -> dict[str, str]:
-    """File name without ending -> absolute path, for the images in a folder.
-
-    Raises:
-        DataError: there is no such folder.
-    """
-    endings = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
-    try:
-        entries = sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(endings))
-    except OSError as error:
-        raise DataError(f"{folder}: not a readable folder of images ({error.strerror}); set {setting}") from error
-    return {os.path.splitext(name)[0]: os.path.join(os.path.abspath(folder), name) for name in entries}
-
-
-def ref_to(value: object) -> Any:
-    """``value`` in Ray's object store, so that it is not sent along with every task."""
-    import ray
-
-    return ray.put(value)
 
 
 def _file(path: Path, setting: str, format_: str) -> TableFile:
@@ -186,3 +175,16 @@ def _unrolled(path: str, users: list[str], items: list[list[str]], rows: list[in
             }
         )
     )
+
+
+def microlens_versions(settings: MicroLensSettings) -> dict[str, Version]:
+    """Both files, and which covers there are."""
+    versions = {"source.pairs": [file_version(settings.pairs)], "source.titles": [file_version(settings.titles)]}
+    if settings.covers:
+        versions["source.covers"] = image_version(image_names(settings.covers, "source.covers"))
+    return versions
+
+
+SOURCE = Source(
+    settings=MicroLensSettings, read=microlens_tables, versions=microlens_versions, has_creation_times=False
+)

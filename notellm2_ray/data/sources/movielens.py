@@ -8,20 +8,21 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field
 
 from notellm2_ray.core.errors import DataError
-from notellm2_ray.core.settings.data import MovieLensSettings
+from notellm2_ray.core.settings.sources import Source, SourceSettings, Version
 from notellm2_ray.data.columns import Column, flat, show, to_text
 from notellm2_ray.data.rows import WRONG_VALUE, raw_events, raw_notes
 from notellm2_ray.data.sources import SourceTables
-from notellm2_ray.data.sources.files import TableFile, dataset
+from notellm2_ray.data.sources.files import TableFile, dataset, file_version, image_names, image_version, ref_to
 from notellm2_ray.data.sources.formats import column_names, read_batches
-from notellm2_ray.data.sources.microlens import image_names, ref_to
 
 NO_GENRES = "(no genres listed)"
 CLICK_DELAY_US = 1_000  # a click follows its view by a millisecond, so that their order is defined
@@ -33,6 +34,15 @@ _COLUMNS = {
     "tags.csv": ("userId", "movieId", "tag", "timestamp"),
 }
 logger = logging.getLogger("notellm2_ray")
+
+
+class MovieLensSettings(SourceSettings):
+    """MovieLens with posters: ratings.csv, movies.csv, tags.csv and a folder of poster images named MOVIEID.jpg."""
+
+    kind: Literal["movielens"]
+    directory: Path = Field(description="folder that holds ratings.csv, movies.csv and posters/")
+    click_rating: float = Field(3.5, description="a rating is always a view, and from this value on a click too")
+    posters_only: bool = Field(True, description="keep only the movies that have a poster")
 
 
 def movielens_tables(settings: MovieLensSettings, seed: int = 0) -> SourceTables:
@@ -194,3 +204,18 @@ def _with_clicks(views: pa.Table, clicked: np.ndarray) -> pa.Table:
     return rows.set_column(names.index("timestamp"), "timestamp", moved).set_column(
         names.index("action"), "action", action
     )
+
+
+def movielens_versions(settings: MovieLensSettings) -> dict[str, Version]:
+    """The tables, and which posters there are: with ``posters_only`` they decide which movies are notes."""
+    tables = [settings.directory / name for name in ("ratings.csv", "movies.csv")]
+    tags = settings.directory / "tags.csv"  # the only table that may be absent
+    return {
+        "source.directory": [file_version(path) for path in [*tables, *([tags] if tags.is_file() else [])]],
+        "source.directory/posters": image_version(poster_files(settings)),
+    }
+
+
+SOURCE = Source(
+    settings=MovieLensSettings, read=movielens_tables, versions=movielens_versions, has_creation_times=False
+)

@@ -6,15 +6,18 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import pyarrow as pa
+from pydantic import Field
 
+from notellm2_ray.core.config import Frozen
 from notellm2_ray.core.errors import DataError
-from notellm2_ray.core.settings.data import ColumnMap, TabularSettings
+from notellm2_ray.core.settings.sources import Source, SourceSettings, Version
 from notellm2_ray.data.columns import flat, is_text, json_times, topic_lists
 from notellm2_ray.data.rows import raw_events, raw_notes
 from notellm2_ray.data.sources import SourceTables
-from notellm2_ray.data.sources.files import TableFile, dataset, list_files
+from notellm2_ray.data.sources.files import TableFile, dataset, list_files, table_version
 from notellm2_ray.data.sources.formats import column_names, read_batches
 
 NOTE_BATCH = 512  # small: a Parquet file may hold the images themselves
@@ -23,6 +26,37 @@ EVENT_BATCH = 50_000
 _NOTE_COLUMNS = ("note_id", "title", "topics", "content", "image", "created_at")
 _EVENT_COLUMNS = ("user_id", "note_id", "timestamp", "action", "session_id")
 _TELLING = ("title", "topics", "content", "image")
+
+
+class ColumnMap(Frozen):
+    """Names of a table's columns; the defaults are ours. An optional column that is absent is read as empty."""
+
+    note_id: str = "note_id"
+    title: str = "title"
+    topics: str = "topics"
+    content: str = "content"
+    image: str = "image"
+    created_at: str = "created_at"
+    user_id: str = "user_id"
+    timestamp: str = "timestamp"
+    action: str = "action"
+    session_id: str = "session_id"
+
+
+class TabularSettings(SourceSettings):
+    """Your own tables: Parquet, JSONL or CSV files of notes and of events."""
+
+    kind: Literal["tabular"]
+    notes: str = Field(description="file, directory or glob of the notes table")
+    events: str = Field(description="file, directory or glob of the events table")
+    format: Literal["auto", "parquet", "jsonl", "csv"] = Field("auto", description="auto goes by the file's ending")
+    columns: ColumnMap = Field(ColumnMap(), description="our column name to yours")
+    image_root: Path | None = Field(
+        None, description="folder that relative image paths start from; null: the folder of the notes file"
+    )
+    topic_separator: str = Field("|", description="splits topics where they come as one string")
+    time_unit: Literal["s", "ms", "us"] = Field("s", description="unit of numeric timestamps (since 1970, UTC)")
+    default_action: str = Field("click", description="action of events in a table without an action column")
 
 
 def tabular_tables(settings: TabularSettings, seed: int = 0) -> SourceTables:
@@ -109,3 +143,14 @@ def _absolute(images: pa.ChunkedArray, root: Path) -> pa.Array:
         ],
         pa.string(),
     )  # fmt: skip
+
+
+def tabular_versions(settings: TabularSettings) -> dict[str, Version]:
+    """The files of both tables."""
+    return {
+        "source.notes": table_version(settings.notes, settings.format, "source.notes"),
+        "source.events": table_version(settings.events, settings.format, "source.events"),
+    }
+
+
+SOURCE = Source(settings=TabularSettings, read=tabular_tables, versions=tabular_versions)

@@ -14,17 +14,19 @@ import numpy as np
 import pyarrow as pa
 
 from notellm2_ray.core.run import stream_seed
-from notellm2_ray.core.settings import WorldSettings
+from notellm2_ray.core.settings.sources import Source
+from notellm2_ray.data.sources import SourceTables
 from notellm2_ray.data.world.broken import NOTE_BREAKAGES
 from notellm2_ray.data.world.draws import choices, uniforms
 from notellm2_ray.data.world.factors import LOG_START, telling, traits
 from notellm2_ray.data.world.images import draw_image
 from notellm2_ray.data.world.lexicon import lexicon
+from notellm2_ray.data.world.settings import WorldSettings
 from notellm2_ray.data.world.texts import write
 from notellm2_ray.data.world.users import Impressions, impressions
 
 if TYPE_CHECKING:
-    from notellm2_ray.data.sources import SourceTables
+    import ray.data
 
 NOTES_PER_BLOCK = 500
 EVENTS_PER_BLOCK = 40_000
@@ -52,8 +54,6 @@ def world_tables(settings: WorldSettings, seed: int) -> SourceTables:
         notes: ``num_notes`` rows; events: about ``num_users * events_per_user`` views, and the clicks that followed.
     """
     import ray.data
-
-    from notellm2_ray.data.sources import SourceTables
 
     def stream(rows: int, per_block: int, make: Any) -> ray.data.Dataset:
         numbers = ray.data.range(rows, override_num_blocks=max(1, -(-rows // per_block)))
@@ -225,3 +225,6 @@ def note_id(number: int) -> str:
 def user_id(number: int) -> str:
     """Id of the user numbered ``number``."""
     return f"u{number:06d}"
+
+
+SOURCE = Source(settings=WorldSettings, read=world_tables, versions=lambda settings: {})  # it has no files to watch

@@ -7,9 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from notellm2_ray.core.settings import WorldSettings
 from notellm2_ray.data.world.draws import choices, uniforms
 from notellm2_ray.data.world.lexicon import Lexicon, lexicon
+from notellm2_ray.data.world.settings import WorldSettings
 
 DAY = 86_400.0
 LOG_START = 1_709_510_400  # 2024-03-04 00:00 UTC, in seconds: the first moment of the event log

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from notellm2_ray.core.settings import WorldSettings
 from notellm2_ray.data.world.draws import choices, uniforms
 from notellm2_ray.data.world.factors import DAY, Traits, traits
+from notellm2_ray.data.world.settings import WorldSettings
 
 SLOTS = 2  # subjects, and styles, that a user wants at one time: a main one and another
 MAIN = 0.7  # how often the feed goes by the main one

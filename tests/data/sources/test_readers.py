@@ -13,13 +13,19 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from notellm2_ray.core.errors import DataError
-from notellm2_ray.core.settings.data import ColumnMap, MicroLensSettings, MovieLensSettings, TabularSettings
 from notellm2_ray.data.columns import to_text, to_timestamps, to_topics
 from notellm2_ray.data.sources import open_source
 from notellm2_ray.data.sources.files import list_files
-from notellm2_ray.data.sources.microlens import _read_pairs, _read_sequences, hashtags
-from notellm2_ray.data.sources.movielens import _events, _movies, poster_files
-from notellm2_ray.data.sources.tabular import _check_columns, _read_events, _read_notes, tabular_tables
+from notellm2_ray.data.sources.microlens import MicroLensSettings, _read_pairs, _read_sequences, hashtags
+from notellm2_ray.data.sources.movielens import MovieLensSettings, _events, _movies, poster_files
+from notellm2_ray.data.sources.tabular import (
+    ColumnMap,
+    TabularSettings,
+    _check_columns,
+    _read_events,
+    _read_notes,
+    tabular_tables,
+)
 
 
 def write(path, rows, format_):

@@ -5,8 +5,10 @@ from itertools import pairwise
 
 import pytest
 
-from notellm2_ray.core.settings.data import MicroLensSettings, MovieLensSettings, TabularSettings
-from notellm2_ray.data.sources.versions import table_versions
+from notellm2_ray.data.sources import table_versions
+from notellm2_ray.data.sources.microlens import MicroLensSettings
+from notellm2_ray.data.sources.movielens import MovieLensSettings
+from notellm2_ray.data.sources.tabular import TabularSettings
 from notellm2_ray.pipeline import recall_outputs as outputs
 from notellm2_ray.presets import load_settings
 

@@ -13,12 +13,12 @@ from PIL import Image
 
 from notellm2_ray.core.config import build
 from notellm2_ray.core.errors import ConfigError, DataError
-from notellm2_ray.core.settings import WorldSettings
 from notellm2_ray.data.sources.world import captions, note_id, raw_events, raw_notes, world_tables, world_truth
 from notellm2_ray.data.world.draws import uniforms
 from notellm2_ray.data.world.factors import DAY, LOG_START, telling, traits
 from notellm2_ray.data.world.images import PALETTES, PATTERNS, draw_image
 from notellm2_ray.data.world.lexicon import lexicon
+from notellm2_ray.data.world.settings import WorldSettings
 from notellm2_ray.data.world.users import tastes
 
 SMALL = WorldSettings(num_notes=300, num_users=40, events_per_user=30, image_size=48, broken_share=0.05)
