@@ -14,6 +14,7 @@ from pydantic import Field
 
 from notellm2_ray.core.config import Frozen
 from notellm2_ray.core.errors import ConfigError, OutputError
+from notellm2_ray.core.history_blocks import BlockRule
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.live.current import current
 from notellm2_ray.live.durability import manifests
@@ -100,9 +101,8 @@ def make_plan(settings: Settings) -> Plan:
         index=settings.index,
         ranker=settings.ranker,
         seed=settings.seed,
-        block_size=settings.sequences.block_size,
+        block_rule=BlockRule.from_settings(settings.sequences),
         actions=settings.sequences.actions,
-        session_gap_minutes=_session_gap(settings),
         events=workspace / "prepared" / "events",
         saved_index=_if_there(workspace / "index" / settings.embedder_name, "index.json"),
         sequences=_if_there(workspace / "sequences", "blocks.parquet"),
@@ -162,10 +162,6 @@ def _summaries(settings: Settings) -> Path | None:
 
 def _if_there(directory: Path, name: str) -> Path | None:
     return directory if (directory / name).is_file() else None
-
-
-def _session_gap(settings: Settings) -> float | None:
-    return settings.sequences.session_gap_minutes if settings.sequences.blocks_by == "session" else None
 
 
 def _directory(settings: Settings) -> Path:

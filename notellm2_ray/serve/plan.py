@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from notellm2_ray.core.history_blocks import DEFAULT_RULE, BlockRule
 from notellm2_ray.core.settings.ranking import RankerSettings
 from notellm2_ray.core.settings.retrieval import IndexSettings
 from notellm2_ray.core.settings.serve import DeploymentSettings, ServeSettings
@@ -27,9 +28,8 @@ class Plan:
         embeddings: their bulk vectors, for the first start.
         serve, index, ranker: settings.
         seed: of the index and of sampling.
-        block_size: events in a block of a user's history.
+        block_rule: where the blocks of a user's history end.
         actions: events that put a note into a user's history.
-        session_gap_minutes: a longer pause ends a block; None: blocks by size alone.
         events: prepared events, histories at the first start where ``sequences`` and ``preferences`` are not there.
         saved_index: directory of a built index, used at a first load if it fits the table.
         sequences, preferences, summaries: what the recommender's bulk jobs left, for the first start and as inputs of
@@ -49,9 +49,8 @@ class Plan:
     index: IndexSettings
     ranker: RankerSettings
     seed: int = 42
-    block_size: int = 3
+    block_rule: BlockRule = DEFAULT_RULE
     actions: tuple[str, ...] = ("click",)
-    session_gap_minutes: float | None = None
     events: Path | None = None
     saved_index: Path | None = None
     sequences: Path | None = None

@@ -1,32 +1,30 @@
 """How a user's liked notes become blocks, in the database.
 
-A block whose preference was written is closed for good. All other notes of the user stand in time's order (then in
-order of arrival) and are cut into blocks anew at every look: after ``block_size`` notes, or where a pause was longer
-than ``session_gap``. So an event that arrives late joins the notes that are not summarised yet, whatever its time
-says, and a preference that was made from a block that has changed since is refused.
+A block is closed once its preference is written, and never changes afterwards. A user's other liked notes wait: they
+stand in order of time, then of arrival, and are cut into blocks by the :class:`BlockRule` each time they are looked at.
+An event that arrives late therefore joins the waiting notes, even where its time lies within a closed block; and a
+preference is refused if the block that it was made from has changed since.
 """
 
 from __future__ import annotations
 
-import itertools
 import json
 import sqlite3
-from typing import NamedTuple
+from collections.abc import Collection, Iterator, Sequence
 
+from notellm2_ray.core.history_blocks import BlockRule, LikedNote, cut_history
 from notellm2_ray.core.run import fingerprint
 from notellm2_ray.users.rows import PendingBlock, Status, UserEvent, micros
 
-
-class BlockRule(NamedTuple):
-    """Where blocks end."""
-
-    actions: frozenset[str]  # that say a user liked a note
-    size: int
-    session_gap: int | None  # microseconds; None: by size alone
+_END_OF_TIME = 2**62  # microseconds: by then every session is over
 
 
-def add_event(db: sqlite3.Connection, event: UserEvent, rule: BlockRule) -> Status:
-    """Keep an event once; ``late`` where it is older than a note of a closed block."""
+def add_event(db: sqlite3.Connection, event: UserEvent, actions: Collection[str]) -> Status:
+    """Keep an event once; ``late`` if it is older than a note of a closed block.
+
+    Args:
+        actions: events that say a user liked a note.
+    """
     time = micros(event.timestamp)
     added = db.execute(
         "INSERT OR IGNORE INTO events (event_id, user_id, note_id, timestamp, action, session_id, request_id) "
@@ -35,7 +33,7 @@ def add_event(db: sqlite3.Connection, event: UserEvent, rule: BlockRule) -> Stat
     )
     if not added.rowcount:
         return "duplicate"
-    if event.action not in rule.actions:
+    if event.action not in actions:
         return "added"
     db.execute(
         "INSERT INTO sequence (user_id, note_id, timestamp, arrival, session_id) VALUES (?, ?, ?, ?, ?) "
@@ -48,21 +46,21 @@ def add_event(db: sqlite3.Connection, event: UserEvent, rule: BlockRule) -> Stat
 
 
 def note_waiting(db: sqlite3.Connection, user_id: str, rule: BlockRule) -> None:
-    """Write down whether a user has a complete block, after something changed."""
-    waiting = _waiting(db, user_id)
+    """Record whether a user has a complete block, after something changed."""
+    waiting = waiting_notes(db, user_id)
     if not waiting:
         db.execute("DELETE FROM waiting WHERE user_id = ?", (user_id,))
         return
-    ready = _first_block(waiting, rule, None) is not None
+    ready = next(complete_blocks(waiting, rule), None) is not None
     db.execute(
         "INSERT OR REPLACE INTO waiting (user_id, ready, last_timestamp) VALUES (?, ?, ?)",
-        (user_id, int(ready), waiting[-1][1]),
+        (user_id, int(ready), waiting[-1].time),
     )
 
 
 def apply_rule(db: sqlite3.Connection, rule: BlockRule) -> None:
-    """Judge anew who has a complete block, if a database was kept by another rule (or by one that it does not say)."""
-    if db.execute("SELECT size, session_gap FROM block_rule").fetchall() == [(rule.size, rule.session_gap)]:
+    """Look anew for complete blocks, if the database was last used with another rule or does not say which."""
+    if db.execute("SELECT size, session_gap FROM block_rule").fetchall() == [tuple(rule)]:
         return
     db.execute("BEGIN IMMEDIATE")
     for (user_id,) in db.execute("SELECT user_id FROM waiting").fetchall():
@@ -72,18 +70,14 @@ def apply_rule(db: sqlite3.Connection, rule: BlockRule) -> None:
 
 
 def keep_rule(db: sqlite3.Connection, rule: BlockRule) -> None:
-    """Write down by which rule ``waiting`` was filled."""
+    """Record the rule by which the table ``waiting`` was filled."""
     db.execute("DELETE FROM block_rule")
-    db.execute("INSERT INTO block_rule (size, session_gap) VALUES (?, ?)", (rule.size, rule.session_gap))
+    db.execute("INSERT INTO block_rule (size, session_gap) VALUES (?, ?)", rule)
 
 
-def pending_block(db: sqlite3.Connection, user_id: str, rule: BlockRule, now: int | None) -> PendingBlock | None:
-    """The user's first block without a preference, if it is complete.
-
-    Args:
-        now: microseconds; a session whose last event is longer ago than the gap has ended. None: no session ends.
-    """
-    notes = _first_block(_waiting(db, user_id), rule, now)
+def pending_block(db: sqlite3.Connection, user_id: str, rule: BlockRule, now: int) -> PendingBlock | None:
+    """The user's first block without a preference, if it is complete at ``now`` (microseconds)."""
+    notes = next(complete_blocks(waiting_notes(db, user_id), rule, now), None)
     if notes is None:
         return None
     closed = _last_closed(db, user_id)
@@ -91,16 +85,30 @@ def pending_block(db: sqlite3.Connection, user_id: str, rule: BlockRule, now: in
     return PendingBlock(user_id, block, notes, previous, fingerprint("block", user_id, block, notes, before))
 
 
+def complete_blocks(waiting: Sequence[LikedNote], rule: BlockRule, now: int | None = None) -> Iterator[list[str]]:
+    """The note ids of each block that later events do not extend; at most the last block is not complete.
+
+    Args:
+        now: microseconds; a session whose last event is longer ago than the gap has ended. None: the last session
+            goes on.
+    """
+    left = len(waiting)
+    for block in cut_history(waiting, rule):
+        left -= len(block)
+        if left or len(block) == rule.size or (now is not None and rule.is_pause(block[-1].time, now)):
+            yield [note.note_id for note in block]
+
+
 def save_preference(
     db: sqlite3.Connection, user_id: str, block: int, input_fingerprint: str, text: str, rule: BlockRule, now: int
 ) -> str:
-    """Close a block with its preference: ``saved``, ``duplicate`` or, if it has changed meanwhile, ``stale``."""
+    """Close a block with its preference: ``saved``, ``duplicate`` or, if the block has changed since, ``stale``."""
     there = "SELECT fingerprint FROM preferences WHERE user_id = ? AND block = ?"
     known = db.execute(there, (user_id, block)).fetchone()
     if known is not None:
         return "duplicate" if known[0] == input_fingerprint else "stale"
-    # Complete or not by the clock does not matter here: the fingerprint says which notes were summarised.
-    pending = pending_block(db, user_id, rule, 2**62)
+    # Whether the block is complete by the clock does not matter here: the fingerprint says which notes were summarised.
+    pending = pending_block(db, user_id, rule, _END_OF_TIME)
     if pending is None or (pending.block, pending.fingerprint) != (block, input_fingerprint):
         return "stale"
     close_block(db, pending, text, now)
@@ -124,35 +132,14 @@ def close_block(db: sqlite3.Connection, block: PendingBlock, text: str, now: int
     )
 
 
-def _first_block(waiting: list[tuple[str, int, str | None]], rule: BlockRule, now: int | None) -> list[str] | None:
-    """Notes of the first block among the waiting ones, None while it may still grow."""
-    if not waiting:
-        return None
-    notes = [waiting[0][0]]
-    for (_, before, session), (note_id, after, next_session) in itertools.pairwise(waiting):
-        if len(notes) == rule.size or _ends(before, session, after, next_session, rule):
-            return notes
-        notes.append(note_id)
-    over = rule.session_gap is not None and now is not None and now - waiting[-1][1] > rule.session_gap
-    return notes if len(notes) == rule.size or over else None
-
-
-def _ends(before: int, session: str | None, after: int, next_session: str | None, rule: BlockRule) -> bool:
-    """Whether a session ends between two notes."""
-    if rule.session_gap is None:
-        return False
-    if session is not None and next_session is not None:
-        return session != next_session
-    return after - before > rule.session_gap
-
-
-def _waiting(db: sqlite3.Connection, user_id: str) -> list[tuple[str, int, str | None]]:
-    """(note, timestamp, session) of the notes in no block, in order."""
-    return db.execute(
+def waiting_notes(db: sqlite3.Connection, user_id: str) -> list[LikedNote]:
+    """The liked notes in no closed block, in order."""
+    rows = db.execute(
         "SELECT note_id, timestamp, session_id FROM sequence WHERE user_id = ? AND block IS NULL "
         "ORDER BY timestamp, arrival",
         (user_id,),
-    ).fetchall()
+    )
+    return [LikedNote(*row) for row in rows]
 
 
 def _last_closed(db: sqlite3.Connection, user_id: str) -> tuple[int, str, int, str] | None:

@@ -106,11 +106,17 @@ class SummarisedBlock(NamedTuple):
 
 
 class UserHistory(NamedTuple):
-    """A user's liked notes in blocks, and those that are in none yet."""
+    """A user's liked notes in blocks: closed ones, complete ones, and the last, which may still grow."""
 
     user_id: str
     blocks: list[SummarisedBlock]
-    waiting: list[str]  # note ids in time's order
+    due: list[list[str]]  # note ids of complete blocks whose preference is not written yet
+    open_block: list[str]  # note ids, oldest first
+
+    @property
+    def waiting(self) -> list[str]:
+        """The liked notes in no closed block, oldest first."""
+        return [note_id for block in (*self.due, self.open_block) for note_id in block]
 
 
 def check_event(event: UserEvent) -> UserEvent:

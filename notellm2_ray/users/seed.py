@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import os
 import sqlite3
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,10 +13,10 @@ from typing import Any, NamedTuple
 import pyarrow.parquet as pq
 
 from notellm2_ray.core.errors import DataError, OutputError
+from notellm2_ray.core.history_blocks import DEFAULT_RULE, BlockRule
 from notellm2_ray.live.durability import sync
 from notellm2_ray.live.rows import now
 from notellm2_ray.users import blocks as user_blocks
-from notellm2_ray.users.blocks import BlockRule
 from notellm2_ray.users.rows import TABLES, PendingBlock, UserEvent, micros
 from notellm2_ray.users.store import UserStore, connect
 
@@ -41,8 +41,7 @@ def seed_users(
     blocks: str | Path,
     preferences: str | Path,
     *,
-    block_size: int = 3,
-    session_gap_minutes: float | None = None,
+    rule: BlockRule = DEFAULT_RULE,
     action: str = "click",
 ) -> SeededUsers:
     """Make a users' database from SEQUENCE_SCHEMA, BLOCK_SCHEMA and PREFERENCE_SCHEMA Parquet files.
@@ -57,13 +56,13 @@ def seed_users(
         DataError: a file is missing, or a block names a note that is not in its user's sequence.
         OutputError: the database is there already.
     """
-    gap = None if session_gap_minutes is None else round(session_gap_minutes * 60e6)
-    rule = BlockRule(frozenset([action]), block_size, gap)
     with _new_database(Path(path)) as temporary, closing(connect(temporary)) as db:
         return _fill(db, rule, action, Path(sequences), Path(blocks), Path(preferences))
 
 
-def seed_events(path: str | Path, events: str | Path, **rule: Any) -> int:
+def seed_events(
+    path: str | Path, events: str | Path, *, rule: BlockRule = DEFAULT_RULE, actions: Iterable[str] = ("click",)
+) -> int:
     """Make a users' database from prepared events; the number kept.
 
     A service that starts with an empty history can recommend nothing of one's own; a log of billions is no seed
@@ -71,7 +70,7 @@ def seed_events(path: str | Path, events: str | Path, **rule: Any) -> int:
 
     Args:
         events: Parquet file or directory.
-        rule: block_size, session_gap_minutes and actions, as of :class:`UserStore`.
+        rule, actions: as of :class:`UserStore`.
 
     Raises:
         OutputError: the database is there already.
@@ -79,7 +78,7 @@ def seed_events(path: str | Path, events: str | Path, **rule: Any) -> int:
     import pyarrow.dataset as pads
 
     kept = 0
-    with _new_database(Path(path)) as temporary, UserStore(temporary, **rule) as store:
+    with _new_database(Path(path)) as temporary, UserStore(temporary, rule=rule, actions=actions) as store:
         for batch in pads.dataset(str(events), format="parquet").to_batches(batch_size=_EVENTS_PER_BATCH):
             rows = batch.select(["user_id", "note_id", "timestamp", "action", "session_id"]).to_pylist()
             store.add_events([UserEvent(**row) for row in rows])
@@ -132,7 +131,7 @@ def _fill(
         columns = (row["note_ids"], row["timestamps"], row["session_ids"])
         for note_id, timestamp, session_id in zip(*columns, strict=True):
             event = UserEvent(row["user_id"], note_id, timestamp, action, session_id)
-            events += user_blocks.add_event(db, event, rule) != "duplicate"
+            events += user_blocks.add_event(db, event, {action}) != "duplicate"
         closed += _close_blocks(db, row["user_id"], set(row["note_ids"]))
         user_blocks.note_waiting(db, row["user_id"], rule)
         users += 1

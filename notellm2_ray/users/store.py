@@ -2,7 +2,7 @@
 
 Used as::
 
-    users = UserStore("runs/world/serving/users.sqlite", block_size=3)
+    users = UserStore("runs/world/serving/users.sqlite", rule=BlockRule(size=3))
     users.add_events([UserEvent("u1", "n7", now, "click")])
     for pending in users.pending(limit=64):
         users.save_preference(pending.user_id, pending.block, pending.fingerprint, summarise(pending))
@@ -20,11 +20,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from notellm2_ray.core.errors import OutputError
+from notellm2_ray.core.history_blocks import DEFAULT_RULE, BlockRule
 from notellm2_ray.live.group_commit import GroupCommitter
 from notellm2_ray.live.rows import now
 from notellm2_ray.users import blocks as user_blocks
 from notellm2_ray.users import exposures
-from notellm2_ray.users.blocks import BlockRule
 from notellm2_ray.users.exposures import Exposure
 from notellm2_ray.users.rows import (
     TABLES,
@@ -57,8 +57,7 @@ class UserStore:
         self,
         path: str | Path,
         *,
-        block_size: int = 3,
-        session_gap_minutes: float | None = None,
+        rule: BlockRule = DEFAULT_RULE,
         actions: Iterable[str] = ("click",),
         gather_seconds: float = 0.002,
     ):
@@ -66,8 +65,7 @@ class UserStore:
 
         Args:
             path: the file.
-            block_size: notes in a block.
-            session_gap_minutes: a longer pause (or another session_id) ends a block too; None: blocks by size alone.
+            rule: where blocks end.
             actions: events that say a user liked a note.
             gather_seconds: how long the first write of a group waits for others.
 
@@ -75,8 +73,7 @@ class UserStore:
             OutputError: the file cannot be opened, or is no such database.
         """
         self.path = Path(path)
-        gap = None if session_gap_minutes is None else round(session_gap_minutes * 60e6)
-        self.rule = BlockRule(frozenset(actions), block_size, gap)
+        self.rule, self.actions = rule, frozenset(actions)
         self._local = threading.local()
         self._readers: list[sqlite3.Connection] = []
         try:
@@ -102,8 +99,8 @@ class UserStore:
         checked = [check_event(event) for event in events]
 
         def write(db: sqlite3.Connection) -> list[Status]:
-            statuses = [user_blocks.add_event(db, event, self.rule) for event in checked]
-            for user_id in {event.user_id for event in checked if event.action in self.rule.actions}:
+            statuses = [user_blocks.add_event(db, event, self.actions) for event in checked]
+            for user_id in {event.user_id for event in checked if event.action in self.actions}:
                 user_blocks.note_waiting(db, user_id, self.rule)
             return statuses
 
@@ -162,16 +159,16 @@ class UserStore:
         return [block for block in blocks if block is not None]
 
     def history(self, user_id: str) -> UserHistory:
-        """A user's blocks with their preferences, and the liked notes in no block yet."""
+        """A user's blocks with their preferences, and the notes that wait for one."""
         rows = self._read(
             "SELECT block, note_ids, preference, created_at FROM preferences WHERE user_id = ? ORDER BY block",
             (user_id,),
         )
-        waiting = self._read(
-            "SELECT note_id FROM sequence WHERE user_id = ? AND block IS NULL ORDER BY timestamp, arrival", (user_id,)
-        )
         blocks = [SummarisedBlock(block, json.loads(notes), text, moment(at)) for block, notes, text, at in rows]
-        return UserHistory(user_id, blocks, [row[0] for row in waiting])
+        waiting = user_blocks.waiting_notes(self._reader(), user_id)
+        due = list(user_blocks.complete_blocks(waiting, self.rule, micros(now())))
+        left = waiting[sum(map(len, due)) :]
+        return UserHistory(user_id, blocks, due, [note.note_id for note in left])
 
     def preference(self, user_id: str) -> tuple[int, str] | None:
         """(block, text) of a user's newest preference."""

@@ -21,6 +21,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from notellm2_ray.core.errors import DataError, OutputError
+from notellm2_ray.core.history_blocks import MINUTE, BlockRule
 from notellm2_ray.core.schema import BLOCK_SCHEMA, PREFERENCE_SCHEMA, SEQUENCE_SCHEMA
 from notellm2_ray.users import blocks as user_blocks
 from notellm2_ray.users.exposures import Exposure, clicks_by_arm
@@ -104,20 +105,20 @@ def test_a_taste_of_which_nothing_is_known_does_not_stop_the_chain(users):
 @pytest.mark.parametrize(
     ("before", "after", "due"),
     [
-        ({"block_size": 5}, {"block_size": 2}, ["a", "b"]),
-        ({"block_size": 2}, {"block_size": 5}, None),
-        ({"block_size": 5}, {"block_size": 5, "session_gap_minutes": 60}, ["a", "b", "c"]),
+        (BlockRule(5), BlockRule(2), ["a", "b"]),
+        (BlockRule(2), BlockRule(5), None),
+        (BlockRule(5), BlockRule(5, 60 * MINUTE), ["a", "b", "c"]),
     ],
 )
 def test_another_rule_is_applied_to_what_waits_already(tmp_path, before, after, due):
-    with UserStore(tmp_path / "u.sqlite", **before) as users:
+    with UserStore(tmp_path / "u.sqlite", rule=before) as users:
         users.add_events([event(note, minute) for note, minute in zip("abcd", (0, 1, 2, 100), strict=True)])
     now = START + timedelta(minutes=101)
     for _ in range(2):
-        with UserStore(tmp_path / "u.sqlite", **after) as users:
+        with UserStore(tmp_path / "u.sqlite", rule=after) as users:
             assert [block.note_ids for block in users.pending(at=now)] == ([due] if due else [])
-    with UserStore(tmp_path / "u.sqlite", **before) as users:
-        assert bool(users.pending(at=now)) == (before["block_size"] == 2)
+    with UserStore(tmp_path / "u.sqlite", rule=before) as users:
+        assert bool(users.pending(at=now)) == (before.size == 2)
 
 
 def test_waiting_users_are_judged_again_only_where_the_rule_is_another(tmp_path, monkeypatch):
@@ -127,7 +128,7 @@ def test_waiting_users_are_judged_again_only_where_the_rule_is_another(tmp_path,
     monkeypatch.setattr(user_blocks, "note_waiting", lambda *values: judged.append(values))
     UserStore(tmp_path / "u.sqlite").close()
     assert not judged
-    UserStore(tmp_path / "u.sqlite", block_size=2).close()
+    UserStore(tmp_path / "u.sqlite", rule=BlockRule(2)).close()
     assert len(judged) == 1
 
 
@@ -148,7 +149,7 @@ def test_a_late_event_goes_to_the_next_block_and_a_changed_block_is_stale(users)
 
 
 def test_a_pause_ends_a_block_too(tmp_path):
-    with UserStore(tmp_path / "u.sqlite", session_gap_minutes=60) as users:
+    with UserStore(tmp_path / "u.sqlite", rule=BlockRule(session_gap=60 * MINUTE)) as users:
         users.add_events([event("a", 0), event("b", 50)])
         assert users.pending(at=START + timedelta(minutes=100)) == []
         due = users.pending(at=START + timedelta(minutes=111))
@@ -225,7 +226,7 @@ def test_blocks_equal_a_plain_replay(tmp_path_factory, steps):
     closed: list[list[str]] = []
     liked: dict[str, tuple[int, int]] = {}
     known, arrivals = set(), itertools.count()
-    with UserStore(tmp_path_factory.mktemp("users") / "u.sqlite", block_size=2, gather_seconds=0) as users:
+    with UserStore(tmp_path_factory.mktemp("users") / "u.sqlite", rule=BlockRule(2), gather_seconds=0) as users:
         for step in steps:
             waiting = sorted((at, note) for note, at in liked.items() if not any(note in block for block in closed))
             if step == "summarise":

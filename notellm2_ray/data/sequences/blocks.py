@@ -14,14 +14,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from notellm2_ray.core import history_blocks
+from notellm2_ray.core.history_blocks import BlockRule
 from notellm2_ray.core.schema import BLOCK_SCHEMA, EVENT_SCHEMA, QUARANTINE_SCHEMA, SEQUENCE_SCHEMA
-from notellm2_ray.core.settings import SequenceSettings
 from notellm2_ray.data.event_log import RowGroup, hash_strings
 from notellm2_ray.data.sequences.histories import Histories, offsets_of
 from notellm2_ray.data.validate import UNKNOWN_NOTE
 
 USER_KEY = "notellm2-a-user-"
-_MINUTE = 60_000_000  # microseconds
 _TIME = pa.timestamp("us", tz="UTC")
 
 SPILLED_SCHEMA = pa.schema(
@@ -102,26 +102,9 @@ def build_histories(batches: Iterable[pa.RecordBatch]) -> Histories:
     )
 
 
-def number_blocks(histories: Histories, settings: SequenceSettings) -> np.ndarray:
-    """(E,) int64, the block of each event, 0, 1, ... within its user.
-
-    By size, a block is ``block_size`` events. By session, a block ends where the session id changes (where a session id
-    is missing: after a longer pause than ``session_gap_minutes``), and after ``block_size`` events at the latest.
-    An event's block does not depend on what comes after it.
-    """
-    positions = histories.positions
-    if settings.blocks_by == "size":
-        return positions // settings.block_size
-    starts = positions == 0
-    pause = np.diff(histories.times, prepend=0) > settings.session_gap_minutes * _MINUTE
-    ids = histories.sessions.dictionary_encode().indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    before = np.concatenate([[-1], ids])[: len(ids)]
-    named = (ids >= 0) & (before >= 0)
-    starts |= np.where(named, ids != before, pause)
-    session = np.flatnonzero(starts)[np.cumsum(starts) - 1]  # where each event's session starts
-    starts |= (np.arange(len(starts)) - session) % settings.block_size == 0
-    numbers = np.cumsum(starts)
-    return numbers - np.repeat(numbers[histories.offsets[:-1]], histories.lengths)
+def number_blocks(histories: Histories, rule: BlockRule) -> np.ndarray:
+    """(E,) int64, the block of each event, 0, 1, ... within its user; see :mod:`~notellm2_ray.core.history_blocks`."""
+    return history_blocks.number_blocks(histories.offsets, histories.times, histories.sessions, rule)
 
 
 def sequence_table(histories: Histories, vocabulary: pa.Array) -> pa.Table:

@@ -11,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from notellm2_ray.core.history_blocks import BlockRule
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.schema import QUARANTINE_SCHEMA
 from notellm2_ray.core.settings import CandidateSettings, SequenceSettings
@@ -62,6 +63,7 @@ class PartWriter:
     ) -> None:
         self.vocabulary, self.notes, self.split, self.seed = vocabulary, notes, split, seed
         self.sequences, self.candidates = sequences, candidates
+        self.rule = BlockRule.from_settings(sequences)
         days = candidates.max_negative_age_days
         self._max_age = None if days is None else round(days * _DAY)
         ones = np.ones(len(notes.births), np.int64)
@@ -78,7 +80,7 @@ class PartWriter:
             full: whole histories: events that are not kept are no negatives either.
         """
         kept = full.last(self.sequences.max_events)
-        numbers = number_blocks(kept, self.sequences)
+        numbers = number_blocks(kept, self.rule)
         sides = self._sides(full)
         owners = np.isin(sides, t.SIDES)[kept.owners]
         blocks = block_table(kept.filter(owners), numbers[owners], self.vocabulary)
@@ -97,7 +99,7 @@ class PartWriter:
 
     def _add_published(self, full: Histories, tables: dict[str, pa.Table], answer: dict[str, Any]) -> None:
         six = t.published_histories(full, self.notes.every_click)
-        numbers = six.positions // self.sequences.block_size
+        numbers = number_blocks(six, BlockRule(self.sequences.block_size))  # published: by size, always
         tables["published_blocks"] = block_table(six, numbers, self.vocabulary)
         examples = t.last_targets(six, numbers, np.ones(len(six.users), bool))
         examples = self._add("published", {"published": "published"}, full, six, examples, tables, answer)

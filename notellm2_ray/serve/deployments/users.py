@@ -82,12 +82,11 @@ class Users:
         closed = [
             {"block": one.block, "note_ids": one.note_ids, "preference": one.preference} for one in history.blocks
         ]
-        # Full blocks that still wait for their words are blocks to whoever looks at them.
-        size, waiting, number = self.plan.block_size, history.waiting, len(closed)
-        while self.plan.session_gap_minutes is None and len(waiting) >= size:
-            closed.append({"block": number, "note_ids": waiting[:size], "preference": None})
-            waiting, number = waiting[size:], number + 1
-        return {"blocks": closed, "open_block": waiting}
+        due = [
+            {"block": number, "note_ids": note_ids, "preference": None}
+            for number, note_ids in enumerate(history.due, len(closed))
+        ]
+        return {"blocks": closed + due, "open_block": history.open_block}
 
     async def sample(self, limit: int) -> list[str]:
         """Some users with a history."""
@@ -200,18 +199,18 @@ def open_users(plan: Plan) -> Any:
     from notellm2_ray.users.seed import seed_events, seed_users
     from notellm2_ray.users.store import UserStore
 
-    path = plan.users_file
+    path, rule, actions = plan.users_file, plan.block_rule, plan.actions
     path.parent.mkdir(parents=True, exist_ok=True)
-    rule: Any = {"block_size": plan.block_size, "session_gap_minutes": plan.session_gap_minutes}
     if not path.exists():
         if plan.sequences is not None and plan.preferences is not None:
-            bulk = (plan.sequences / "sequences.parquet", plan.sequences / "blocks.parquet")
-            seeded = seed_users(path, *bulk, plan.preferences / "preferences.parquet", action=plan.actions[0], **rule)
+            sequences, blocks = plan.sequences / "sequences.parquet", plan.sequences / "blocks.parquet"
+            preferences = plan.preferences / "preferences.parquet"
+            seeded = seed_users(path, sequences, blocks, preferences, rule=rule, action=actions[0])
             log.info("%s: seeded with %d users, %d events, %d preferences", path, *seeded)
         elif plan.events is not None and plan.events.exists():
-            count = seed_events(path, plan.events, actions=plan.actions, **rule)
+            count = seed_events(path, plan.events, rule=rule, actions=actions)
             log.info("%s: seeded with %d events", path, count)
-    return UserStore(path, actions=plan.actions, **rule)
+    return UserStore(path, rule=rule, actions=actions)
 
 
 def users_deployment(plan: Plan) -> Any:

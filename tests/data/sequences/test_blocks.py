@@ -14,6 +14,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from notellm2_ray.core.history_blocks import BlockRule
 from notellm2_ray.core.schema import BLOCK_SCHEMA, EVENT_SCHEMA, SEQUENCE_SCHEMA
 from notellm2_ray.core.settings import SequenceSettings
 from notellm2_ray.data import event_log
@@ -141,7 +142,7 @@ def twin_blocks(rows, knobs: SequenceSettings) -> list[list[str]]:
 def test_blocks_equal_the_plain_twin(events, blocks_by, size, gap):
     knobs = SequenceSettings(blocks_by=blocks_by, block_size=size, session_gap_minutes=gap)
     (histories,), _ = read(events)
-    table = sequences.block_table(histories, sequences.number_blocks(histories, knobs), NOTES)
+    table = sequences.block_table(histories, sequences.number_blocks(histories, BlockRule.from_settings(knobs)), NOTES)
     assert table.schema == BLOCK_SCHEMA
     rows = table.to_pylist()
     found = {user: [row["note_ids"] for row in group] for user, group in groupby(rows, lambda row: row["user_id"])}
@@ -157,14 +158,14 @@ def test_one_event_and_thousands():
     (histories,), _ = read(events)
     assert {user: len(rows) for user, rows in as_dict([histories]).items()} == {"busy": 9, "new": 1}
     assert as_dict([histories.last(2)])["busy"] == [("n7", 7, None), ("n8", 8, None)]
-    blocks = sequences.block_table(histories, sequences.number_blocks(histories, SequenceSettings()), NOTES)
+    blocks = sequences.block_table(histories, sequences.number_blocks(histories, BlockRule()), NOTES)
     assert set(blocks["user_id"].to_pylist()) == {"busy"}
 
 
 def test_no_positive_event_makes_empty_tables():
     (histories,), _ = read([("u", "n1", 1, "view", None)])
     assert sequences.sequence_table(histories, NOTES).equals(SEQUENCE_SCHEMA.empty_table())
-    assert not sequences.block_table(histories, sequences.number_blocks(histories, SequenceSettings()), NOTES).num_rows
+    assert not sequences.block_table(histories, sequences.number_blocks(histories, BlockRule()), NOTES).num_rows
 
 
 @settings(max_examples=40, deadline=None)

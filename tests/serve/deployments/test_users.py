@@ -11,6 +11,7 @@ import pytest
 from pydantic import ValidationError
 
 from notellm2_ray import cli
+from notellm2_ray.core.history_blocks import MINUTE, BlockRule
 from notellm2_ray.core.settings.serve import LimitSettings, ServeSettings
 from notellm2_ray.serve.deployments import users as users_module
 from notellm2_ray.serve.deployments.preferences import Preferences
@@ -32,9 +33,13 @@ def event(user: str, note: str, minute: float = 0, **fields) -> UserEvent:
 
 @pytest.fixture
 def plan(tmp_path):
-    rule = {"block_size": 3, "session_gap_minutes": None, "actions": ("click",)}
     return SimpleNamespace(
-        users_file=tmp_path / "serving" / "users.sqlite", sequences=None, preferences=None, events=None, **rule
+        users_file=tmp_path / "serving" / "users.sqlite",
+        sequences=None,
+        preferences=None,
+        events=None,
+        block_rule=BlockRule(3),
+        actions=("click",),
     )
 
 
@@ -127,6 +132,22 @@ def test_an_empty_taste_is_kept_and_the_next_block_is_due(plan, monkeypatch):
 
     asyncio.run(run())
     assert asked == [(0, None, ["a", "b", "c"]), (1, "", ["d", "e", "f"])]
+
+
+def test_complete_blocks_without_a_preference_are_shown_as_blocks(plan):
+    plan.block_rule = BlockRule(2, 10 * MINUTE)
+    sent_now = (datetime.now(UTC) - START) / timedelta(minutes=1)
+
+    async def run():
+        users = Users(plan)
+        minutes = {"a": 0, "b": 1, "c": 2, "d": 30, "e": sent_now}
+        users.store.add_events([event("u", note, minute) for note, minute in minutes.items()])
+        shown = await users.blocks("u")
+        assert [block["note_ids"] for block in shown["blocks"]] == [["a", "b"], ["c"], ["d"]]
+        assert [block["block"] for block in shown["blocks"]] == [0, 1, 2] and shown["open_block"] == ["e"]
+        assert await users.blocks("nobody") is None
+
+    asyncio.run(run())
 
 
 @pytest.mark.parametrize(("previous", "kept"), [("likes cats", "likes cats"), (None, "")])
