@@ -8,12 +8,12 @@ import re
 from collections import Counter
 from collections.abc import Iterator
 
-from notellm2_ray.baselines.recall.bm25 import note_text, tokenize
 from notellm2_ray.core.note_store import NoteStore
 from notellm2_ray.core.prompts import Language, Slot, join_topics, note_prompt, quote, truncate
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.schema import Note
 from notellm2_ray.core.settings import Settings
+from notellm2_ray.core.words import note_text, tokenize
 from notellm2_ray.data.world.settings import WorldSettings
 
 _AT_ONCE = 256

@@ -52,8 +52,8 @@ def _texts(notes: Path) -> Iterator[str]:
     """The texts of all notes; whom they please stays unknown."""
     import pyarrow.dataset as ds
 
-    from notellm2_ray.baselines.recall.bm25 import note_text
     from notellm2_ray.core.schema import Note, iter_notes
+    from notellm2_ray.core.words import note_text
 
     columns = {name: ds.field(name) for name in Note._fields if name != "image"}
     for batch in ds.dataset(notes).to_batches(columns={**columns, "image": ds.scalar(None)}):

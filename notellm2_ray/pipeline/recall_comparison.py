@@ -168,7 +168,8 @@ def _baseline_ranks(
 
     for name in settings.evaluate.baselines:
         if name == "bm25":
-            from notellm2_ray.baselines.recall.bm25 import Bm25, note_text
+            from notellm2_ray.baselines.recall.bm25 import Bm25
+            from notellm2_ray.core.words import note_text
 
             index = Bm25(note_text(notes[note_id]) for note_id in task.pool_ids)
             queries = [note_text(notes[note_id]) for note_id in task.query_ids]

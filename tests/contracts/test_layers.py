@@ -24,7 +24,7 @@ MAY_IMPORT = {
     "users": {"core", "live"},
     "evaluate": {"core", "index"},
     "baselines": {"core", "models", "evaluate"},
-    "lessons": {"core", "data", "models", "baselines"},
+    "lessons": {"core", "data", "models"},
     "train": {"core", "models", "evaluate.recall.metrics"},
     "infer": {"core", "models", "index"},
     "serve": {"core", "models", "index", "live", "users"},

@@ -1,48 +1,15 @@
-"""BM25 over title, topics and content: the text baseline, with words as a reader of the language would cut them.
-
-Runs of Chinese characters are segmented by jieba; other words are lower-cased and stemmed (Porter 2, English).
-"""
+"""BM25 over title, topics and content: the text baseline. Words are cut by :mod:`notellm2_ray.core.words`."""
 
 from __future__ import annotations
 
 import logging
-import re
-import tempfile
 from array import array
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
-from typing import Any
 
 import numpy as np
 
 from notellm2_ray.core.errors import DataError
-from notellm2_ray.core.schema import Note
-
-_CHINESE = "\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff"
-# a run of Chinese, or a word of any other script or digits with an inner apostrophe ("don't")
-_RUNS = re.compile(rf"[{_CHINESE}]+|(?:[^\W_{_CHINESE}]+(?:['’][^\W_{_CHINESE}]+)*)")
-_IS_CHINESE = re.compile(f"[{_CHINESE}]")
-
-
-def note_text(note: Note) -> str:
-    """All text of a note, as BM25 reads it."""
-    return "\n".join((note.title, " ".join(note.topics), note.content))
-
-
-def tokenize(text: str, *, stem: bool = True) -> list[str]:
-    """Words of a text: Chinese segmented, everything else lower-cased and stemmed; punctuation dropped.
-
-    >>> tokenize("Baking three cakes 巧克力蛋糕")
-    ['bake', 'three', 'cake', '巧克力', '蛋糕']
-    """
-    tokens: list[str] = []
-    for run in _RUNS.findall(text):
-        if _IS_CHINESE.match(run):
-            tokens += _segmenter().lcut(run)
-        else:
-            word = run.lower().replace("’", "'")
-            tokens.append(_stem(word) if stem else word)
-    return tokens
+from notellm2_ray.core.words import tokenize
 
 
 class Bm25:
@@ -97,28 +64,3 @@ class Bm25:
 
     def _ids(self, text: str) -> list[int]:
         return [self._words.setdefault(word, len(self._words)) for word in tokenize(text)]
-
-
-@lru_cache(maxsize=1)
-def _segmenter() -> Any:
-    import jieba
-
-    jieba.setLogLevel(logging.WARNING)
-    segmenter = jieba.Tokenizer()
-    # jieba would read a dictionary cache from the shared temporary directory, whoever wrote it there
-    with tempfile.TemporaryDirectory() as directory:
-        segmenter.tmp_dir = directory
-        segmenter.initialize()
-    return segmenter
-
-
-@lru_cache(maxsize=1)
-def _stemmer() -> Any:
-    import Stemmer
-
-    return Stemmer.Stemmer("english")
-
-
-@lru_cache(maxsize=100_000)
-def _stem(word: str) -> str:
-    return _stemmer().stemWord(word)
