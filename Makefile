@@ -1,12 +1,13 @@
 # Everything here works on a fresh clone with Python 3.11 or later, a C++ compiler and make.
 PYTHON ?= python3
 VENV := .venv
+DOCS_VENV := .venv-docs
 BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Nothing is reported to anyone, and nothing is fetched that was not asked for.
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test check install browser clean
+.PHONY: demo test check docs install browser clean
 
 install:  ## the virtual environment with the locked CPU stack
 	@$(PYTHON) requirements/install.py $(VENV)
@@ -30,5 +31,15 @@ check: install  ## the quick part of the tests
 	@$(BIN)/ruff check .
 	@$(BIN)/python -m pytest -q -m "not slow"
 
-clean:  ## what demo and test made, the environment included
-	rm -rf $(VENV) runs .pytest_cache .mypy_cache .ruff_cache
+docs: $(DOCS_VENV)/installed  ## the documentation as a site in site/, in an environment of its own
+	@NO_MKDOCS_2_WARNING=1 $(DOCS_VENV)/bin/mkdocs build --quiet
+	@echo "site/index.html; to search it too: $(PYTHON) -m http.server --bind 127.0.0.1 --directory site"
+
+# It renders the code without importing it, so it needs none of the CPU stack.
+$(DOCS_VENV)/installed: requirements/docs.lock
+	@$(PYTHON) -m venv --clear $(DOCS_VENV)
+	@$(DOCS_VENV)/bin/python -m pip install --quiet --no-deps --disable-pip-version-check --requirement requirements/docs.lock
+	@touch $@
+
+clean:  ## what demo, test and docs made, the environments included
+	rm -rf $(VENV) $(DOCS_VENV) site runs .pytest_cache .mypy_cache .ruff_cache

@@ -94,6 +94,25 @@ def test_light_modules_bring_no_heavy_library(report):
     assert first == {}
 
 
+def test_the_package_itself_brings_nothing_but_python(report):
+    assert report["light"][0] == "notellm2_ray"
+    assert report["notellm2_ray"] == []
+    code = "import sys, notellm2_ray; print([name for name in ('numpy', 'pyarrow', 'pydantic') if name in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_what_users_import_comes_from_its_home():
+    from notellm2_ray import Note, NoteEncoder
+    from notellm2_ray.core.schema import Note as Home
+    from notellm2_ray.models.embedder.encoder import NoteEncoder as EncoderHome
+
+    assert (Note, NoteEncoder) == (Home, EncoderHome)
+    assert {"Note", "NoteEncoder"} <= set(dir(notellm2_ray))
+    with pytest.raises(AttributeError, match="no attribute 'NoteDecoder'"):
+        notellm2_ray.NoteDecoder  # noqa: B018
+
+
 def test_importing_writes_nothing_opens_nothing_and_sets_nothing(report):
     assert report["did"] == []
     assert report["threads"] == 1

@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "presets": {"core"},
     "environment": set(),
     "cli": {"core", "presets", "environment", "pipeline", "online", "serve.doctor"},
-    "": set(),
+    "": {"core.schema", "models.embedder.encoder"},  # what users import, when it is asked for
 }
 BEYOND = {"evaluate.saliency": {"models"}, "evaluate.efficiency": {"models"}}
 SINGLE_DEVICE = ("ray", "vllm", "deepspeed")  # what models/ must run without
