@@ -37,7 +37,7 @@ class NoteFile(NamedTuple):
 class Block(NamedTuple):
     """A range of rows of a notes file."""
 
-    block_id: str
+    part_id: str
     file: str
     start: int  # first row, within the file
     rows: int

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Generator, Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any
-
-import pyarrow as pa
 
 from notellm2_ray.core import errors
 from notellm2_ray.core.config import to_plain
 from notellm2_ray.core.run import fingerprint
 from notellm2_ray.core.settings import EmbedSettings
 from notellm2_ray.infer.blocks import Block, Plan, list_files, plan_blocks, read_ids
+from notellm2_ray.infer.part_actors import make_parts
+from notellm2_ray.infer.parts import PartStore, require_one_model
 from notellm2_ray.infer.progress import Progress
 from notellm2_ray.infer.resources import check_resources
-from notellm2_ray.infer.results import Finished, clear_leftovers, first_reasons, read_finished, read_vectors_in_order
-from notellm2_ray.infer.worker import CALLS_AT_ONCE, BlockEmbedder, Job
+from notellm2_ray.infer.worker import BlockEmbedder, EmbeddedPart, Job, part_store
 
 log = logging.getLogger("notellm2_ray")
 
 INPUTS = ("multimodal", "image", "text")
 _SHAPING = ("batch_tokens", "max_batch_notes", "precision")  # settings that a vector's last digits depend on
-_MAX_RAY_BLOCKS = 20_000  # the plan's rows are handed to Ray in as many objects at most
 
 
 def embed_notes(
@@ -74,24 +72,24 @@ def embed_notes(
     columns = vector_columns(inputs)
     job = Job(str(Path(model).absolute()), str(output), columns, _absolute(only_ids), settings)
     plan = plan_job(job, notes)
-    removed = clear_leftovers(output, plan.blocks)
-    if removed:
+    store, part_ids = part_store(output), [block.part_id for block in plan.blocks]
+    if removed := store.clear_leftovers(part_ids):
         log.warning("embed-notes: removed %d block(s) of another model, other settings or other notes", removed)
-    finished = {block.block_id: read_finished(output, block.block_id) for block in plan.blocks}
+    finished = {part_id: store.finished(part_id) for part_id in part_ids}
     done = [entry for entry in finished.values() if entry is not None]
-    todo = [block for block in plan.blocks if finished[block.block_id] is None]
+    todo = [block for block in plan.blocks if finished[block.part_id] is None]
     reused = len(done)
-    with Progress(plan.notes, sum(entry.embedded + entry.quarantined for entry in done)) as progress:
+    with Progress(plan.notes, sum(entry.notes for entry in done)) as progress:
         if todo:
-            with closing(run_blocks(job, todo)) as results:  # closed at once on an error: it holds the actors
+            with closing(run_blocks(job, todo)) as results:  # on an error the actors are given up at once
                 for entry in results:
                     done.append(entry)
-                    progress.add(entry.embedded + entry.quarantined)
-                    _check_bad_share(done, plan, output, settings)
-    _check_bad_share(done, plan, output, settings)
-    clear_leftovers(output, plan.blocks)  # of actors that died in this run
+                    progress.add(entry.notes)
+                    _check_bad_share(done, plan, store, settings)
+    _check_bad_share(done, plan, store, settings)
+    store.clear_leftovers(part_ids)  # what actors that died in this run left half-written
     started = time.monotonic()
-    rows = _write_table(output, plan, done)
+    rows = _write_table(store, plan, done)
     return {
         **_counts(done, plan, reused),
         **progress.seconds(),
@@ -132,99 +130,53 @@ def plan_job(job: Job, notes: Path | str) -> Plan:
     return plan
 
 
-def run_blocks(job: Job, blocks: Sequence[Block]) -> Generator[Finished]:
-    """Embed ``blocks`` on the cluster; yields each as it gets done, in any order.
+def run_blocks(job: Job, blocks: Sequence[Block]) -> Generator[EmbeddedPart]:
+    """Embed ``blocks`` on the cluster; yields each once it is done, in any order.
 
     Raises:
-        NoteLLMError, OSError: what stopped a block; the blocks that are done stay.
+        NoteLLMError, OSError: what stopped a block; the finished blocks stay.
     """
-    import ray
-
-    size = min(job.settings.actors, len(blocks))
-    check_resources(size, job.settings)
-    with own_context():
-        rows = ray.data.from_items(
-            [block._asdict() for block in blocks], override_num_blocks=min(len(blocks), _MAX_RAY_BLOCKS)
-        )
-        reports = rows.map_batches(
-            BlockEmbedder,
-            fn_constructor_args=(job,),
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=_pool(ray, size),
-            num_cpus=job.settings.cpus_per_actor,
-            num_gpus=job.settings.gpus_per_actor,
-        )
-        for batch in reports.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            assert isinstance(batch, pa.Table)
-            for row in batch.to_pylist():
-                yield _finished(row)
-
-
-def _pool(ray: Any, size: int) -> Any:
-    # One call more than runs at once waits at the actor, so that it never waits for the driver.
-    return ray.data.ActorPoolStrategy(
-        size=size,
-        max_concurrent_calls_per_actor=CALLS_AT_ONCE,
-        max_tasks_in_flight_per_actor=CALLS_AT_ONCE + 1,
-        enable_true_multi_threading=True,
+    settings = job.settings
+    actors = min(settings.actors, len(blocks))
+    check_resources(actors, settings)
+    made = make_parts(
+        BlockEmbedder, job, blocks, actors=actors, cpus=settings.cpus_per_actor, gpus=settings.gpus_per_actor
     )
+    with closing(made):
+        yield from (entry for _, entry in made)
 
 
-@contextmanager
-def own_context() -> Iterator[None]:
-    """Ray Data's settings for this job alone; the caller's are untouched."""
-    from ray.data import DataContext
-
-    context = DataContext.get_current().copy()
-    context.enable_progress_bars = False
-    context.execution_options.preserve_order = False
-    # A share of the machine's memory reserved per actor, on top of what was asked for, could never be granted.
-    context.default_map_logical_memory_enabled = False
-    with DataContext.current(context):
-        yield
-
-
-def _finished(row: Mapping[str, Any]) -> Finished:
-    if row["error"] == "OSError":
-        raise OSError(row["errno"], row["message"])
-    if row["error"] is not None:
-        raise getattr(errors, row["error"])(row["message"])
-    return Finished(*(row[name] for name in Finished._fields))
-
-
-def _check_bad_share(done: Sequence[Finished], plan: Plan, output: Path, settings: EmbedSettings) -> None:
+def _check_bad_share(
+    done: Sequence[EmbeddedPart], plan: Plan, store: PartStore[EmbeddedPart], settings: EmbedSettings
+) -> None:
     quarantined = sum(entry.quarantined for entry in done)
     if quarantined > settings.max_bad_share * plan.notes:
-        seen = sum(entry.embedded for entry in done) + quarantined
+        seen = sum(entry.notes for entry in done)
+        reasons = "; ".join(store.first_reasons("{reason}"))
         raise errors.DataError(
             f"{quarantined} of the first {seen} notes ({plan.notes} in all) got no vector, more than "
-            f"embed.max_bad_share={settings.max_bad_share:g} allows; reasons: {'; '.join(first_reasons(output))}. "
-            f"All are in {output / 'quarantine'}. Repair the notes, or raise embed.max_bad_share"
+            f"embed.max_bad_share={settings.max_bad_share:g} allows; reasons: {reasons}. "
+            f"All are in {store.quarantine}. Repair the notes, or raise embed.max_bad_share"
         )
 
 
-def _write_table(output: Path, plan: Plan, done: Sequence[Finished]) -> int:
+def _write_table(store: PartStore[EmbeddedPart], plan: Plan, done: Sequence[EmbeddedPart]) -> int:
     from notellm2_ray.index.table import write_table
 
-    missing = [block.block_id for block in plan.blocks if read_finished(output, block.block_id) is None]
+    part_ids = [block.part_id for block in plan.blocks]
+    missing = [part_id for part_id in part_ids if store.finished(part_id) is None]
     if missing:
         raise errors.OutputError(
-            f"{len(missing)} block(s) were embedded but are not in {output / 'blocks'} ({missing[0]}): on several "
+            f"{len(missing)} block(s) were embedded but are not in {store.folder} ({missing[0]}): on several "
             "machines the workspace must lie on storage that all of them share"
         )
-    models = {entry.model_fingerprint for entry in done}
-    if len(models) > 1:
-        raise errors.ModelError(
-            f"the blocks in {output} were made by {len(models)} different models: {', '.join(sorted(models))}; "
-            "the model was replaced while it embedded. Delete the directory and run the command again"
-        )
-    batches: Iterator[pa.RecordBatch] = read_vectors_in_order(output, plan.blocks)
+    model = require_one_model(done, store.output)
+    batches = (batch for table in store.tables(part_ids) for batch in table.to_batches())
     # Not with_suffix: a name may contain a dot.
-    return write_table(output.with_name(output.name + ".lance"), batches, model_fingerprint=models.pop())
+    return write_table(store.output.with_name(store.output.name + ".lance"), batches, model_fingerprint=model)
 
 
-def _counts(done: Sequence[Finished], plan: Plan, reused: int) -> dict[str, Any]:
+def _counts(done: Sequence[EmbeddedPart], plan: Plan, reused: int) -> dict[str, Any]:
     return {
         "notes": plan.notes,
         "embedded": sum(entry.embedded for entry in done),

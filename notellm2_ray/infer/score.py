@@ -15,9 +15,9 @@ from notellm2_ray.core.config import to_plain
 from notellm2_ray.core.ranking_rows import CandidateRows, store_notes
 from notellm2_ray.core.run import fingerprint
 from notellm2_ray.core.settings import GenerationSettings, RankerSettings
-from notellm2_ray.infer.embed import own_context
 from notellm2_ray.infer.engine import ModelFacts, check_model, engine_arguments, engine_environment
 from notellm2_ray.infer.progress import Progress
+from notellm2_ray.infer.ray_data import own_context
 from notellm2_ray.infer.resources import check_engines
 from notellm2_ray.infer.score_parts import (
     Part,

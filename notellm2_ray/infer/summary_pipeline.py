@@ -13,8 +13,8 @@ import pyarrow as pa
 from notellm2_ray.core import errors
 from notellm2_ray.core.settings import GenerationSettings, SummarySettings
 from notellm2_ray.infer.blocks import NoteFile, plan_blocks
-from notellm2_ray.infer.embed import own_context
 from notellm2_ray.infer.engine import ModelFacts, engine_arguments, engine_environment, engine_error, last_line
+from notellm2_ray.infer.ray_data import own_context
 from notellm2_ray.infer.resources import check_engines
 from notellm2_ray.infer.summary_rows import Asking, ImageReader, answer
 

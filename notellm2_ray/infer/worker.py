@@ -7,18 +7,20 @@ import sys
 import threading
 from collections.abc import Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 
-from notellm2_ray.core.errors import DataError, ModelError, NoteLLMError
+from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.memory import keep_freed_memory
 from notellm2_ray.core.schema import Note
 from notellm2_ray.core.settings import EmbedSettings
 from notellm2_ray.infer.blocks import Block, read_block, read_ids
-from notellm2_ray.infer.results import Finished, begin_attempt, commit_block, read_finished
+from notellm2_ray.infer.part_actors import PartActor
+from notellm2_ray.infer.parts import FinishedPart, PartStore, quarantine_table
 
 if TYPE_CHECKING:
     from notellm2_ray.models.embedder.encoder import NoteEncoder
@@ -26,21 +28,26 @@ if TYPE_CHECKING:
 
     Features = Mapping[str, NoteFeatures]  # vector column to what is shown to the model for it
 
-CALLS_AT_ONCE = 2  # one block at the model, the next being read, decoded and tokenised
-MAX_ATTEMPTS = 4  # at a block within one run
 _NOTES_PER_TASK = 16  # for the preprocessing threads: few enough to spread, many enough to be worth a hand-over
 _SWITCH_SECONDS = 2e-4
-_REPORT = pa.schema(
-    [
-        ("block_id", pa.string()),
-        ("embedded", pa.int64()),
-        ("quarantined", pa.int64()),
-        ("model_fingerprint", pa.string()),
-        ("error", pa.string()),  # class of ours, or OSError; null: the block is done
-        ("message", pa.string()),
-        ("errno", pa.int64()),
-    ]
-)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EmbeddedPart(FinishedPart):
+    """A finished block's counts."""
+
+    embedded: int
+    quarantined: int
+
+    @property
+    def notes(self) -> int:
+        """Notes that are done with."""
+        return self.embedded + self.quarantined
+
+
+def part_store(output: Path) -> PartStore[EmbeddedPart]:
+    """The blocks of a job: ``note_id`` and the vector columns of each."""
+    return PartStore(output, EmbeddedPart, folder="blocks", compression="none")
 
 
 class Job(NamedTuple):
@@ -59,16 +66,18 @@ class _Loaded(NamedTuple):
     only: frozenset[str] | None
 
 
-class BlockEmbedder:
+class BlockEmbedder(PartActor[Block, EmbeddedPart]):
     """Loads the model once, then embeds one block a call; two calls may run at once.
 
     While one call has the model, the other reads, decodes and tokenises its block in ``preprocess_threads`` threads.
     How a block's notes are put into batches depends on the block alone, so its vectors are the same in every run.
     """
 
+    part_type, finished_type = Block, EmbeddedPart
+
     def __init__(self, job: Job) -> None:
         self.job = job
-        self.output = Path(job.output)
+        self.parts = part_store(Path(job.output))
         self.threads = ThreadPoolExecutor(job.settings.preprocess_threads, thread_name_prefix="preprocess")
         # All of torch runs in one thread: OpenMP would keep a team of threads for every thread that calls it.
         self.model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -76,35 +85,20 @@ class BlockEmbedder:
         self.lock = threading.Lock()
         self.local = threading.local()
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Rows of :class:`Block` to rows of counts, or of the error that stopped it."""
-        reports = [self._report(Block(**row)) for row in batch.to_pylist()]
-        return pa.Table.from_pylist(reports, schema=_REPORT)
+    def store(self, part: Block) -> PartStore[EmbeddedPart]:
+        return self.parts
 
-    def _report(self, block: Block) -> dict[str, Any]:
-        try:
-            # Ray hands a dead actor's blocks to another; one that was finished already need not be done again.
-            finished = read_finished(self.output, block.block_id) or self._attempt(block)
-            return finished._asdict()
-        except (NoteLLMError, OSError) as error:
-            kind = type(error).__name__ if isinstance(error, NoteLLMError) else "OSError"
-            number = getattr(error, "errno", None)
-            return {"block_id": block.block_id, "error": kind, "message": str(error), "errno": number}
+    def describe(self, part: Block) -> str:
+        remedy = "if memory ran out, lower embed.actors, embed.block_rows or embed.batch_tokens"
+        return f"{_rows_of(part)} ({remedy})"
 
-    def _attempt(self, block: Block) -> Finished:
-        attempts = begin_attempt(self.output, block.block_id)
-        if attempts > MAX_ATTEMPTS:
-            raise ModelError(
-                f"{MAX_ATTEMPTS} actors died while they had rows {block.start} to {block.start + block.rows} of "
-                f"{block.file} in hand. If memory ran out, lower embed.actors, embed.block_rows or embed.batch_tokens. "
-                "The finished blocks are kept: run the same command again"
-            )
-        # Not in the constructor, so that whatever goes wrong with it is reported as any other error of a block.
+    def make(self, part: Block) -> EmbeddedPart:
+        # Not in the constructor, so that an error while loading is reported like any other error of a block.
         with self.lock:
             self.loading = self.loading or self.model_thread.submit(_load, self.job)
-        return self._embed(block, self.loading.result())
+        return self._embed(part, self.loading.result())
 
-    def _embed(self, block: Block, loaded: _Loaded) -> Finished:
+    def _embed(self, block: Block, loaded: _Loaded) -> EmbeddedPart:
         features, quarantined = self._features(read_block(block, loaded.only), loaded.encoder.preprocessor)
         ids, columns = [note_id for note_id, _ in features], self.job.columns
         by_column = {name: [note[name] for _, note in features] for name in columns}
@@ -115,12 +109,18 @@ class BlockEmbedder:
         finite = np.all([np.isfinite(matrix).all(axis=1) for matrix in vectors.values()], axis=0)
         if len(ids) > 1 and not finite.any():
             raise ModelError(
-                f"{self.job.model}: all {len(ids)} vectors of block {block.block_id} are NaN or infinite: its weights "
+                f"{self.job.model}: all {len(ids)} vectors of block {block.part_id} are NaN or infinite: its weights "
                 f"are damaged, or they overflow in embed.precision={self.job.settings.precision} (try fp32)"
             )
         quarantined += [(ids[row], "its vector is NaN or infinite") for row in np.flatnonzero(~finite)]
         table = _table([ids[row] for row in np.flatnonzero(finite)], {name: v[finite] for name, v in vectors.items()})
-        return commit_block(self.output, block, table, quarantined, loaded.model_fingerprint)
+        done = EmbeddedPart(
+            part_id=block.part_id,
+            model_fingerprint=loaded.model_fingerprint,
+            embedded=len(table),
+            quarantined=len(quarantined),
+        )
+        return self.parts.commit(done, table, quarantine_table("notes", _rows_of(block), quarantined))
 
     def _features(
         self, notes: Sequence[Note], preprocessor: NotePreprocessor
@@ -147,6 +147,10 @@ class BlockEmbedder:
             except DataError as error:
                 results.append((note.note_id, str(error)))
         return results
+
+
+def _rows_of(block: Block) -> str:
+    return f"{block.file}, rows {block.start} to {block.start + block.rows}"
 
 
 def _load(job: Job) -> _Loaded:

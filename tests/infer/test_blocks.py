@@ -59,12 +59,12 @@ def test_block_ids_are_stable_and_change_with_what_made_them(tmp_path: Path) -> 
     path = write_notes(tmp_path / "a.parquet", notes(50), 10)
     first = plan(path, 10)
     assert plan(path, 10) == first
-    assert len({block.block_id for block in first.blocks}) == 5
+    assert len({block.part_id for block in first.blocks}) == 5
     others = [plan(path, 10, "another model"), plan(path, 20)]
     write_notes(path, notes(51)[1:], 10)
     others.append(plan(path, 10))
     for other in others:
-        assert not {block.block_id for block in first.blocks} & {block.block_id for block in other.blocks}
+        assert not {block.part_id for block in first.blocks} & {block.part_id for block in other.blocks}
 
 
 def test_directory_glob_and_file_are_read_alike(tmp_path: Path) -> None:

@@ -18,8 +18,8 @@ from notellm2_ray.index.table import read_vectors, table_info
 from notellm2_ray.infer import embed
 from notellm2_ray.infer.blocks import Block
 from notellm2_ray.infer.embed import embed_notes, vector_columns
-from notellm2_ray.infer.results import Finished
-from notellm2_ray.infer.worker import BlockEmbedder, Job
+from notellm2_ray.infer.part_actors import finished_of
+from notellm2_ray.infer.worker import BlockEmbedder, EmbeddedPart, Job
 from tests.support import tiny_models
 from tests.support.tiny_models import write_notes
 
@@ -68,11 +68,11 @@ def test_notes_become_a_table_and_a_second_run_computes_nothing(tmp_path: Path, 
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
     """Blocks one after another in this process, by the very actor: what needs no cluster is tested without."""
 
-    def run(job: Job, blocks: list[Block]) -> Generator[Finished]:
+    def run(job: Job, blocks: list[Block]) -> Generator[EmbeddedPart]:
         actor = BlockEmbedder(job)
         for block in blocks:
             (row,) = actor(pa.Table.from_pylist([block._asdict()])).to_pylist()
-            yield embed._finished(row)
+            yield finished_of(row, EmbeddedPart)
 
     monkeypatch.setattr(embed, "run_blocks", run)
 

@@ -14,8 +14,8 @@ import torch
 from notellm2_ray.core.settings import EmbedSettings
 from notellm2_ray.infer import worker
 from notellm2_ray.infer.blocks import list_files, plan_blocks
-from notellm2_ray.infer.results import BLOCKS, QUARANTINE, begin_attempt, read_finished
-from notellm2_ray.infer.worker import BlockEmbedder, Job, encode
+from notellm2_ray.infer.parts import MAX_ATTEMPTS, QUARANTINE
+from notellm2_ray.infer.worker import BlockEmbedder, Job, encode, part_store
 from tests.support import tiny_models
 from tests.support.tiny_models import write_notes
 
@@ -24,8 +24,7 @@ SETTINGS = EmbedSettings(batch_tokens=512, max_batch_notes=7, preprocess_threads
 
 @pytest.fixture
 def job(tmp_path: Path, embedder) -> Job:
-    for name in (BLOCKS, QUARANTINE):
-        (tmp_path / "out" / name).mkdir(parents=True)
+    part_store(tmp_path / "out").clear_leftovers([])  # makes the directories
     return Job(str(embedder.path), str(tmp_path / "out"), {"embedding": "multimodal"}, None, SETTINGS)
 
 
@@ -43,7 +42,7 @@ def report(actor: BlockEmbedder, path: Path) -> tuple[dict, Path]:
     """The actor's answer on the whole of a notes file, and where its vectors lie."""
     block = plan_blocks(list_files(path), 1000, "m").blocks[0]
     (row,) = actor(pa.Table.from_pylist([block._asdict()])).to_pylist()
-    return row, Path(actor.job.output) / BLOCKS / f"{block.block_id}.parquet"
+    return row, actor.parts.path(block.part_id)
 
 
 def test_bulk_vectors_are_those_of_encode(tmp_path: Path, job: Job, embedder) -> None:
@@ -112,8 +111,8 @@ def test_a_finished_block_is_not_done_again(tmp_path: Path, job: Job) -> None:
 def test_a_block_that_keeps_killing_its_actor_ends_the_job(tmp_path: Path, job: Job) -> None:
     path = write_notes(tmp_path / "n.parquet", tiny_models.notes(6))
     block = plan_blocks(list_files(path), 1000, "m").blocks[0]
-    for attempt in range(worker.MAX_ATTEMPTS):
-        assert begin_attempt(tmp_path / "out", block.block_id) == attempt + 1
+    for attempt in range(MAX_ATTEMPTS):
+        assert part_store(tmp_path / "out").begin_attempt(block.part_id) == attempt + 1
     row, _ = report(BlockEmbedder(job), path)
     assert row["error"] == "ModelError" and "actors died" in row["message"]
 
@@ -131,4 +130,4 @@ def test_errors_of_the_set_up_come_back_by_name(tmp_path: Path, job: Job, monkey
     row, path = report(BlockEmbedder(job), notes)
     assert (row["error"], row["errno"]) == ("OSError", errno.ENOSPC)
     assert not path.exists() and not list(path.parent.glob("*.partial"))
-    assert read_finished(tmp_path / "out", row["block_id"]) is None
+    assert part_store(tmp_path / "out").finished(row["part_id"]) is None
