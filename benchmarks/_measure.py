@@ -1,4 +1,4 @@
-"""Running a contender in a process of its own, and the peak memory of everything that it starts."""
+"""Runs a contender in a process of its own, and samples the memory of everything that it starts."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ _SECONDS_BETWEEN_SAMPLES = 0.1
 
 
 class Measured(NamedTuple):
-    """What a contender's process did."""
+    """Result and cost of a contender's process."""
 
     answer: dict[str, Any]  # the JSON object in its last line of output; empty if it was stopped
     seconds: float  # from its start to its end
     cpu_seconds: float  # user and system time of the process and its descendants, as last sampled
     peak_bytes: int  # most memory held at once by the process and its descendants
-    stopped: bool  # it was stopped for passing the limit of memory
+    stopped: bool  # it was stopped because it passed the limit of memory
 
 
 def run_measured(
@@ -33,8 +33,8 @@ def run_measured(
 ) -> Measured:
     """Run a command that prints one JSON object as its last line, sampling the memory of its process tree.
 
-    The memory is the sum of proportional set sizes, in which a page that several processes share (Ray's object store,
-    mapped files, libraries) counts once; plain resident sizes would count it once for each of them.
+    Memory is the sum of proportional set sizes. There a page that several processes share (Ray's object store, mapped
+    files, libraries) counts once; in plain resident sizes it would count once for each process.
 
     Raises:
         RuntimeError: the command failed; its output is in the message.
@@ -72,7 +72,7 @@ def _watch(process: subprocess.Popen, max_bytes: int | None) -> tuple[int, float
 
 
 def _sample(root: psutil.Process, cpu_seconds: dict[int, float]) -> int:
-    """Bytes that the process tree holds; the CPU time of each of its processes is noted in ``cpu_seconds``."""
+    """Bytes that the process tree holds; writes the CPU time of each process into ``cpu_seconds``."""
     held = 0
     try:
         processes = [root, *root.children(recursive=True)]
@@ -90,7 +90,7 @@ def _sample(root: psutil.Process, cpu_seconds: dict[int, float]) -> int:
 
 
 def machine() -> str:
-    """One line on where a benchmark ran."""
+    """One line about the machine that a benchmark ran on."""
     memory = psutil.virtual_memory().total / 2**30
     load = os.getloadavg()[0]
     name = next(

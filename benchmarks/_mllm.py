@@ -1,4 +1,4 @@
-"""A Qwen2-VL of the demo's size and tokenizer with random weights: as quick as the trained one, and made in seconds."""
+"""A Qwen2-VL of the demo's size and tokenizer, with random weights: as fast as the trained one, and made in seconds."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ WORDS = ["red", "blue", "green", "small", "large", "cat", "sofa", "lamp", "garde
 
 
 def save_random_mllm(directory: Path, **changes: Any) -> Path:
-    """Save the model; ``changes`` are of the demo's tiny settings. Returns the directory."""
+    """Save the model, with ``changes`` to the demo's tiny settings; the directory."""
     import torch
 
     from notellm2_ray.core.config import build
@@ -26,7 +26,7 @@ def save_random_mllm(directory: Path, **changes: Any) -> Path:
     torch.manual_seed(SEED)
     model = new_model(settings, tokenizer)
     for name, weight in model.named_parameters():
-        if ".layers." in name:  # so loud that the answer is no mere echo of the prompt's last token
+        if ".layers." in name:  # large enough that the answer does not just repeat the prompt's last token
             weight.data.mul_(4.0)
     save(model, new_processor(tokenizer, settings.mllm_image_side), directory)
     return directory

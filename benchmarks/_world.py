@@ -1,4 +1,4 @@
-"""Notes of the synthetic world and a tiny, hardly trained embedder: the material of the embedding benchmarks."""
+"""What the embedding benchmarks need: notes of the synthetic world, and a tiny, hardly trained embedder."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ ROWS_PER_FILE = 10_000
 
 
 def write_world_notes(directory: Path, count: int, row_group_size: int) -> Path:
-    """``count`` healthy notes of the world, with drawn JPEGs and its text lengths, as prepared Parquet files."""
+    """Write ``count`` unbroken notes of the world, with drawn JPEGs and its text lengths, as `prepare` does."""
     from notellm2_ray.data.sources.world import raw_notes
 
     world = WorldSettings(num_notes=count, broken_share=0.0)
@@ -34,12 +34,12 @@ def write_world_notes(directory: Path, count: int, row_group_size: int) -> Path:
 
 
 def build_tiny_embedder(directory: Path, notes: Path, name: str = "model", **changes: Any) -> Path:
-    """The demo's embedder with its sizes and its tokenizer, but hardly trained: the speed is the same.
+    """An embedder of the demo's sizes and with its tokenizer, but hardly trained; its speed is the same.
 
     Args:
-        directory: for the parts, which are made once, and the embedder.
-        name: of the embedder's directory.
-        changes: of the demo's model settings.
+        directory: gets the parts, which are made once, and the embedder.
+        name: name of the embedder's directory.
+        changes: changes to the demo's model settings.
     """
     from notellm2_ray.data.sources.world import captions
     from notellm2_ray.models.embedder.build import build_encoder

@@ -1,4 +1,4 @@
-"""Bulk embedding through Ray Data against the bare loop around the same model, on the same notes with the same batches.
+"""Bulk embedding through Ray Data against the bare loop around the same model, with the same notes and batches.
 
     python benchmarks/bulk_embedding.py                 # 20,000 notes of the world, the demo's tiny embedder
     python benchmarks/bulk_embedding.py --notes 2000 --repeats 1
@@ -6,7 +6,8 @@
 The bare loop is one process that reads the Parquet files block by block and calls NoteEncoder.encode on each. The other
 contender is embed_notes with one actor, which also writes its blocks to disk, can be resumed and counts bad notes. They
 take turns, each in a process of its own with the same number of torch threads. "steady" is the rate from the end of the
-first block to the end of the last; "start-up" is what comes before (imports, the model, Ray's actors, the first block).
+first block to the end of the last. "start-up" is the time before that: imports, the model, Ray's actors, the first
+block.
 """
 
 from __future__ import annotations
@@ -46,7 +47,7 @@ def bare_loop(model: Path, notes: Path, settings: EmbedSettings) -> dict[str, fl
 
 
 def through_ray(model: Path, notes: Path, settings: EmbedSettings) -> dict[str, float]:
-    """The product: a Ray Data actor pool, blocks on disk, the Lance table."""
+    """The product: a Ray Data actor pool, with blocks on disk and a Lance table."""
     started = time.perf_counter()
     from notellm2_ray.core.cluster import connect
     from notellm2_ray.infer.embed import embed_notes
@@ -69,7 +70,7 @@ CONTENDERS = {"bare loop": bare_loop, "Ray Data": through_ray}
 
 
 def run_apart(name: str, arguments: argparse.Namespace, model: Path, notes: Path) -> dict[str, float]:
-    """One contender in a process of its own."""
+    """Run one contender in a process of its own."""
     options = ["--threads", str(arguments.threads), "--block-rows", str(arguments.block_rows)]
     command = [sys.executable, __file__, "--contender", name, "--model", str(model), "--data", str(notes), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -104,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--notes", type=int, default=20_000, help="notes of the world")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each contender")
-    parser.add_argument("--threads", type=int, default=2, help="torch threads: of the loop, and the actor's CPUs")
+    parser.add_argument("--threads", type=int, default=2, help="torch threads of the loop, and CPUs of the actor")
     parser.add_argument("--block-rows", type=int, default=512, help="notes in a block (512: the demo's)")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help="an embedder's directory instead of the tiny one made here")

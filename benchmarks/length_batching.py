@@ -1,12 +1,12 @@
-"""Batches of notes of like length against the published way: shuffled, padded to the longest note of the batch.
+"""Batches of notes of like length, against the published way: shuffled and padded to the longest note of the batch.
 
     python benchmarks/length_batching.py
     python benchmarks/length_batching.py --notes 1000 --repeats 1 --variants text_only
 
-Same model, same notes of the world, same number of notes in a batch, one process; the two ways take turns and the
-medians are compared. Timed is what batching changes: collating and the forward pass, from features that are ready. What
-there is to gain depends on how much the prompts' lengths differ, so the notes are taken twice: with their whole texts
-(the world's own distribution of lengths), and cut by the demo's settings, after which most are equally long.
+Both use the same model, the same notes of the world, the same number of notes in a batch, and one process. They take
+turns, and the medians are compared. Only what batching changes is timed: collating and the forward pass, from features
+that are ready. The gain depends on how much the prompts' lengths differ. So the notes are taken twice: with their whole
+texts (the world's own distribution of lengths), and cut by the demo's settings, after which most are equally long.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def shuffled(count: int, batch_notes: int) -> list[np.ndarray]:
 
 
 def seconds_for(encoder, features: list, batches: Iterable[np.ndarray]) -> float:
-    """Time to collate the batches and run the model over them."""
+    """Seconds to collate the batches and run the model over them."""
     import torch
 
     started = time.perf_counter()

@@ -3,8 +3,8 @@
     python benchmarks/live_notes.py
     python benchmarks/live_notes.py --notes 20000 --seconds 5
 
-One process holds the writer, a follower with its index, and a searching thread; the search is by id, top 100, and timed
-in turns without and with the writer at work. Side by side in one run, so the two figures share the machine's noise.
+One process holds the writer, a follower with its index, and a searching thread. Searches are by id, for the top 100,
+and are timed first without and then with the writer at work. Both are from one run, so they share the machine's noise.
 """
 
 from __future__ import annotations
@@ -66,16 +66,16 @@ def searches(index, count: int, seconds: float) -> np.ndarray:
         started = time.perf_counter()
         index.search(note, 100)
         times.append(time.perf_counter() - started)
-        time.sleep(0.0005)  # other threads of this process want the interpreter too
+        time.sleep(0.0005)  # lets other threads of this process run
     return np.array(times) * 1000
 
 
 def write(
     store, count: int, image_bytes: int, stop: threading.Event, done: list[tuple[float, float, int]], number: int
 ) -> None:
-    """Batches of 64 upserts, a tenth of them new notes, one after another; (seconds taken, when, seq) of each.
+    """Upsert batches of 64 notes until told to stop; appends (seconds taken, time, seq) of each batch to ``done``.
 
-    ``number`` is of the thread: each writes notes of its own choice.
+    A tenth of the notes are new. ``number`` is the thread's: each draws notes of its own.
     """
     from notellm2_ray.live.rows import LiveNote
 

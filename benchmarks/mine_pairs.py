@@ -4,10 +4,10 @@
     python benchmarks/mine_pairs.py --events 1000000
 
 Every contender reads the same Parquet log, bounds scores by 0.01 and 30, keeps the top 3 per note and writes the pairs,
-in a process of its own. First all three are compared at 100,000 events: they must give the same pairs and scores.
-"mining" is the time of that work; "process" adds imports and, for ours above two million events, the start of an
-embedded Ray; CPU seconds, of all processes, tell more than either on a machine that has other work. Memory is the peak
-of the whole process tree, Ray's daemons and workers included.
+in a process of its own. First all three are compared at 100,000 events, where they must give the same pairs and scores.
+"mining" is the time of that work. "process" adds imports and, for ours above two million events, the start of an
+embedded Ray. On a machine with other work, CPU seconds of all processes tell more than either. Memory is the peak of
+the whole process tree, Ray's daemons and workers included.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ CONTENDERS: dict[str, Callable[[Path, Path], dict[str, float]]] = {
 
 
 def write_log(directory: Path, num_events: int) -> Path:
-    """A time-ordered log in which few notes get most events (the hundred first of 100,000 get a tenth)."""
+    """Write a log in time order, in which few notes get most events: the first hundred of 100,000 get a tenth."""
     rng = np.random.default_rng(num_events)
     micros = np.sort(rng.integers(0, DAYS * 86_400_000_000, num_events)) + 1_700_000_000_000_000
     users = rng.integers(0, num_events // EVENTS_PER_USER, num_events)
@@ -151,7 +151,7 @@ def result_path(log: Path, name: str) -> Path:
 
 
 def check_agreement(log: Path, max_gb: float) -> int:
-    """The number of pairs, the same for every contender, with the same scores."""
+    """The number of pairs, after checking that every contender finds the same pairs and scores."""
     tables = {}
     for name in CONTENDERS:
         measure(name, log, max_gb)
@@ -186,7 +186,7 @@ def main() -> None:
 
 
 def print_table(directory: Path, sizes: list[int], max_gb: float) -> None:
-    """Time and memory of each contender at each size, ratios to ours, and growth from size to size."""
+    """Print time and memory of each contender at each size, ratios to ours, and growth from size to size."""
     head = ("events", "", "mining s", "process s", "CPU s", "peak MiB", "time/ours", "memory/ours", "growth")
     print("{:>12} {:13} {:>9} {:>10} {:>7} {:>9} {:>10} {:>12} {}".format(*head))
     before: dict[str, tuple[int, float]] = {}

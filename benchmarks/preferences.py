@@ -4,15 +4,15 @@
     python benchmarks/preferences.py --model runs/world/tiny_mllm --users 48
 
 Contenders, each in a process of its own:
-    ray           summarize_preferences itself: an actor with an engine of one thread for each of two cores, compiled,
-                  384 users at once, logs on disk; its rate leaves the start-up out. Of so many users that those who
-                  come last, when the engines are no longer full, weigh little
-    transformers  the published way: one user after another, one block after another, model.generate; on fewer users,
-                  since its rate does not depend on their number
-    engine        one engine without Ray or logs, for fewer users: every chain for itself, the longest first as in the
-                  product, and all users' block b before any block b + 1; the two take turns on the same engine, whose
-                  prefix cache is emptied in between
-All write greedily with the same prompts and the same limit of tokens. The machine's cores are free to all of them.
+    ray           summarize_preferences itself: for each of two cores an actor with a compiled engine of one thread,
+                  384 users at once, and logs on disk. Its rate leaves the start-up out. There are so many users that
+                  the last ones, during which the engines are not full, hardly count
+    transformers  the published way: one user after another and one block after another, through model.generate. It
+                  gets fewer users, since its rate does not depend on their number
+    engine        one engine without Ray or logs, on fewer users, used in two ways: every chain advances on its own, the
+                  longest first, as in the product; or block b of all users is done before any block b + 1. The two take
+                  turns on the same engine, and its prefix cache is emptied between turns
+All of them decode greedily, with the same prompts and the same limit of tokens, and may use all cores of the machine.
 """
 
 from __future__ import annotations
@@ -38,14 +38,14 @@ from notellm2_ray.core.settings import GenerationSettings, PreferenceSettings, R
 
 SUMMARIES, BLOCKS, TITLES = "summaries.parquet", "blocks.parquet", "titles.json"
 GENERATION = GenerationSettings(max_model_len=1024, max_sequences=128, cpus_per_engine=2)
-USERS_AT_ONCE = 384  # of an engine; 512 were no quicker
+USERS_AT_ONCE = 384  # in one engine; 512 were no quicker
 PER_CORE = GENERATION.model_copy(
     update={"engines": 2, "cpus_per_engine": 1, "enforce_eager": False, "max_sequences": USERS_AT_ONCE}
 )
 
 
 def write_data(directory: Path, users: int, longest: int) -> None:
-    """Histories whose numbers of blocks are skewed: many short ones, few of up to ``longest`` blocks."""
+    """Write histories of skewed lengths: many short ones, and a few of up to ``longest`` blocks."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -68,7 +68,7 @@ def write_data(directory: Path, users: int, longest: int) -> None:
 
 
 def histories(directory: Path) -> list[list[list[Item]]]:
-    """Blocks of items of each user."""
+    """The items of each user's blocks."""
     from notellm2_ray.infer.preference_plan import plan_chains, read_summaries
 
     titles = json.loads((directory / TITLES).read_text())
@@ -99,7 +99,7 @@ def through_ray(model: Path, data: Path, settings: PreferenceSettings, fewer_use
 
 
 def one_after_another(model: Path, data: Path, settings: PreferenceSettings, fewer_users: int) -> dict[str, float]:
-    """Users one after another through transformers' generate."""
+    """One user after another, through transformers' generate."""
     import torch
     from transformers import AutoModelForImageTextToText
 
@@ -126,7 +126,7 @@ def one_after_another(model: Path, data: Path, settings: PreferenceSettings, few
         tokens += len(made)
         return cut_at_sentence(one_paragraph(chat.decode(made.tolist())))
 
-    answer(chat.prompt(preference_prompt("en", "recurrent", None, users[0][0])))  # warm
+    answer(chat.prompt(preference_prompt("en", "recurrent", None, users[0][0])))  # warms up
     steps = tokens = 0
     started = time.perf_counter()
     for blocks in users:
@@ -139,7 +139,7 @@ def one_after_another(model: Path, data: Path, settings: PreferenceSettings, few
 
 
 def on_one_engine(model: Path, data: Path, settings: PreferenceSettings, fewer_users: int) -> dict[str, Any]:
-    """Chains and barriers in turn."""
+    """Chains without barriers and with them, in turns on one engine."""
     from notellm2_ray.infer.engine import engine_environment
 
     os.environ.update(engine_environment(GENERATION))
@@ -184,7 +184,7 @@ async def _turns(model: Path, data: Path, settings: PreferenceSettings, fewer_us
             for user, state in zip(here, made, strict=True):
                 states[user] = state
 
-    await chains()  # warm
+    await chains()  # warms up
     rates: dict[str, list[float]] = {"chains": [], "barriers": []}
     for _ in range(3):
         for name, work in (("chains", chains), ("barriers", barriers)):
@@ -200,14 +200,14 @@ CONTENDERS = {"ray": through_ray, "transformers": one_after_another, "engine": o
 
 
 def run_apart(name: str, arguments: argparse.Namespace, model: Path, data: Path) -> dict[str, Any]:
-    """One contender in a process of its own."""
+    """Run one contender in a process of its own."""
     users = arguments.slow_users if name == "transformers" else arguments.engine_users
     options = ["--fewer-users", str(users), "--max-tokens", str(arguments.max_tokens)]
     command = [sys.executable, __file__, "--contender", name, "--model", str(model), "--data", str(data), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name} failed:\n{done.stdout}\n{done.stderr}")
-    # Ray may forward its workers' last words after the answer.
+    # Ray may still print lines of its workers after the answer.
     return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 
 
@@ -230,8 +230,8 @@ def compare(arguments: argparse.Namespace, model: Path, data: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--users", type=int, default=1600, help="users with histories of 1 to --longest blocks")
-    parser.add_argument("--slow-users", type=int, default=10, help="of them, users that transformers goes through")
-    parser.add_argument("--engine-users", type=int, default=400, help="of them, users of the bare engine")
+    parser.add_argument("--slow-users", type=int, default=10, help="how many of them transformers gets")
+    parser.add_argument("--engine-users", type=int, default=400, help="how many of them the bare engine gets")
     parser.add_argument("--longest", type=int, default=12, help="blocks of a history at most")
     parser.add_argument("--max-tokens", type=int, default=64, help="tokens of a preference at most")
     parser.add_argument("--model", type=Path, help="a model's directory instead of the random one made here")

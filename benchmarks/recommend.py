@@ -1,4 +1,4 @@
-"""Latency of /v1/recommend, and how often its time budget leaves the ranking out, on a running service.
+"""Latency of /v1/recommend on a running service, and how often its time budget leaves no time to rank.
 
 notellm2 serve --preset demo 'serve.ranker={cpus: 0.5}' &
 python benchmarks/recommend.py [--url http://127.0.0.1:8000] [--requests 200] [--connections 1]
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace, users: list[str], budget: int) -> tuple[list[float], collections.Counter]:
-    """Seconds of each answer, and why it was ranked by recall (None: it was not)."""
+    """Seconds of each answer, and how often each reason made it fall back to recall's order (None: it was ranked)."""
     seconds: list[float] = []
     fallbacks: collections.Counter = collections.Counter()
     turns = itertools.cycle(users)

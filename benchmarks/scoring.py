@@ -1,14 +1,15 @@
-"""What sharing a user's prefix saves when candidates are scored: our layout against the paper's, which begins with the
-candidate's image.
+"""What it saves to share a user's prefix when candidates are scored.
+
+Our layout is compared with the paper's, which begins with the candidate's image.
 
     python benchmarks/scoring.py            # 32 users, 21 candidates each, a random MLLM of the demo's size
     python benchmarks/scoring.py --model runs/world/tiny_mllm --users 64 --block-tokens 32 64 128
 
-Both layouts hold the same words and take turns on the same vLLM engine, whose prefix cache is emptied in between.
-Tokens are vLLM's own counters (prefix_cache_queries and prefix_cache_hits). vLLM shares whole blocks of a prompt: what
-is left over of the shared part, half a block on average, is computed again by every candidate, and a prompt shorter
-than a block shares nothing. On a CPU its default is blocks of 128 tokens; scoring asks for 32, the smallest that its
-CPU kernels are made for. On a GPU the default of 16 is left alone.
+Both layouts hold the same words. They take turns on the same vLLM engine, and its prefix cache is emptied between
+turns. Tokens are vLLM's own counters (prefix_cache_queries and prefix_cache_hits). vLLM shares whole blocks of a
+prompt. The rest of the shared part, half a block on average, is computed again for every candidate, and a prompt
+shorter than a block shares nothing. On a CPU vLLM's default is blocks of 128 tokens. Scoring asks for 32, the smallest
+size that its CPU kernels support. On a GPU the default of 16 is kept.
 """
 
 from __future__ import annotations
@@ -38,7 +39,7 @@ ROUNDS = 3
 
 
 def questions(users: int, words: int) -> list[list[Any]]:
-    """Each user's candidates: 21 notes with a picture of their own, before a taste of so many words."""
+    """Each user's questions: 21 notes with a picture each, and a taste of ``words`` words."""
     import numpy as np
     from PIL import Image
 
@@ -64,7 +65,7 @@ def questions(users: int, words: int) -> list[list[Any]]:
 
 
 async def turns(model: Path, users: int, words: int, block_tokens: int) -> dict[str, Any]:
-    """Both layouts on one engine; tokens and requests per second of each."""
+    """Computed tokens and candidates per second of both layouts, on one engine."""
     from vllm.v1.metrics.reader import get_metrics_snapshot
 
     from notellm2_ray.infer.engine import check_model, start_engine
@@ -98,7 +99,7 @@ async def turns(model: Path, users: int, words: int, block_tokens: int) -> dict[
             queried_now, hit_now = counters()
             computed = queried_now - queried - (hit_now - hit)
             told = sum(len(one.prompt_token_ids) - (one.num_cached_tokens or 0) for one in answers)
-            assert told == computed, f"requests tell of {told} computed tokens, the engine's counters of {computed}"
+            assert told == computed, f"the requests count {told} computed tokens, the engine {computed}"
             results[layout]["computed"].append(computed)
             results[layout]["rate"].append(len(answers) / seconds)
     engine.shutdown()
@@ -106,7 +107,7 @@ async def turns(model: Path, users: int, words: int, block_tokens: int) -> dict[
 
 
 def run_apart(arguments: argparse.Namespace, model: Path, block_tokens: int) -> dict[str, Any]:
-    """One size of blocks in a process of its own."""
+    """Measure one size of blocks in a process of its own."""
     options = ["--users", str(arguments.users), "--words", str(arguments.words), "--model", str(model)]
     command = [sys.executable, __file__, "--worker", str(block_tokens), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
@@ -116,7 +117,7 @@ def run_apart(arguments: argparse.Namespace, model: Path, block_tokens: int) -> 
 
 
 def compare(arguments: argparse.Namespace, model: Path) -> None:
-    """Every size of blocks: tokens, rates and their ratios."""
+    """Print tokens, rates and their ratios for every size of blocks."""
     for block_tokens in arguments.block_tokens:
         found = run_apart(arguments, model, block_tokens)
         print(f"blocks of {block_tokens} tokens:")

@@ -2,14 +2,15 @@
 
     python benchmarks/serve.py [--notes 200000] [--seconds 10] [--connections 16] [--k 100]
 
-Both answer the same requests over the same vectors and the same IVF index, from one process each: uvicorn with a
-FastAPI handler that searches FAISS and returns a dictionary, and the service with one gateway replica (guard, limits,
-metrics, live index, HAProxy in front). They take turns, several rounds each; the ratio is of the medians.
+Both answer the same requests over the same vectors and the same IVF index, from one process each. One is uvicorn with a
+FastAPI handler that searches FAISS and returns a dictionary. The other is the service with one gateway replica: guard,
+limits, metrics, live index, and HAProxy in front. They take turns for several rounds, and the ratio is that of the
+medians.
 
-Then the same service is written to: 5% of the notes are deleted and as many new ones upserted, over HTTP by two clients
-in batches of 64 and through the encoder, while four connections search 200 times a second. Printed: durable writes per
-second, the searches' p99 against that of the same searches without writes, and recall@100 against exact search with
-those notes fresh and those deleted.
+Then the same service is written to. 5% of the notes are deleted and as many new ones are upserted, over HTTP by two
+clients, in batches of 64 and through the encoder, while four connections search 200 times a second. Printed are durable
+writes per second, the searches' p99 against that of the same searches without writes, and recall@100 against exact
+search with all these notes fresh or deleted.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ DIM = 64
 ROUNDS = 3
 GOAL = 0.35
 WRITERS, BATCH = 2, 64
-SEARCHES = 200  # a second, beside the writes
+SEARCHES = 200  # per second, while notes are written
 HEAD = "POST /v1/similar HTTP/1.1\r\nhost: 127.0.0.1\r\ncontent-type: application/json\r\n"
 
 
@@ -46,7 +47,7 @@ class Request(BaseModel):
 
 
 def vectors_of(count: int) -> np.ndarray:
-    """(count, DIM) unit vectors in some thousand clusters, as trained embeddings lie."""
+    """(count, DIM) unit vectors in clusters of about a hundred, much like trained embeddings."""
     rng = np.random.default_rng(0)
     centres = rng.standard_normal((max(1, count // 100), DIM))
     made = centres[rng.integers(0, len(centres), count)] + 0.5 * rng.standard_normal((count, DIM))
@@ -80,7 +81,10 @@ def bare(directory: str, port: int) -> None:
 async def load(
     port: int, seconds: float, connections: int, count: int, k: int, rate: float | None = None
 ) -> dict[str, Any]:
-    """Each connection asks again as soon as it is answered, or all together at ``rate`` requests a second."""
+    """Send requests over several connections for some seconds; rates and times.
+
+    Each connection asks again as soon as it is answered, or all together keep to ``rate`` requests a second.
+    """
     rng = np.random.default_rng(1)
     times: list[float] = []
     until = time.perf_counter() + seconds
@@ -153,7 +157,7 @@ def prepare(directory: Path, count: int) -> Any:
     plan = world.plan(
         "serving",
         gateway=DeploymentSettings(cpus=0.1, max_ongoing=256),
-        rebuild_share=0.2,  # what is written below is still fresh, or a tombstone, when recall is measured
+        rebuild_share=0.2,  # no rebuild: recall is measured with fresh notes and tombstones
         plan_saved_index=directory / "index",
     )
     LiveStore.create(plan.directory / "live.lance", batches(), schema)
@@ -224,7 +228,7 @@ def main() -> None:
 
 
 def live_part(service: Any, count: int) -> str:
-    """Deletions, upserts and the searches beside them, and the recall afterwards."""
+    """Measure deletions, upserts with searches beside them, and then recall; the text to print."""
     share = count // 20
     port = service.plan.serve.port
     idle = asyncio.run(load(port, 10.0, 4, count - share, 100, SEARCHES))
@@ -235,9 +239,10 @@ def live_part(service: Any, count: int) -> str:
         assert answer.json()["deleted"] == len(gone[start : start + 1000]), answer.text
     deleting = time.perf_counter() - began
     busy = []
-    # Writers in processes of their own: threads of this one would wait for the load generator.
+    # Writers are processes: threads of this one would wait for the load generator.
     with ProcessPoolExecutor(WRITERS, mp_context=multiprocessing.get_context("spawn")) as pool:
-        list(pool.map(write_notes, [port] * WRITERS, range(WRITERS), [0] * WRITERS))  # imports done, connections tried
+        # Nothing is written yet: imports and first connections are done before the clock starts.
+        list(pool.map(write_notes, [port] * WRITERS, range(WRITERS), [0] * WRITERS))
         writers = [pool.submit(write_notes, port, number, share // WRITERS) for number in range(WRITERS)]
         while not all(one.done() for one in writers):
             busy.append(asyncio.run(load(port, 1.0, 4, count - share, 100, SEARCHES)))
@@ -259,7 +264,7 @@ def live_part(service: Any, count: int) -> str:
 
 
 def write_notes(port: int, writer: int, count: int) -> float:
-    """Upsert ``count`` new notes, a batch after the other; the seconds that it took."""
+    """Upsert ``count`` new notes, batch after batch; the seconds it took."""
     import httpx
 
     rng = np.random.default_rng([2, writer])
@@ -275,7 +280,7 @@ def write_notes(port: int, writer: int, count: int) -> float:
 
 
 def recall_at_100(service: Any, count: int) -> float:
-    """Mean share of the exact 100 nearest neighbours that the service finds, over 300 notes, fresh ones among them."""
+    """Mean share of the exact 100 nearest neighbours that the service finds, over 300 notes, some of them fresh."""
     from notellm2_ray.live.table import LiveTable
 
     table = LiveTable(service.plan.directory / "live.lance").dataset.to_table(
@@ -289,7 +294,7 @@ def recall_at_100(service: Any, count: int) -> float:
         scores[row] = -2
         least = np.partition(scores, -100)[-100]
         answer = service.http.post("/v1/similar", json={"note_id": ids[row], "k": 100}).json()["results"]
-        # By score: notes with equal vectors are as good as each other.
+        # Compared by score, because notes with equal vectors are equally good.
         found.append(np.mean([one["score"] >= least - 1e-5 for one in answer]) * len(answer) / 100)
     return float(np.mean(found))
 

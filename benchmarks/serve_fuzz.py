@@ -1,10 +1,10 @@
-"""Hostile bodies and images against the running service: every answer typed, none a 500, none late, memory bounded.
+"""Hostile bodies and images against the running service: no untyped answer, no 500, none late, memory bounded.
 
     python benchmarks/serve_fuzz.py [--bodies 8000] [--images 2000] [--url http://127.0.0.1:8000 --pid PID]
 
-Bodies are valid ones with parts taken out, doubled, nested, overlong, of other types, not Unicode or cut off; images
-are real ones with bytes changed, headers that promise gigapixels, other formats and plain noise. Without --url a small
-service of its own is started. Schemathesis finds what follows from the document itself:
+Bodies are valid ones that were damaged: parts are removed, doubled, nested, too long, of another type, not Unicode, or
+cut off. Images are real ones with changed bytes, headers that promise gigapixels, other formats, or noise. Without
+--url the script starts a small service of its own. Schemathesis finds faults against the OpenAPI document:
 
     uvx schemathesis run http://127.0.0.1:8000/openapi.json --checks not_a_server_error
 """
@@ -30,7 +30,7 @@ import httpx
 import psutil
 
 LATE = 10.0  # seconds
-MAX_GROWTH_MB = 200  # of all processes together, between a tenth of the way and the end
+MAX_GROWTH_MB = 200  # of all processes together, after the first tenth of the requests
 
 VALID: tuple[tuple[str, str, dict[str, Any]], ...] = (
     ("PUT", "/v1/notes", {"notes": [{"note_id": "f1", "title": "a", "topics": ["b"], "content": "c"}]}),
@@ -68,7 +68,7 @@ def mutate(value: Any, rng: random.Random) -> Any:
 
 
 def body_of(value: Any, rng: random.Random) -> bytes:
-    """JSON of it, now and then broken."""
+    """The value as JSON, sometimes broken."""
     text = json.dumps(value).encode()
     kind = rng.random()
     if kind < 0.05:
@@ -81,7 +81,7 @@ def body_of(value: Any, rng: random.Random) -> bytes:
 
 
 def images(rng: random.Random) -> Iterator[bytes]:
-    """Encoded images that are not what they say."""
+    """Endless images, most of them damaged or of a false size."""
     from PIL import Image
 
     whole = []
@@ -105,7 +105,7 @@ def images(rng: random.Random) -> Iterator[bytes]:
 
 
 def bomb(side: int) -> bytes:
-    """A small PNG that promises ``side`` x ``side`` pixels."""
+    """A small PNG file that declares ``side`` x ``side`` pixels."""
 
     def chunk(name: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + name + data + struct.pack(">I", zlib.crc32(name + data))
@@ -151,7 +151,7 @@ def main() -> None:
 
 
 def fuzz(url: str, pid: int | None, options: argparse.Namespace) -> int:
-    """Send everything; prints what came back. 1 if anything is wrong."""
+    """Send everything and print what came back; 1 if anything is wrong, else 0."""
     rng = random.Random(options.seed)
     statuses: collections.Counter[int] = collections.Counter()
     untyped, late, broken, sizes = [], [], [], []
@@ -187,7 +187,7 @@ def fuzz(url: str, pid: int | None, options: argparse.Namespace) -> int:
 
 
 def memory_mb(pid: int) -> float:
-    """Unique memory of a process and all below it."""
+    """Memory that a process and its descendants share with no other, in MB."""
     found = 0
     for one in (psutil.Process(pid), *psutil.Process(pid).children(recursive=True)):
         try:

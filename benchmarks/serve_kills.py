@@ -1,12 +1,12 @@
-"""What is lost when processes of the service are killed under load, the whole cluster included.
+"""What is lost when processes of the service, or the whole cluster, are killed under load.
 
     python benchmarks/serve_kills.py [--kills 50] [--clusters 4]
 
-Writers upsert and delete notes and send events (each event twice), readers search and ask for recommendations, without
-a pause. Meanwhile replicas of every deployment are killed (SIGKILL) one after the other, now and then the whole process
-tree, which is then started again on the same directory. At the end every write that was acknowledged is looked up, the
-users' database is counted, and then the acknowledged events are sent once more: nothing acknowledged may be missing,
-nothing may be there twice, and no request may have waited longer than its time-out.
+Without a pause, writers upsert and delete notes and send events (each event twice), and readers search and ask for
+recommendations. Meanwhile replicas of every deployment are killed (SIGKILL) in turn. Now and then the whole process
+tree is killed, and started again on the same directory. At the end every acknowledged write is looked up, the users'
+database is counted, and then the acknowledged events are sent once more. Nothing acknowledged may be missing, nothing
+may be there twice, and no request may have waited longer than its time-out.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ import httpx
 
 TIMEOUT = 60.0  # an answer that takes longer counts as a hang
 BETWEEN = 2.0  # seconds of load between a recovery and the next kill
-NOTES = 12  # that a user clicks, each once: four blocks
+NOTES = 12  # notes that a user clicks, each once: four blocks
 
 
 class Load:
-    """Clients without a pause, and what they were told."""
+    """Clients that never pause, and the answers they got."""
 
     def __init__(self, url: str) -> None:
         self.url, self.stop = url, threading.Event()
@@ -71,7 +71,7 @@ class Load:
                     if self.ask(http, "POST", "/v1/notes/delete", {"note_ids": ids[:1]}):
                         self.deleted.update(ids[:1])
                     else:
-                        self.upserted.discard(ids[0])  # it may be there or not
+                        self.upserted.discard(ids[0])  # it may or may not be there
 
     def events(self) -> None:
         with self.client() as http:
@@ -180,7 +180,7 @@ def recovered(load: Load, service: Any) -> float:
 
 
 def report(load: Load, service: Any, killed: Any, recoveries: Any) -> tuple[str, bool]:
-    """Look everything up; what was found, and whether anything of it is wrong."""
+    """Look everything up; the text to print, and whether anything is wrong."""
     with load.client() as http:
         lost = [one for one in load.upserted - load.deleted if http.get(f"/v1/notes/{one}").status_code != 200]
         back = [one for one in load.deleted if http.get(f"/v1/notes/{one}").status_code != 404]
@@ -194,7 +194,7 @@ def report(load: Load, service: Any, killed: Any, recoveries: Any) -> tuple[str,
         "acknowledged notes lost": len(lost),
         "acknowledged deletions undone": len(back),
         **events,
-        "acknowledged events taken for new ones when they were sent once more": again,
+        "acknowledged events that counted as new when they were sent again": again,
         f"requests without an answer within {TIMEOUT:g} s": load.hangs,
     }
     lines = [
@@ -209,8 +209,9 @@ def report(load: Load, service: Any, killed: Any, recoveries: Any) -> tuple[str,
 
 
 def count_events(load: Load, service: Any) -> dict[str, int]:
-    """What is wrong with the events in the users' database; before any is sent again, which would put back what was
-    lost.
+    """How many events in the users' database are wrong, and in which way.
+
+    It must be called before events are sent again, which would put lost ones back.
     """
     database = f"file:{service.plan.directory / 'users.sqlite'}?mode=ro"
     with contextlib.closing(sqlite3.connect(database, uri=True)) as rows:

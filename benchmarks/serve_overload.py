@@ -1,12 +1,12 @@
-"""Five times more requests than the service can answer, for half a minute: what is answered, refused, and afterwards.
+"""Five times more requests than the service can answer, for half a minute: answers, refusals and recovery.
 
     python benchmarks/serve_overload.py [--seconds 30] [--times 5]
 
-Capacity is measured by a closed loop (16 connections) on POST /v1/embeddings, where each request costs a forward pass,
-for 10 s before and 10 s after the overload, and is the mean of both: one alone moves by a third on a shared machine.
-In between requests arrive on a clock, at five times that rate, whether or not the ones before are answered,
-over 256 connections. Printed: answers per second as a share of capacity, latencies of refusals (429 or 503), memory of
-all processes before and after, and the time until ten requests in a row are answered again.
+Capacity is measured by a closed loop (16 connections) on POST /v1/embeddings, where each request costs a forward pass.
+It is the mean of 10 s before and 10 s after the overload, because one alone moves by a third on a shared machine. In
+between, requests arrive by the clock at five times that rate over 256 connections, whether or not earlier ones were
+answered. Printed are answers per second as a share of capacity, latencies of refusals (429 or 503), memory of all
+processes before and after, and the time until ten requests in a row are answered again.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ HEAD = (
 
 
 class Connection(asyncio.Protocol):
-    """One keep-alive connection, as cheap as Python has it: the load generator shares the service's cores."""
+    """One keep-alive connection, as cheap as Python allows: the load generator shares the service's cores."""
 
     def __init__(self, port: int) -> None:
         self.port, self.transport = port, None
@@ -78,7 +78,7 @@ async def capacity(port: int, seconds: float) -> float:
         connection = Connection(port)
         while time.perf_counter() < until:
             fine = await connection.ask(done) == 200
-            done += fine  # not in one line: an await between reading and adding would lose what others add
+            done += fine  # on a line of its own: an await between reading and adding would lose other clients' counts
 
     await asyncio.gather(*(client() for _ in range(CONNECTIONS)))
     return done / seconds

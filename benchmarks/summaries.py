@@ -3,11 +3,11 @@
     python benchmarks/summaries.py                         # 3,000 notes of the world, a random MLLM of the demo's size
     python benchmarks/summaries.py --model runs/world/tiny_mllm --trained --notes 2000
 
-The bare loop is one process that reads the Parquet files, decodes the images and hands vLLM's LLM class as many of them
-at a time as the pipeline keeps under way. The other contender is summarize_images, which also checks every image, puts
-each batch on disk and can be resumed. "steady" is the rate from the end of the first batch to the end of the last;
-"start-up" is what comes before (imports, the engine, Ray's actors, the first batch), and for summarize_images also the
-start of the engine that asks once more for the few answers of a random model that go round in circles.
+The bare loop is one process that reads the Parquet files, decodes the images and gives them to vLLM's LLM class, as
+many at a time as the pipeline works on at once. The other contender is summarize_images, which also checks every image,
+writes each batch to disk and can be resumed. "steady" is the rate from the end of the first batch to the end of the
+last. "start-up" is the time before that: imports, the engine, Ray's actors, the first batch. For summarize_images it
+also holds the start of a second engine. That one asks again for the few answers in which a random model repeats itself.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ def bare_loop(model: Path, notes: Path, settings: SummarySettings) -> dict[str, 
 
 
 def through_ray(model: Path, notes: Path, settings: SummarySettings) -> dict[str, float]:
-    """The product: a ray.data.llm pipeline, parts on disk."""
+    """The product: a ray.data.llm pipeline that writes its parts to disk."""
     started = time.perf_counter()
     from notellm2_ray.core.cluster import connect
     from notellm2_ray.infer.summaries import summarize_images
@@ -88,13 +88,13 @@ CONTENDERS = {"bare loop": bare_loop, "Ray Data": through_ray}
 
 
 def run_apart(name: str, arguments: argparse.Namespace, model: Path, notes: Path) -> dict[str, float]:
-    """One contender in a process of its own."""
+    """Run one contender in a process of its own."""
     command = [sys.executable, __file__, "--contender", name, "--model", str(model), "--data", str(notes)]
     command += ["--max-tokens", str(arguments.max_tokens), *(["--trained"] if arguments.trained else [])]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
         raise RuntimeError(f"{name} failed:\n{done.stdout}\n{done.stderr}")
-    # Ray may forward its workers' last words after the answer.
+    # Ray may still print lines of its workers after the answer.
     return json.loads([line for line in done.stdout.splitlines() if line.startswith("{")][-1])
 
 
@@ -125,7 +125,7 @@ def main() -> None:
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    # A random model's greedy answers go round in circles, and would all be asked for twice: it is sampled from.
+    # A random model that decodes greedily repeats itself, and every answer would be asked for twice: so it samples.
     temperature = 0.0 if arguments.trained else 1.0
     settings = SummarySettings(max_tokens=arguments.max_tokens, max_bad_share=1.0, temperature=temperature)
     if arguments.contender:

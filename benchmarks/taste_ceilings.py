@@ -1,15 +1,16 @@
-"""Where the recommender loses what can be known of a taste: pooled AUC on the synthetic world, from truth to P(yes).
+"""At which step the recommender loses knowledge of a taste: pooled AUC on the synthetic world, from truth to P(yes).
 
     python benchmarks/taste_ceilings.py                            # runs/world, as `make demo` leaves it
     python benchmarks/taste_ceilings.py --workspace runs/by_time
 
-Every row ranks the test candidates of the first protocol by what it knows: the world's own click rate; what the notes
-of the history are; what titles and captions show of them; the two topics and two palettes that the rule of the tiny
-MLLM's lessons (``taste_of``) names; those that the MLLM wrote; P(yes). Between the truth and P(yes) a logistic
-regression reads, fitted on the ranker's training candidates. Patterns, from which the ranker could guess some subjects,
-are left out. "Exact" sentences are word for word the rule's, given the same notes and the same previous sentence.
+Every row ranks the test candidates of the first protocol by one source of knowledge: the world's own click rate; the
+true kinds of the notes in the history; what their titles and captions show; the two topics and two palettes that the
+rule of the tiny MLLM's lessons (``taste_of``) names; those that the MLLM wrote; P(yes). For the rows between the first
+ones and P(yes) a logistic regression turns the knowledge into scores. It is fitted on the ranker's training candidates.
+Patterns, from which the ranker could guess some subjects, are left out. "Exact" sentences equal the rule's word for
+word, given the same notes and the same previous sentence.
 
-It only reads a finished workspace, by the settings in its manifests; five seconds.
+The script only reads a finished workspace, with the settings in its manifests, and takes five seconds.
 """
 
 from __future__ import annotations
@@ -43,23 +44,23 @@ from notellm2_ray.infer.preference_plan import read_summaries
 from notellm2_ray.lessons.tastes import Taste, Teacher, Told, say, taste_of
 
 SMOOTHING = 0.02  # added to a share of the history before its logarithm is taken
-# Weights of a history's notes, by how many came after each, (n,) int64, and the number of notes in the last block.
+# Weights of a history's notes, from (n,) int64 how many notes came after each, and the size of the last block.
 SPANS: Mapping[str, Callable[[np.ndarray, int], np.ndarray]] = {
     "whole history": lambda later, last: np.ones(len(later)),
     "recency 0.8^k": lambda later, last: 0.8**later,
     "last block": lambda later, last: (later < last).astype(np.float64),
 }
-# The rule over what the notes of each block tell.
+# The rule applied to what the notes of each block tell.
 IDEALS: Mapping[str, Callable[[list[list[Told]]], Taste]] = {
     "recurrent chain": lambda blocks: reduce(lambda taste, block: taste_of(block, taste), blocks, Taste()),
     "whole history": lambda blocks: taste_of([note for block in blocks for note in block]),
     "last block": lambda blocks: taste_of(blocks[-1]),
 }
-Row = tuple[str, str, float, str]  # what ranks, which of its kind, AUC in percent, remark
+Row = tuple[str, str, float, str]  # source of knowledge, which one of its kind, AUC in percent, remark
 
 
 class Side(NamedTuple):
-    """Candidates and what came before them; R candidates of E examples."""
+    """R candidates of E examples, with the histories before them."""
 
     task: RankingTask
     notes: np.ndarray  # (R,) int64, number of each candidate
@@ -70,7 +71,12 @@ class Side(NamedTuple):
         return 100 * PooledAuc(self.task.groups, self.task.labels, scores)()
 
     def shares(self, kinds: np.ndarray, span: str) -> np.ndarray:
-        """(R,) weighted share of the history that is of the candidate's kind, by (N,) kinds; NaN: it shows none."""
+        """(R,) weighted share of the history that is of the candidate's kind; NaN where the candidate shows no kind.
+
+        Args:
+            kinds: (N,) int64 kind of every note, -1 where it shows none.
+            span: key of SPANS.
+        """
         counts = np.zeros((len(self.blocks), kinds.max() + 1))
         for row, blocks in zip(counts, self.blocks, strict=True):
             found = kinds[np.concatenate(blocks)]
@@ -82,7 +88,7 @@ class Side(NamedTuple):
 
 
 class World:
-    """What is true of every note and what it shows, by number; N notes."""
+    """The truth about each of N notes, and what it shows; notes are numbered."""
 
     def __init__(self, settings: Settings) -> None:
         assert isinstance(settings.source, WorldSettings)
@@ -105,7 +111,7 @@ class World:
             self.blocks[row["user_id"]].append([self.number[one] for one in row["note_ids"]])
 
     def side(self, examples: str, candidates: str) -> Side:
-        """Some examples of the sequences stage with one set of their candidates."""
+        """One split of the examples of make-sequences, with one set of candidates."""
         directory = self.workspace / "sequences"
         table, asked = (pq.read_table(directory / f"{one}.parquet") for one in (examples, f"candidates/{candidates}"))
         task = RankingTask.build(candidates, asked, table, {})
@@ -115,7 +121,7 @@ class World:
         return Side(task, notes, rows, [self.blocks[row["user_id"]][: row["block"] + 1] for row in rows])
 
     def click_rates(self, side: Side) -> np.ndarray:
-        """(R,) how likely the user clicks each candidate, were it shown when the target was liked."""
+        """(R,) probability that the user clicks each candidate if it is shown at the target's time."""
         ids = [user_id(one) for one in range(self.source.num_users)]
         users = np.array([ids.index(row["user_id"]) for row in side.examples])
         week = week_of(self.seed, users, np.array([row["timestamp"].timestamp() for row in side.examples]) - LOG_START)
@@ -132,19 +138,24 @@ class World:
         return Taste(*(tuple(dict.fromkeys(names))[:2] for names in found))
 
     def rule(self, variant: PreferenceVariant, blocks: list[list[int]], previous: str) -> str:
-        """The sentence that should follow from the last block and the previous sentence, or from all blocks."""
+        """The sentence that the rule gives for the last block and the previous sentence, or for all blocks (direct)."""
         told = [self.told[one] for block in (blocks if variant == "direct" else blocks[-1:]) for one in block]
         if variant == "no_image_summary":
             told = [note._replace(palette=None) for note in told]
         return say(taste_of(told, None if variant == "direct" else self.read(previous)), self.teacher.language)
 
     def count_features(self, side: Side, span: str) -> np.ndarray:
-        """(R, 6) how much of the history shows the candidate's topic, and its palette."""
+        """(R, 6) features: how much of the history shows the candidate's topic, and how much its palette."""
         shares = np.stack([side.shares(kinds, span) for kinds, _ in self.shown], axis=1)
         return np.hstack([np.nan_to_num(shares), np.nan_to_num(np.log(shares + SMOOTHING)), np.isnan(shares)])
 
     def taste_features(self, side: Side, told: Sequence[Taste]) -> np.ndarray:
-        """(R, 6) whether (E,) tastes name a candidate's topic, and its palette, first, second; whether it shows one."""
+        """(R, 6) features: for topic and for palette, whether the taste names the candidate's first or second, and
+        whether the candidate shows one.
+
+        Args:
+            told: E tastes, one an example.
+        """
         columns: list[np.ndarray] = []
         for (kinds, names), parts in zip(self.shown, zip(*told, strict=True), strict=True):
             own = kinds[side.notes]
@@ -160,7 +171,7 @@ def learned(sides: Sequence[Side], features: Sequence[np.ndarray]) -> float:
 
 
 def known_rows(world: World, sides: Sequence[Side]) -> Iterator[Row]:
-    """From the truth to the ideal sentence."""
+    """Rows from the truth to the ideal sentence."""
     test = sides[1]
     yield "the world's click rate", "", test.auc(world.click_rates(test)), ""
     for span in SPANS:
@@ -175,7 +186,7 @@ def known_rows(world: World, sides: Sequence[Side]) -> Iterator[Row]:
 
 
 def written_rows(world: World, sides: Sequence[Side]) -> Iterator[Row]:
-    """What the sentences of every variant tell."""
+    """Rows of the sentences that the MLLM wrote, for every variant."""
     for variant in get_args(PreferenceVariant):
         directory = world.workspace / "preferences" / variant
         if not (directory / MANIFEST).exists():
@@ -193,7 +204,7 @@ def written_rows(world: World, sides: Sequence[Side]) -> Iterator[Row]:
 
 
 def score_rows(workspace: Path, test: Side) -> Iterator[Row]:
-    """P(yes) of every ranker, mean over its seeds; the main one first, no controls."""
+    """Rows of P(yes), one a ranker, the mean over its seeds; mllm_msr first, controls left out."""
     areas: dict[str, list[float]] = defaultdict(list)
     for manifest in sorted(workspace.glob(f"scores/*/{test.task.protocol}/{MANIFEST}")):
         table = read_manifest(manifest.parent)["settings"]["table"]
@@ -207,7 +218,7 @@ def score_rows(workspace: Path, test: Side) -> Iterator[Row]:
 
 
 def read_settings(workspace: Path) -> Settings:
-    """How the workspace was made, as far as it matters here."""
+    """The settings of the workspace that matter here, from its manifests."""
     prepared = read_manifest(workspace / "prepared")["settings"]
     if (kind := prepared["source"]["kind"]) != "world":
         raise ConfigError(f"{workspace} holds {kind}: what users want is known of the synthetic world alone")

@@ -11,7 +11,7 @@ import torch
 
 
 def seconds_each(device: torch.device, work: Callable[[int], object], *, warm_up: int = 3, times: int = 10) -> float:
-    """Median seconds of ``work(i)``, each waited for to its end on the device."""
+    """Median seconds of ``work(i)``, waiting for the device to finish each."""
     taken = []
     for number in range(warm_up + times):
         _wait(device)
@@ -23,7 +23,7 @@ def seconds_each(device: torch.device, work: Callable[[int], object], *, warm_up
 
 
 def matrix_rate(device: torch.device, side: int) -> float:
-    """FLOP/s of a bfloat16 product of random square matrices; zeros would run faster than real data does."""
+    """FLOP/s of a bfloat16 product of random square matrices. (Zeros would run faster than real data.)"""
     draw = torch.Generator(device).manual_seed(0)
     left, right = (
         torch.randn(side, side, generator=draw, device=device, dtype=torch.bfloat16) for _ in ("left", "right")
@@ -34,7 +34,7 @@ def matrix_rate(device: torch.device, side: int) -> float:
 
 
 def copy_rate(device: torch.device) -> float:
-    """Bytes read and written per second by a copy within the device's memory."""
+    """Bytes read plus bytes written per second by a copy within the device's memory."""
     given = torch.empty(2**31 if device.type == "cuda" else 2**27, dtype=torch.uint8, device=device).random_()
     out = torch.empty_like(given)
     return 2 * given.numel() / seconds_each(device, lambda _: out.copy_(given))
@@ -48,7 +48,7 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_gib(device: torch.device) -> float:
-    """Most memory that tensors held at once since the reset; on a CPU the most of the whole process so far."""
+    """Peak memory of tensors since the reset; on a CPU the peak of the whole process so far."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated() / 2**30
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -1,7 +1,7 @@
-"""Floating-point operations of the embedder, counted by formula: a multiplication and an addition are two.
+"""Floating-point operations of the embedder, by formula; a multiplication and an addition count as two.
 
 A linear map of n inputs to m outputs costs 2nm a row. Norms, activations, softmax and rotations are left out: they are
-well under 1% of the operations, and none of them runs on the matrix units that the rate is compared with.
+well under 1% of the operations, and none of them runs on the matrix units whose rate is the measure.
 """
 
 from __future__ import annotations
@@ -25,11 +25,11 @@ class NoteFlops(NamedTuple):
 
     @property
     def training(self) -> int:
-        """A step's share of one note.
+        """Operations of one note in a training step.
 
         The backward pass of a trained map takes two products of the forward one's size, one for its input and one for
-        its weights; the frozen tower has no backward pass. What gradient checkpointing computes again is not counted,
-        so a rate with it is that of the work that had to be done.
+        its weights. The frozen tower has no backward pass. What gradient checkpointing computes again is not counted,
+        so that rates with and without it are of the same work.
         """
         return 3 * (self.llm + self.connector + self.fusion) + self.tower
 
@@ -50,10 +50,10 @@ def count(settings: ModelSettings, llm: Any, vision: Any, num_tokens: int) -> No
 
 
 def _llm(config: Any, tokens: int) -> int:
-    """Gated feed-forward (three maps), queries and output of width h, keys and values of their heads' width.
+    """Operations of the LLM: gated feed-forward (three maps), queries and output of width h, narrower keys and values.
 
-    A token attends to itself and what stands before it, T(T+1)/2 pairs, each of 2h for the score and 2h for the value.
-    There is no head on the vocabulary.
+    A token attends to itself and to those before it: T(T+1)/2 pairs, each of 2h for the score and 2h for the value.
+    There is no output layer over the vocabulary.
     """
     h, inner = config.hidden_size, config.intermediate_size
     keys = h * config.num_key_value_heads // config.num_attention_heads
@@ -63,14 +63,20 @@ def _llm(config: Any, tokens: int) -> int:
 
 
 def _tower(config: Any, patches: int) -> int:
-    """A map of each patch's pixels, then layers over patches and CLS: four maps of attention, two of feed-forward."""
+    """Operations of the vision tower: a map of each patch's pixels, then layers over the patches and CLS.
+
+    A layer has four maps in attention and two in the feed-forward part.
+    """
     h, inner, tokens = config.hidden_size, config.intermediate_size, patches + 1
     layer = 2 * tokens * (4 * h * h + 2 * h * inner) + 4 * h * tokens**2
     return 2 * patches * 3 * config.patch_size**2 * h + config.num_hidden_layers * layer
 
 
 def _connector(settings: QFormerSettings, patches: int, vision_width: int, llm_width: int) -> int:
-    """Layers over the queries; every n-th reads the patches, whose keys and values are maps from the tower's width."""
+    """Operations of the connector: layers over the queries, and a projector.
+
+    Every n-th layer also reads the patches, with keys and values mapped from the tower's width.
+    """
     d, queries = settings.hidden_size, settings.num_queries
     layer = 2 * queries * (4 * d * d + 2 * d * settings.intermediate_size) + 4 * d * queries**2
     crossing = 2 * (2 * queries * d * d + 2 * patches * vision_width * d) + 4 * d * queries * patches
@@ -80,5 +86,8 @@ def _connector(settings: QFormerSettings, patches: int, vision_width: int, llm_w
 
 
 def _fusion(vision_width: int, llm_width: int, embedding_dim: int) -> int:
-    """For the visual and the multimodal vector: the tower's vector into h_t, the gate on both, the projection."""
+    """Operations of late fusion and projection, for the visual and the multimodal vector.
+
+    The tower's vector is mapped to h_t, the gate reads both, and the result is projected.
+    """
     return 2 * 2 * (vision_width * llm_width + 2 * llm_width * llm_width + llm_width * embedding_dim)

@@ -8,19 +8,19 @@ from typing import Any, NamedTuple
 import torch
 from transformers import LlamaConfig, LlavaNextConfig, MistralConfig, PretrainedConfig, Qwen2VLConfig
 
-IMAGE_TOKEN = 3  # wherever a network's image token really lies
+IMAGE_TOKEN = 3  # instead of each network's own image token
 
 
 class Mllm(NamedTuple):
-    """An image-text model, and what it makes of one square image."""
+    """An image-text model, and its input for one square image."""
 
     config: Callable[[], PretrainedConfig]
     image_tokens: int
-    vision: Callable[[int], dict[str, torch.Tensor]]  # what the vision tower takes of so many images
+    vision: Callable[[int], dict[str, torch.Tensor]]  # number of images to what the vision tower takes
 
 
 def llava_next_mistral_7b() -> PretrainedConfig:
-    """LLaVA-v1.6-Mistral-7B, which the paper tunes and summarises images with."""
+    """LLaVA-v1.6-Mistral-7B, which the paper tunes, and summarises images with."""
     text = MistralConfig(
         vocab_size=32_064, sliding_window=None, rope_parameters={"rope_type": "default", "rope_theta": 1e6}
     )
@@ -85,7 +85,7 @@ def _qwen2_vl(
 
 
 def _qwen2_vl_images(side: int) -> Callable[[int], dict[str, torch.Tensor]]:
-    """``side`` patches of 14 pixels each way, two frames of three colours."""
+    """Images of ``side`` x ``side`` patches of 14 x 14 pixels, in two frames of three colours."""
 
     def images(count: int) -> dict[str, torch.Tensor]:
         patches = torch.randn(count * side * side, 3 * 2 * 14 * 14)
@@ -95,12 +95,12 @@ def _qwen2_vl_images(side: int) -> Callable[[int], dict[str, torch.Tensor]]:
 
 
 def _llava_next_images(count: int) -> dict[str, torch.Tensor]:
-    """512 x 512 pixels, cut into two by two tiles of 336, and the whole image as one more."""
+    """Images of 512 x 512 pixels: two by two tiles of 336, and the whole image as a fifth tile."""
     return {"pixel_values": torch.randn(count, 5, 3, 336, 336), "image_sizes": torch.tensor([[512, 512]] * count)}
 
 
 MLLMS: Mapping[str, Mllm] = {
-    # 24 x 24 patches of the whole image, 48 x 48 of its tiles, and a mark after each of their lines.
+    # 24 x 24 patches of the whole image, 48 x 48 of its tiles, and a token after each line of tiles' patches.
     "llava-next-mistral-7b": Mllm(llava_next_mistral_7b, 24 * 24 + 48 * 49, _llava_next_images),
     "qwen2-vl-7b": Mllm(qwen2_vl_7b, 18 * 18, _qwen2_vl_images(36)),  # 504 x 504 pixels, four patches a token
     "qwen2-vl-2b": Mllm(qwen2_vl_2b, 18 * 18, _qwen2_vl_images(36)),

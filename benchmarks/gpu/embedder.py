@@ -3,19 +3,19 @@
     PYTHONPATH=. python benchmarks/gpu/embedder.py                # one GPU of 80 GB to embed, of 141 GB to train too
     PYTHONPATH=. python benchmarks/gpu/embedder.py --tiny         # the same script on a CPU, in seconds
 
-The network is the paper's MQwen-Base with NoteLLM-2 (a Qwen-7B of 32 layers and width 4,096, CLIP ViT-B/16, a Q-Former
-of six layers), with random weights in bfloat16: neither speed nor memory depends on their values. Every note has an
-image and the longest prompt there is.
+The network is the paper's MQwen-Base with NoteLLM-2: a Qwen-7B of 32 layers and width 4,096, CLIP ViT-B/16, and a
+Q-Former of six layers. Its weights are random, in bfloat16; neither speed nor memory depends on their values. Every
+note has an image and a prompt of the greatest length.
 
-Printed: embedding and training in notes/s, achieved TFLOP/s by formula (_flops.py) against this very card's rate at an
-8192 x 8192 x 8192 bfloat16 product measured in the same run, and peak memory. The goals, on an H200: embedding at least
-150 notes/s and 45% of the measured rate, training at 40%. The paper's Table 7 has 46.9 notes/s on an A100, at a batch
-of 50.
+Printed are embedding and training in notes/s, achieved TFLOP/s, and peak memory. Operations are counted by formula
+(_flops.py). They are compared with the rate that this card reaches in the same run at a bfloat16 product of
+8192 x 8192 x 8192. The goals, on an H200: embedding at least 150 notes/s and 45% of the measured rate, training at 40%.
+The paper's Table 7 has 46.9 notes/s on an A100, at a batch of 50.
 
-Training is a whole step: forward, contrastive loss over the batch, backward, clipping, and fused AdamW with moments in
-bfloat16 like the weights, which one card holds of seven billion parameters (2 bytes of weight, 2 of gradient, 4 of
-moments: 57 GB). It measures speed and memory; the package's own trainer keeps weights and moments in float32 and shards
-them over cards. Reading, tokenising and decoding are no part of either figure: batches come from page-locked memory.
+Training is a whole step: forward, contrastive loss over the batch, backward, clipping, and fused AdamW. Its moments are
+in bfloat16 like the weights, so that one card can hold seven billion parameters (2 bytes of weight, 2 of gradient and 4
+of moments each: 57 GB). This measures speed and memory; the package's own trainer keeps weights and moments in float32
+and shards them over cards. Reading, tokenising and decoding are not measured: batches come from page-locked memory.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ from notellm2_ray.models.embedder.preprocess import Batch
 from notellm2_ray.models.vision.pixels import ImageSettings
 
 GOALS = {"notes_per_second": 150.0, "embedding_share": 0.45, "training_share": 0.40}
-# What a prompt holds beyond max_body_tokens, as a tokenizer that knows Chinese cuts it: the opening and the closing
-# words of the visual half, its mark, and the closing words of the whole.
+# Tokens of a prompt beyond max_body_tokens, for a tokenizer that knows Chinese: the opening and closing words of the
+# visual half, its special token, and the closing words of the whole prompt.
 OPENING, CLOSING, MARK = 6, 7, 1
 
 
@@ -64,7 +64,7 @@ def full_size(arguments: argparse.Namespace) -> Setup:
     """The paper's architecture on a GPU."""
     architecture = ARCHITECTURES[arguments.architecture]
     settings = architecture.settings("notellm2")
-    body = settings.max_body_tokens - 1 + settings.qformer.num_queries  # in which the image counted as one token
+    body = settings.max_body_tokens - 1 + settings.qformer.num_queries  # there the image counts as one token
     tokens = arguments.tokens or body + OPENING + CLOSING + MARK + CLOSING
     device = torch.device("cuda")
     sizes = (arguments.notes, arguments.pairs)
@@ -90,7 +90,7 @@ def tiny_size() -> Setup:
 
 
 def build(setup: Setup, device: torch.device, attention: str = "sdpa") -> NoteModel:
-    """The network in bfloat16, weights random; none on the meta device."""
+    """The network in bfloat16, with random weights, or without weights on the meta device."""
     torch.manual_seed(0)
     image = ImageSettings(setup.vision.image_size)
     with device:
@@ -99,7 +99,7 @@ def build(setup: Setup, device: torch.device, attention: str = "sdpa") -> NoteMo
 
 
 def batches(setup: Setup, num_notes: int, how_many: int = 4) -> list[Batch]:
-    """Different random batches in host memory, page-locked beside a GPU; prompts are full and need no padding."""
+    """Different random batches in host memory, page-locked if there is a GPU; prompts are full and need no padding."""
     side, queries, tokens = setup.vision.image_size, setup.settings.qformer.num_queries, setup.num_tokens
     rows = torch.arange(num_notes)
     made = []
@@ -140,7 +140,7 @@ def measure_training(setup: Setup, model: NoteModel, pairs: int, checkpointing: 
     model.tower.requires_grad_(False)
     model.set_gradient_checkpointing(checkpointing)
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)  # its moments have the type of the weights
+    optimizer = torch.optim.AdamW(trained, lr=1e-6, fused=True)  # its moments have the weights' type
     given, keys = batches(setup, 2 * pairs), torch.arange(2 * pairs, device=setup.device)
 
     def step(number: int) -> None:
@@ -158,9 +158,10 @@ def measure_training(setup: Setup, model: NoteModel, pairs: int, checkpointing: 
 
 
 def check_formula(setup: Setup, flops: NoteFlops) -> float:
-    """PyTorch's own count of one note's forward pass, on the meta device, over the formula's.
+    """PyTorch's own count of one note's forward pass, on the meta device, divided by the formula's.
 
-    PyTorch counts the whole square of attention where we count the half that a causal model needs: that is added here.
+    PyTorch counts the whole square of attention. The formula counts the half that a causal model needs, so the other
+    half is added to it here.
     """
     meta = torch.device("meta")
     model = build(setup, meta, attention="eager").eval().requires_grad_(False)
@@ -173,7 +174,7 @@ def check_formula(setup: Setup, flops: NoteFlops) -> float:
 
 
 def measure(setup: Setup) -> Iterator[dict[str, Any]]:
-    """One record per measurement, printed as it comes."""
+    """One record per measurement, each printed as soon as it is there."""
     rate = matrix_rate(setup.device, setup.matrix)
     model = build(setup, setup.device)
     flops = count(setup.settings, setup.llm, setup.vision, setup.num_tokens)

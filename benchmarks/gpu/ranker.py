@@ -4,15 +4,18 @@
     PYTHONPATH=. python benchmarks/gpu/ranker.py --mllm qwen2-vl-7b
     PYTHONPATH=. python benchmarks/gpu/ranker.py --tiny   # the same script on a CPU, in seconds
 
-The networks are the paper's, with random weights in bfloat16: neither speed nor memory depends on their values. Every
-prompt has an image of 512 x 512 pixels (the default ``ranker.max_image_pixels``) and the longest texts there are.
+The networks are the paper's, with random weights in bfloat16; neither speed nor memory depends on their values. Every
+prompt has an image of 512 x 512 pixels (the default ``ranker.max_image_pixels``) and texts of the greatest length.
 
-Printed: a step of tuning, by the package's own step and engines (DeepSpeed's ZeRO 2 too, where it is installed), and
-P(yes), both in prompts/s and TFLOP/s against this very card's rate at an 8192 x 8192 x 8192 bfloat16 product; image
-summaries and preferences as the published code makes them, by ``generate``, in new tokens/s, and each new token's
-weights and key-value cache read once against the card's rate of copying. Peak memory of each. Reading, tokenising and
-decoding images are no part of any figure; all of it takes three minutes. vLLM, which the package generates with, is not
-measured here.
+Printed are:
+- a step of tuning, with the package's own step and engines (DeepSpeed's ZeRO 2 too, where it is installed), and P(yes):
+  prompts/s, and TFLOP/s against the rate that this card reaches at a bfloat16 product of 8192 x 8192 x 8192;
+- image summaries and preferences, made by ``generate`` as in the published code: new tokens/s, and the bytes that must
+  be read for them (weights and key-value cache, once a token) against the card's rate of copying;
+- peak memory of each.
+
+Reading, tokenising and decoding images are not measured. All of it takes three minutes. vLLM, which the package
+generates with, is not measured here.
 """
 
 from __future__ import annotations
@@ -85,7 +88,7 @@ def build(setup: Setup, kind: Any, config: Any) -> Any:
 
 
 def prompts(setup: Setup, rows: int, texts: int, number: int = 0) -> RankerBatch:
-    """Random full prompts of an image and ``texts`` tokens in host memory; the last of them is the answer."""
+    """Random full prompts of an image and ``texts`` tokens, in host memory; the last token is the answer."""
     draw = torch.Generator().manual_seed(number)
     tokens = setup.mllm.image_tokens + texts
     ids = torch.randint(10, 900, (rows, tokens), generator=draw)
@@ -105,17 +108,17 @@ def prompts(setup: Setup, rows: int, texts: int, number: int = 0) -> RankerBatch
 
 
 class Work(NamedTuple):
-    """Floating-point operations of one prompt, a multiplication and an addition being two."""
+    """Floating-point operations of one prompt; a multiplication and an addition count as two."""
 
     scoring: float
     tuning: float
 
 
 def count(setup: Setup, network: nn.Module) -> Work:
-    """PyTorch's own count of one prompt's forward pass, less the half of attention that a causal model needs not.
+    """Operations of one prompt: PyTorch's own count of its forward pass, minus the unneeded half of causal attention.
 
-    Tuning takes back through a frozen linear map what it took forward, and through attention twice that; the tower has
-    no backward pass, and the adapter (0.3% of the weights) is left out.
+    In tuning, the backward pass costs as much as the forward pass through a frozen linear map, and twice as much
+    through attention. The tower has no backward pass, and the adapter (0.3% of the weights) is left out.
     """
     batch = prompts(setup, 1, setup.texts).to(setup.device)
     with torch.no_grad(), sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counter:
@@ -152,7 +155,7 @@ def measure_tuning(setup: Setup, step: SftStep, engine: Engine, checkpointing: b
 
 
 def measure_scoring(setup: Setup, network: nn.Module) -> tuple[float, float]:
-    """Prompts/s of P(yes), every prompt read from its beginning, and peak GiB."""
+    """Prompts/s of P(yes), with no prefix shared, and peak GiB."""
     tokens = setup.texts + setup.mllm.image_tokens
     rows = max(1, setup.tune.max_batch_tokens // tokens)
     given = [prompts(setup, rows, setup.texts, number) for number in range(4)]
@@ -171,7 +174,7 @@ def measure_scoring(setup: Setup, network: nn.Module) -> tuple[float, float]:
 
 
 def generate_seconds(setup: Setup, network: Any, inputs: dict[str, torch.Tensor], new_tokens: int) -> float:
-    """Seconds of one greedy ``generate`` of exactly so many tokens."""
+    """Seconds of one greedy ``generate`` of exactly ``new_tokens`` tokens."""
     if setup.device.type == "cuda":
         torch.cuda.synchronize()
     started = time.perf_counter()
@@ -184,7 +187,7 @@ def generate_seconds(setup: Setup, network: Any, inputs: dict[str, torch.Tensor]
 def measure_generation(
     setup: Setup, network: Any, inputs: dict[str, torch.Tensor], new_tokens: int, rate: float
 ) -> dict[str, Any]:
-    """Rows of the prompt answered together."""
+    """Speed of answering the rows of ``inputs`` together; ``rate`` is the card's rate of copying."""
     rows, tokens = inputs["input_ids"].shape
     generate_seconds(setup, network, inputs, 2)
     reset_peak(setup.device)
@@ -207,7 +210,7 @@ def measure_generation(
 
 
 def measure(setup: Setup) -> Iterator[dict[str, Any]]:
-    """One record per measurement, printed as it comes."""
+    """One record per measurement, each printed as soon as it is there."""
     rate, copying = matrix_rate(setup.device, setup.matrix), copy_rate(setup.device)
     name = torch.cuda.get_device_name() if setup.device.type == "cuda" else "CPU"
     print(
