@@ -20,41 +20,9 @@ from notellm2_ray import __version__
 from notellm2_ray.core.config import nested_models, to_plain
 from notellm2_ray.core.errors import NoteLLMError
 from notellm2_ray.core.settings import Settings
+from notellm2_ray.pipeline.sweep_verb import SWEEP_HELP, SWEEP_VERB
+from notellm2_ray.pipeline.table import RUNS, STAGES
 from notellm2_ray.presets import PRESETS, load_settings
-
-# verb: (what it does, sections of the knob tree it reads)
-VERBS: dict[str, tuple[str, tuple[str, ...]]] = {
-    "prepare": ("read and check the source tables, quarantine what is broken", ("source", "prepare")),
-    "mine-pairs": ("mine related notes from the event log and split them", ("pairs", "split")),
-    "build-tiny": (
-        "train a small tokenizer, LLM and CLIP from scratch, where model.llm or model.vision is 'tiny'",
-        ("tiny",),
-    ),
-    "train-embedder": ("train the note embedder", ("model", "train")),
-    "embed-notes": ("embed every note with the trained embedder", ("embed",)),
-    "build-index": ("build the ANN index and measure its recall", ("index",)),
-    "eval-retrieval": ("compare the trained embedders and baselines on the test pairs", ("evaluate",)),
-    "make-sequences": (
-        "cut users' events into histories, blocks, targets and candidates",
-        ("sequences", "candidates"),
-    ),
-    "build-tiny-mllm": (
-        "train a small multimodal LLM from scratch, where the recommender's models are 'tiny'",
-        ("tiny",),
-    ),
-    "summarize-images": ("turn every note's image into text with an MLLM", ("summaries", "generation", "ranker")),
-    "summarize-preferences": (
-        "state each user's taste in words, block by block",
-        ("preferences", "generation", "ranker"),
-    ),
-    "train-ranker": ("fine-tune the MLLM that says yes or no to a candidate", ("ranker", "tune")),
-    "score-candidates": ("let the tuned and untuned models score the test candidates", ("ranker", "generation")),
-    "eval-ranking": ("compare the rankers and baselines on the test candidates", ("ranking",)),
-    "sweep": ("tune and test the first ranker once per block size, or context length, through Ray Tune", ("ranking",)),
-    "run-retrieval": ("prepare to eval-retrieval in order, for every variant and seed of `evaluate`", ()),
-    "run-ranking": ("prepare, and make-sequences to eval-ranking, for every variant and seed of `ranking`", ()),
-    "run": ("both halves, and the report", ()),
-}
 
 
 def describe(model: type[BaseModel], prefix: str, own: BaseModel | None = None) -> list[str]:
@@ -107,6 +75,12 @@ def knobs(sections: Sequence[str]) -> str:
     return "\n".join(lines)
 
 
+def pipeline_verbs() -> dict[str, tuple[str, tuple[str, ...]]]:
+    """Verbs of the pipeline: what each does, and the sections of the settings that its help explains (none: all)."""
+    stages = {stage.verb: (stage.help, stage.sections) for stage in STAGES}
+    return {**stages, SWEEP_VERB: (SWEEP_HELP, ("ranking",)), **{run.verb: (run.help, ()) for run in RUNS}}
+
+
 def parser() -> argparse.ArgumentParser:
     """The argument parser, one sub-command per verb."""
     top = argparse.ArgumentParser(
@@ -117,7 +91,7 @@ def parser() -> argparse.ArgumentParser:
     )
     top.add_argument("--version", action="version", version=f"notellm2-ray {__version__}")
     verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
-    for verb, (text, sections) in VERBS.items():
+    for verb, (text, sections) in pipeline_verbs().items():
         sub = verbs.add_parser(
             verb,
             help=text,
@@ -212,17 +186,17 @@ def _dispatch(options: argparse.Namespace) -> None:
 
         print(swap_embedder(settings))
         return
-    from notellm2_ray.pipeline import recall_stages as workflow
-
     if options.verb == "settings":
         print(yaml.safe_dump(to_plain(settings), sort_keys=False, allow_unicode=True), end="")
     elif options.dry_run:
-        print(yaml.safe_dump(to_plain(settings), sort_keys=False, allow_unicode=True))
-        from notellm2_ray.pipeline.plan import plan
+        from notellm2_ray.pipeline.dry_run import dry_run
 
-        print(plan(settings, options.verb))
+        print(yaml.safe_dump(to_plain(settings), sort_keys=False, allow_unicode=True))
+        print(dry_run(settings, options.verb))
     else:
-        workflow.STAGES[options.verb](settings)
+        from notellm2_ray.pipeline.runs import run_verb
+
+        run_verb(options.verb, settings)
 
 
 def _online(options: argparse.Namespace, settings: Settings) -> None:

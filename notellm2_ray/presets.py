@@ -123,7 +123,7 @@ PRESETS: Mapping[str, tuple[str, dict[str, Any]]] = {
                 "pairs": {"window_days": None},
                 "train": {"epochs": 1},
                 "model": {"variant": "text_only"},
-                "evaluate": {"variants": ["text_only"], "inputs": ["text"]},
+                "evaluate": {"embedders": ["text_only"], "inputs": ["text"]},
                 # There are no covers: preferences from titles, candidates by their titles.
                 "preferences": {"variant": "no_image_summary"},
                 "ranker": {"variant": "no_image_summary"},

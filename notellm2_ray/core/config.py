@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from notellm2_ray.core.errors import ConfigError
 
@@ -32,6 +32,27 @@ class Kinds(Frozen):
     def kinds(cls) -> Mapping[str, type[Kinds]]:
         """The settings class of each kind."""
         raise NotImplementedError
+
+
+def resource(default: Any, **field: Any) -> Any:
+    """A ``Field`` for a knob that decides where, how fast or how carefully a stage runs, and not what it makes.
+
+    Changing such a knob redoes nothing: :func:`shaping` leaves it out of what an output is made of.
+    """
+    return Field(default, json_schema_extra={"shapes_output": False}, **field)
+
+
+def shaping(settings: BaseModel) -> dict[str, Any]:
+    """A section's settings that shape what is made, as JSON values."""
+    plain = to_plain(settings)
+    for name, field in type(settings).model_fields.items():
+        extra = field.json_schema_extra
+        value = getattr(settings, name)
+        if isinstance(extra, dict) and extra.get("shapes_output") is False:
+            del plain[name]
+        elif isinstance(value, BaseModel):
+            plain[name] = shaping(value)
+    return plain
 
 
 def load_yaml(path: str | Path) -> dict[str, Any]:
@@ -107,7 +128,16 @@ def _explain(model: type[BaseModel], entry: Mapping[str, Any]) -> str:
     return f"{place}: {entry['msg'].removeprefix('Value error, ')}{shown}"
 
 
+# Settings that had another name once: old name to new name.
+RENAMED = {
+    "evaluate.variants": "evaluate.embedders",
+    "sequences.actions": "sequences.positive_actions",
+}
+
+
 def _explain_unknown(model: type[BaseModel], key: str) -> str:
+    if key in RENAMED:
+        return f"setting {key!r} is now called {RENAMED[key]!r}"
     known = _known_keys(model)
     if key in known:  # but not in the settings of the chosen kind
         section = key.partition(".")[0]

@@ -10,7 +10,7 @@ from pathlib import Path
 from notellm2_ray.core.errors import DataError, OutputError
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.evaluate.lift import click_lift
-from notellm2_ray.pipeline import recall_outputs as outputs
+from notellm2_ray.pipeline.stage import workspace_of
 from notellm2_ray.users.exposures import ArmClicks, clicks_by_arm
 
 _COLUMNS = ("arm", "users", "requests", "exposures", "clicks", "rate", "lift", "95% interval", "p")
@@ -25,10 +25,10 @@ def lift_report(settings: Settings) -> str:
     Raises:
         OutputError: there is no users' database yet.
     """
-    path = settings.serve.users_file or outputs.workspace_of(settings) / "serving" / "users.sqlite"
+    path = settings.serve.users_file or workspace_of(settings).serving / "users.sqlite"
     experiment = settings.serve.experiment
     order = {arm.name: place for place, arm in enumerate(settings.serve.arms)}
-    arms = _read(path, experiment, settings.sequences.actions)
+    arms = _read(path, experiment, settings.sequences.positive_actions)
     arms.sort(key=lambda one: order.get(one.arm, len(order)))  # stable: by name among those that are not set
     if not arms:
         return f"experiment {experiment}: nothing was shown to a user yet"

@@ -16,6 +16,7 @@ from typing import Any
 import pyarrow as pa
 
 from notellm2_ray.core.cluster import connect
+from notellm2_ray.core.config import shaping
 from notellm2_ray.core.errors import ConfigError, DataError, ModelError, OutputError
 from notellm2_ray.core.run import MANIFEST, Output, files_fingerprint, read_manifest
 from notellm2_ray.core.schema import NOTE_SCHEMA, Note
@@ -27,8 +28,8 @@ from notellm2_ray.live.durability import VERSIONS, WriterLock, manifests
 from notellm2_ray.live.seed import seed_from_bulk
 from notellm2_ray.live.store import LiveStore
 from notellm2_ray.live.table import LiveTable, newest_if_gone
-from notellm2_ray.pipeline import recall_outputs as outputs
-from notellm2_ray.pipeline.stage import run_stage
+from notellm2_ray.pipeline.embedders import named
+from notellm2_ray.pipeline.stage import fingerprint_of, run_stage, workspace_of
 from notellm2_ray.serve.deployments.loaded_model import INPUTS, LoadedModel, Vectors, Workers
 from notellm2_ray.serve.deployments.successor import Successor
 from notellm2_ray.serve.figures import Figures
@@ -56,8 +57,9 @@ def swap_embedder(settings: Settings) -> str:
             service does not take the table over within ``serve.ready_seconds``.
         DataError, ModelError: as of bulk embedding.
     """
-    directory = outputs.workspace_of(settings) / "serving"
-    model = outputs.workspace_of(settings) / "embedders" / settings.embedder_name / "model"
+    settings = named(settings)
+    directory = workspace_of(settings).serving
+    model = workspace_of(settings).embedder_model(settings.embedder_name)
     read_manifest(model.parent)  # finished, not half-way
     if settings.embed.precision != settings.serve.encode.precision:
         raise ConfigError(
@@ -108,11 +110,11 @@ def _is_served(settings: Settings, served: current.Served, model: Path) -> bool:
     """Whether the model is known to be the served one, without reading its weights."""
     if served.model is not None:
         return files_fingerprint(str(served.model)) == files_fingerprint(str(model))
-    bulk = outputs.embedding_table(settings, "all").with_suffix("")
+    bulk = workspace_of(settings).embeddings(settings.embedder_name, "all")
     if not (bulk / MANIFEST).is_file():
         return False
     manifest = read_manifest(bulk)
-    same = manifest["inputs"].get("embedder") == outputs.fingerprint_of(model.parent)
+    same = manifest["inputs"].get("embedder") == fingerprint_of(model.parent)
     return same and manifest["counts"].get("model_fingerprint") == LiveTable(served.table).model_fingerprint
 
 
@@ -146,7 +148,7 @@ def _embed(settings: Settings, model: Path, served: current.Served, work: Path) 
         connect(settings.ray)
         return embed_notes(model, work / "notes" / "notes.parquet", output, settings.embed, inputs=inputs)
 
-    how = {"embed": outputs.shaping(settings.embed), "inputs": inputs}
+    how = {"embed": shaping(settings.embed), "inputs": inputs}
     sources = {"notes": str(exported["version"]), "model": files_fingerprint(str(model))}
     run_stage(Output(work / "embeddings", "embed-served-notes", how, sources), embed)
     return table_info(work / "embeddings.lance").model_fingerprint, exported["seq"]

@@ -19,7 +19,8 @@ from notellm2_ray.core.settings import Settings
 from notellm2_ray.live.current import current
 from notellm2_ray.live.durability import manifests
 from notellm2_ray.pipeline import ranking_outputs
-from notellm2_ray.pipeline import recall_outputs as outputs
+from notellm2_ray.pipeline.embedders import named
+from notellm2_ray.pipeline.stage import workspace_of
 from notellm2_ray.serve.plan import Plan
 
 
@@ -81,9 +82,10 @@ def make_plan(settings: Settings) -> Plan:
         ConfigError: see :func:`_engines`.
         OutputError: the embedder is not trained or the notes are not embedded; a ranker is asked for that is not there.
     """
-    workspace, directory = outputs.workspace_of(settings), _directory(settings)
-    model = workspace / "embedders" / settings.embedder_name / "model"
-    embeddings = outputs.embedding_table(settings, "all")
+    settings = named(settings)
+    workspace, directory = workspace_of(settings), _directory(settings)
+    model = workspace.embedder_model(settings.embedder_name)
+    embeddings = workspace.embedding_table(settings.embedder_name, "all")
     served = current(directory)
     if served.model is not None and not served.model.is_dir():
         raise OutputError(f"{served.model} is not there, whose vectors {served.table} holds: restore it from a copy")
@@ -95,17 +97,17 @@ def make_plan(settings: Settings) -> Plan:
     return Plan(
         directory=directory,
         model=served.model or model,
-        notes=Path(settings.embed.notes) if settings.embed.notes else workspace / "prepared" / "notes",
+        notes=Path(settings.embed.notes) if settings.embed.notes else workspace.notes,
         embeddings=embeddings,
         serve=settings.serve,
         index=settings.index,
         ranker=settings.ranker,
         seed=settings.seed,
         block_rule=BlockRule.from_settings(settings.sequences),
-        actions=settings.sequences.actions,
-        events=workspace / "prepared" / "events",
-        saved_index=_if_there(workspace / "index" / settings.embedder_name, "index.json"),
-        sequences=_if_there(workspace / "sequences", "blocks.parquet"),
+        actions=settings.sequences.positive_actions,
+        events=workspace.events,
+        saved_index=_if_there(workspace.index(settings.embedder_name), "index.json"),
+        sequences=_if_there(workspace.sequences, "blocks.parquet"),
         preferences=_if_there(_preferences_of(settings), "preferences.parquet"),
         summaries=_summaries(settings),
         **_engines(settings),
@@ -141,7 +143,7 @@ def _engines(settings: Settings) -> dict[str, Any]:
 
 
 def _ranker_model(settings: Settings) -> Path:
-    path = outputs.workspace_of(settings) / "rankers" / ranking_outputs.ranker_name(settings) / "model"
+    path = workspace_of(settings).ranker_model(ranking_outputs.ranker_name(settings))
     if not path.is_dir():
         raise OutputError(
             f"{path} is not there: run train-ranker, name another with serve.ranker_model, or leave serve.ranker null"
@@ -151,13 +153,12 @@ def _ranker_model(settings: Settings) -> Path:
 
 def _preferences_of(settings: Settings) -> Path:
     variant = ranking_outputs.PREFERENCES[settings.ranker.variant] or settings.preferences.variant
-    return outputs.workspace_of(settings) / "preferences" / variant
+    return workspace_of(settings).preferences(variant)
 
 
 def _summaries(settings: Settings) -> Path | None:
-    directory = outputs.workspace_of(settings) / "image_summaries"
-    there = _if_there(directory, "summaries.parquet")
-    return None if there is None else there / "summaries.parquet"
+    table = workspace_of(settings).summary_table
+    return table if table.is_file() else None
 
 
 def _if_there(directory: Path, name: str) -> Path | None:
@@ -165,7 +166,7 @@ def _if_there(directory: Path, name: str) -> Path | None:
 
 
 def _directory(settings: Settings) -> Path:
-    return outputs.workspace_of(settings) / "serving"
+    return workspace_of(settings).serving
 
 
 def _keys_file(settings: Settings) -> Path:

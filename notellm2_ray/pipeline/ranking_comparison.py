@@ -16,8 +16,10 @@ from notellm2_ray.core.run import write_atomically
 from notellm2_ray.core.schema import Note, iter_notes
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.core.settings.ranking import ProtocolName
-from notellm2_ray.pipeline.ranking_outputs import PREFERENCES, Scored, preferences_directory
-from notellm2_ray.pipeline.recall_outputs import model_paths
+from notellm2_ray.core.workspace import Workspace
+from notellm2_ray.pipeline.embedders import model_paths
+from notellm2_ray.pipeline.ranking_outputs import PREFERENCES, Scored
+from notellm2_ray.pipeline.stage import workspace_of
 
 if TYPE_CHECKING:
     from notellm2_ray.baselines.ranking.rows import Baselines, Protocol
@@ -27,7 +29,9 @@ CONTROL_NAMES = {"shuffled_image": "shuffled image", "other_preference": "anothe
 _UNTUNED = ("untuned", "untuned_text")
 
 
-def compare_ranking(settings: Settings, workspace: Path, scores: Mapping[Scored, Path], output: Path) -> dict[str, Any]:
+def compare_ranking(
+    settings: Settings, workspace: Workspace, scores: Mapping[Scored, Path], output: Path
+) -> dict[str, Any]:
     """All figures of all methods under every protocol, written as results.json, table.txt and the report.
 
     Args:
@@ -48,7 +52,7 @@ def compare_ranking(settings: Settings, workspace: Path, scores: Mapping[Scored,
     from notellm2_ray.evaluate.ranking.tables import printed
 
     llm, vision = model_paths(settings)
-    protocols = {name: read_protocol(workspace / "sequences", name) for name in settings.candidates.protocols}
+    protocols = {name: read_protocol(workspace, name) for name in settings.candidates.protocols}
     baselines = Baselines(settings, workspace, protocols.values(), llm=llm, vision=vision)
     results: dict[str, Any] = {"protocols": {}, "remarks": _remarks(settings, llm, vision)}
     methods = {}
@@ -121,7 +125,7 @@ def _remarks(settings: Settings, llm: str, vision: str) -> list[str]:
 
 def _report(
     settings: Settings,
-    workspace: Path,
+    workspace: Workspace,
     protocols: Mapping[ProtocolName, Protocol],
     methods: Mapping[ProtocolName, Sequence[MethodScores]],
     results: Mapping[str, Any],
@@ -143,7 +147,7 @@ def _report(
 
 def _samples(
     settings: Settings,
-    workspace: Path,
+    workspace: Workspace,
     protocols: Mapping[ProtocolName, Protocol],
     methods: Mapping[ProtocolName, Sequence[MethodScores]],
 ) -> list[dict[str, Any]]:
@@ -155,12 +159,11 @@ def _samples(
     shown = next((method for method in methods[name] if method.kind == "ranker"), None)
     if shown is None or not settings.ranking.sample_users:
         return []
-    blocks = "published_blocks.parquet" if name == "published" else "blocks.parquet"
     return sample_users(
         protocol.task,
         next(iter(shown.scores.values())),
         protocol.examples,
-        pq.read_table(workspace / "sequences" / blocks),
+        pq.read_table(workspace.blocks("published" if name == "published" else "")),
         get_notes=lambda ids: _notes(workspace, ids),
         summaries=read_summaries(workspace),
         preferences=_preferences(settings, shown.method, name),
@@ -170,8 +173,8 @@ def _samples(
     )
 
 
-def _notes(workspace: Path, ids: Sequence[str]) -> dict[str, Note]:
-    table = ds.dataset(workspace / "prepared" / "notes").to_table(filter=ds.field("note_id").isin(list(ids)))
+def _notes(workspace: Workspace, ids: Sequence[str]) -> dict[str, Note]:
+    table = ds.dataset(workspace.notes).to_table(filter=ds.field("note_id").isin(list(ids)))
     return {note.note_id: note for note in iter_notes(table)}
 
 
@@ -182,26 +185,25 @@ def _preferences(settings: Settings, ranker: str, protocol: str) -> dict[tuple[s
         return {}
     # the published protocol's histories differ, and so do the preferences after them
     history = "published" if protocol == "published" else ""
-    path = preferences_directory(settings, variant, history) / "preferences.parquet"
+    path = workspace_of(settings).preference_table(variant, history)
     if not path.is_file():
         return {}
     table = pq.read_table(path, columns=["user_id", "block", "preference"])
     return {(row["user_id"], row["block"]): row["preference"] for row in table.to_pylist()}
 
 
-def _histories(workspace: Path, settings: Settings) -> dict[str, list[dict[str, Any]]]:
+def _histories(workspace: Workspace, settings: Settings) -> dict[str, list[dict[str, Any]]]:
     """The logged steps of every ranker that has any."""
     found = {}
     for variant in settings.ranking.rankers:
         for seed in settings.ranking.seeds:
-            path = workspace / "rankers" / f"{variant}-seed{seed}" / "history.jsonl"
+            path = workspace.ranker_history(f"{variant}-seed{seed}")
             if path.is_file():
                 lines = path.read_text(encoding="utf-8").splitlines()
                 found[f"{variant}-seed{seed}"] = [json.loads(line) for line in lines]
     return found
 
 
-def _sweeps(workspace: Path) -> list[dict[str, Any]]:
+def _sweeps(workspace: Workspace) -> list[dict[str, Any]]:
     """What `notellm2 sweep` found in this workspace."""
-    paths = sorted((workspace / "sweeps").glob("*/sweep.json"))
-    return [json.loads(path.read_text(encoding="utf-8")) for path in paths]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in workspace.sweep_results()]

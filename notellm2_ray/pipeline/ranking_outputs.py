@@ -1,17 +1,18 @@
-"""Where the recommender's outputs lie in the workspace, and what each is made of."""
+"""What the recommender's stages write, and what each output is made of."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-from notellm2_ray.core.config import to_plain
-from notellm2_ray.core.run import Output, files_fingerprint, fingerprint
+from notellm2_ray.core.config import shaping
+from notellm2_ray.core.run import files_fingerprint, fingerprint
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.core.settings.ranking import Control, PreferenceVariant, ProtocolName, RankerVariant
-from notellm2_ray.pipeline.recall_outputs import fingerprint_of, model_inputs, shaping, workspace_of
+from notellm2_ray.pipeline.embedders import model_reads, model_versions
+from notellm2_ray.pipeline.stage import Planned, workspace_of
 
 # The preferences that a ranker variant is given.
 PREFERENCES: dict[RankerVariant, PreferenceVariant | None] = {
@@ -34,7 +35,7 @@ class Scored(NamedTuple):
 
     @property
     def history(self) -> str:
-        """Whose preferences: see :func:`preference_histories`."""
+        """Which history its preferences are made from: see :func:`preference_histories`."""
         return "published" if self.protocol == "published" else ""
 
     @property
@@ -89,9 +90,16 @@ def scored(settings: Settings) -> list[Scored]:
     return found
 
 
+def preference_histories(settings: Settings) -> list[str]:
+    """Which histories preferences are made from: the users' own (""), and those of the "published" construction."""
+    protocols = settings.candidates.protocols
+    own = [""] if settings.ranking.rankers or set(protocols) != {"published"} else []
+    return own + (["published"] if "published" in protocols else [])
+
+
 def ranking_model(settings: Settings, name: str) -> str:
     """A model of the recommender with 'tiny' resolved to the workspace's own."""
-    return str(workspace_of(settings) / "tiny_mllm") if name == "tiny" else name
+    return str(workspace_of(settings).tiny_mllm) if name == "tiny" else name
 
 
 def uses_tiny_mllm(settings: Settings) -> bool:
@@ -106,82 +114,64 @@ def needs_tiny_embedder_parts(settings: Settings) -> bool:
     return by_image or ("gru4rec_summary" in baselines and settings.model.llm == "tiny")
 
 
-def _model_input(settings: Settings, name: str) -> dict[str, str]:
-    """Version of one of the recommender's models: the tiny one, or one in a directory here."""
-    if name == "tiny":
-        return {"model": fingerprint_of(workspace_of(settings) / "tiny_mllm")}
-    return {"model": files_fingerprint(name)} if Path(name).is_dir() else {}
+def _model_reads(settings: Settings, name: str) -> dict[str, Path]:
+    """The workspace's own model, where one of the recommender's models is it."""
+    return {"model": workspace_of(settings).tiny_mllm} if name == "tiny" else {}
 
 
-def sequences(settings: Settings) -> Output:
+def _model_versions(name: str) -> dict[str, str]:
+    """Version of a model in a directory here."""
+    return {"model": files_fingerprint(name)} if name != "tiny" and Path(name).is_dir() else {}
+
+
+def sequences(settings: Settings) -> Planned:
+    workspace = workspace_of(settings)
     shaped = {
-        "sequences": to_plain(settings.sequences),
-        "candidates": to_plain(settings.candidates),
+        "sequences": shaping(settings.sequences),
+        "candidates": shaping(settings.candidates),
         "seed": settings.seed,
     }
-    prepared = workspace_of(settings) / "prepared"
-    return Output(prepared.with_name("sequences"), "make-sequences", shaped, {"prepared": fingerprint_of(prepared)})
+    return Planned("make-sequences", workspace.sequences, shaped, {"prepared": workspace.prepared})
 
 
-def tiny_mllm(settings: Settings) -> Output:
+def tiny_mllm(settings: Settings) -> Planned:
+    workspace = workspace_of(settings)
     shaped = {
-        "tiny": {name: value for name, value in to_plain(settings.tiny).items() if re.match("mllm_|vocab_size", name)},
+        "tiny": {name: value for name, value in shaping(settings.tiny).items() if re.match("mllm_|vocab_size", name)},
         "seed": settings.seed,
         "prompt_language": settings.ranker.prompt_language,
         "templates": [settings.summaries.template, settings.preferences.template],
     }
-    prepared = workspace_of(settings) / "prepared"
-    return Output(prepared.with_name("tiny_mllm"), "build-tiny-mllm", shaped, {"prepared": fingerprint_of(prepared)})
+    return Planned("build-tiny-mllm", workspace.tiny_mllm, shaped, {"prepared": workspace.prepared})
 
 
-def image_summaries(settings: Settings) -> Output:
+def image_summaries(settings: Settings) -> Planned:
+    workspace, model = workspace_of(settings), settings.summaries.model
     shaped = {
         "summaries": shaping(settings.summaries),
         "language": settings.ranker.prompt_language,
-        "generation": _generation(settings),
+        "generation": shaping(settings.generation),
     }
-    prepared = workspace_of(settings) / "prepared"
-    inputs = {"prepared": fingerprint_of(prepared), **_model_input(settings, settings.summaries.model)}
-    return Output(prepared.with_name("image_summaries"), "summarize-images", shaped, inputs)
+    reads = {"prepared": workspace.prepared, **_model_reads(settings, model)}
+    return Planned("summarize-images", workspace.image_summaries, shaped, reads, versions=_model_versions(model))
 
 
-def preference_histories(settings: Settings) -> list[str]:
-    """Which histories preferences are made from: the users' own (""), and those of the "published" construction."""
-    protocols = settings.candidates.protocols
-    own = [""] if settings.ranking.rankers or set(protocols) != {"published"} else []
-    return own + (["published"] if "published" in protocols else [])
-
-
-def preferences_directory(settings: Settings, variant: PreferenceVariant, history: str) -> Path:
-    """Where the preferences of a variant lie."""
-    name = f"{variant}-{history}" if history else variant
-    return workspace_of(settings) / "preferences" / name
-
-
-def preferences(settings: Settings, history: str = "") -> Output:
-    workspace = workspace_of(settings)
-    variant = settings.preferences.variant
+def preferences(settings: Settings, history: str = "") -> Planned:
+    """Preferences of ``preferences.variant``, made from a history."""
+    workspace, variant, model = workspace_of(settings), settings.preferences.variant, settings.preferences.model
     shaped = {
         "preferences": shaping(settings.preferences),
         "language": settings.ranker.prompt_language,
-        "generation": _generation(settings),
+        "generation": shaping(settings.generation),
         "seed": settings.seed,
         "history": history,
     }
-    inputs = {
-        "sequences": fingerprint_of(workspace / "sequences"),
-        **_model_input(settings, settings.preferences.model),
-    }
+    reads = {"sequences": workspace.sequences, **_model_reads(settings, model)}
     if variant != "no_image_summary":
-        inputs["image_summaries"] = fingerprint_of(workspace / "image_summaries")
-    directory = preferences_directory(settings, variant, history)
-    return Output(directory, "summarize-preferences", shaped, inputs)
-
-
-def _generation(settings: Settings) -> dict[str, Any]:
-    """What of the engine can change an answer."""
-    shown = to_plain(settings.generation)
-    return {name: shown[name] for name in ("dtype", "max_model_len", "engine_kwargs")}
+        reads["image_summaries"] = workspace.image_summaries
+    directory = workspace.preferences(variant, history)
+    versions = _model_versions(model)
+    return Planned("summarize-preferences", directory, shaped, reads, versions=versions, name=directory.name)
 
 
 def ranker_name(settings: Settings) -> str:
@@ -189,62 +179,72 @@ def ranker_name(settings: Settings) -> str:
     return f"{settings.ranker.variant}-seed{settings.tune.seed}"
 
 
-def ranker(settings: Settings) -> Output:
-    workspace = workspace_of(settings)
-    shaped = {"ranker": to_plain(settings.ranker), "tune": shaping(settings.tune)}
-    inputs = {
-        "sequences": fingerprint_of(workspace / "sequences"),
-        **_preferences_input(settings, settings.ranker.variant),
-        **_model_input(settings, settings.ranker.model),
-    }
-    return Output(workspace / "rankers" / ranker_name(settings), "train-ranker", shaped, inputs)
+def ranker(settings: Settings) -> Planned:
+    workspace, name, model = workspace_of(settings), ranker_name(settings), settings.ranker.model
+    return Planned(
+        "train-ranker",
+        workspace.ranker(name),
+        {"ranker": shaping(settings.ranker), "tune": shaping(settings.tune)},
+        {
+            "sequences": workspace.sequences,
+            **_preference_reads(settings, settings.ranker.variant),
+            **_model_reads(settings, model),
+        },
+        versions=_model_versions(model),
+        name=name,
+    )
 
 
-def _preferences_input(settings: Settings, variant: RankerVariant, history: str = "") -> dict[str, str]:
+def _preference_reads(settings: Settings, variant: RankerVariant, history: str = "") -> dict[str, Path]:
     kind = PREFERENCES[variant]
-    if kind is None:
-        return {}
-    return {"preferences": fingerprint_of(preferences_directory(settings, kind, history))}
+    return {} if kind is None else {"preferences": workspace_of(settings).preferences(kind, history)}
 
 
-def scores(settings: Settings, table: Scored) -> Output:
-    workspace = workspace_of(settings)
+def scores(settings: Settings, table: Scored) -> Planned:
+    workspace, model = workspace_of(settings), settings.ranker.model
     shaped = {
-        "ranker": to_plain(settings.ranker.model_copy(update={"variant": table.ranker})),
+        "ranker": shaping(settings.ranker.model_copy(update={"variant": table.ranker})),
         "table": table._asdict(),
-        "generation": _generation(settings),
+        "generation": shaping(settings.generation),
         "seed": settings.seed,
     }
-    inputs = {
-        "sequences": fingerprint_of(workspace / "sequences"),
-        **_preferences_input(settings, table.ranker, table.history),
-        **_model_input(settings, settings.ranker.model),
+    reads = {
+        "sequences": workspace.sequences,
+        **_preference_reads(settings, table.ranker, table.history),
+        **_model_reads(settings, model),
     }
     if table.seed is not None:
-        inputs["ranker"] = fingerprint_of(workspace / "rankers" / f"{table.ranker}-seed{table.seed}")
-    return Output(workspace / "scores" / table.name / table.protocol, "score-candidates", shaped, inputs)
+        reads["ranker"] = workspace.ranker(f"{table.ranker}-seed{table.seed}")
+    return Planned(
+        "score-candidates",
+        workspace.scores(table.name, table.protocol),
+        shaped,
+        reads,
+        versions=_model_versions(model),
+        name=f"{table.name} {table.protocol}",
+    )
 
 
-def ranking_evaluation(settings: Settings) -> Output:
+def ranking_evaluation(settings: Settings) -> Planned:
     workspace = workspace_of(settings)
-    inputs = {
-        f"{table.name}/{table.protocol}": fingerprint_of(scores(settings, table).directory)
-        for table in scored(settings)
+    reads = {
+        f"{table.name}/{table.protocol}": workspace.scores(table.name, table.protocol) for table in scored(settings)
     }
-    inputs["sequences"] = fingerprint_of(workspace / "sequences")
-    inputs["prepared"] = fingerprint_of(workspace / "prepared")
+    reads |= {"sequences": workspace.sequences, "prepared": workspace.prepared}
+    versions: dict[str, str] = {}
     baselines = set(settings.ranking.baselines)
-    shaped = {"ranking": to_plain(settings.ranking), "seed": settings.seed}
+    shaped = {"ranking": shaping(settings.ranking), "seed": settings.seed}
     if "gru4rec_summary" in baselines:
-        inputs["image_summaries"] = fingerprint_of(workspace / "image_summaries")
-        inputs |= model_inputs(settings, ["llm"])
+        reads |= {"image_summaries": workspace.image_summaries, **model_reads(settings, ["llm"])}
+        versions |= model_versions(settings, ["llm"])
         shaped["llm"] = settings.model.llm
     if "gru4rec_image" in baselines:
         if settings.ranking.image_tower:
-            inputs["image_tower"] = files_fingerprint(settings.ranking.image_tower)
+            versions["image_tower"] = files_fingerprint(settings.ranking.image_tower)
         else:
-            inputs |= model_inputs(settings, ["vision"])
+            reads |= model_reads(settings, ["vision"])
+            versions |= model_versions(settings, ["vision"])
             shaped["vision"] = settings.model.vision
-    for path in sorted(workspace.glob("sweeps/*/sweep.json")):
-        inputs[f"sweep {path.parent.name}"] = fingerprint(path.read_text(encoding="utf-8"))
-    return Output(workspace / "report" / "ranking", "eval-ranking", shaped, inputs)
+    for path in workspace.sweep_results():
+        versions[f"sweep {path.parent.name}"] = fingerprint(path.read_text(encoding="utf-8"))
+    return Planned("eval-ranking", workspace.ranking_report, shaped, reads, versions=versions)

@@ -1,10 +1,9 @@
-"""The recommender's stages in order, as :mod:`notellm2_ray.pipeline.recall_stages` has those of recall."""
+"""The recommender's stages, as :mod:`notellm2_ray.pipeline.recall_stages` has those of recall."""
 
 from __future__ import annotations
 
-import json
 from collections import defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,7 @@ from notellm2_ray.core.errors import OutputError
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.core.settings.ranking import RankerVariant
 from notellm2_ray.pipeline import ranking_outputs as outputs
-from notellm2_ray.pipeline.recall_outputs import workspace_of
-from notellm2_ray.pipeline.stage import run_stage, run_together
+from notellm2_ray.pipeline.stage import Planned, require, run_stage, run_together, workspace_of
 
 SPLITS = ("train", "valid", "test")
 
@@ -28,8 +26,7 @@ def make_sequences(settings: Settings) -> dict[str, Any]:
 
     def run(output: Path) -> dict[str, Any]:
         connect(settings.ray)
-        prepared = workspace_of(settings) / "prepared"
-        return work(prepared, output, settings.sequences, settings.candidates, settings.seed)
+        return work(workspace_of(settings).prepared, output, settings.sequences, settings.candidates, settings.seed)
 
     return run_stage(outputs.sequences(settings), run)
 
@@ -42,7 +39,7 @@ def build_tiny_mllm(settings: Settings) -> dict[str, Any]:
     from notellm2_ray.models.tiny.mllm import train_tiny_mllm
 
     def run(output: Path) -> dict[str, Any]:
-        texts = _texts(workspace_of(settings) / "prepared" / "notes")
+        texts = _texts(workspace_of(settings).notes)
         return train_tiny_mllm(lessons(settings), texts, settings.tiny, output, settings.seed)
 
     return run_stage(outputs.tiny_mllm(settings), run)
@@ -68,7 +65,7 @@ def summarize_images(settings: Settings) -> dict[str, Any]:
         connect(settings.ray)
         return work(
             outputs.ranking_model(settings, settings.summaries.model),
-            workspace_of(settings) / "prepared" / "notes",
+            workspace_of(settings).notes,
             output,
             settings.summaries,
             settings.generation,
@@ -87,37 +84,34 @@ def _summarize(settings: Settings, history: str) -> dict[str, Any]:
     from notellm2_ray.infer.preferences import summarize_preferences as work
 
     workspace = workspace_of(settings)
-    blocks = "published_blocks.parquet" if history else "blocks.parquet"
     with_images = settings.preferences.variant != "no_image_summary"
 
     def run(output: Path) -> dict[str, Any]:
         connect(settings.ray)
         return work(
             outputs.ranking_model(settings, settings.preferences.model),
-            workspace / "sequences" / blocks,
-            workspace / "prepared" / "notes",
-            workspace / "image_summaries" / "summaries.parquet" if with_images else None,
+            workspace.blocks(history),
+            workspace.notes,
+            workspace.summary_table if with_images else None,
             output,
             settings.preferences,
             settings.generation,
             settings.ranker.prompt_language,
             seed=settings.seed,
-            needed=_needed(workspace / "sequences", history, output)
-            if settings.preferences.variant == "direct"
-            else None,
-            # Apart from the output, so that a history that grew by a block costs one call.
-            logs=workspace / "preference_logs" / output.name,
+            needed=_needed(settings, history, output) if settings.preferences.variant == "direct" else None,
+            logs=workspace.preference_logs(settings.preferences.variant, history),
         )
 
     return run_stage(outputs.preferences(settings, history), run)
 
 
-def _needed(sequences: Path, history: str, output: Path) -> Path:
+def _needed(settings: Settings, history: str, output: Path) -> Path:
     """The (user_id, block) that any example is about."""
     import pyarrow.parquet as pq
 
     parts = (history,) if history else SPLITS
-    tables = [pq.read_table(sequences / f"{part}.parquet", columns=["user_id", "block"]) for part in parts]
+    workspace = workspace_of(settings)
+    tables = [pq.read_table(workspace.examples(part), columns=["user_id", "block"]) for part in parts]
     path = output / "needed.parquet"
     pq.write_table(pa.concat_tables(tables).group_by(["user_id", "block"]).aggregate([]), path)
     return path
@@ -128,11 +122,9 @@ def train_ranker(settings: Settings) -> dict[str, Any]:
     from notellm2_ray.train.sft import train_ranker as work
 
     kind = outputs.PREFERENCES[settings.ranker.variant]
-    if kind is not None and not outputs.preferences(outputs.for_preferences(settings, kind)).complete:
-        raise OutputError(
-            f"preferences ({kind}) are not written with these settings: run summarize-preferences, or "
-            "`notellm2 run-ranking` for all of it"
-        )
+    if kind is not None:
+        written = outputs.preferences(outputs.for_preferences(settings, kind))
+        require(written, "run summarize-preferences, or `notellm2 run-ranking` for all of it")
 
     def run(output: Path) -> dict[str, Any]:
         connect(settings.ray)
@@ -140,8 +132,8 @@ def train_ranker(settings: Settings) -> dict[str, Any]:
             settings.ranker,
             settings.tune,
             model_path=outputs.ranking_model(settings, settings.ranker.model),
-            sequences=workspace_of(settings) / "sequences",
-            notes=workspace_of(settings) / "prepared" / "notes",
+            sequences=workspace_of(settings).sequences,
+            notes=workspace_of(settings).notes,
             preferences=_preferences(settings, settings.ranker.variant),
             output=output,
         )
@@ -151,23 +143,16 @@ def train_ranker(settings: Settings) -> dict[str, Any]:
 
 def _preferences(settings: Settings, variant: RankerVariant, history: str = "") -> Path | None:
     kind = outputs.PREFERENCES[variant]
-    if kind is None:
-        return None
-    return outputs.preferences_directory(settings, kind, history) / "preferences.parquet"
+    return None if kind is None else workspace_of(settings).preference_table(kind, history)
 
 
 def score_candidates(settings: Settings) -> dict[str, Any]:
     """P(yes) of every compared model for every candidate; each model's engine is started once."""
     by_model: dict[str, list[outputs.Scored]] = defaultdict(list)
     for table in outputs.scored(settings):
-        if (
-            table.seed is not None
-            and not outputs.ranker(outputs.for_ranker(settings, table.ranker, table.seed)).complete
-        ):
-            raise OutputError(
-                f"ranker {table.ranker}-seed{table.seed} is not tuned with these settings: run train-ranker, or "
-                "`notellm2 run-ranking` for all of them"
-            )
+        if table.seed is not None:
+            tuned = outputs.ranker(outputs.for_ranker(settings, table.ranker, table.seed))
+            require(tuned, "run train-ranker, or `notellm2 run-ranking` for all of them")
         by_model[_scoring_model(settings, table)].append(table)
     counts: dict[str, Any] = {}
     for model, tables in by_model.items():
@@ -181,7 +166,7 @@ def score_candidates(settings: Settings) -> dict[str, Any]:
 def _scoring_model(settings: Settings, table: outputs.Scored) -> str:
     if table.seed is None:
         return outputs.ranking_model(settings, settings.ranker.model)
-    return str(workspace_of(settings) / "rankers" / f"{table.ranker}-seed{table.seed}" / "model")
+    return str(workspace_of(settings).ranker_model(f"{table.ranker}-seed{table.seed}"))
 
 
 def _score(
@@ -199,14 +184,14 @@ def _score(
         asked.append(
             ScoreTable(
                 settings.ranker.model_copy(update={"variant": table.ranker}),
-                workspace / "sequences" / f"{table.history or 'test'}.parquet",
-                workspace / "sequences" / "candidates" / f"{table.protocol}.parquet",
+                workspace.examples(table.history or "test"),
+                workspace.candidates(table.protocol),
                 _preferences(settings, table.ranker, table.history),
                 directory,
                 Controls(table.control == "shuffled_image", table.control == "other_preference", settings.seed),
             )
         )
-    return work(model, settings.generation, workspace / "prepared" / "notes", asked)
+    return work(model, settings.generation, workspace.notes, asked)
 
 
 def eval_ranking(settings: Settings) -> dict[str, Any]:
@@ -214,61 +199,72 @@ def eval_ranking(settings: Settings) -> dict[str, Any]:
     from notellm2_ray.evaluate.front_page import write_front_page
     from notellm2_ray.pipeline.ranking_comparison import compare_ranking
 
-    tables = outputs.scored(settings)
+    workspace, tables = workspace_of(settings), outputs.scored(settings)
     missing = [f"{table.name}/{table.protocol}" for table in tables if not outputs.scores(settings, table).complete]
     if missing:
         raise OutputError(
             f"candidates are not scored with these settings by {', '.join(missing)}: run score-candidates, or "
             "`notellm2 run-ranking` for all of it"
         )
-    paths = {table: outputs.scores(settings, table).directory / "scores.parquet" for table in tables}
+    paths = {table: workspace.score_table(table.name, table.protocol) for table in tables}
     counts = run_stage(
-        outputs.ranking_evaluation(settings),
-        lambda output: compare_ranking(settings, workspace_of(settings), paths, output),
+        outputs.ranking_evaluation(settings), lambda output: compare_ranking(settings, workspace, paths, output)
     )
-    report = workspace_of(settings) / "report"
-    print((report / "ranking" / "table.txt").read_text(encoding="utf-8"))
-    write_front_page(report)
-    print(f"report: {report / 'index.html'}")
+    print((workspace.ranking_report / "table.txt").read_text(encoding="utf-8"))
+    write_front_page(workspace.report)
+    print(f"report: {workspace.report / 'index.html'}")
     return counts
 
 
-def sweep(settings: Settings) -> None:
-    """How the first ranker's figures change with ``ranking.sweep``; a plot joins the report."""
-    from notellm2_ray.pipeline.sweep import SWEEPS, run_sweep
+def planned_sequences(settings: Settings) -> list[Planned]:
+    return [outputs.sequences(settings)]
 
-    connect(settings.ray)
-    build_tiny_mllm(settings)
+
+def planned_tiny_mllm(settings: Settings) -> list[Planned]:
+    """The tiny MLLM, if the settings name it."""
+    return [outputs.tiny_mllm(settings)] if outputs.uses_tiny_mllm(settings) else []
+
+
+def planned_image_summaries(settings: Settings) -> list[Planned]:
+    return [outputs.image_summaries(settings)]
+
+
+def planned_preferences(settings: Settings) -> list[Planned]:
+    return [outputs.preferences(settings, history) for history in outputs.preference_histories(settings)]
+
+
+def planned_ranker(settings: Settings) -> list[Planned]:
+    return [outputs.ranker(settings)]
+
+
+def planned_scores(settings: Settings) -> list[Planned]:
+    return [outputs.scores(settings, table) for table in outputs.scored(settings)]
+
+
+def planned_evaluation(settings: Settings) -> list[Planned]:
+    return [outputs.ranking_evaluation(settings)]
+
+
+def each_with_image_summaries(settings: Settings) -> Iterator[Settings]:
+    """The settings, where anything that is compared reads image summaries."""
     if outputs.needs_image_summaries(settings):
-        summarize_images(settings)
-    found = run_sweep(SWEEPS[settings.ranking.sweep], partial(_trial, settings), workspace_of(settings))
-    for point in found["points"]:
-        figures = ", ".join(f"{name} {value:.3f}" for name, value in point["metrics"].items())
-        print(f"{found['parameter']} = {point['value']}: {figures or point['error']}")
+        yield settings
 
 
-def _trial(settings: Settings, overrides: Mapping[str, int], home: Path) -> dict[str, float]:
-    from notellm2_ray.core.config import apply_overrides, build, to_plain
-    from notellm2_ray.pipeline.sweep import figures_of
-
-    first = settings.ranking.rankers[0]
-    fixed = [f"workspace={home}", f"ranking.rankers=[{first}]", "ranking.controls=[]", "ranking.baselines=[random]"]
-    changed = [*fixed, *(f"{name}={value}" for name, value in overrides.items())]
-    trial: Settings = build(Settings, apply_overrides(to_plain(settings), changed))
-    run_ranking(trial)
-    results = json.loads((home / "report" / "ranking" / "results.json").read_text(encoding="utf-8"))
-    return figures_of(results, first)
-
-
-def run_ranking(settings: Settings) -> None:
-    """Everything from prepared notes and events to the ranking tables."""
-    make_sequences(settings)
-    build_tiny_mllm(settings)
-    if outputs.needs_image_summaries(settings):
-        summarize_images(settings)
+def each_preference_variant(settings: Settings) -> Iterator[Settings]:
+    """Settings of every variant of preferences that the compared rankers need."""
     for variant in outputs.preference_variants(settings):
-        summarize_preferences(outputs.for_preferences(settings, variant))
-    for each in outputs.rankers(settings):
-        train_ranker(each)
-    score_candidates(settings)
-    eval_ranking(settings)
+        yield outputs.for_preferences(settings, variant)
+
+
+def tuning_size(settings: Settings) -> str:
+    tune = settings.tune
+    return (
+        f"tuning: {tune.num_workers} rank(s) with {tune.cpus_per_worker:g} CPU(s) and {tune.gpus_per_worker:g} GPU(s) "
+        f"each, {tune.batch_size} prompts a step, {tune.epochs:g} epochs"
+    )
+
+
+def generation_size(settings: Settings) -> str:
+    engine = settings.generation
+    return f"generation: {engine.engines} vLLM engine(s) with {engine.gpus_per_engine:g} GPU(s) each"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,50 +16,22 @@ from notellm2_ray.core.errors import OutputError
 from notellm2_ray.core.run import read_manifest, write_atomically
 from notellm2_ray.core.schema import Note, iter_notes
 from notellm2_ray.core.settings import Settings
-from notellm2_ray.core.settings.model import VariantName
+from notellm2_ray.core.workspace import Workspace
+from notellm2_ray.pipeline.embedders import tested_inputs
 
 if TYPE_CHECKING:
     from notellm2_ray.evaluate.recall.results import MethodRanks
     from notellm2_ray.evaluate.recall.task import RetrievalTask
 
 
-def for_embedder(settings: Settings, variant: VariantName, seed: int) -> Settings:
-    """The settings that train one of the compared embedders."""
-    model = settings.model.model_copy(update={"variant": variant})
-    return settings.model_copy(update={"model": model, "train": settings.train.model_copy(update={"seed": seed})})
-
-
-def embedders(settings: Settings) -> Iterator[Settings]:
-    """Settings of every embedder that ``evaluate`` names: each variant with each seed."""
-    for variant in settings.evaluate.variants:
-        for seed in settings.evaluate.seeds:
-            yield for_embedder(settings, variant, seed)
-
-
-def natural_inputs(variant: VariantName) -> str:
-    """What a variant is meant to be given."""
-    from notellm2_ray.models.embedder.variants import VARIANTS
-
-    kind = VARIANTS[variant]
-    return "image" if kind.prompt is None else "multimodal" if kind.sees_images else "text"
-
-
-def tested_inputs(settings: Settings, variant: VariantName) -> tuple[str, ...]:
-    """What a variant is tested with, its natural input first (Table 3 for those that take both)."""
-    natural = natural_inputs(variant)
-    if natural != "multimodal":
-        return (natural,)
-    return (natural, *(name for name in settings.evaluate.inputs if name != natural))
-
-
 def compare(
-    settings: Settings, workspace: Path, tables: Mapping[VariantName, Mapping[int, Path]], tokenizer: str, output: Path
+    settings: Settings, workspace: Workspace, compared: Sequence[Settings], tokenizer: str, output: Path
 ) -> dict[str, Any]:
     """Recall of all methods on the test pairs, written as results.json, table.txt and the report.
 
     Args:
         settings: those of the chosen embedder, whose index figures and sample neighbours the report shows.
-        tables: variant to training seed to its embedding table of the test pool.
+        compared: those of every embedder to compare; its embedding table of the test pool must be there.
         tokenizer: directory or name of the LLM whose tokens make a note short or long.
         output: directory to write into.
 
@@ -70,30 +42,32 @@ def compare(
     from notellm2_ray.evaluate.recall.task import RetrievalTask
 
     notes = read_test_notes(workspace)
-    pairs = pq.read_table(workspace / "pairs" / "test.parquet")
+    pairs = pq.read_table(workspace.test_pairs)
+    rows = by_row(compared)
     lengths = token_counts(settings, tokenizer, notes)
     task = RetrievalTask.build(pairs, list(notes), lengths, settings.evaluate)
-    rankings = [*_embedder_ranks(settings, task, tables), *_baseline_ranks(settings, workspace, task, notes)]
-    results = evaluate(task, rankings, reference="basic" if "basic" in tables else None)
+    rankings = [*_embedder_ranks(workspace, task, rows), *_baseline_ranks(settings, workspace, task, notes)]
+    results = evaluate(task, rankings, reference="basic" if "basic" in rows else None)
     write_atomically(output / "results.json", json.dumps(results, indent=1))
     write_atomically(output / "table.txt", _printed(results))
-    _report(settings, workspace, tables, task, results, notes, output)
+    _report(settings, workspace, rows, task, results, notes, output)
     return results
 
 
 def _embedder_ranks(
-    settings: Settings, task: RetrievalTask, tables: Mapping[VariantName, Mapping[int, Path]]
+    workspace: Workspace, task: RetrievalTask, rows: Mapping[str, Sequence[Settings]]
 ) -> Iterator[MethodRanks]:
     from notellm2_ray.evaluate.recall.results import MethodRanks
     from notellm2_ray.index.table import read_vectors
     from notellm2_ray.infer.embed import vector_columns
 
-    for variant, seeds in tables.items():
-        for column, inputs in vector_columns(tested_inputs(settings, variant)).items():
+    for name, seeds in rows.items():
+        for column, inputs in vector_columns(tested_inputs(seeds[0])).items():
             ranks: dict[int | None, np.ndarray] = {
-                seed: task.embedding_ranks(*read_vectors(path, column)) for seed, path in seeds.items()
+                each.train.seed: task.embedding_ranks(*read_vectors(test_table(workspace, each), column))
+                for each in seeds
             }
-            yield MethodRanks(variant, inputs, ranks)
+            yield MethodRanks(name, inputs, ranks)
 
 
 def _printed(results: Mapping[str, Any]) -> str:
@@ -104,8 +78,8 @@ def _printed(results: Mapping[str, Any]) -> str:
 
 def _report(
     settings: Settings,
-    workspace: Path,
-    tables: Mapping[VariantName, Mapping[int, Path]],
+    workspace: Workspace,
+    rows: Mapping[str, Sequence[Settings]],
     task: RetrievalTask,
     results: Mapping[str, Any],
     notes: Mapping[str, Note],
@@ -116,37 +90,50 @@ def _report(
     from notellm2_ray.index.table import read_vectors
 
     samples: list[dict[str, Any]] = []
-    for variant, seeds in tables.items():
+    for name, seeds in rows.items():
         samples += sample_neighbors(
             task,
-            *read_vectors(next(iter(seeds.values()))),
+            *read_vectors(test_table(workspace, seeds[0])),
             lambda ids: [notes[note_id] for note_id in ids],
-            method=variant,
+            method=name,
             count=settings.evaluate.sample_queries,
             seed=settings.seed,
         )
     write_report(
         output,
         results=results,
-        statistics=json.loads((workspace / "pairs" / "statistics.json").read_text(encoding="utf-8")),
-        histories=_histories(workspace, tables),
+        statistics=json.loads(workspace.pair_statistics.read_text(encoding="utf-8")),
+        histories=_histories(workspace, rows),
         samples=samples,
         settings=to_plain(settings),
         index_info=_index_figures(workspace, settings),
     )
 
 
-def _index_figures(workspace: Path, settings: Settings) -> dict[str, Any]:
+def _index_figures(workspace: Workspace, settings: Settings) -> dict[str, Any]:
     try:
-        return {settings.embedder_name: read_manifest(workspace / "index" / settings.embedder_name)["counts"]}
+        return {settings.embedder_name: read_manifest(workspace.index(settings.embedder_name))["counts"]}
     except OutputError:
         return {}
 
 
-def read_test_notes(workspace: Path) -> dict[str, Note]:
+def by_row(compared: Sequence[Settings]) -> dict[str, list[Settings]]:
+    """The embedders of each row of the table: one for each seed."""
+    rows: dict[str, list[Settings]] = {}
+    for each in compared:
+        rows.setdefault(each.embedder_row, []).append(each)
+    return rows
+
+
+def test_table(workspace: Workspace, each: Settings) -> Path:
+    """An embedder's embedding table of the test pool."""
+    return workspace.embedding_table(each.embedder_name, "test")
+
+
+def read_test_notes(workspace: Workspace) -> dict[str, Note]:
     """The notes of the test pool, by id, in the pool's order."""
-    pool = pq.read_table(workspace / "pairs" / "test_pool.parquet").column("note_id")
-    table = ds.dataset(workspace / "prepared" / "notes").to_table(filter=ds.field("note_id").isin(pool))
+    pool = pq.read_table(workspace.test_pool).column("note_id")
+    table = ds.dataset(workspace.notes).to_table(filter=ds.field("note_id").isin(pool))
     found = {note.note_id: note for note in iter_notes(table)}
     return {note_id: found[note_id] for note_id in pool.to_pylist()}
 
@@ -162,7 +149,7 @@ def token_counts(settings: Settings, tokenizer: str, notes: Mapping[str, Note]) 
 
 
 def _baseline_ranks(
-    settings: Settings, workspace: Path, task: RetrievalTask, notes: Mapping[str, Note]
+    settings: Settings, workspace: Workspace, task: RetrievalTask, notes: Mapping[str, Note]
 ) -> Iterator[MethodRanks]:
     from notellm2_ray.evaluate.recall.results import MethodRanks
 
@@ -176,7 +163,7 @@ def _baseline_ranks(
             ranks = index.ranks(queries, task.query_rows, task.target_rows)
             yield MethodRanks(name, "text", {None: ranks}, baseline=True)
         elif name == "popularity":
-            table = pq.read_table(workspace / "pairs" / "popularity.parquet")
+            table = pq.read_table(workspace.pair_popularity)
             clicks = dict(zip(table.column("note_id").to_pylist(), table.column("clicks").to_pylist(), strict=True))
             yield MethodRanks(name, "-", {None: task.popularity_ranks(clicks)}, baseline=True)
         else:
@@ -184,12 +171,10 @@ def _baseline_ranks(
             yield MethodRanks(name, "-", seeds, baseline=True)
 
 
-def _histories(workspace: Path, tables: Mapping[VariantName, Mapping[int, Path]]) -> dict[str, list[dict[str, Any]]]:
+def _histories(workspace: Workspace, rows: Mapping[str, Sequence[Settings]]) -> dict[str, list[dict[str, Any]]]:
     """The logged steps of every embedder."""
     found = {}
-    for variant, seeds in tables.items():
-        for seed in seeds:
-            name = f"{variant}-seed{seed}"
-            path = workspace / "embedders" / name / "history.jsonl"
-            found[name] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    for each in (one for seeds in rows.values() for one in seeds):
+        lines = workspace.embedder_history(each.embedder_name).read_text(encoding="utf-8").splitlines()
+        found[each.embedder_name] = [json.loads(line) for line in lines]
     return found

@@ -1,26 +1,20 @@
-"""The stages in order: each reads finished directories, and writes one, complete or absent.
-
-This is the only module that knows how the packages fit together. A stage whose output is already there, made of the
-same settings and inputs, is skipped; one that was stopped goes on; one whose settings changed is made anew.
-"""
+"""The stages of recall: each reads finished outputs and writes one, complete or absent."""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from notellm2_ray.core.cluster import connect
 from notellm2_ray.core.errors import OutputError
+from notellm2_ray.core.run import read_manifest
 from notellm2_ray.core.settings import Settings
-from notellm2_ray.core.settings.model import VariantName
 from notellm2_ray.lessons.corpus import captions, exercises
-from notellm2_ray.pipeline import ranking_stages as ranking
+from notellm2_ray.pipeline import embedders
 from notellm2_ray.pipeline import recall_outputs as outputs
-from notellm2_ray.pipeline.ranking_outputs import needs_tiny_embedder_parts
-from notellm2_ray.pipeline.recall_comparison import compare, embedders, for_embedder
-from notellm2_ray.pipeline.stage import run_stage
+from notellm2_ray.pipeline.recall_comparison import compare
+from notellm2_ray.pipeline.stage import Planned, run_stage, workspace_of
 
 log = logging.getLogger("notellm2_ray")
 
@@ -43,14 +37,14 @@ def mine_pairs(settings: Settings) -> dict[str, Any]:
 
     def run(output: Path) -> dict[str, Any]:
         connect(settings.ray)
-        return mine(outputs.workspace_of(settings) / "prepared", output, settings.pairs, settings.split, settings.seed)
+        return mine(workspace_of(settings).prepared, output, settings.pairs, settings.split, settings.seed)
 
     return run_stage(outputs.pairs(settings), run)
 
 
 def build_tiny(settings: Settings) -> dict[str, Any]:
     """Train the tiny models from the training notes, if the settings name any."""
-    parts = outputs.tiny_parts(settings)
+    parts = embedders.tiny_parts(settings)
     if not parts:
         return {}
     from notellm2_ray.core.note_store import NoteStore
@@ -59,7 +53,7 @@ def build_tiny(settings: Settings) -> dict[str, Any]:
 
     def run(output: Path) -> dict[str, Any]:
         # Training notes alone: a model that had read the test notes' texts would have an edge no checkpoint has.
-        store = NoteStore(outputs.workspace_of(settings) / "pairs" / "train_notes.arrow")
+        store = NoteStore(workspace_of(settings).train_notes)
         counts = {}
         if "llm" in parts:
             corpus = exercises(store, settings.model.prompt_language, settings.seed)
@@ -72,11 +66,17 @@ def build_tiny(settings: Settings) -> dict[str, Any]:
     return run_stage(outputs.tiny(settings), run)
 
 
+def planned_tiny(settings: Settings) -> list[Planned]:
+    """The tiny models, if the settings name any."""
+    return [outputs.tiny(settings)] if embedders.tiny_parts(settings) else []
+
+
 def train_embedder(settings: Settings) -> dict[str, Any]:
-    """Pairs to an embedder."""
+    """Pairs to the embedder that the settings name."""
     from notellm2_ray.train.launch import train_embedder as work
 
-    llm, vision = outputs.model_paths(settings)
+    settings = embedders.named(settings)
+    llm, vision = embedders.model_paths(settings)
 
     def run(output: Path) -> dict[str, Any]:
         connect(settings.ray)
@@ -84,34 +84,50 @@ def train_embedder(settings: Settings) -> dict[str, Any]:
             settings.model,
             settings.train,
             settings.train.seed,
-            pairs=outputs.workspace_of(settings) / "pairs",
+            pairs=workspace_of(settings).pairs,
             llm_path=llm,
             vision_path=vision,
             output=output,
         )
 
-    return run_stage(outputs.embedder(settings), run)
+    def as_it_comes(output: Path) -> dict[str, Any]:
+        from notellm2_ray.models.embedder.build import build_encoder
+
+        encoder = build_encoder(settings.model, settings.train.seed, llm_path=llm, vision_path=vision)
+        encoder.save_pretrained(output / "model")
+        (output / "history.jsonl").write_text("", encoding="utf-8")
+        return {"steps": 0, "model_fingerprint": encoder.fingerprint}
+
+    return run_stage(outputs.embedder(settings), run if embedders.is_trained(settings) else as_it_comes)
+
+
+def planned_embedder(settings: Settings) -> list[Planned]:
+    return [outputs.embedder(embedders.named(settings))]
 
 
 def embed_notes(settings: Settings) -> dict[str, Any]:
     """Every note to a vector in the embedding table."""
-    return _embed(settings, "all")
+    return _embed(embedders.named(settings), "all")
+
+
+def planned_embeddings(settings: Settings) -> list[Planned]:
+    return [outputs.embeddings(embedders.named(settings), "all")]
 
 
 def _embed(settings: Settings, pool: str) -> dict[str, Any]:
     from notellm2_ray.infer.embed import embed_notes as work
 
-    workspace = outputs.workspace_of(settings)
+    workspace = workspace_of(settings)
 
     def run(output: Path) -> dict[str, Any]:
         connect(settings.ray)
         return work(
-            workspace / "embedders" / settings.embedder_name / "model",
-            (settings.embed.notes if pool == "all" else None) or workspace / "prepared" / "notes",
+            workspace.embedder_model(settings.embedder_name),
+            (settings.embed.notes if pool == "all" else None) or workspace.notes,
             output,
             settings.embed,
-            inputs=outputs.inputs_of(settings, pool),
-            only_ids=workspace / "pairs" / "test_pool.parquet" if pool == "test" else None,
+            inputs=embedders.shown_inputs(settings, pool),
+            only_ids=workspace.test_pool if pool == "test" else None,
         )
 
     return run_stage(outputs.embeddings(settings, pool), run)
@@ -122,8 +138,10 @@ def build_index(settings: Settings) -> dict[str, Any]:
     from notellm2_ray.index.ann import AnnIndex
     from notellm2_ray.index.table import read_vectors
 
+    settings = embedders.named(settings)
+
     def run(output: Path) -> dict[str, Any]:
-        ids, vectors = read_vectors(outputs.embedding_table(settings, "all"))
+        ids, vectors = read_vectors(workspace_of(settings).embedding_table(settings.embedder_name, "all"))
         index = AnnIndex.build(ids, vectors, settings.index, settings.seed)
         index.save(output)
         return dict(index.info)
@@ -131,87 +149,77 @@ def build_index(settings: Settings) -> dict[str, Any]:
     return run_stage(outputs.ann_index(settings), run)
 
 
+def planned_index(settings: Settings) -> list[Planned]:
+    return [outputs.ann_index(embedders.named(settings))]
+
+
 def eval_retrieval(settings: Settings) -> dict[str, Any]:
     """Recall of every embedder that is trained, beside the baselines; prints the table and writes the report."""
     from notellm2_ray.evaluate.front_page import write_front_page
 
-    trained = [each for each in embedders(settings) if outputs.embedder(each).complete]
-    missing = [each.embedder_name for each in embedders(settings) if not outputs.embedder(each).complete]
+    settings = embedders.named(settings)
+    compared = embedders.compared_embedders(settings)
+    trained = [each for each in compared if outputs.embedder(each).complete]
+    missing = [each.embedder_name for each in compared if each not in trained]
     if not trained:
         raise OutputError(
-            f"none of the embedders that evaluate.variants and evaluate.seeds name is trained with these settings "
+            f"none of the embedders that evaluate.embedders and evaluate.seeds name is trained with these settings "
             f"({', '.join(missing)}): run train-embedder, or `notellm2 run` for all of them"
         )
     if missing:
         log.warning("not trained with these settings, and left out: %s", ", ".join(missing))
     for each in trained:
         _embed(each, "test")
-    counts = run_stage(outputs.evaluation(settings, trained), lambda output: _compare(settings, trained, output))
-    report = outputs.workspace_of(settings) / "report" / "retrieval"
-    print((report / "table.txt").read_text(encoding="utf-8"))
-    write_front_page(report.parent)
-    print(f"report: {report.parent / 'index.html'}")
+    workspace = workspace_of(settings)
+    llm = embedders.model_paths(settings)[0]
+
+    def run(output: Path) -> dict[str, Any]:
+        results = compare(settings, workspace, trained, llm, output)
+        return {"pairs": results["pairs"]["all"], "pool_notes": results["pool_notes"], "rows": len(results["rows"])}
+
+    counts = run_stage(outputs.evaluation(settings, trained), run)
+    print((workspace.recall_report / "table.txt").read_text(encoding="utf-8"))
+    write_front_page(workspace.report)
+    print(f"report: {workspace.report / 'index.html'}")
     return counts
 
 
-def _compare(settings: Settings, trained: Sequence[Settings], output: Path) -> dict[str, Any]:
-    tables: dict[VariantName, dict[int, Path]] = {}
-    for each in trained:
-        tables.setdefault(each.model.variant, {})[each.train.seed] = outputs.embedding_table(each, "test")
-    results = compare(settings, outputs.workspace_of(settings), tables, outputs.model_paths(settings)[0], output)
-    return {"pairs": results["pairs"]["all"], "pool_notes": results["pool_notes"], "rows": len(results["rows"])}
+def planned_evaluation(settings: Settings) -> list[Planned]:
+    """The embeddings of the test pool by every compared embedder, and the report."""
+    settings = embedders.named(settings)
+    compared = embedders.compared_embedders(settings)
+    return [*(outputs.embeddings(each, "test") for each in compared), outputs.evaluation(settings, compared)]
 
 
-def run_retrieval(settings: Settings) -> None:
-    """From raw notes to recall, for every variant and seed of ``evaluate``; the index is that of ``model.variant``."""
-    prepare(settings)
-    mine_pairs(settings)
-    build_tiny(settings)
-    for each in embedders(settings):
-        train_embedder(each)
-    chosen = for_embedder(settings, settings.model.variant, settings.evaluate.seeds[0])
-    train_embedder(chosen)
-    embed_notes(chosen)
-    build_index(chosen)
-    eval_retrieval(chosen)
+def training_size(settings: Settings) -> str:
+    train = settings.train
+    share = train.batch_pairs // train.num_workers
+    return (
+        f"training: {train.num_workers} rank(s) with {train.cpus_per_worker:g} CPU(s) and {train.gpus_per_worker:g} "
+        f"GPU(s) each, {share} pairs ({2 * share} notes) a rank and step, {_steps(settings)}"
+    )
 
 
-def run_ranking(settings: Settings) -> None:
-    """From raw notes to ranking, for every variant and seed of ``ranking``."""
-    prepare(settings)
-    if needs_tiny_embedder_parts(settings):
-        mine_pairs(settings)
-        build_tiny(settings)
-    ranking.run_ranking(settings)
+def embedding_size(settings: Settings) -> str:
+    embed = settings.embed
+    return (
+        f"embedding: {embed.actors} actor(s) with {embed.cpus_per_actor:g} CPU(s) and {embed.gpus_per_actor:g} GPU(s) "
+        f"each, blocks of {embed.block_rows} notes, {_rows(settings)}"
+    )
 
 
-def run_all(settings: Settings) -> None:
-    """Both halves, at the same time."""
-    from notellm2_ray.evaluate.front_page import write_front_page
-    from notellm2_ray.pipeline.halves import run_halves
+def _steps(settings: Settings) -> str:
+    try:
+        pairs = read_manifest(workspace_of(settings).pairs)["counts"]["train_pairs"]
+    except OutputError:
+        return "steps known once pairs are mined"
+    steps = settings.train.epochs * (pairs // settings.train.batch_pairs)
+    steps = min(steps, settings.train.max_steps or steps)
+    return f"{pairs} pairs: {steps} steps"
 
-    prepare(settings)
-    run_halves(settings, outputs.workspace_of(settings))
-    write_front_page(outputs.workspace_of(settings) / "report")  # two that end at once may each miss the other
 
-
-STAGES: dict[str, Callable[[Settings], Any]] = {
-    "prepare": prepare,
-    "mine-pairs": mine_pairs,
-    "build-tiny": build_tiny,
-    "train-embedder": train_embedder,
-    "embed-notes": embed_notes,
-    "build-index": build_index,
-    "eval-retrieval": eval_retrieval,
-    "make-sequences": ranking.make_sequences,
-    "build-tiny-mllm": ranking.build_tiny_mllm,
-    "summarize-images": ranking.summarize_images,
-    "summarize-preferences": ranking.summarize_preferences,
-    "train-ranker": ranking.train_ranker,
-    "score-candidates": ranking.score_candidates,
-    "eval-ranking": ranking.eval_ranking,
-    "sweep": ranking.sweep,
-    "run-retrieval": run_retrieval,
-    "run-ranking": run_ranking,
-    "run": run_all,
-}
+def _rows(settings: Settings) -> str:
+    try:
+        return f"{read_manifest(workspace_of(settings).prepared)['counts']['notes']} notes"
+    except OutputError:
+        return "notes counted once prepared"

@@ -3,7 +3,7 @@
 import pytest
 import yaml
 
-from notellm2_ray.cli import VERBS, knobs
+from notellm2_ray.cli import knobs, pipeline_verbs
 from notellm2_ray.core.config import apply_overrides, build, load_yaml, to_plain
 from notellm2_ray.core.errors import ConfigError
 from notellm2_ray.core.settings import Settings
@@ -19,6 +19,11 @@ def resolve(*overrides: str) -> Settings:
     [
         ("train.step=3", "unknown setting 'train.step'; did you mean 'train."),
         ("zero_stage=1", "did you mean 'train.zero_stage'"),
+        ("evaluate.variants=[basic]", "setting 'evaluate.variants' is now called 'evaluate.embedders'"),
+        ("sequences.actions=[click]", "setting 'sequences.actions' is now called 'sequences.positive_actions'"),
+        ("evaluate.embedders=[basik]", "there is no embedder 'basik'; did you mean 'basic'?"),
+        ("embedder=mine", "there is no embedder 'mine'"),
+        ("embedders.basic.trained=false", "that is a variant of `model`"),
         ("source.num_note=3", "'source.num_note'; did you mean 'source.num_notes'"),
         ("serve.gateway.cpu=3", "unknown setting 'serve.gateway.cpu'; did you mean 'serve.gateway.cpus'?"),
         ("model.qformer.queries=8", "'model.qformer.queries'; did you mean 'model.qformer.num_queries'?"),
@@ -106,7 +111,7 @@ def test_a_broken_file_is_named(tmp_path, content):
 
 
 def test_help_explains_every_knob():
-    for _, sections in VERBS.values():
+    for _, sections in pipeline_verbs().values():
         text = knobs(sections)
         for section in sections:
             assert f"\n{section}: " in text

@@ -1,15 +1,15 @@
-"""What counts as made of these settings, and what a plan says of it, over outputs that nothing was computed for."""
+"""What counts as made of these settings, and what a dry run says of it, over outputs that nothing was computed for."""
+
+import re
 
 import pytest
 import yaml
 
 from notellm2_ray.core.errors import ConfigError, OutputError
-from notellm2_ray.pipeline import halves
-from notellm2_ray.pipeline import ranking_outputs as ranking
-from notellm2_ray.pipeline import ranking_stages as ranking_workflow
-from notellm2_ray.pipeline import recall_outputs as outputs
-from notellm2_ray.pipeline.plan import plan
+from notellm2_ray.pipeline import embedders, halves, ranking_outputs, ranking_stages, recall_outputs
+from notellm2_ray.pipeline.dry_run import dry_run
 from notellm2_ray.pipeline.stage import run_stage
+from notellm2_ray.pipeline.table import planned
 from notellm2_ray.presets import load_settings
 
 
@@ -17,41 +17,145 @@ def settings_of(workspace, *overrides):
     return load_settings(None, "demo", [f"workspace={workspace}", *overrides])
 
 
-def pretend_ranking(settings):
-    """Every output of the ranking half but the evaluation, empty."""
-    made = [outputs.prepared(settings)]
-    run_stage(made[0], lambda directory: {"notes": 1})
-    makers = [ranking.sequences, ranking.tiny_mllm, ranking.image_summaries]
-    for make in makers:
-        run_stage(make(settings), lambda directory: {})
-    for variant in ranking.preference_variants(settings):
-        run_stage(ranking.preferences(ranking.for_preferences(settings, variant)), lambda directory: {})
-    for each in ranking.rankers(settings):
-        run_stage(ranking.ranker(each), lambda directory: {})
-    for table in ranking.scored(settings):
-        run_stage(ranking.scores(settings, table), lambda directory: {})
+def pretend(settings, verb="run", leave_out=()):
+    """Every output of a verb, empty."""
+    for stage, one in planned(verb, settings):
+        if stage.verb not in leave_out:
+            run_stage(one, lambda directory: {"notes": 1, "train_pairs": 64})
+
+
+def states(settings, verb):
+    """Label to state, of a dry run."""
+    lines = [line for line in dry_run(settings, verb).splitlines() if line.startswith("  ")]
+    return dict(re.split("  +", line.strip(), maxsplit=1) for line in lines)
+
+
+@pytest.mark.parametrize("verb", ["run", "run-retrieval", "run-ranking"])
+def test_a_dry_run_after_a_run_calls_nothing_to_do(tmp_path, verb):
+    settings = settings_of(tmp_path)
+    pretend(settings, verb)
+    found = states(settings, verb)
+    assert len(found) > 5
+    assert [label for label, state in found.items() if not state.startswith("already there")] == []
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        "prepare.max_bad_share=0.5",
+        "prepare.rows_per_file=7",
+        "pairs.partitions=3",
+        "train.cpus_per_worker=8",
+        "train.gradient_checkpointing=true",
+        "embed.actors=2",
+        "embed.max_bad_share=0.2",
+        "index.gpu=true",
+        "generation.engines=2",
+        "generation.gpu_memory=0.5",
+        "summaries.concurrent_batches=9",
+        "preferences.concurrent_calls=7",
+        "tune.max_failures=0",
+        "ranking.sweep=context_length",
+        "serve.port=9000",
+        "ray.num_cpus=12",
+    ],
+)
+def test_a_knob_that_shapes_nothing_redoes_nothing(tmp_path, changed):
+    pretend(settings_of(tmp_path))
+    found = states(settings_of(tmp_path, changed), "run")
+    assert [label for label, state in found.items() if not state.startswith("already there")] == []
+
+
+def test_every_knob_of_resources_says_so_itself():
+    from notellm2_ray.core.config import nested_models, shaping
+    from notellm2_ray.core.settings import Settings
+
+    for name in ("train", "embed", "tune", "generation", "pairs", "summaries", "preferences"):
+        section = nested_models(Settings.model_fields[name].annotation)[0]()
+        left = [
+            key for key in shaping(section) if key.startswith(("cpus_", "gpus_", "concurrent_", "max_bad", "max_fail"))
+        ]
+        assert left == [], name
+
+
+def test_a_changed_knob_redoes_what_depends_on_it_and_no_more(tmp_path):
+    pretend(settings_of(tmp_path))
+    found = states(settings_of(tmp_path, "preferences.max_tokens=24"), "run")
+    redone = {label.split()[0] for label, state in found.items() if state.startswith("to do")}
+    assert redone == {"summarize-preferences", "train-ranker", "score-candidates", "eval-ranking"}
+
+
+def test_preferences_without_image_summaries_wait_for_none(tmp_path):
+    settings = settings_of(tmp_path, "ranking.rankers=[mllm_msr,no_image_summary]")
+    pretend(settings, "run-ranking", leave_out=_from("summarize-images"))
+    found = states(settings, "run-ranking")
+    assert found["summarize-preferences no_image_summary"].startswith("to do (")
+    assert found["summarize-preferences recurrent"].startswith("to do, after")
+
+
+def _from(verb):
+    """A stage, and those that stand after it."""
+    from notellm2_ray.pipeline.table import STAGES
+
+    verbs = [stage.verb for stage in STAGES]
+    return verbs[verbs.index(verb) :]
+
+
+def test_what_reads_what_is_as_the_table_says(tmp_path):
+    """Every directory that an output reads is written by a stage that its own stage needs."""
+    from notellm2_ray.pipeline.table import STAGES, stage_of
+
+    extra = (
+        "ranking.baselines=[random,gru4rec_image,gru4rec_summary,untuned]",
+        "candidates.protocols=[uniform,published]",
+    )
+    settings = settings_of(tmp_path, *extra)
+    written = {one.directory: one.verb for _, one in planned("run", settings)}
+    for stage, one in planned("run", settings):
+        mine = {stage.verb, *stage.needs, *stage.also_needs(settings)}
+        for need in stage.needs:
+            mine |= set(stage_of(need).needs)
+        for directory in (*one.reads.values(), *one.reads_if_there.values()):
+            assert directory in written, (one.label, directory)
+            assert one.reads_if_there or written[directory] in mine, (one.label, directory)
+    seen = set()
+    for stage in STAGES:
+        assert set(stage.needs) <= seen, stage.verb
+        seen.add(stage.verb)
+
+
+def test_a_model_of_ones_own_without_images_needs_no_tiny_tower(tmp_path):
+    model = tmp_path / "llm"
+    model.mkdir()
+    overrides = f"model.llm={model}", "model.variant=text_only", "evaluate.embedders=[text_only]"
+    settings = settings_of(tmp_path / "runs", *overrides)
+    assert embedders.tiny_parts(settings) == []
+    assert not any(stage.verb == "build-tiny" for stage, _ in planned("run-retrieval", settings))
+    pretend(settings, "run-retrieval")
+    assert all(state.startswith("already there") for state in states(settings, "run-retrieval").values())
 
 
 def test_scores_of_other_settings_are_not_evaluated(tmp_path):
-    pretend_ranking(settings_of(tmp_path))
+    pretend(settings_of(tmp_path), "run-ranking", leave_out=("eval-ranking",))
     other = settings_of(tmp_path, "ranker.layout=image_first")
     with pytest.raises(OutputError, match=r"untuned/uniform.*run score-candidates"):
-        ranking_workflow.eval_ranking(other)
+        ranking_stages.eval_ranking(other)
 
 
 def test_a_ranker_is_not_tuned_on_preferences_of_other_settings(tmp_path):
-    pretend_ranking(settings_of(tmp_path))
+    pretend(settings_of(tmp_path), "run-ranking")
     with pytest.raises(OutputError, match="run summarize-preferences"):
-        ranking_workflow.train_ranker(settings_of(tmp_path, "preferences.max_tokens=24"))
+        ranking_stages.train_ranker(settings_of(tmp_path, "preferences.max_tokens=24"))
 
 
 def test_more_bad_rows_allowed_keep_what_was_made(tmp_path):
     settings = settings_of(tmp_path)
-    run_stage(outputs.prepared(settings), lambda directory: {})
-    run_stage(ranking.tiny_mllm(settings), lambda directory: {})
-    with pytest.raises(ValueError, match="too many"), ranking.image_summaries(settings).write():
+    pretend(settings, "run-ranking", leave_out=_from("summarize-images"))
+    with pytest.raises(ValueError, match="too many"), ranking_outputs.image_summaries(settings).output().write():
         raise ValueError("too many")
-    assert ranking.image_summaries(settings_of(tmp_path, "summaries.max_bad_share=0.2")).resumable
+    more = settings_of(tmp_path, "summaries.max_bad_share=0.2")
+    assert ranking_outputs.image_summaries(more).output().resumable
+    assert states(more, "run-ranking")["summarize-images"].startswith("to continue")
 
 
 def test_new_weights_in_a_models_directory_are_noticed(tmp_path):
@@ -59,14 +163,12 @@ def test_new_weights_in_a_models_directory_are_noticed(tmp_path):
     model.mkdir()
     (model / "model.safetensors").write_bytes(b"one")
     settings = settings_of(tmp_path / "runs", f"summaries.model={model}", f"model.vision={model}")
-    run_stage(outputs.prepared(settings), lambda directory: {})
-    run_stage(outputs.pairs(settings), lambda directory: {})
-    run_stage(outputs.tiny(settings), lambda directory: {})
-    for make in (ranking.image_summaries, outputs.embedder):
-        before = make(settings).fingerprint
-        assert make(settings).fingerprint == before
+    pretend(settings)
+    for make in (ranking_outputs.image_summaries, recall_outputs.embedder):
+        assert make(settings).complete
         (model / "model.safetensors").write_bytes(b"another" + make.__name__.encode())
-        assert make(settings).fingerprint != before
+        assert not make(settings).complete
+        pretend(settings)
 
 
 def test_new_weights_of_the_baselines_image_tower_are_noticed(tmp_path):
@@ -74,39 +176,38 @@ def test_new_weights_of_the_baselines_image_tower_are_noticed(tmp_path):
     tower.mkdir()
     (tower / "model.safetensors").write_bytes(b"one")
     settings = settings_of(tmp_path / "runs", f"ranking.image_tower={tower}", "ranking.baselines=[gru4rec_image]")
-    pretend_ranking(settings)
-    before = ranking.ranking_evaluation(settings).fingerprint
+    pretend(settings, "run-ranking")
     (tower / "model.safetensors").write_bytes(b"another")
-    assert ranking.ranking_evaluation(settings).fingerprint != before
+    assert not ranking_outputs.ranking_evaluation(settings).complete
 
 
 def test_the_whole_pool_is_embedded_by_modality_whatever_is_evaluated(tmp_path):
     settings = settings_of(tmp_path, "embed.by_modality=true", "evaluate.inputs=[multimodal]")
-    assert outputs.inputs_of(settings, "all") == ("multimodal", "image", "text")
-    assert outputs.inputs_of(settings, "test") == ("multimodal",)
+    assert embedders.shown_inputs(settings, "all") == ("multimodal", "image", "text")
+    assert embedders.shown_inputs(settings, "test") == ("multimodal",)
     text = settings_of(tmp_path, "embed.by_modality=true", "model.variant=text_only")
-    assert outputs.inputs_of(text, "all") == ("text",)
+    assert embedders.shown_inputs(text, "all") == ("text",)
 
 
-def test_a_plan_leaves_out_what_another_seed_does_not_touch(tmp_path):
-    pretend_ranking(settings_of(tmp_path))
-    lines = plan(settings_of(tmp_path, "ranking.seeds=[42,43]"), "run-ranking").splitlines()
-    state = {" ".join(line.split()[:3]): line for line in lines}
-    assert "already there" in state["score-candidates mllm_msr-seed42 uniform"]
-    assert "already there" in state["score-candidates untuned popular"]
-    assert "to do" in state["score-candidates mllm_msr-seed43 uniform"]
-    assert "to do" in next(line for line in lines if "train-ranker mllm_msr-seed43" in line)
-    assert "block_size = 1, 2, 3, 4, 5" in plan(settings_of(tmp_path), "sweep")
+def test_a_dry_run_leaves_out_what_another_seed_does_not_touch(tmp_path):
+    pretend(settings_of(tmp_path), "run-ranking", leave_out=("eval-ranking",))
+    found = states(settings_of(tmp_path, "ranking.seeds=[42,43]"), "run-ranking")
+    assert found["score-candidates mllm_msr-seed42 uniform"].startswith("already there")
+    assert found["score-candidates untuned popular"].startswith("already there")
+    assert found["score-candidates mllm_msr-seed43 uniform"].startswith("to do")
+    assert found["train-ranker mllm_msr-seed43"].startswith("to do")
+    assert "block_size = 1, 2, 3, 4, 5" in dry_run(settings_of(tmp_path), "sweep")
 
 
 @pytest.mark.parametrize(("baseline", "parts"), [("gru4rec_image", ["llm", "clip"]), ("gru4rec_summary", ["llm"])])
 def test_features_of_tiny_models_are_waited_for(tmp_path, monkeypatch, baseline, parts):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
-    text_only = "model.variant=text_only", "evaluate.variants=[text_only]"
+    text_only = "model.variant=text_only", "evaluate.embedders=[text_only]"
     settings = settings_of(tmp_path, f"ranking.baselines=[{baseline}]", *text_only)
     assert not halves.side_by_side(settings)
     assert halves.side_by_side(settings_of(tmp_path))
-    assert outputs.tiny_parts(settings) == parts
+    assert embedders.tiny_parts(settings) == parts
+    assert "build-tiny" in [stage.verb for stage, _ in planned("run-ranking", settings)]
 
 
 def test_the_engine_without_deepspeed_survives_being_written_down(tmp_path):
@@ -119,3 +220,22 @@ def test_the_engine_without_deepspeed_survives_being_written_down(tmp_path):
 def test_controls_of_what_sees_neither_images_nor_tastes_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="tallrec sees neither"):
         settings_of(tmp_path, "ranking.rankers=[tallrec,mllm_msr]")
+
+
+def test_embedders_of_ones_own_stand_in_one_table(tmp_path):
+    settings = settings_of(
+        tmp_path,
+        "embedders.small.model={variant: text_only, embedding_dim: 16}",
+        "embedders.small.train={epochs: 5}",
+        "embedders.as_it_comes={trained: false}",
+        "evaluate.embedders=[basic,small,as_it_comes]",
+        "evaluate.seeds=[42,43]",
+    )
+    names = [each.embedder_name for each in embedders.compared_embedders(settings)]
+    assert names == ["basic-seed42", "basic-seed43", "small-seed42", "small-seed43", "as_it_comes-seed42"]
+    small = embedders.for_embedder(settings, "small", 43)
+    assert (small.model.embedding_dim, small.train.epochs, small.train.seed) == (16, 5, 43)
+    assert embedders.named(small) == small
+    assert embedders.shown_inputs(small, "test") == ("text",)
+    trained = [one.name for stage, one in planned("run-retrieval", settings) if stage.verb == "train-embedder"]
+    assert trained == [*names, "notellm2-seed42"]

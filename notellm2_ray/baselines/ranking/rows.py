@@ -23,6 +23,7 @@ import pyarrow.parquet as pq
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.core.settings.ranking import BaselineName, ProtocolName
+from notellm2_ray.core.workspace import Workspace
 from notellm2_ray.evaluate.ranking.task import RankingTask
 
 if TYPE_CHECKING:
@@ -47,21 +48,22 @@ class Protocol(NamedTuple):
         return [by_id[example] for example in self.task.example_ids]
 
 
-def read_protocol(sequences: Path, name: ProtocolName) -> Protocol:
-    """A protocol's candidates, examples and popularity, from the directory of the sequences stage."""
+def read_protocol(workspace: Workspace, name: ProtocolName) -> Protocol:
+    """A protocol's candidates, examples and popularity."""
     published = name == "published"
-    examples = _read(sequences / ("published.parquet" if published else "test.parquet"))
-    popularity = sequences / ("published_popularity.parquet" if published else "popularity.parquet")
-    table = _read(popularity)
+    examples = _read(workspace.examples("published" if published else "test"))
+    table = _read(workspace.popularity(name))
     clicks = dict(zip(table.column("note_id").to_pylist(), table.column("clicks").to_pylist(), strict=True))
-    candidates = _read(sequences / "candidates" / f"{name}.parquet")
+    candidates = _read(workspace.candidates(name))
     return Protocol(RankingTask.build(name, candidates, examples, clicks), examples, clicks)
 
 
 class Baselines:
     """All baselines of some settings; each sequential one is trained once per seed and file of test examples."""
 
-    def __init__(self, settings: Settings, workspace: Path, protocols: Iterable[Protocol], *, llm: str, vision: str):
+    def __init__(
+        self, settings: Settings, workspace: Workspace, protocols: Iterable[Protocol], *, llm: str, vision: str
+    ):
         """Prepare; nothing is trained or read yet.
 
         Args:
@@ -105,7 +107,7 @@ class Baselines:
         key = (name, seed, published)
         if key not in self._trained:
             log.info("training the baseline %s, seed %d", name, seed)
-            sequences, validation = training_data(self._settings, self._workspace / "sequences", published=published)
+            sequences, validation = training_data(self._settings, self._workspace, published=published)
             features = self._note_features(name)
             self._trained[key] = fit(
                 "sasrec" if name == "sasrec" else "gru4rec", sequences, validation, seed=seed, features=features
@@ -133,7 +135,7 @@ class Baselines:
         Raises:
             DataError: no note says.
         """
-        notes = ds.dataset(self._workspace / "prepared" / "notes").to_table(columns=["note_id", "created_at"])
+        notes = ds.dataset(self._workspace.notes).to_table(columns=["note_id", "created_at"])
         dated = notes.filter(pc.is_valid(notes["created_at"]))
         if not len(dated):
             raise DataError("the row newest needs notes with created_at: leave it out of ranking.baselines")
@@ -142,13 +144,13 @@ class Baselines:
 
     def _used_notes(self) -> set[str]:
         """Notes of any sequence, or that any protocol asks for."""
-        sequences = _read(self._workspace / "sequences" / "sequences.parquet").column("note_ids")
+        sequences = _read(self._workspace.sequence_table).column("note_ids")
         used = {note for notes in sequences.to_pylist() for note in notes}
         return used | {note for protocol in self._protocols for note in protocol.task.note_ids}
 
     def _images(self) -> Iterator[tuple[str, bytes | None]]:
         wanted = ds.field("note_id").isin(pa.array(sorted(self._used_notes())))
-        notes = ds.dataset(self._workspace / "prepared" / "notes")
+        notes = ds.dataset(self._workspace.notes)
         for batch in notes.to_batches(columns=["note_id", "image"], filter=wanted, batch_size=256):
             for note_id, image in zip(batch.column("note_id"), batch.column("image"), strict=True):
                 yield note_id.as_py(), image.as_py()
@@ -159,32 +161,32 @@ class Baselines:
 
 
 def training_data(
-    settings: Settings, sequences: Path, *, published: bool
+    settings: Settings, workspace: Workspace, *, published: bool
 ) -> tuple[list[list[str]], list[tuple[list[str], str]]]:
     """What a sequential baseline may be trained on (see the module), and the validation examples.
 
     Args:
         settings: how targets were split.
-        sequences: directory of the sequences stage.
+        workspace: where its sequences lie.
         published: the published protocol's test targets are held out, instead of the users' last events.
 
     Returns:
         Training sequences of note ids, and (history, target) of the validation users.
     """
-    valid = _read(sequences / "valid.parquet")
-    tests = [_read(sequences / ("published.parquet" if published else "test.parquet"))]
+    valid = _read(workspace.examples("valid"))
+    tests = [_read(workspace.examples("published" if published else "test"))]
     held_out: dict[str, set[str]] = {}
     for table in (valid, *tests):
         for user, target in zip(
             table.column("user_id").to_pylist(), table.column("target_id").to_pylist(), strict=True
         ):
             held_out.setdefault(user, set()).add(target)
-    training = set(_read(sequences / "train.parquet").column("user_id").to_pylist())
+    training = set(_read(workspace.examples("train")).column("user_id").to_pylist())
     until = (
         min(valid.column("timestamp").to_pylist()) if settings.candidates.split_by == "time" and len(valid) else None
     )
     rows = []
-    for row in _read(sequences / "sequences.parquet").to_pylist():
+    for row in _read(workspace.sequence_table).to_pylist():
         notes = known_part(row["note_ids"], held_out.get(row["user_id"], set()), trained=row["user_id"] in training)
         rows.append(_before(notes, row["timestamps"], until))
     targets = zip(valid.column("history_ids").to_pylist(), valid.column("target_id").to_pylist(), strict=True)
@@ -206,18 +208,18 @@ def known_part(notes: list[str], held_out: set[str], *, trained: bool) -> list[s
     return notes if trained or len(notes) == 1 else notes[:-1]
 
 
-def read_summaries(workspace: Path) -> dict[str, str]:
+def read_summaries(workspace: Workspace) -> dict[str, str]:
     """Note id to image summary; empty where none were made."""
-    path = workspace / "image_summaries" / "summaries.parquet"
+    path = workspace.summary_table
     if not path.is_file():
         return {}
     table = pq.read_table(path, columns=["note_id", "summary"])
     return dict(zip(table.column("note_id").to_pylist(), table.column("summary").to_pylist(), strict=True))
 
 
-def read_statistics(workspace: Path) -> Mapping[str, object]:
+def read_statistics(workspace: Workspace) -> Mapping[str, object]:
     """What the sequences stage tells of its data."""
-    return json.loads((workspace / "sequences" / "statistics.json").read_text(encoding="utf-8"))
+    return json.loads(workspace.sequence_statistics.read_text(encoding="utf-8"))
 
 
 def _before(notes: list[str], timestamps: list[datetime], until: datetime | None) -> list[str]:

@@ -5,6 +5,8 @@ Defaults are the papers' where the papers say; what a laptop needs otherwise is 
 
 from __future__ import annotations
 
+import difflib
+import re
 from pathlib import Path
 
 from pydantic import Field, model_validator
@@ -15,7 +17,13 @@ from notellm2_ray.core.settings.data import (
     PrepareSettings,
     SplitSettings,
 )
-from notellm2_ray.core.settings.model import ModelSettings, QFormerSettings, TinySettings
+from notellm2_ray.core.settings.model import (
+    VARIANT_NAMES,
+    EmbedderSettings,
+    ModelSettings,
+    QFormerSettings,
+    TinySettings,
+)
 from notellm2_ray.core.settings.ranking import (
     CandidateSettings,
     GenerationSettings,
@@ -34,6 +42,7 @@ from notellm2_ray.core.settings.train import TrainSettings
 __all__ = [
     "CandidateSettings",
     "EmbedSettings",
+    "EmbedderSettings",
     "EvaluateSettings",
     "GenerationSettings",
     "IndexSettings",
@@ -75,6 +84,12 @@ class Settings(Frozen):
     tiny: TinySettings = Field(TinySettings(), description="models trained from scratch")
     model: ModelSettings = Field(ModelSettings(), description="the embedder")
     train: TrainSettings = Field(TrainSettings(), description="training")
+    embedders: dict[str, EmbedderSettings] = Field(
+        {}, description="further embedders by name, for `evaluate.embedders` and `embedder`"
+    )
+    embedder: str | None = Field(
+        None, description="the embedder that is trained, embedded with and served; null: that of model.variant"
+    )
     embed: EmbedSettings = Field(EmbedSettings(), description="bulk embedding")
     index: IndexSettings = Field(IndexSettings(), description="ANN index")
     evaluate: EvaluateSettings = Field(EvaluateSettings(), description="evaluation of recall")
@@ -97,7 +112,34 @@ class Settings(Frozen):
             )
         return self
 
+    @model_validator(mode="after")
+    def _embedders_are_known(self) -> Settings:
+        for name in self.embedders:
+            if name in VARIANT_NAMES:
+                raise ValueError(f"embedders.{name}: that is a variant of `model`; choose another name")
+            if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,60}", name):
+                raise ValueError(
+                    f"embedders: {name!r} is no name of a directory: use letters, digits, '-', '_' and '.'"
+                )
+        known = (*VARIANT_NAMES, *self.embedders)
+        own = () if self.embedder is None else (self.embedder,)
+        for place, names in (("evaluate.embedders", self.evaluate.embedders), ("embedder", own)):
+            for name in names:
+                if name not in known:
+                    near = difflib.get_close_matches(name, known, n=1, cutoff=0.4)
+                    hint = f"; did you mean {near[0]!r}?" if near else ""
+                    raise ValueError(
+                        f"{place}: there is no embedder {name!r}{hint} (variants of `model`: "
+                        f"{', '.join(VARIANT_NAMES)}; others are defined under `embedders`)"
+                    )
+        return self
+
+    @property
+    def embedder_row(self) -> str:
+        """Name of the embedder that these settings train: a variant, or a name from ``embedders``."""
+        return self.embedder or self.model.variant
+
     @property
     def embedder_name(self) -> str:
         """Directory name of the embedder that these settings train, as in ``notellm2-seed42``."""
-        return f"{self.model.variant}-seed{self.train.seed}"
+        return f"{self.embedder_row}-seed{self.train.seed}"

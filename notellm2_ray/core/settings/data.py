@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from notellm2_ray.core.config import Frozen
+from notellm2_ray.core.config import Frozen, resource
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -14,7 +14,7 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 class PrepareSettings(Frozen):
     """Checks on the source tables."""
 
-    max_bad_share: Share = Field(0.05, description="above this share of quarantined rows in a table the job stops")
+    max_bad_share: Share = resource(0.05, description="above this share of quarantined rows in a table the job stops")
     max_image_pixels: int = Field(
         50_000_000,
         ge=1,
@@ -25,7 +25,7 @@ class PrepareSettings(Frozen):
     bad_image: Literal["quarantine", "drop"] = Field(
         "quarantine", description="a note with an unusable image: quarantine the note, or keep it without the image"
     )
-    rows_per_file: int = Field(10_000, ge=1, description="rows in one output Parquet file")
+    rows_per_file: int = resource(10_000, ge=1, description="rows in one output Parquet file")
 
 
 class PairSettings(Frozen):
@@ -45,7 +45,7 @@ class PairSettings(Frozen):
     lower: float = Field(0.01, ge=0, description="co-occurrence scores below are dropped")
     upper: float = Field(30.0, gt=0, description="co-occurrence scores above are dropped")
     top: int = Field(3, ge=1, description="related notes kept per note (the paper's t)")
-    partitions: int = Field(0, ge=0, description="parts the log is mined in, for memory; 0: by its size")
+    partitions: int = resource(0, ge=0, description="parts the log is mined in, for memory; 0: by its size")
 
     @model_validator(mode="after")
     def _bounds(self) -> PairSettings:

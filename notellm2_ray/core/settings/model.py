@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
 from notellm2_ray.core.config import Frozen
 
 VariantName = Literal["basic", "micl", "late_fusion", "notellm2", "only_late_fusion", "text_only", "image_only"]
+VARIANT_NAMES: tuple[str, ...] = get_args(VariantName)
 
 
 class TinySettings(Frozen):
@@ -70,6 +71,14 @@ class QFormerSettings(Frozen):
     num_queries: int = Field(16, ge=1, description="visual tokens per image (L_c)")
     cross_attention_every: int = Field(2, ge=1, description="every n-th layer attends to the patches")
     dropout: float = Field(0.1, ge=0, lt=1, description="dropout probability")
+
+
+class EmbedderSettings(Frozen):
+    """An embedder under a name of its own: what is different for it from `model` and `train`."""
+
+    model: dict[str, Any] = Field({}, description="settings of `model` that are different for it, as in {llm: NAME}")
+    train: dict[str, Any] = Field({}, description="settings of `train` that are different for it")
+    trained: bool = Field(True, description="false: the model as it is before training, for rows without any")
 
 
 class ModelSettings(Frozen):

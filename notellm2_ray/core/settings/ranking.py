@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from notellm2_ray.core.config import Frozen
+from notellm2_ray.core.config import Frozen, resource
 
 PreferenceVariant = Literal["recurrent", "direct", "no_image_summary"]
 RankerVariant = Literal["mllm_msr", "direct", "no_image_summary", "tallrec"]
@@ -20,7 +20,9 @@ Control = Literal["shuffled_image", "other_preference"]
 class SequenceSettings(Frozen):
     """Each user's positive events in time's order, and the blocks of history that preferences are summarised from."""
 
-    actions: tuple[str, ...] = Field(("click",), min_length=1, description="events that say a user liked a note")
+    positive_actions: tuple[str, ...] = Field(
+        ("click",), min_length=1, description="events by which a user has liked a note"
+    )
     min_events: int = Field(2, ge=1, description="users with fewer positive events get no target, but keep a sequence")
     max_events: int = Field(
         100, ge=2, description="only a user's last so many events are kept; past it each new event changes all blocks"
@@ -91,15 +93,15 @@ class GenerationSettings(Frozen):
     """vLLM engines for summaries, preferences and scores."""
 
     dtype: Literal["auto", "bfloat16", "float16", "float32"] = Field("auto", description="of weights and activations")
-    tensor_parallel: int = Field(1, ge=1, description="GPUs that share one engine")
-    gpu_memory: float = Field(0.9, gt=0, le=1, description="share of a GPU's memory that an engine takes")
-    cpu_cache_gb: int = Field(1, ge=1, description="key-value cache of an engine on a CPU, in GiB")
+    tensor_parallel: int = resource(1, ge=1, description="GPUs that share one engine")
+    gpu_memory: float = resource(0.9, gt=0, le=1, description="share of a GPU's memory that an engine takes")
+    cpu_cache_gb: int = resource(1, ge=1, description="key-value cache of an engine on a CPU, in GiB")
     max_model_len: int = Field(2048, ge=64, description="tokens of a prompt and its answer together at most")
-    max_sequences: int = Field(128, ge=1, description="sequences that an engine advances at once")
-    enforce_eager: bool | None = Field(None, description="no graph capture; null: on a CPU only, to start sooner")
-    engines: int = Field(1, ge=1, description="engine actors")
-    cpus_per_engine: float = Field(1, gt=0, description="CPUs reserved for an engine actor")
-    gpus_per_engine: float = Field(0, ge=0, description="GPUs reserved for an engine actor")
+    max_sequences: int = resource(128, ge=1, description="sequences that an engine advances at once")
+    enforce_eager: bool | None = resource(None, description="no graph capture; null: on a CPU only, to start sooner")
+    engines: int = resource(1, ge=1, description="engine actors")
+    cpus_per_engine: float = resource(1, gt=0, description="CPUs reserved for an engine actor")
+    gpus_per_engine: float = resource(0, ge=0, description="GPUs reserved for an engine actor")
     engine_kwargs: dict[str, Any] = Field({}, description="further arguments of vLLM's engine, as vLLM names them")
 
 
@@ -112,9 +114,11 @@ class SummarySettings(Frozen):
     min_characters: int = Field(2, ge=0, description="a shorter summary is asked for once more, then quarantined")
     temperature: float = Field(0.0, ge=0, description="0: greedy")
     max_image_pixels: int = Field(262_144, ge=784, description="larger images are scaled down to this area")
-    batch_rows: int = Field(32, ge=1, description="rows in a batch: the unit committed, and redone after a kill")
-    concurrent_batches: int = Field(4, ge=1, description="batches that an engine works on at once")
-    max_bad_share: float = Field(0.05, ge=0, le=1, description="above this share of quarantined images the job stops")
+    batch_rows: int = resource(32, ge=1, description="rows in a batch: the unit committed, and redone after a kill")
+    concurrent_batches: int = resource(4, ge=1, description="batches that an engine works on at once")
+    max_bad_share: float = resource(
+        0.05, ge=0, le=1, description="above this share of quarantined images the job stops"
+    )
 
 
 class PreferenceSettings(Frozen):
@@ -138,7 +142,7 @@ class PreferenceSettings(Frozen):
     max_summary_words: int = Field(80, ge=1, description="an image summary is cut after so many words")
     temperature: float = Field(0.0, ge=0, description="0: greedy; above (published: 0.6) seeded per user and block")
     top_p: float = Field(1.0, gt=0, le=1, description="nucleus of sampling (published: 0.9)")
-    concurrent_calls: int = Field(128, ge=1, description="users whose chains an engine advances at once")
+    concurrent_calls: int = resource(128, ge=1, description="users whose chains an engine advances at once")
 
 
 class RankerSettings(Frozen):
@@ -175,8 +179,8 @@ class TuneSettings(Frozen):
     engine: Literal["deepspeed", "plain"] = Field("deepspeed", description="what distributes the optimizer")
     zero_stage: Literal[0, 1, 2, 3] = Field(2, description="DeepSpeed's ZeRO stage; the plain engine has none")
     num_workers: int = Field(1, ge=1, description="training processes")
-    cpus_per_worker: float = Field(1, gt=0, description="CPUs reserved for a worker")
-    gpus_per_worker: float = Field(0, ge=0, description="GPUs reserved for a worker")
+    cpus_per_worker: float = resource(1, gt=0, description="CPUs reserved for a worker")
+    gpus_per_worker: float = resource(0, ge=0, description="GPUs reserved for a worker")
     batch_size: int = Field(8, ge=1, description="prompts in an update over all workers (paper: 1 with 8 accumulated)")
     max_batch_tokens: int = Field(8192, ge=64, description="padded tokens in a forward batch of a worker")
     epochs: float = Field(10, gt=0, description="passes over the training examples (paper: 10; published code: 4)")
@@ -186,12 +190,12 @@ class TuneSettings(Frozen):
     weight_decay: float = Field(0.0, ge=0, description="AdamW's, on LoRA's matrices")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
     precision: Literal["auto", "bf16", "fp32"] = Field("auto", description="auto: bf16 where the device multiplies it")
-    gradient_checkpointing: bool = Field(False, description="recompute activations to save memory")
+    gradient_checkpointing: bool = resource(False, description="recompute activations to save memory")
     validate_every_steps: int = Field(100, ge=1, description="updates between validations by AUC and checkpoints")
     max_validation_examples: int = Field(
         200, ge=1, description="validation targets used at most, each with candidates.num_negatives negatives"
     )
-    max_failures: int = Field(2, ge=0, description="worker failures survived before giving up")
+    max_failures: int = resource(2, ge=0, description="worker failures survived before giving up")
 
     @model_validator(mode="after")
     def _consistent(self) -> TuneSettings:
@@ -219,7 +223,7 @@ class RankEvaluateSettings(Frozen):
     image_tower: str = Field(
         "", description="vision tower of the row gru4rec_image: as model.vision, or vgg19; empty: model.vision"
     )
-    sweep: Literal["block_size", "context_length"] = Field("block_size", description="what `notellm2 sweep` varies")
+    sweep: Literal["block_size", "context_length"] = resource("block_size", description="what `notellm2 sweep` varies")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="level of the bootstrap intervals over users")
     sample_users: int = Field(8, ge=0, description="users shown with history, preferences and ranking in the report")
 

@@ -6,8 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from notellm2_ray.core.config import Frozen
-from notellm2_ray.core.settings.model import VariantName
+from notellm2_ray.core.config import Frozen, resource
 
 Inputs = Literal["multimodal", "image", "text"]
 
@@ -16,10 +15,10 @@ class EmbedSettings(Frozen):
     """Bulk embedding on a Ray Data actor pool."""
 
     notes: str | None = Field(None, description="Parquet directory of notes to embed; null: the workspace's own")
-    actors: int = Field(1, ge=1, description="encoder actors, each with a copy of the model")
-    cpus_per_actor: float = Field(1, gt=0, description="CPUs reserved for an actor")
-    gpus_per_actor: float = Field(0, ge=0, description="GPUs reserved for an actor")
-    preprocess_threads: int = Field(
+    actors: int = resource(1, ge=1, description="encoder actors, each with a copy of the model")
+    cpus_per_actor: float = resource(1, gt=0, description="CPUs reserved for an actor")
+    gpus_per_actor: float = resource(0, ge=0, description="GPUs reserved for an actor")
+    preprocess_threads: int = resource(
         1, ge=1, description="threads of an actor that decode and tokenise the next block while the model has this one"
     )
     block_rows: int = Field(1024, ge=1, description="notes in a block: the unit that is redone after a kill")
@@ -28,7 +27,7 @@ class EmbedSettings(Frozen):
     )
     max_batch_notes: int = Field(256, ge=1, description="notes in a forward batch at most")
     precision: Literal["bf16", "fp32"] = Field("fp32", description="precision of the forward pass")
-    max_bad_share: float = Field(0.05, ge=0, le=1, description="above this share of quarantined notes the job stops")
+    max_bad_share: float = resource(0.05, ge=0, le=1, description="above this share of quarantined notes the job stops")
     by_modality: bool = Field(
         False,
         description="keep vectors of a note's image alone and text alone too (three passes for one): the service then "
@@ -50,7 +49,7 @@ class IndexSettings(Frozen):
     recall_target: float = Field(
         0.99, gt=0, le=1, description="recall@100 against exact search that num_probes=0 aims at"
     )
-    gpu: bool = Field(False, description="search on a GPU (needs faiss-gpu)")
+    gpu: bool = resource(False, description="search on a GPU (needs faiss-gpu)")
     recall_queries: int = Field(1000, ge=1, description="notes searched to measure recall against exact search")
 
     @model_validator(mode="after")
@@ -67,8 +66,10 @@ class IndexSettings(Frozen):
 class EvaluateSettings(Frozen):
     """Recall of the target note among the test pool, as the paper measures it."""
 
-    variants: tuple[VariantName, ...] = Field(
-        ("basic", "notellm2", "text_only", "image_only"), description="embedders trained and compared by `run`"
+    embedders: tuple[str, ...] = Field(
+        ("basic", "notellm2", "text_only", "image_only"),
+        min_length=1,
+        description="embedders trained and compared by `run`: variants of `model`, or names from `embedders`",
     )
     seeds: tuple[int, ...] = Field(
         (42,), min_length=1, description="seeds each of them is trained with (paper: 42,43,44)"
@@ -94,8 +95,10 @@ class EvaluateSettings(Frozen):
             raise ValueError(
                 f"evaluate.cutoffs must be rising numbers from 1 on, as in [10, 100]; got {list(self.cutoffs)}"
             )
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"evaluate.seeds has a seed twice: {list(self.seeds)}")
+        for name in ("seeds", "embedders"):
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"evaluate.{name} names one twice: {list(values)}")
         if self.short_tokens > self.long_tokens + 1:
             raise ValueError(
                 f"evaluate.short_tokens ({self.short_tokens}) is above evaluate.long_tokens ({self.long_tokens}): "

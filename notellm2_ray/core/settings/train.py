@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from notellm2_ray.core.config import Frozen
+from notellm2_ray.core.config import Frozen, resource
 
 
 class TrainSettings(Frozen):
@@ -19,8 +19,8 @@ class TrainSettings(Frozen):
         "none", description="DeepSpeed: what is kept in CPU memory (parameters: stage 3 only)"
     )
     num_workers: int = Field(1, ge=1, description="ranks, one Ray Train worker each")
-    cpus_per_worker: float = Field(1, gt=0, description="CPUs reserved for a rank")
-    gpus_per_worker: float = Field(0, ge=0, description="GPUs reserved for a rank")
+    cpus_per_worker: float = resource(1, gt=0, description="CPUs reserved for a rank")
+    gpus_per_worker: float = resource(0, ge=0, description="GPUs reserved for a rank")
     batch_pairs: int = Field(128, ge=1, description="pairs in a global batch (B); a batch holds 2B notes")
     epochs: int = Field(1, ge=1, description="passes over the training pairs")
     max_steps: int | None = Field(None, ge=1, description="stop after so many steps; null: when the epochs are over")
@@ -38,20 +38,22 @@ class TrainSettings(Frozen):
         description="bf16: matrix work in bfloat16 over float32 weights; similarity and loss always float32; "
         "auto: bf16 where the device multiplies it natively, else fp32",
     )
-    gradient_checkpointing: bool = Field(False, description="recompute activations: less memory, about a third slower")
+    gradient_checkpointing: bool = resource(
+        False, description="recompute activations: less memory, about a third slower"
+    )
     length_chunks: int = Field(
         4, ge=1, description="a rank's notes go through the model in so many groups of like length (same result)"
     )
     mask_duplicates: bool = Field(True, description="a note that stands twice in a batch is no negative of itself")
-    prefetch_batches: int = Field(2, ge=0, description="batches prepared ahead by each rank")
+    prefetch_batches: int = resource(2, ge=0, description="batches prepared ahead by each rank")
     validate_every_steps: int = Field(1750, ge=1, description="steps between validations by recall")
-    checkpoint_every_steps: int = Field(
+    checkpoint_every_steps: int = resource(
         500, ge=1, description="steps between checkpoints, which a killed run resumes from"
     )
     max_validation_pairs: int = Field(2000, ge=1, description="validation pairs used at most")
     best_by: Literal["recall", "loss"] = Field("recall", description="validation figure that picks the kept checkpoint")
-    max_failures: int = Field(3, ge=-1, description="worker failures survived in one run; -1: any number")
-    logger: Literal["none", "tensorboard", "wandb", "mlflow"] = Field(
+    max_failures: int = resource(3, ge=-1, description="worker failures survived in one run; -1: any number")
+    logger: Literal["none", "tensorboard", "wandb", "mlflow"] = resource(
         "none", description="where curves go besides disk"
     )
 

@@ -128,17 +128,17 @@ def check_actions(spilt: Sequence[Mapping[str, Any]], settings: SequenceSettings
         for name, count in json.loads(unit["actions"]).items():
             seen[name] = seen.get(name, 0) + count
     unknown = sum(unit["unknown_note_events"] for unit in spilt)
-    liked = sum(seen.get(name, 0) for name in set(settings.actions))
+    liked = sum(seen.get(name, 0) for name in set(settings.positive_actions))
     if liked > unknown:
         return
     present = ", ".join(f"{name} ({count})" for name, count in sorted(seen.items())) or "none"
     if liked:
         raise DataError(
-            f"all {liked} events of sequences.actions are on notes that were not prepared: run prepare again"
+            f"all {liked} events of sequences.positive_actions are on notes that were not prepared: run prepare again"
         )
     raise DataError(
-        f"no event has an action of sequences.actions ({', '.join(settings.actions)}); the actions present are: "
-        f"{present}. Set sequences.actions to those that say a user liked a note"
+        f"no event has an action of sequences.positive_actions ({', '.join(settings.positive_actions)}); the actions "
+        f"present are: {present}. Set sequences.positive_actions to those that say a user liked a note"
     )
 
 

@@ -133,7 +133,7 @@ def make_sequences(
 
 def _spill(job: _Job, index: int) -> dict[str, Any]:
     vocabulary = _vocabulary(job)
-    batches, bad, seen = spill_unit(job.units[index], vocabulary, job.sequences.actions, job.partitions)
+    batches, bad, seen = spill_unit(job.units[index], vocabulary, job.sequences.positive_actions, job.partitions)
     write_arrow(job.scratch / f"unit-{index}.arrow", batches, SPILLED_SCHEMA)
     write_arrow(job.scratch / f"quarantine-unit-{index}.arrow", bad.to_batches(), QUARANTINE_SCHEMA)
     return {"actions": json.dumps(seen), "unknown_note_events": bad.num_rows}

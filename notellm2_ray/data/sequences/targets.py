@@ -77,8 +77,8 @@ def fit_split(parts: Iterable[tuple[pa.Array, np.ndarray]], settings: CandidateS
     num_valid = max(1, round(settings.validation_share * count))
     if num_test + num_valid >= count:
         raise DataError(
-            f"only {count} users have a target (sequences.min_events events of sequences.actions): too few for "
-            "training, validation and test. Give a longer event log, or lower candidates.test_share"
+            f"only {count} users have a target (sequences.min_events events of sequences.positive_actions): too few "
+            "for training, validation and test. Give a longer event log, or lower candidates.test_share"
         )
     bounds = ordered[[count - num_test - num_valid, count - num_test]]
     left = np.searchsorted(ordered, bounds)

@@ -368,7 +368,7 @@ def test_ties_in_time_stand_in_the_order_of_note_ids(tmp_path):
 @pytest.mark.parametrize(
     ("rows", "knobs", "candidates", "words"),
     [
-        ([("u", "a", 1.0)], {"actions": ("like",)}, {}, ["sequences.actions (like)", "click (1)"]),
+        ([("u", "a", 1.0)], {"positive_actions": ("like",)}, {}, ["sequences.positive_actions (like)", "click (1)"]),
         ([("u", "a", 1.0)], {}, {}, ["only 0 users have a target"]),
         ([(f"u{i}", n, 1.0) for i in range(20) for n in "ab"], {}, {"split_by": "time"}, ["same moment"]),
         (make_log(), {}, {"k_core": (50, 50)}, ["candidates.k_core=[50, 50] leaves no note"]),

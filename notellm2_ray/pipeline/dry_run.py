@@ -1,0 +1,51 @@
+"""What a command would do, without doing it (`--dry-run`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from notellm2_ray.core.errors import OutputError
+from notellm2_ray.core.settings import Settings
+from notellm2_ray.pipeline.stage import Planned
+from notellm2_ray.pipeline.sweep_verb import SWEEP_VERB, sweep_size, sweep_stages
+from notellm2_ray.pipeline.table import planned, stages_of
+
+
+def dry_run(settings: Settings, verb: str) -> str:
+    """One line per output of ``verb``: done, to continue, to do, or waiting for one before it; then sizes."""
+    lines = [f"plan of `notellm2 {verb}`"]
+    undone: set[Path] = set()
+    outputs = _planned(settings, verb)
+    width = max((len(one.label) for one in outputs), default=0)
+    for one in outputs:
+        state, done = _state(one, undone)
+        if not done:
+            undone.add(one.directory)
+        lines.append(f"  {one.label:{width}s}  {state}")
+    return "\n".join([*lines, *_sizes(settings, verb)])
+
+
+def _planned(settings: Settings, verb: str) -> list[Planned]:
+    if verb == SWEEP_VERB:
+        return [one for stage in sweep_stages(settings) for one in stage.outputs(settings)]
+    return [one for _, one in planned(verb, settings)]
+
+
+def _state(one: Planned, undone: set[Path]) -> tuple[str, bool]:
+    """What is to be done for an output, and whether that is nothing."""
+    if undone & set(one.reads.values()):
+        return f"to do, after the stages before it ({one.directory})", False
+    try:
+        output = one.output()
+    except OutputError:
+        return f"to do, after the stages before it ({one.directory})", False
+    if output.complete:
+        return f"already there ({one.directory})", True
+    return f"{'to continue' if output.resumable else 'to do'} ({one.directory})", False
+
+
+def _sizes(settings: Settings, verb: str) -> list[str]:
+    if verb == SWEEP_VERB:
+        return [sweep_size(settings)]
+    sizes = [stage.size(settings) for stage in stages_of(verb, settings) if stage.size is not None]
+    return list(dict.fromkeys(sizes))

@@ -1,0 +1,134 @@
+"""The embedders of the recall table by name: settings of each, and what it is made from and shown."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from notellm2_ray.core.config import build, merge, to_plain
+from notellm2_ray.core.run import files_fingerprint
+from notellm2_ray.core.settings import Settings
+from notellm2_ray.models.embedder.variants import VARIANTS
+from notellm2_ray.pipeline.stage import workspace_of
+
+
+def for_embedder(settings: Settings, name: str, seed: int) -> Settings:
+    """The settings that train one of the compared embedders.
+
+    Args:
+        name: a variant of ``model``, or an embedder that the section ``embedders`` defines.
+    """
+    own = settings.embedders.get(name)
+    if own is None:
+        model = settings.model.model_copy(update={"variant": name})
+        train = settings.train.model_copy(update={"seed": seed})
+        return settings.model_copy(update={"model": model, "train": train, "embedder": None})
+    changed = {"embedder": name, "model": own.model, "train": {**own.train, "seed": seed}}
+    return build(Settings, merge(to_plain(settings), changed))
+
+
+def named(settings: Settings) -> Settings:
+    """The settings with what ``embedders`` says of the embedder that they name."""
+    return for_embedder(settings, settings.embedder_row, settings.train.seed)
+
+
+def compared_embedders(settings: Settings) -> list[Settings]:
+    """Settings of every embedder that ``evaluate`` names: each with each seed."""
+    return [
+        for_embedder(settings, name, seed) for name in settings.evaluate.embedders for seed in _seeds(settings, name)
+    ]
+
+
+def _seeds(settings: Settings, name: str) -> Sequence[int]:
+    own = settings.embedders.get(name)
+    return settings.evaluate.seeds if own is None or own.trained else settings.evaluate.seeds[:1]
+
+
+def chosen_embedder(settings: Settings) -> Settings:
+    """Settings of the embedder that a whole run embeds all notes with, indexes and serves."""
+    return for_embedder(settings, settings.embedder_row, settings.evaluate.seeds[0])
+
+
+def trained_embedders(settings: Settings) -> Iterator[Settings]:
+    """Settings of every embedder that a whole run trains: those it compares, and the chosen one."""
+    seen = set()
+    for each in (*compared_embedders(settings), chosen_embedder(settings)):
+        if each.embedder_name not in seen:
+            seen.add(each.embedder_name)
+            yield each
+
+
+def is_trained(settings: Settings) -> bool:
+    """Whether the embedder of these settings is trained at all, or is a row of the model as it comes."""
+    own = settings.embedders.get(settings.embedder or "")
+    return own is None or own.trained
+
+
+def natural_inputs(settings: Settings) -> str:
+    """What the embedder of these settings is meant to be given."""
+    kind = VARIANTS[settings.model.variant]
+    return "image" if kind.prompt is None else "multimodal" if kind.sees_images else "text"
+
+
+def tested_inputs(settings: Settings) -> tuple[str, ...]:
+    """What it is tested with, its natural input first (Table 3 for an embedder that takes both)."""
+    natural = natural_inputs(settings)
+    if natural != "multimodal":
+        return (natural,)
+    return (natural, *(name for name in settings.evaluate.inputs if name != natural))
+
+
+def shown_inputs(settings: Settings, pool: str) -> tuple[str, ...]:
+    """What it is shown of a pool of notes: of the test pool what it is tested with, of all notes its natural input.
+
+    With ``embed.by_modality`` also each part of a note alone.
+    """
+    if pool == "test":
+        return tested_inputs(settings)
+    natural = natural_inputs(settings)
+    return (natural, "image", "text") if settings.embed.by_modality and natural == "multimodal" else (natural,)
+
+
+def parts_of(settings: Settings) -> tuple[str, ...]:
+    """Which pretrained models the embedder of these settings is built from; every variant needs the LLM's tokenizer."""
+    return ("llm", "vision") if VARIANTS[settings.model.variant].sees_images else ("llm",)
+
+
+def is_tiny(settings: Settings, part: str) -> bool:
+    """Whether the ``llm`` or the ``vision`` tower is the workspace's own tiny one."""
+    return getattr(settings.model, part) == "tiny"
+
+
+def baseline_parts(settings: Settings) -> tuple[str, ...]:
+    """Which of the embedder's pretrained models the ranking baselines take their features from."""
+    baselines = settings.ranking.baselines
+    by_image = "gru4rec_image" in baselines and not settings.ranking.image_tower
+    return (*(("llm",) if "gru4rec_summary" in baselines else ()), *(("vision",) if by_image else ()))
+
+
+def tiny_parts(settings: Settings) -> list[str]:
+    """Which tiny models a run of these settings needs."""
+    wanted = set()
+    for each in (settings, *trained_embedders(settings)):
+        wanted |= {(getattr(each.model, part), part) for part in parts_of(each)}
+    wanted |= {(getattr(settings.model, part), part) for part in baseline_parts(settings)}
+    return [name for part, name in (("llm", "llm"), ("vision", "clip")) if ("tiny", part) in wanted]
+
+
+def model_paths(settings: Settings) -> tuple[str, str]:
+    """The LLM and the vision tower with 'tiny' resolved to the workspace's own."""
+    workspace = workspace_of(settings)
+    llm = str(workspace.tiny_llm) if is_tiny(settings, "llm") else settings.model.llm
+    vision = str(workspace.tiny_clip) if is_tiny(settings, "vision") else settings.model.vision
+    return llm, vision
+
+
+def model_reads(settings: Settings, parts: Sequence[str]) -> dict[str, Path]:
+    """The workspace's tiny models, if any of the parts is tiny."""
+    return {"tiny": workspace_of(settings).tiny} if any(is_tiny(settings, part) for part in parts) else {}
+
+
+def model_versions(settings: Settings, parts: Sequence[str]) -> dict[str, str]:
+    """Versions of those parts that lie in directories here."""
+    names = {part: getattr(settings.model, part) for part in parts}
+    return {part: files_fingerprint(name) for part, name in names.items() if Path(name).is_dir()}

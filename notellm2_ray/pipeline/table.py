@@ -1,0 +1,229 @@
+"""The table of stages: what there is, what each needs, and so in which order a run does them.
+
+The command line's verbs, ``--dry-run``, the runs, the scripts under ``jobs/`` and the documentation's list of steps all
+follow from it. A further stage is one row: :func:`add_stage`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+from notellm2_ray.core.settings import Settings
+from notellm2_ray.pipeline import embedders, ranking_outputs, recall_outputs
+from notellm2_ray.pipeline import ranking_stages as ranking
+from notellm2_ray.pipeline import recall_stages as recall
+from notellm2_ray.pipeline.stage import Planned, Stage
+
+
+def _tiny_embedder_parts(settings: Settings) -> tuple[str, ...]:
+    return ("build-tiny",) if ranking_outputs.needs_tiny_embedder_parts(settings) else ()
+
+
+# A stage stands after those that it needs.
+STAGES: list[Stage] = [
+    Stage(
+        "prepare",
+        "read and check the source tables, quarantine what is broken",
+        ("source", "prepare"),
+        needs=(),
+        outputs=lambda settings: [recall_outputs.prepared(settings)],
+        work=recall.prepare,
+    ),
+    Stage(
+        "mine-pairs",
+        "mine related notes from the event log and split them",
+        ("pairs", "split"),
+        needs=("prepare",),
+        outputs=lambda settings: [recall_outputs.pairs(settings)],
+        work=recall.mine_pairs,
+    ),
+    Stage(
+        "build-tiny",
+        "train a small tokenizer, LLM and CLIP from scratch, where model.llm or model.vision is 'tiny'",
+        ("tiny",),
+        needs=("mine-pairs",),
+        outputs=recall.planned_tiny,
+        work=recall.build_tiny,
+    ),
+    Stage(
+        "train-embedder",
+        "train the note embedder",
+        ("model", "train", "embedders"),
+        needs=("mine-pairs", "build-tiny"),
+        outputs=recall.planned_embedder,
+        work=recall.train_embedder,
+        in_a_run=embedders.trained_embedders,
+        size=recall.training_size,
+    ),
+    Stage(
+        "embed-notes",
+        "embed every note with the trained embedder",
+        ("embed",),
+        needs=("prepare", "train-embedder"),
+        outputs=recall.planned_embeddings,
+        work=recall.embed_notes,
+        in_a_run=lambda settings: [embedders.chosen_embedder(settings)],
+        size=recall.embedding_size,
+    ),
+    Stage(
+        "build-index",
+        "build the ANN index and measure its recall",
+        ("index",),
+        needs=("embed-notes",),
+        outputs=recall.planned_index,
+        work=recall.build_index,
+        in_a_run=lambda settings: [embedders.chosen_embedder(settings)],
+    ),
+    Stage(
+        "eval-retrieval",
+        "compare the trained embedders and baselines on the test pairs",
+        ("evaluate",),
+        needs=("prepare", "mine-pairs", "train-embedder"),
+        outputs=recall.planned_evaluation,
+        work=recall.eval_retrieval,
+        in_a_run=lambda settings: [embedders.chosen_embedder(settings)],
+    ),
+    Stage(
+        "make-sequences",
+        "cut users' events into histories, blocks, targets and candidates",
+        ("sequences", "candidates"),
+        needs=("prepare",),
+        outputs=ranking.planned_sequences,
+        work=ranking.make_sequences,
+    ),
+    Stage(
+        "build-tiny-mllm",
+        "train a small multimodal LLM from scratch, where the recommender's models are 'tiny'",
+        ("tiny",),
+        needs=("prepare",),
+        outputs=ranking.planned_tiny_mllm,
+        work=ranking.build_tiny_mllm,
+    ),
+    Stage(
+        "summarize-images",
+        "turn every note's image into text with an MLLM",
+        ("summaries", "generation", "ranker"),
+        needs=("prepare", "build-tiny-mllm"),
+        outputs=ranking.planned_image_summaries,
+        work=ranking.summarize_images,
+        in_a_run=ranking.each_with_image_summaries,
+        size=ranking.generation_size,
+    ),
+    Stage(
+        "summarize-preferences",
+        "state each user's taste in words, block by block",
+        ("preferences", "generation", "ranker"),
+        needs=("make-sequences", "build-tiny-mllm", "summarize-images"),
+        outputs=ranking.planned_preferences,
+        work=ranking.summarize_preferences,
+        in_a_run=ranking.each_preference_variant,
+        size=ranking.generation_size,
+    ),
+    Stage(
+        "train-ranker",
+        "fine-tune the MLLM that says yes or no to a candidate",
+        ("ranker", "tune"),
+        needs=("make-sequences", "build-tiny-mllm", "summarize-preferences"),
+        outputs=ranking.planned_ranker,
+        work=ranking.train_ranker,
+        in_a_run=ranking_outputs.rankers,
+        size=ranking.tuning_size,
+    ),
+    Stage(
+        "score-candidates",
+        "let the tuned and untuned models score the test candidates",
+        ("ranker", "generation"),
+        needs=("make-sequences", "build-tiny-mllm", "summarize-preferences", "train-ranker"),
+        outputs=ranking.planned_scores,
+        work=ranking.score_candidates,
+        size=ranking.generation_size,
+    ),
+    Stage(
+        "eval-ranking",
+        "compare the rankers and baselines on the test candidates",
+        ("ranking",),
+        needs=("prepare", "make-sequences", "summarize-images", "score-candidates"),
+        outputs=ranking.planned_evaluation,
+        work=ranking.eval_ranking,
+        also_needs=_tiny_embedder_parts,
+    ),
+]
+
+
+@dataclass(frozen=True)
+class Run:
+    """Several stages under one verb: those that ``ends`` name, and all that they need."""
+
+    verb: str
+    help: str
+    ends: tuple[str, ...]
+
+
+RUNS = (
+    Run(
+        "run-retrieval",
+        "prepare to eval-retrieval in order, for every embedder and seed of `evaluate`",
+        ("build-index", "eval-retrieval"),
+    ),
+    Run(
+        "run-ranking",
+        "prepare, and make-sequences to eval-ranking, for every variant and seed of `ranking`",
+        ("eval-ranking",),
+    ),
+    Run("run", "both halves, and the report", ("build-index", "eval-retrieval", "eval-ranking")),
+)
+
+
+def add_stage(stage: Stage) -> None:
+    """Add a row to the table; its verb is then on the command line.
+
+    Raises:
+        ValueError: the verb is taken, or it needs a stage that is not there.
+    """
+    known = [one.verb for one in STAGES]
+    if stage.verb in known or stage.verb in [run.verb for run in RUNS]:
+        raise ValueError(f"there is a verb {stage.verb} already")
+    if unknown := set(stage.needs) - set(known):
+        raise ValueError(f"stage {stage.verb} needs {', '.join(sorted(unknown))}, which is not in the table of stages")
+    STAGES.append(stage)
+
+
+def stage_of(verb: str) -> Stage | None:
+    """The stage of a verb; None where the verb is a run's or another's."""
+    return next((stage for stage in STAGES if stage.verb == verb), None)
+
+
+def run_of(verb: str) -> Run | None:
+    """The run of a verb, if it is one."""
+    return next((run for run in RUNS if run.verb == verb), None)
+
+
+def stages_of(verb: str, settings: Settings) -> list[Stage]:
+    """The stages that a verb does, in order: its own, or all that a run needs."""
+    run = run_of(verb)
+    if run is None:
+        return [stage for stage in STAGES if stage.verb == verb]
+    wanted = set(run.ends)
+    for stage in reversed(STAGES):
+        if stage.verb in wanted:
+            wanted |= {*stage.needs, *stage.also_needs(settings)}
+    return [stage for stage in STAGES if stage.verb in wanted]
+
+
+def planned(verb: str, settings: Settings) -> Iterator[tuple[Stage, Planned]]:
+    """Every output that a verb would write, in the order in which it would."""
+    whole = run_of(verb) is not None
+    for stage in stages_of(verb, settings):
+        for each in stage.in_a_run(settings) if whole else (settings,):
+            for one in stage.outputs(each):
+                yield stage, one
+
+
+def do(verb: str, settings: Settings, *, leave_out: Sequence[str] = ()) -> None:
+    """Do a stage, or all stages of a run one after another."""
+    whole = run_of(verb) is not None
+    for stage in stages_of(verb, settings):
+        if stage.verb not in leave_out:
+            for each in stage.in_a_run(settings) if whole else (settings,):
+                stage.work(each)
