@@ -12,6 +12,7 @@ import pytest
 from notellm2_ray.baselines.ranking.rows import Baselines, known_part, read_protocol, training_data
 from notellm2_ray.core import schema
 from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.workspace import Workspace
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.pipeline.ranking_comparison import compare_ranking
 from notellm2_ray.pipeline.ranking_outputs import Scored
@@ -130,7 +131,7 @@ def test_everything_is_compared_and_reported(workspace, tmp_path):
             scores[table] = write_scores(path, protocol, workspace, strength, at)
     output = tmp_path / "report"
     output.mkdir()
-    counts = compare_ranking(settings, workspace, scores, output)
+    counts = compare_ranking(settings, Workspace(workspace), scores, output)
     assert counts["uniform_targets"] == 10
     assert counts["uniform_auc_mllm_msr"] > 0.8
     results = json.loads((output / "results.json").read_text())
@@ -149,14 +150,14 @@ def test_everything_is_compared_and_reported(workspace, tmp_path):
 
 
 def test_sequential_baselines_see_no_held_out_target(workspace):
-    sequences, validation = training_data(settings_for(workspace), workspace / "sequences", published=False)
+    sequences, validation = training_data(settings_for(workspace), Workspace(workspace), published=False)
     assert sequences == [sequence_of(user)[: 6 if user < 40 else 5] for user in range(NUM_USERS)]
     assert validation == [(sequence_of(user)[:5], sequence_of(user)[5]) for user in range(40, 50)]
 
 
 def test_split_by_time_nothing_later_than_the_first_validation_target_is_seen(workspace):
     settings = settings_for(workspace, candidates={"split_by": "time"})
-    sequences, _ = training_data(settings, workspace / "sequences", published=False)
+    sequences, _ = training_data(settings, Workspace(workspace), published=False)
     # the users of days 0 to 39 train; user 40 gives the first validation target, at hour 5 of day 40
     assert sequences == [sequence_of(user)[: 6 if user < 40 else 5] for user in range(41)]
 
@@ -171,12 +172,12 @@ def test_what_may_be_known_of_a_sequence(held_out, trained, known):
 
 def test_missing_tables_say_which_stage_to_run(workspace):
     with pytest.raises(DataError, match="run the sequences stage"):
-        read_protocol(workspace / "sequences", "published")
+        read_protocol(Workspace(workspace), "published")
 
 
 def test_popularity_and_random_need_no_training(workspace):
-    protocol = read_protocol(workspace / "sequences", "uniform")
-    baselines = Baselines(settings_for(workspace), workspace, [protocol], llm="", vision="")
+    protocol = read_protocol(Workspace(workspace), "uniform")
+    baselines = Baselines(settings_for(workspace), Workspace(workspace), [protocol], llm="", vision="")
     (clicks,) = baselines.scores("popularity", protocol).values()
     assert set(clicks) == {0, 1, 2}
     with pytest.raises(DataError, match="newest needs notes with created_at"):
