@@ -12,8 +12,8 @@ import pytest
 from notellm2_ray.baselines.ranking.rows import Baselines, known_part, read_protocol, training_data
 from notellm2_ray.core import schema
 from notellm2_ray.core.errors import DataError
-from notellm2_ray.core.workspace import Workspace
 from notellm2_ray.core.settings import Settings
+from notellm2_ray.core.workspace import Workspace
 from notellm2_ray.pipeline.ranking_comparison import compare_ranking
 from notellm2_ray.pipeline.ranking_outputs import Scored
 
