@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
 from typing import Any, NamedTuple
-
-import pyarrow as pa
 
 from notellm2_ray.core import errors
 from notellm2_ray.core.config import to_plain
@@ -16,27 +14,19 @@ from notellm2_ray.core.ranking_rows import CandidateRows, store_notes
 from notellm2_ray.core.run import fingerprint
 from notellm2_ray.core.settings import GenerationSettings, RankerSettings
 from notellm2_ray.infer.engine import ModelFacts, check_model, engine_arguments, engine_environment
+from notellm2_ray.infer.part_actors import make_parts
+from notellm2_ray.infer.parts import PartStore
 from notellm2_ray.infer.progress import Progress
-from notellm2_ray.infer.ray_data import own_context
 from notellm2_ray.infer.resources import check_engines
-from notellm2_ray.infer.score_parts import (
-    Part,
-    Scored,
-    clear_leftovers,
-    compile_scores,
-    first_reasons,
-    plan_parts,
-    read_scored,
-)
+from notellm2_ray.infer.score_parts import CandidatePart, ScoredPart, compile_scores, part_store, plan_parts
 from notellm2_ray.infer.score_questions import Controls, ScoreFiles
-from notellm2_ray.infer.score_worker import CALLS_AT_ONCE, PartScorer, ScoreJob, TableJob
+from notellm2_ray.infer.score_worker import PartScorer, ScoreJob, TableJob
 
 log = logging.getLogger("notellm2_ray")
 
 STAGE = "score-candidates"
 MAX_BAD_SHARE = 0.05  # of the candidates without a score; a table with more holes compares nothing
 _ENGINE_SHAPING = ("dtype", "max_model_len", "engine_kwargs")
-_MAX_RAY_BLOCKS = 20_000
 
 
 class ScoreTable(NamedTuple):
@@ -54,12 +44,13 @@ class _Planned(NamedTuple):
     table: ScoreTable
     files: ScoreFiles
     rows: CandidateRows
-    parts: list[Part]
-    done: list[Scored]
+    store: PartStore[ScoredPart]
+    parts: list[CandidatePart]
+    done: list[ScoredPart]
     reused: frozenset[str]
 
     @property
-    def todo(self) -> list[Part]:
+    def todo(self) -> list[CandidatePart]:
         return [part for part in self.parts if part.part_id not in self.reused]
 
 
@@ -94,25 +85,26 @@ def score_candidates(
     generation = for_scoring(generation)
     engine_arguments(facts, generation, images=1)  # fails at once if it must
     notes = Path(notes).absolute()
-    store = Path(tables[0].output).absolute() / "notes.arrow"
-    planned = [_plan(table, notes, store, facts, generation) for table in tables]
+    shown_notes = Path(tables[0].output).absolute() / "notes.arrow"
+    planned = [_plan(table, notes, shown_notes, facts, generation) for table in tables]
     jobs = tuple(TableJob(one.table.ranker, one.files, one.table.controls, one.table.output) for one in planned)
     todo = [part._replace(table=number) for number, one in enumerate(planned) for part in one.todo]
-    total, known = sum(len(one.rows) for one in planned), sum(_seen(entry) for one in planned for entry in one.done)
+    total, known = sum(len(one.rows) for one in planned), sum(part.candidates for one in planned for part in one.done)
+    by_output = {one.table.output: one for one in planned}
     first = 0
     with Progress(total, known, stage=STAGE, unit="candidates", waits_for="the engine") as progress:
         if todo:
-            store.unlink(missing_ok=True)
-            store_notes(notes, set().union(*(_shown(one) for one in planned)), store)
-            with closing(_run(ScoreJob(facts, generation, jobs), todo)) as results:  # closed at once: it holds actors
-                for number, entry in results:
-                    first = first or _seen(entry)
-                    planned[number].done.append(entry)
-                    progress.add(_seen(entry))
-                    _check_bad_share(planned[number])
+            shown_notes.unlink(missing_ok=True)
+            store_notes(notes, set().union(*(_shown(one) for one in planned)), shown_notes)
+            with closing(_run(ScoreJob(facts, generation, jobs), todo)) as results:  # on an error: ends the actors
+                for output, part in results:
+                    first = first or part.candidates
+                    by_output[output].done.append(part)
+                    progress.add(part.candidates)
+                    _check_bad_share(by_output[output])
     for one in planned:
         _check_bad_share(one)
-    store.unlink(missing_ok=True)
+    shown_notes.unlink(missing_ok=True)
     seconds = progress.seconds()
     # The first part's arrival ends the start-up; it is not in the time, so neither are its candidates in the rate.
     active = seconds["embed_seconds"] - seconds["startup_seconds"]
@@ -124,7 +116,9 @@ def score_candidates(
     return [{**_counts(one), **together} for one in planned]
 
 
-def _plan(table: ScoreTable, notes: Path, store: Path, facts: ModelFacts, generation: GenerationSettings) -> _Planned:
+def _plan(
+    table: ScoreTable, notes: Path, shown_notes: Path, facts: ModelFacts, generation: GenerationSettings
+) -> _Planned:
     """A table cut into parts, with those that are done already."""
     examples, candidates, output = (Path(path).absolute() for path in (table.examples, table.candidates, table.output))
     preferences = table.preferences and Path(table.preferences).absolute()
@@ -132,15 +126,16 @@ def _plan(table: ScoreTable, notes: Path, store: Path, facts: ModelFacts, genera
     kept = {name: to_plain(generation)[name] for name in _ENGINE_SHAPING}
     versions = [_versions(path) for path in (examples, candidates, preferences, notes) if path]
     made_by = fingerprint(facts.fingerprint, [to_plain(table.ranker), kept, table.controls], versions)
-    files = ScoreFiles(examples, candidates, preferences, store)
+    files = ScoreFiles(examples, candidates, preferences, shown_notes)
     rows = files.rows()
     parts = plan_parts(rows.example_of, 2 * generation.max_sequences, made_by)
-    if removed := clear_leftovers(output, parts):
+    store = part_store(output)
+    if removed := store.clear_leftovers([part.part_id for part in parts]):
         log.warning("%s: removed %d part(s) of another model, other settings or other inputs", STAGE, removed)
     if rows.without_preference:
         log.warning("%s: %d examples have a history but no preference", STAGE, rows.without_preference)
-    done = [entry for part in parts if (entry := read_scored(output, part.part_id))]
-    return _Planned(table, files, rows, parts, done, frozenset(entry.part_id for entry in done))
+    done = [entry for part in parts if (entry := store.finished(part.part_id))]
+    return _Planned(table, files, rows, store, parts, done, frozenset(entry.part_id for entry in done))
 
 
 def _shown(planned: _Planned) -> set[str]:
@@ -155,7 +150,7 @@ def _counts(planned: _Planned) -> dict[str, Any]:
     return {
         "examples": rows.num_examples,
         "candidates": len(rows),
-        "scored": compile_scores(planned.table.output, planned.parts),
+        "scored": compile_scores(planned.store, planned.parts),
         "quarantined": sum(one.quarantined for one in done),
         "without_preference": rows.without_preference,
         "parts": len(planned.parts),
@@ -176,59 +171,32 @@ def for_scoring(generation: GenerationSettings) -> GenerationSettings:
     return generation.model_copy(update={"engine_kwargs": {**kwargs, **generation.engine_kwargs}})
 
 
-def _run(job: ScoreJob, parts: Sequence[Part]) -> Generator[tuple[int, Scored]]:
-    """Score parts on the cluster; yields the place of its table and each as it gets done, in any order.
+def _run(job: ScoreJob, parts: Sequence[CandidatePart]) -> Generator[tuple[Path, ScoredPart]]:
+    """Score parts on the cluster; yields the output of its table and each once it is done, in any order.
 
     Raises:
-        NoteLLMError, OSError: what stopped a part; the parts that are done stay.
+        NoteLLMError, OSError: what stopped a part; the finished parts stay.
     """
-    import ray
-
-    check_engines(STAGE, job.generation)
-    size = min(job.generation.engines, len(parts))
-    with own_context():
-        rows = ray.data.from_items(
-            [part._asdict() for part in parts], override_num_blocks=min(len(parts), _MAX_RAY_BLOCKS)
-        )
-        reports = rows.map_batches(
-            PartScorer,
-            fn_constructor_args=(job,),
-            batch_size=1,
-            batch_format="pyarrow",
-            compute=ray.data.ActorPoolStrategy(
-                size=size,
-                max_concurrent_calls_per_actor=CALLS_AT_ONCE,
-                max_tasks_in_flight_per_actor=CALLS_AT_ONCE + 1,
-                enable_true_multi_threading=True,
-            ),
-            num_cpus=job.generation.cpus_per_engine,
-            num_gpus=job.generation.gpus_per_engine,
-            runtime_env={"env_vars": engine_environment(job.generation)},
-        )
-        for batch in reports.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
-            assert isinstance(batch, pa.Table)
-            for row in batch.to_pylist():
-                yield row["table"], _scored(row)
-
-
-def _scored(row: Mapping[str, Any]) -> Scored:
-    if row["error"] == "OSError":
-        raise OSError(row["errno"], row["message"])
-    if row["error"] is not None:
-        raise getattr(errors, row["error"])(row["message"])
-    return Scored(*(row[name] for name in Scored._fields))
-
-
-def _seen(entry: Scored) -> int:
-    return entry.scored + entry.quarantined
+    generation = job.generation
+    check_engines(STAGE, generation)
+    return make_parts(
+        PartScorer,
+        job,
+        parts,
+        actors=generation.engines,
+        cpus=generation.cpus_per_engine,
+        gpus=generation.gpus_per_engine,
+        environment=engine_environment(generation),
+    )
 
 
 def _check_bad_share(planned: _Planned) -> None:
-    bad, total, output = sum(entry.quarantined for entry in planned.done), len(planned.rows), planned.table.output
+    bad, total, store = sum(part.quarantined for part in planned.done), len(planned.rows), planned.store
     if bad > MAX_BAD_SHARE * total:
+        seen = sum(part.candidates for part in planned.done)
         raise errors.DataError(
-            f"{bad} of the first {sum(map(_seen, planned.done))} candidates ({total} in all) got no score, more than "
-            f"{MAX_BAD_SHARE:.0%}; reasons: {'; '.join(first_reasons(output))}. All are in {output / 'quarantine'}. "
+            f"{bad} of the first {seen} candidates ({total} in all) got no score, more than {MAX_BAD_SHARE:.0%}; "
+            f"reasons: {'; '.join(store.first_reasons())}. All are in {store.quarantine}. "
             "Repair the notes, or make the sequences again"
         )
 

@@ -12,32 +12,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
-from notellm2_ray.core.errors import DataError, ModelError, NoteLLMError
+from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.ranking_rows import CandidateRow
+from notellm2_ray.core.schema import SCORE_SCHEMA
 from notellm2_ray.core.settings import GenerationSettings, RankerSettings
 from notellm2_ray.infer.engine import ModelFacts, engine_environment, start_engine
-from notellm2_ray.infer.score_parts import Part, Scored, begin_attempt, commit_part, read_scored
+from notellm2_ray.infer.part_actors import PartActor
+from notellm2_ray.infer.parts import PartStore, quarantine_table
+from notellm2_ray.infer.score_parts import CandidatePart, ScoredPart, part_store
 from notellm2_ray.infer.score_questions import Controls, Questions, ScoreFiles
 
 if TYPE_CHECKING:
     from notellm2_ray.models.chat import ChatTokenizer
     from notellm2_ray.models.ranker.inputs import RankerPrompter
-
-CALLS_AT_ONCE = 2  # one part at the engine, the next being read and tokenised
-MAX_ATTEMPTS = 4  # at a part within one run
-_REPORT = pa.schema(
-    [
-        ("table", pa.int64()),
-        ("part_id", pa.string()),
-        ("scored", pa.int64()),
-        ("quarantined", pa.int64()),
-        ("prompt_tokens", pa.int64()),
-        ("cached_tokens", pa.int64()),
-        ("error", pa.string()),  # class of ours, or OSError; null: the part is done
-        ("message", pa.string()),
-        ("errno", pa.int64()),
-    ]
-)
 
 
 class TableJob(NamedTuple):
@@ -65,49 +52,34 @@ class Prompt(NamedTuple):
     image: Any  # a PIL image, or None
 
 
-class PartScorer:
+class PartScorer(PartActor[CandidatePart, ScoredPart]):
     """Loads the model once, then scores one part a call; two calls may run at once."""
+
+    part_type, finished_type = CandidatePart, ScoredPart
 
     def __init__(self, job: ScoreJob) -> None:
         self.job, self.engine = job, None
+        self.stores = [part_store(table.output) for table in job.tables]
         self.lock = threading.Lock()
         self.asked: dict[int, tuple[Questions, RankerPrompter]] = {}
         # vLLM's engine lives in an event loop; Ray Data calls from threads.
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, name="engine", daemon=True).start()
 
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Rows of :class:`Part` to rows of counts, or of the error that stopped it."""
-        return pa.Table.from_pylist([self._report(Part(**row)) for row in batch.to_pylist()], schema=_REPORT)
-
     def __del__(self) -> None:
         if self.engine is not None:
             self.engine.shutdown()
 
-    def _report(self, part: Part) -> dict[str, Any]:
-        output = self.job.tables[part.table].output
-        try:
-            # Ray hands a dead actor's parts to another; one that was finished already need not be done again.
-            scored = read_scored(output, part.part_id) or self._attempt(part)
-            return {"table": part.table, **scored._asdict()}
-        except (NoteLLMError, OSError) as error:
-            kind = type(error).__name__ if isinstance(error, NoteLLMError) else "OSError"
-            number = getattr(error, "errno", None)
-            return {
-                "table": part.table,
-                "part_id": part.part_id,
-                "error": kind,
-                "message": str(error),
-                "errno": number,
-            }
+    def store(self, part: CandidatePart) -> PartStore[ScoredPart]:
+        return self.stores[part.table]
 
-    def _attempt(self, part: Part) -> Scored:
-        if begin_attempt(self.job.tables[part.table].output, part.part_id) > MAX_ATTEMPTS:
-            raise ModelError(
-                f"{MAX_ATTEMPTS} engines of {self.job.facts.model} died while they had part {part.part_id} in hand. "
-                "If memory ran out, lower generation.max_sequences, generation.max_model_len or "
-                "generation.gpu_memory. The finished parts are kept: run the same command again"
-            )
+    def describe(self, part: CandidatePart) -> str:
+        return (
+            f"part {part.part_id} with {self.job.facts.model} (if memory ran out, lower generation.max_sequences, "
+            "generation.max_model_len or generation.gpu_memory)"
+        )
+
+    def make(self, part: CandidatePart) -> ScoredPart:
         with self.lock:
             if self.engine is None:
                 self._load()
@@ -142,8 +114,8 @@ class PartScorer:
         return Questions(table.files, table.ranker, table.controls), RankerPrompter(self.chat, table.ranker)
 
     def _commit(
-        self, part: Part, prompts: Sequence[Prompt], answers: Sequence[Any], bad: list[tuple[str, str]]
-    ) -> Scored:
+        self, part: CandidatePart, prompts: Sequence[Prompt], answers: Sequence[Any], bad: list[tuple[str, str]]
+    ) -> ScoredPart:
         rows, prompt_tokens, cached = [], 0, 0
         for prompt, answer in zip(prompts, answers, strict=True):
             if isinstance(answer, ValueError):
@@ -163,7 +135,16 @@ class PartScorer:
                 f"the last: {bad[-1][1]}. If prompts are too long, raise generation.max_model_len or lower "
                 "ranker.max_preference_tokens; if scores are NaN, try generation.dtype=float32"
             )
-        return commit_part(self.job.tables[part.table].output, part, rows, bad, (prompt_tokens, cached))
+        done = ScoredPart(
+            part_id=part.part_id,
+            model_fingerprint=self.job.facts.fingerprint,
+            scored=len(rows),
+            quarantined=len(bad),
+            prompt_tokens=prompt_tokens,
+            cached_tokens=cached,
+        )
+        table = pa.Table.from_pylist(rows, schema=SCORE_SCHEMA)
+        return self.store(part).commit(done, table, quarantine_table("candidates", part.part_id, bad))
 
 
 def _prompts(

@@ -13,15 +13,17 @@ from typing import Any
 
 import numpy as np
 import psutil
+import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
 
-from notellm2_ray.core.errors import DataError, ModelError, OutputError
+from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.schema import SCORE_SCHEMA
 from notellm2_ray.core.settings import GenerationSettings
+from notellm2_ray.infer.parts import quarantine_table
 from notellm2_ray.infer.score import ScoreTable, score_candidates
-from notellm2_ray.infer.score_parts import Part, clear_leftovers, commit_part, compile_scores, plan_parts, read_scored
+from notellm2_ray.infer.score_parts import CandidatePart, ScoredPart, compile_scores, part_store, plan_parts
 from notellm2_ray.infer.score_questions import Controls, Questions, ScoreFiles
 from tests.support import ROOT
 from tests.support import ranker_training as material
@@ -53,20 +55,19 @@ def test_parts_hold_whole_examples():
     assert plan_parts(np.empty(0, np.int64), 3, "model") == []
 
 
-def test_a_part_is_there_or_not(tmp_path):
-    part = Part("000000-abc", [0])
-    assert clear_leftovers(tmp_path, [part]) == 0
-    assert read_scored(tmp_path, part.part_id) is None
-    row = {"example_id": "e", "note_id": "n", "label": 1, "score": 0.5}
-    done = commit_part(tmp_path, part, [row], [("e m", "bad")], (10, 4))
-    assert read_scored(tmp_path, part.part_id) == done == (part.part_id, 1, 1, 10, 4)
-    assert compile_scores(tmp_path, [part]) == 1
-    assert pq.read_schema(tmp_path / "scores.parquet").equals(SCORE_SCHEMA)
-    assert pq.read_table(tmp_path / "quarantine" / "000000-abc.parquet").column("reason").to_pylist() == ["bad"]
-    assert clear_leftovers(tmp_path, [Part("000000-other", [0])]) == 1
-    (tmp_path / "parts" / "000000-abc.parquet").write_bytes(b"half")
-    with pytest.raises(OutputError, match="is damaged"):
-        read_scored(tmp_path, part.part_id)
+def test_parts_are_compiled_in_the_order_of_the_plan(tmp_path):
+    store, parts = part_store(tmp_path), [CandidatePart("000000-abc", [0]), CandidatePart("000001-def", [1])]
+    store.clear_leftovers([])
+    for part in reversed(parts):
+        row = {"example_id": part.part_id, "note_id": "n", "label": 1, "score": 0.5}
+        counts = {"scored": 1, "quarantined": 1, "prompt_tokens": 10, "cached_tokens": 4}
+        done = ScoredPart(part_id=part.part_id, model_fingerprint="m", **counts)
+        store.commit(done, pa.Table.from_pylist([row], schema=SCORE_SCHEMA), quarantine_table("c", "s", [("e", "bad")]))
+    assert store.finished("000000-abc").candidates == 2
+    assert compile_scores(store, parts) == 2
+    table = pq.read_table(tmp_path / "scores.parquet")
+    assert table.schema.equals(SCORE_SCHEMA) and table["example_id"].to_pylist() == ["000000-abc", "000001-def"]
+    assert compile_scores(store, []) == 0 and pq.read_schema(tmp_path / "scores.parquet").equals(SCORE_SCHEMA)
 
 
 def test_questions_say_what_is_there(directory, tmp_path):
