@@ -18,7 +18,7 @@ from notellm2_ray.infer.answers import cut_at_sentence, is_repetitive, one_parag
 from notellm2_ray.infer.blocks import list_files, note_ids, plan_blocks, read_ids
 from notellm2_ray.infer.engine import ModelFacts, check_model, engine_arguments
 from notellm2_ray.infer.progress import Progress
-from notellm2_ray.infer.summary_parts import Committed, begin, commit, compile_parts, first_reasons
+from notellm2_ray.infer.summary_parts import Described, commit, compile_summaries, part_store, read_described
 from notellm2_ray.infer.summary_pipeline import STAGE, Job, run
 from notellm2_ray.infer.summary_rows import ERROR, NO_IMAGE
 
@@ -67,7 +67,8 @@ def summarize_images(
     output = Path(output).absolute()
     facts = check_model(model, images=True)
     job, wanted, unknown = _plan(facts, notes, output, settings, generation, language, only_ids)
-    done, removed = begin(output, set(job.versions.values()))
+    store, versions = part_store(output), set(job.versions.values())
+    done, removed = read_described(store, versions)
     if removed:
         log.warning("%s: removed %d part(s) of another model, prompt, setting or other notes", STAGE, removed)
     reused = len(done.ids)
@@ -79,7 +80,7 @@ def summarize_images(
             progress.pause()
             _describe(job, again, 1, done, progress)
     _check_bad_share(job, done)
-    table = compile_parts(output, set(job.versions.values()))
+    table = compile_summaries(store, versions)
     seconds = progress.seconds()
     return {
         "notes": job.total,
@@ -126,7 +127,7 @@ def _plan(
     return job, wanted, len(plan.unknown_ids)
 
 
-def _describe(job: Job, todo: set[str], attempt: int, done: Committed, progress: Progress) -> set[str]:
+def _describe(job: Job, todo: set[str], attempt: int, done: Described, progress: Progress) -> set[str]:
     """Describe and commit; the ids that are to be asked for once more (none in the last attempt)."""
     again: set[str] = set()
     if not todo:
@@ -134,7 +135,7 @@ def _describe(job: Job, todo: set[str], attempt: int, done: Committed, progress:
     with closing(run(job, todo, attempt)) as batches:  # closed at once on an error: it holds the actors
         for rows in batches:
             good, bad, retry = sort_rows(rows, job.settings, attempt)
-            commit(job.output, good, bad)
+            commit(part_store(job.output), job.facts.fingerprint, good, bad)
             done.summaries.update(row["note_id"] for row in good)
             for row in bad:
                 (done.without_image if row["reason"] == NO_IMAGE else done.quarantined).add(row["note_id"])
@@ -180,13 +181,15 @@ def _problem(text: str, cut: bool, settings: SummarySettings) -> str:
     return ""
 
 
-def _check_bad_share(job: Job, done: Committed) -> None:
+def _check_bad_share(job: Job, done: Described) -> None:
     bad, seen = len(done.quarantined), len(done.quarantined) + len(done.summaries)
     images = job.total - len(done.without_image)
     if bad > job.settings.max_bad_share * images:
+        store = part_store(job.output)
+        reasons = "; ".join(store.first_reasons("note {key}: {reason}", leave_out=NO_IMAGE))
         raise errors.DataError(
             f"{bad} of the first {seen} images ({images} in all) could not be described, more than "
-            f"summaries.max_bad_share={job.settings.max_bad_share:g} allows: {'; '.join(first_reasons(job.output))}. "
-            f"All are in {job.output / 'quarantine'}. Where the engine failed, run the command again, which asks for "
+            f"summaries.max_bad_share={job.settings.max_bad_share:g} allows: {reasons}. "
+            f"All are in {store.quarantine}. Where the engine failed, run the command again, which asks for "
             "those once more; else repair the notes, or raise summaries.max_bad_share"
         )

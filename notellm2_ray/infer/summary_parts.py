@@ -1,35 +1,45 @@
-"""What batches of image summaries leave behind: small files, each whole or absent."""
+"""What is kept of image summaries: a part for each batch that left the engine.
+
+Unlike the parts of other jobs these are not planned. Which notes share a batch depends on the engine, so a part has a
+random id, and each of its rows says with its ``version`` what it was made from. A later run asks for the notes that no
+row of its own versions covers.
+"""
 
 from __future__ import annotations
 
-import os
 import uuid
 from collections.abc import Collection, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
-from notellm2_ray.core.errors import OutputError
-from notellm2_ray.core.schema import QUARANTINE_SCHEMA, SUMMARY_SCHEMA
+from notellm2_ray.core.schema import SUMMARY_SCHEMA
+from notellm2_ray.infer.parts import FinishedPart, PartStore, quarantine_table, write_parquet
 from notellm2_ray.infer.summary_rows import NO_IMAGE
 
-PARTS, QUARANTINE = "parts", "quarantine"
-# Of the model, the prompt, the settings and the notes file: a summary of anything else is none of ours.
-_VERSION = pa.field("version", pa.string(), nullable=False)
-_PART = SUMMARY_SCHEMA.append(_VERSION)
-# The engine failed on it, and not its image: the next run asks again.
+_VERSION = pa.field("version", pa.string(), nullable=False)  # of the model, prompt, settings and notes file together
+_ROWS = SUMMARY_SCHEMA.append(_VERSION)
+# In the quarantine: whether the engine failed rather than the image, so that the next run is to ask again.
 _PASSING = pa.field("passing", pa.bool_(), nullable=False)
-_BAD = QUARANTINE_SCHEMA.append(_VERSION).append(_PASSING)
+Rows = Sequence[dict[str, Any]]
 
 
-class Committed(NamedTuple):
-    """Notes that are done with."""
+@dataclass(frozen=True, kw_only=True)
+class DescribedPart(FinishedPart):
+    """A finished part's counts."""
+
+    summaries: int
+    quarantined: int
+
+
+class Described(NamedTuple):
+    """Ids of the notes that need not be asked for any more."""
 
     summaries: set[str]
-    quarantined: set[str]  # of these, the image or its description was bad
+    quarantined: set[str]  # the image, or the description of it, was bad
     without_image: set[str]
 
     @property
@@ -37,104 +47,72 @@ class Committed(NamedTuple):
         return self.summaries | self.quarantined | self.without_image
 
 
-def begin(output: Path, versions: Collection[str]) -> tuple[Committed, int]:
-    """Make the directories ready; what earlier runs committed, and how many files of other versions were removed.
+def part_store(output: Path) -> PartStore[DescribedPart]:
+    """The parts of a job: rows of SUMMARY_SCHEMA and ``version``."""
+    return PartStore(output, DescribedPart)
 
-    What was quarantined because the engine failed is forgotten, and so asked for again.
+
+def read_described(store: PartStore[DescribedPart], versions: Collection[str]) -> tuple[Described, int]:
+    """What earlier runs described, and how many parts of other versions were removed. Makes the directories.
+
+    Notes that were quarantined because the engine failed are taken out of the quarantine, so that they are asked for
+    again.
 
     Raises:
         OutputError: a file is damaged.
     """
-    removed = 0
-    done = Committed(set(), set(), set())
-    for folder in (PARTS, QUARANTINE):
-        (output / folder).mkdir(parents=True, exist_ok=True)
-        for path in (output / folder).glob("*.partial"):
-            path.unlink(missing_ok=True)
-    for path in sorted((output / PARTS).glob("*.parquet")):
-        table = _valid(path, versions)
-        removed += not len(table) and _remove(path)
-        done.summaries.update(table.column("note_id").to_pylist())
-    for path in sorted((output / QUARANTINE).glob("*.parquet")):
-        table = _valid(path, versions)
-        removed += not len(table) and _remove(path)
-        lasting = table.filter(pc.invert(table.column("passing")))
-        if len(lasting) < len(table):
-            write(path, lasting)
-            table = lasting
-        for key, reason in zip(table.column("key").to_pylist(), table.column("reason").to_pylist(), strict=True):
-            (done.without_image if reason == NO_IMAGE else done.quarantined).add(key)
-    return done, removed
+    done, kept, foreign = Described(set(), set(), set()), [], 0
+    for part_id in store.part_ids():
+        rows, bad = _of(versions, store.rows(part_id)), _of(versions, store.quarantined(part_id))
+        foreign += not len(rows) and not len(bad)
+        if len(bad):
+            lasting = bad.filter(pc.invert(bad.column("passing")))
+            if len(lasting) < len(bad):
+                write_parquet(store.quarantine_path(part_id), lasting)
+            bad = lasting
+        if len(rows) or len(bad):
+            kept.append(part_id)
+            done.summaries.update(rows.column("note_id").to_pylist() if len(rows) else ())
+            for row in bad.to_pylist():
+                (done.without_image if row["reason"] == NO_IMAGE else done.quarantined).add(row["key"])
+    store.clear_leftovers(kept)
+    return done, foreign
 
 
-def commit(output: Path, summaries: Sequence[dict[str, Any]], bad: Sequence[dict[str, Any]]) -> None:
-    """Put a batch on disk.
+def commit(
+    store: PartStore[DescribedPart],
+    model_fingerprint: str,
+    good: Sequence[dict[str, Any]],
+    bad: Sequence[dict[str, Any]],
+) -> None:
+    """Keep a batch.
 
     Args:
-        summaries: rows of SUMMARY_SCHEMA and ``version``.
+        good: rows of SUMMARY_SCHEMA and ``version``.
         bad: ``note_id``, ``reason``, ``version``, ``passing``.
     """
-    name = f"part-{uuid.uuid4().hex[:12]}.parquet"
-    if bad:
-        rows = [
-            {
-                "table": "notes",
-                "source": "image",
-                "key": row["note_id"],
-                "reason": row["reason"],
-                "version": row["version"],
-                "passing": row["passing"],
-            }
-            for row in bad
-        ]
-        write(output / QUARANTINE / name, pa.Table.from_pylist(rows, schema=_BAD))
-    if summaries:
-        write(output / PARTS / name, pa.Table.from_pylist(list(summaries), schema=_PART))
+    quarantined = quarantine_table("notes", "image", [(row["note_id"], row["reason"]) for row in bad])
+    for field in (_VERSION, _PASSING):
+        quarantined = quarantined.append_column(field, pa.array([row[field.name] for row in bad], field.type))
+    finished = DescribedPart(
+        part_id=f"part-{uuid.uuid4().hex[:12]}",
+        model_fingerprint=model_fingerprint,
+        summaries=len(good),
+        quarantined=len(bad),
+    )
+    store.commit(finished, pa.Table.from_pylist(list(good), schema=_ROWS), quarantined)
 
 
-def compile_parts(output: Path, versions: Collection[str]) -> pa.Table:
-    """Write ``summaries.parquet``, by note id; returns it."""
-    tables = [_valid(path, versions) for path in sorted((output / PARTS).glob("*.parquet"))]
-    table = pa.concat_tables(tables).select(SUMMARY_SCHEMA.names) if tables else SUMMARY_SCHEMA.empty_table()
+def compile_summaries(store: PartStore[DescribedPart], versions: Collection[str]) -> pa.Table:
+    """Write ``summaries.parquet``, in the order of note ids; returns the table."""
+    tables = [_of(versions, table) for table in store.tables(store.part_ids())]
+    table = pa.concat_tables([_ROWS.empty_table(), *tables]).select(SUMMARY_SCHEMA.names)
     table = table.take(pc.sort_indices(table, sort_keys=[("note_id", "ascending")])).cast(SUMMARY_SCHEMA)
-    write(output / "summaries.parquet", table)
+    write_parquet(store.output / "summaries.parquet", table)
     return table
 
 
-def first_reasons(output: Path, limit: int = 3) -> list[str]:
-    """Reasons of some quarantined notes, to be shown in an error."""
-    reasons: list[str] = []
-    for path in sorted((output / QUARANTINE).glob("*.parquet")):
-        table = pq.read_table(path, columns=["key", "reason"])
-        found = zip(table.column("key").to_pylist(), table.column("reason").to_pylist(), strict=True)
-        reasons += [f"note {key}: {reason}" for key, reason in found if reason != NO_IMAGE]
-        if len(reasons) >= limit:
-            break
-    return reasons[:limit]
-
-
-def write(path: Path, table: pa.Table) -> None:
-    """A Parquet file at ``path``, whole or not at all, even if the machine loses power."""
-    partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:8]}.partial")
-    try:
-        with open(partial, "wb") as file:
-            pq.write_table(table, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except OSError:
-        partial.unlink(missing_ok=True)
-        raise
-
-
-def _valid(path: Path, versions: Collection[str]) -> pa.Table:
-    try:
-        table = pq.read_table(path)
-        return table.filter(pc.is_in(table.column("version"), value_set=pa.array(list(versions), pa.string())))
-    except (OSError, KeyError, pa.ArrowException) as error:
-        raise OutputError(f"{path} is damaged ({error}): delete it and run the command again") from error
-
-
-def _remove(path: Path) -> bool:
-    path.unlink(missing_ok=True)
-    return True
+def _of(versions: Collection[str], table: pa.Table | None) -> pa.Table:
+    if table is None:
+        return pa.table({})
+    return table.filter(pc.is_in(table.column("version"), value_set=pa.array(list(versions), pa.string())))

@@ -14,14 +14,13 @@ from notellm2_ray.core import errors
 from notellm2_ray.core.settings import GenerationSettings, SummarySettings
 from notellm2_ray.infer.blocks import NoteFile, plan_blocks
 from notellm2_ray.infer.engine import ModelFacts, engine_arguments, engine_environment, engine_error, last_line
-from notellm2_ray.infer.ray_data import own_context
+from notellm2_ray.infer.ray_data import dataset, own_context
 from notellm2_ray.infer.resources import check_engines
 from notellm2_ray.infer.summary_rows import Asking, ImageReader, answer
 
 STAGE = "summarize-images"
 READER_CPUS = 0.25  # beside the engine's CPUs, whole ones for every stage would not fit into a small cluster
 _MAX_RETRIES = 5  # of a batch whose engine died
-_MAX_RAY_BLOCKS = 20_000  # the plan's rows are handed to Ray in as many objects at most
 
 
 class Job(NamedTuple):
@@ -44,18 +43,13 @@ def run(job: Job, todo: set[str], attempt: int) -> Generator[list[dict[str, Any]
     Raises:
         ModelError: vLLM cannot run the model.
     """
-    import ray
-
     check_engines(STAGE, job.generation, beside=2 * READER_CPUS)
     only = pa.array(sorted(todo), pa.string())
     blocks = plan_blocks(job.files, job.settings.batch_rows, "", only).blocks
-    with own_context():
-        # An encoded image is no Arrow type; said in so many words, each worker need not warn of it.
-        ray.data.DataContext.get_current().enable_fallback_to_arrow_object_ext_type = True
-        rows = ray.data.from_items(
-            [block._asdict() for block in blocks], override_num_blocks=min(len(blocks), _MAX_RAY_BLOCKS)
-        )
-        images = rows.map_batches(
+    with own_context() as context:
+        # An encoded image is no Arrow type. Without this setting each worker warns that it falls back to objects.
+        context.enable_fallback_to_arrow_object_ext_type = True
+        images = dataset(blocks).map_batches(
             ImageReader(frozenset(todo), job.versions), batch_size=1, batch_format="pyarrow", num_cpus=READER_CPUS
         )
         answered = _processor(job, attempt)(images)

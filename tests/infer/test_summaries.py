@@ -16,7 +16,8 @@ from notellm2_ray.core.schema import SUMMARY_SCHEMA, Note
 from notellm2_ray.core.settings import GenerationSettings, SummarySettings
 from notellm2_ray.infer.answers import cut_at_sentence, is_repetitive, one_paragraph
 from notellm2_ray.infer.summaries import sort_rows, summarize_images
-from notellm2_ray.infer.summary_rows import ERROR, EncodedImage, checked
+from notellm2_ray.infer.summary_parts import commit, compile_summaries, part_store, read_described
+from notellm2_ray.infer.summary_rows import ERROR, NO_IMAGE, EncodedImage, checked
 from tests.support.tiny_mllm import picture, save_mllm
 from tests.support.tiny_models import write_notes
 
@@ -73,6 +74,31 @@ def test_rows_are_sorted_into_good_bad_and_once_more() -> None:
     assert [one["note_id"] for one in bad] == ["broken"] and again == {"empty", "circles", "failed"}
     good, bad, again = sort_rows(rows, settings, 1)
     assert [one["note_id"] for one in bad] == ["empty", "circles", "failed", "broken"] and not again
+
+
+def test_parts_of_earlier_runs_are_taken_up_where_they_are_valid(tmp_path: Path) -> None:
+    store = part_store(tmp_path)
+
+    def good(note_id: str, version: str = "v1") -> dict:
+        return {"note_id": note_id, "summary": "s", "prompt_tokens": 1, "generated_tokens": 1, "version": version}
+
+    def bad(note_id: str, reason: str = "bad", version: str = "v1", passing: bool = False) -> dict:
+        return {"note_id": note_id, "reason": reason, "version": version, "passing": passing}
+
+    assert read_described(store, {"v1"}) == ((set(), set(), set()), 0)
+    commit(store, "m", [good("b"), good("a", "v0")], [bad("c"), bad("d", NO_IMAGE), bad("e", passing=True)])
+    commit(store, "m", [], [bad("f")])
+    commit(store, "m", [], [bad("g", passing=True)])
+    commit(store, "m", [good("x", "v0")], [bad("y", version="v0")])
+    first = read_described(store, {"v1"})
+    assert first == (({"b"}, {"c", "f"}, {"d"}), 1), "of the fourth part nothing is valid; e and g are asked for again"
+    assert read_described(store, {"v1"}) == (first[0], 0) and len(store.part_ids()) == 2
+    assert store.first_reasons(leave_out=NO_IMAGE) in (["c: bad", "f: bad"], ["f: bad", "c: bad"])
+    commit(store, "m", [good("a")], [])
+    assert compile_summaries(store, {"v1"})["note_id"].to_pylist() == ["a", "b"]
+    assert pq.read_schema(tmp_path / "summaries.parquet").equals(SUMMARY_SCHEMA)
+    assert len(compile_summaries(part_store(tmp_path / "empty"), {"v1"})) == 0
+    assert read_described(store, {"v2"})[1] == 3 and store.part_ids() == []
 
 
 @pytest.fixture(scope="module")
