@@ -11,12 +11,12 @@ from typing import Any
 
 from notellm2_ray.core import errors
 from notellm2_ray.core.config import to_plain
+from notellm2_ray.core.progress import Progress
 from notellm2_ray.core.run import fingerprint
 from notellm2_ray.core.settings import EmbedSettings
 from notellm2_ray.infer.blocks import Block, Plan, list_files, plan_blocks, read_ids
 from notellm2_ray.infer.part_actors import make_parts
 from notellm2_ray.infer.parts import PartStore, require_one_model
-from notellm2_ray.infer.progress import Progress
 from notellm2_ray.infer.resources import check_resources
 from notellm2_ray.infer.worker import BlockEmbedder, EmbeddedPart, Job, part_store
 
@@ -79,7 +79,8 @@ def embed_notes(
     done = [entry for entry in finished.values() if entry is not None]
     todo = [block for block in plan.blocks if finished[block.part_id] is None]
     reused = len(done)
-    with Progress(plan.notes, sum(entry.notes for entry in done)) as progress:
+    before = sum(entry.notes for entry in done)
+    with Progress("embed-notes", "notes", plan.notes, before=before, waits_for="the first block") as progress:
         if todo:
             with closing(run_blocks(job, todo)) as results:  # on an error the actors are given up at once
                 for entry in results:
@@ -92,7 +93,8 @@ def embed_notes(
     rows = _write_table(store, plan, done)
     return {
         **_counts(done, plan, reused),
-        **progress.seconds(),
+        "startup_seconds": progress.startup_seconds,
+        "embed_seconds": progress.seconds,
         "table_rows": rows,
         "table_seconds": round(time.monotonic() - started, 3),
     }

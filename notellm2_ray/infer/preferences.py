@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 
 from notellm2_ray.core import errors
 from notellm2_ray.core.config import to_plain
+from notellm2_ray.core.progress import Progress
 from notellm2_ray.core.prompts import Language
 from notellm2_ray.core.recommend_prompts import preference_prompt
 from notellm2_ray.core.run import fingerprint
@@ -26,7 +27,6 @@ from notellm2_ray.infer.preference_log import LogIndex
 from notellm2_ray.infer.preference_plan import Chain, Chains, describe, plan_chains, read_summaries, read_titles
 from notellm2_ray.infer.preference_pool import EnginePool
 from notellm2_ray.infer.preference_worker import Job, Work
-from notellm2_ray.infer.progress import Progress
 from notellm2_ray.infer.resources import check_engines
 
 log = logging.getLogger("notellm2_ray")
@@ -120,9 +120,8 @@ def rest_of(chains: Sequence[Chain], index: LogIndex) -> list[Work]:
 
 
 def _advance(job: Job, work: list[Work], index: LogIndex, total: int, reused: int) -> dict[str, float]:
-    with Progress(
-        total, reused, stage=STAGE, unit="preferences", waits_for="the engines and the first users"
-    ) as progress:
+    waits_for = "the engines and the first users"
+    with Progress(STAGE, "preferences", total, before=reused, waits_for=waits_for) as progress:
         started = time.monotonic()
         startup = 0.0
         if work:
@@ -143,7 +142,7 @@ def _drive(pool: EnginePool, waiting: deque[Work], index: LogIndex, progress: Pr
             pool.submit([waiting.popleft() for _ in range(min(room, len(waiting)))])
         for works, done in pool.finished():
             if done is not None:
-                progress.add(done.steps, done.generated_tokens)
+                progress.add(done.steps, tokens=done.generated_tokens)
                 continue
             # Its actor died: what it had logged is not asked for again.
             if index.refresh():

@@ -10,13 +10,13 @@ from typing import Any, NamedTuple
 
 from notellm2_ray.core import errors
 from notellm2_ray.core.config import to_plain
+from notellm2_ray.core.progress import Progress
 from notellm2_ray.core.ranking_rows import CandidateRows, store_notes
 from notellm2_ray.core.run import fingerprint
 from notellm2_ray.core.settings import GenerationSettings, RankerSettings
 from notellm2_ray.infer.engine import ModelFacts, check_model, engine_arguments, engine_environment
 from notellm2_ray.infer.part_actors import make_parts
 from notellm2_ray.infer.parts import PartStore
-from notellm2_ray.infer.progress import Progress
 from notellm2_ray.infer.resources import check_engines
 from notellm2_ray.infer.score_parts import CandidatePart, ScoredPart, compile_scores, part_store, plan_parts
 from notellm2_ray.infer.score_questions import Controls, ScoreFiles
@@ -92,7 +92,7 @@ def score_candidates(
     total, known = sum(len(one.rows) for one in planned), sum(part.candidates for one in planned for part in one.done)
     by_output = {one.table.output: one for one in planned}
     first = 0
-    with Progress(total, known, stage=STAGE, unit="candidates", waits_for="the engine") as progress:
+    with Progress(STAGE, "candidates", total, before=known, waits_for="the engine") as progress:
         if todo:
             shown_notes.unlink(missing_ok=True)
             store_notes(notes, set().union(*(_shown(one) for one in planned)), shown_notes)
@@ -105,12 +105,11 @@ def score_candidates(
     for one in planned:
         _check_bad_share(one)
     shown_notes.unlink(missing_ok=True)
-    seconds = progress.seconds()
     # The first part's arrival ends the start-up; it is not in the time, so neither are its candidates in the rate.
-    active = seconds["embed_seconds"] - seconds["startup_seconds"]
+    active = progress.seconds - progress.startup_seconds
     together = {
-        "startup_seconds": seconds["startup_seconds"],
-        "score_seconds": seconds["embed_seconds"],
+        "startup_seconds": progress.startup_seconds,
+        "score_seconds": progress.seconds,
         "candidates_per_s": round((progress.added - first) / active, 2) if active > 0 else None,
     }
     return [{**_counts(one), **together} for one in planned]

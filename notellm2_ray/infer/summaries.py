@@ -10,6 +10,7 @@ from typing import Any
 
 from notellm2_ray.core import errors
 from notellm2_ray.core.config import to_plain
+from notellm2_ray.core.progress import Progress
 from notellm2_ray.core.prompts import Language
 from notellm2_ray.core.recommend_prompts import summary_prompt
 from notellm2_ray.core.run import fingerprint
@@ -17,7 +18,6 @@ from notellm2_ray.core.settings import GenerationSettings, SummarySettings
 from notellm2_ray.infer.answers import cut_at_sentence, is_repetitive, one_paragraph
 from notellm2_ray.infer.blocks import list_files, note_ids, plan_blocks, read_ids
 from notellm2_ray.infer.engine import ModelFacts, check_model, engine_arguments
-from notellm2_ray.infer.progress import Progress
 from notellm2_ray.infer.summary_parts import Described, commit, compile_summaries, part_store, read_described
 from notellm2_ray.infer.summary_pipeline import STAGE, Job, run
 from notellm2_ray.infer.summary_rows import ERROR, NO_IMAGE
@@ -73,7 +73,7 @@ def summarize_images(
         log.warning("%s: removed %d part(s) of another model, prompt, setting or other notes", STAGE, removed)
     reused = len(done.ids)
     todo = wanted - done.ids
-    with Progress(job.total, reused, stage=STAGE, unit="images", waits_for="the engine") as progress:
+    with Progress(STAGE, "images", job.total, before=reused, waits_for="the engine") as progress:
         again = _describe(job, todo, 0, done, progress)
         if again:
             log.info("%s: %d image(s) got no usable answer, asking once more, of new engines", STAGE, len(again))
@@ -81,7 +81,6 @@ def summarize_images(
             _describe(job, again, 1, done, progress)
     _check_bad_share(job, done)
     table = compile_summaries(store, versions)
-    seconds = progress.seconds()
     return {
         "notes": job.total,
         "summaries": len(table),
@@ -92,8 +91,8 @@ def summarize_images(
         "unknown_ids": unknown,
         "prompt_tokens": sum(table.column("prompt_tokens").to_pylist()),
         "generated_tokens": sum(table.column("generated_tokens").to_pylist()),
-        "startup_seconds": seconds["startup_seconds"],
-        "generate_seconds": round(seconds["embed_seconds"] - seconds["startup_seconds"], 3),
+        "startup_seconds": progress.startup_seconds,
+        "generate_seconds": round(progress.seconds - progress.startup_seconds, 3),
     }
 
 
@@ -140,7 +139,7 @@ def _describe(job: Job, todo: set[str], attempt: int, done: Described, progress:
             for row in bad:
                 (done.without_image if row["reason"] == NO_IMAGE else done.quarantined).add(row["note_id"])
             again |= retry
-            progress.add(len(good) + len(bad), sum(row["generated_tokens"] for row in good))
+            progress.add(len(good) + len(bad), tokens=sum(row["generated_tokens"] for row in good))
             _check_bad_share(job, done)
     return again
 

@@ -1,10 +1,9 @@
-"""What a run leaves behind while it is under way: history.jsonl, curves for a logger, and lines of progress."""
+"""What a run records while it is under way: history.jsonl, curves for a logger, and its speed."""
 
 from __future__ import annotations
 
 import importlib.util
 import json
-import logging
 import os
 import time
 from collections.abc import Callable, Mapping
@@ -13,8 +12,6 @@ from typing import Any
 
 from notellm2_ray.core.errors import ConfigError
 from notellm2_ray.core.run import write_atomically
-
-log = logging.getLogger("notellm2_ray")
 
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 Row = Mapping[str, Any]
@@ -61,47 +58,31 @@ def read_history(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-class Progress:
-    """A line every few seconds: step, loss, notes (or what else is counted) per second, time left."""
+class Stopwatch:
+    """The speed of training steps alone: validations and checkpoints between them are not counted.
 
-    def __init__(self, step: int, total: int, notes_per_step: int, every_s: float = 5.0, unit: str = "notes") -> None:
-        self._total, self._notes, self._every, self._unit = total, notes_per_step, every_s, unit
-        self._first, self._started = step, time.monotonic()
-        self._told, self._step_ended = self._started, self._started
-        self._seconds = 0.0  # in training steps alone: validations and checkpoints are not counted
+    Args:
+        per_step: what a step counts for, such as its notes, of all ranks together.
+    """
+
+    def __init__(self, per_step: int) -> None:
+        self._per_step, self._steps, self._seconds = per_step, 0, 0.0
+        self._began = 0.0
 
     def begin(self) -> None:
-        """A step begins (what came since the last one ended was something else)."""
-        self._step_ended = time.monotonic()
+        """A step begins."""
+        self._began = time.monotonic()
 
-    def end(self, step: int, loss: float, quiet: bool = False) -> float:
-        """A step has ended, ``step`` updates are done; its speed in notes per second, of all ranks together."""
-        now = time.monotonic()
-        seconds, self._step_ended = now - self._step_ended, now
-        self._seconds += seconds
-        if not quiet and (now - self._told >= self._every or step == self._total):
-            self._told = now
-            left = (now - self._started) / (step - self._first) * (self._total - step)
-            log.info(
-                "step %d/%d: loss %.4f, %.3g %s/s, %s left",
-                step,
-                self._total,
-                loss,
-                self.notes_per_s(step),
-                self._unit,
-                _duration(left),
-            )
-        return self._notes / max(seconds, 1e-9)
+    def end(self) -> float:
+        """The step has ended; returns its speed, per second."""
+        seconds = time.monotonic() - self._began
+        self._steps, self._seconds = self._steps + 1, self._seconds + seconds
+        return self._per_step / max(seconds, 1e-9)
 
-    def notes_per_s(self, step: int) -> float:
-        """Mean speed since the start (or the resumption) of the run."""
-        return self._notes * (step - self._first) / max(self._seconds, 1e-9)
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02d} min" if hours else f"{minutes} min {seconds:02d} s" if minutes else f"{seconds} s"
+    @property
+    def speed(self) -> float:
+        """Mean speed of all steps so far, per second."""
+        return self._per_step * self._steps / max(self._seconds, 1e-9)
 
 
 def open_logger(

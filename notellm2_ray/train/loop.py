@@ -41,7 +41,7 @@ class Job(NamedTuple):
 class Trainer(TrainingRun[tuple[PairBatch, PreparedNotes]]):
     """One rank of an embedder's training run."""
 
-    unit = "notes"
+    stage, unit = "train-embedder", "notes"
 
     def __init__(self, job: Job, device: torch.device, report: Report) -> None:
         """Build everything; the same weights on every rank.
@@ -96,7 +96,8 @@ class Trainer(TrainingRun[tuple[PairBatch, PreparedNotes]]):
         score = self.validation.score(self.module, self.job.model.alpha, self.device)
         if distributed.rank() == 0:
             step = self.state.step
-            log.info("step %d/%d: validation recall@10 %.4f, loss %.4f", step, self.total, score.recall, score.loss)
+            figures = f"recall@10 {score.recall:.4f}, loss {score.loss:.4f}"
+            log.info("%s: step %d / %d, validation %s", self.stage, step, self.total, figures)
         if self._is_better(score):
             self.keep(best_score=score.recall, best_loss=score.loss)
         return {"valid_loss": score.loss, "valid_recall": score.recall}

@@ -15,13 +15,14 @@ import torch
 
 from notellm2_ray.core.config import to_plain
 from notellm2_ray.core.memory import keep_freed_memory
+from notellm2_ray.core.progress import Progress
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.settings.train import TrainSettings
 from notellm2_ray.train import distributed
 from notellm2_ray.train.batches import prefetched
 from notellm2_ray.train.checkpoints import RunFiles, State, begin_checkpoint, read_state, write_state
 from notellm2_ray.train.engine import Engine
-from notellm2_ray.train.history import History, Progress, open_logger
+from notellm2_ray.train.history import History, Stopwatch, open_logger
 from notellm2_ray.train.schedule import learning_rate_factor
 
 log = logging.getLogger("notellm2_ray")
@@ -38,11 +39,13 @@ class TrainingRun(ABC, Generic[Step]):
 
     Attributes:
         total: updates of the whole run.
-        unit, per_step: what a step's progress is counted in, and how many of them a step has.
+        stage: its name on the command line, for the log.
+        unit, per_step: what a step's speed is counted in, and how many of them a step has.
     """
 
     engine: Engine
     total: int
+    stage: str
     unit: str
     per_step: int
 
@@ -90,16 +93,19 @@ class TrainingRun(ABC, Generic[Step]):
         history = History(self.files.history, self.state.step) if first else None
         name = self.settings.logger if first else "none"
         add_to_log, close_log = open_logger(name, self.files.output, to_plain(self.settings), self.state.step)
-        progress = Progress(self.state.step, self.total, self.per_step, unit=self.unit)
+        progress = Progress(self.stage, "steps", self.total, before=self.state.step)
+        stopwatch = Stopwatch(self.per_step)
         self.engine.module.train()
         steps = prefetched(self._numbered, range(self.state.step, self.total), self.settings.prefetch_batches)
         for step, prepared in steps:
-            progress.begin()
+            stopwatch.begin()
             # Dropout follows from the step, so that a resumed run drops what an undisturbed one does.
             torch.manual_seed(stream_seed(self.seed, "train", "dropout", step, distributed.rank()))
             figures = self.train(step, prepared)
             self.state = self.state.model_copy(update={"step": step + 1})
-            speed = progress.end(step + 1, figures["loss"], quiet=not first)
+            speed = stopwatch.end()
+            if first:
+                progress.add(text=f"loss {figures['loss']:.4f}, {stopwatch.speed:.3g} {self.unit}/s")
             row = {"step": step + 1, "loss": figures["loss"], "lr": self.factor(step) * self.settings.learning_rate}
             row |= {**figures, f"{self.unit}_per_s": round(speed, 1)}
             rows = [row, *self._validation_rows()]
@@ -113,7 +119,7 @@ class TrainingRun(ABC, Generic[Step]):
             history.close()
         if self.state.best_step is None:
             self.keep()  # without validation the last weights are the best there are
-        return self._all_figures(history, progress)
+        return self._all_figures(history, stopwatch.speed)
 
     def factor(self, step: int) -> float:
         """What the peak learning rates are multiplied by in ``step``."""
@@ -154,7 +160,7 @@ class TrainingRun(ABC, Generic[Step]):
         if distributed.rank() == 0:
             self.files.keep_best(state.best_step for state in self._reported)
 
-    def _all_figures(self, history: History | None, progress: Progress) -> dict[str, Any]:
+    def _all_figures(self, history: History | None, speed: float) -> dict[str, Any]:
         if history is None:
             return {}
         losses = [row["loss"] for row in history.rows if "loss" in row]
@@ -163,7 +169,7 @@ class TrainingRun(ABC, Generic[Step]):
             **self.figures(),
             "best_step": self.state.best_step,
             "final_loss": losses[-1],
-            f"{self.unit}_per_s": round(progress.notes_per_s(self.total), 1),
+            f"{self.unit}_per_s": round(speed, 1),
         }
 
 

@@ -57,7 +57,7 @@ class SftStep(nn.Module):
 class SftTrainer(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
     """One rank of a ranker's tuning."""
 
-    unit = "prompts"
+    stage, unit = "train-ranker", "prompts"
 
     def __init__(self, job: SftJob, device: torch.device, report: Report) -> None:
         """Build everything; the same weights on every rank."""
@@ -122,7 +122,8 @@ class SftTrainer(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
         self.module.train()
         auc, loss = pooled_auc(scores, self._valid_labels), _log_loss(scores, self._valid_labels)
         if distributed.rank() == 0:
-            log.info("step %d/%d: validation AUC %.4f, loss %.4f", self.state.step, self.total, auc, loss)
+            figures = f"AUC {auc:.4f}, loss {loss:.4f}"
+            log.info("%s: step %d / %d, validation %s", self.stage, self.state.step, self.total, figures)
         best = (-(self.state.best_score or 0.0), self.state.best_loss or math.inf)
         if self.state.best_step is None or (-auc, loss) < best:
             self.keep(best_score=auc, best_loss=loss)

@@ -1,14 +1,10 @@
-"""Actors that can never be placed are an error at once, not an endless wait; and progress is told."""
+"""Actors that can never be placed are an error at once, not an endless wait."""
 
 from __future__ import annotations
-
-import logging
 
 import pytest
 
 from notellm2_ray.core.errors import ConfigError
-from notellm2_ray.infer import progress
-from notellm2_ray.infer.progress import Progress
 from notellm2_ray.infer.resources import require_fit
 
 
@@ -30,34 +26,3 @@ def test_what_does_not_fit_is_named(nodes: list, cpus: float, gpus: float, actor
 def test_what_fits_passes() -> None:
     require_fit([{"CPU": 4}], {"CPU": 0.1, "GPU": 0}, 40)
     require_fit([{"CPU": 4, "GPU": 1}, {"CPU": 4, "GPU": 1}], {"CPU": 2, "GPU": 0.5}, 4)
-
-
-def test_progress_tells_rate_and_time_left(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    now = [100.0]
-    monkeypatch.setattr(progress.time, "monotonic", lambda: now[0])
-    counter = Progress(total=1000, before=200)
-    assert "200 / 1000 notes, waiting" in counter.line()
-    now[0] = 110.0
-    counter.add(100)
-    now[0] = 120.0
-    counter.add(100)
-    # 200 notes in 20 seconds; what an earlier run did is no part of the rate
-    assert "400 / 1000 notes, 10 notes/s, 1 min 00 s left" in counter.line()
-    assert counter.seconds() == {"startup_seconds": 10.0, "embed_seconds": 20.0}
-    counter.pause()
-    now[0] = 127.0
-    counter.add(1)
-    now[0] = 128.0
-    counter.add(1)
-    assert counter.seconds() == {"startup_seconds": 17.0, "embed_seconds": 28.0}
-
-
-def test_progress_logs_by_itself(monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
-    import time
-
-    monkeypatch.setattr(progress, "LOG_SECONDS", 0.02)
-    with caplog.at_level(logging.INFO, "notellm2_ray"), Progress(10) as counter:
-        counter.add(4)
-        time.sleep(0.2)
-    lines = [record.message for record in caplog.records]
-    assert 2 <= len(lines) <= 3 and "4 / 10 notes" in lines[0]  # said once while nothing changes, and at the end

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -12,13 +11,11 @@ import torch
 from torch import Tensor, nn
 
 from notellm2_ray.core.memory import keep_freed_memory
+from notellm2_ray.core.progress import Progress
 from notellm2_ray.models.device import multiplies_bf16
-
-log = logging.getLogger("notellm2_ray")
 
 _WARMUP_SHARE = 0.1
 _FINAL_SHARE = 0.05  # of the peak learning rate, at the end of the cosine
-_SECONDS_BETWEEN_LINES = 5.0
 
 
 def fit(
@@ -39,7 +36,7 @@ def fit(
     optimizer = torch.optim.AdamW(_groups(model), lr=learning_rate, betas=(0.9, 0.98), fused=True)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _share_of_peak(step, steps))
     losses: list[float] = []
-    started = spoken = time.perf_counter()
+    progress = Progress(name, "steps", steps)
     model.train()
     for step in range(steps):
         loss = batch_loss(step)
@@ -49,11 +46,7 @@ def fit(
         optimizer.step()
         schedule.step()
         losses.append(loss.item())
-        now = time.perf_counter()
-        if now - spoken >= _SECONDS_BETWEEN_LINES or step + 1 == steps:
-            spoken = now
-            left = (now - started) / (step + 1) * (steps - step - 1)
-            log.info("%s: step %d of %d, loss %.3f, %.0f s left", name, step + 1, steps, losses[-1], left)
+        progress.add(text=f"loss {losses[-1]:.3f}")
     model.eval()
     return losses
 

@@ -168,7 +168,7 @@ def test_a_corpus_of_one_word_is_enough(tmp_path):
 def test_progress_is_logged_with_loss_and_time_left(tmp_path, caplog):
     with caplog.at_level("INFO", logger="notellm2_ray"):
         train_tiny_llm(["tea"], SMALL.model_copy(update={"llm_steps": 2}), tmp_path, seed=0)
-    assert any("step 2 of 2, loss" in line and "s left" in line for line in caplog.messages)
+    assert any("2 / 2 steps" in line and "loss" in line and "s left" in line for line in caplog.messages)
 
 
 def test_clip_learns_to_tell_held_out_images_apart(clip):
