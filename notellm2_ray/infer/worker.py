@@ -170,38 +170,19 @@ def _load(job: Job) -> _Loaded:
 
 
 def encode(encoder: NoteEncoder, features: Sequence[NoteFeatures], settings: EmbedSettings) -> np.ndarray:
-    """Unit vectors of features, in their order; a vector that is not finite is left for the caller to judge.
-
-    As ``NoteEncoder.encode_features``, but nothing is fetched from a GPU before all batches are queued on it, so that
-    it has work while the next batch is put together.
-
-    Returns:
-        (N, D) float32.
+    """Unit vectors (N, D) of features, in their order; a vector that is not finite is left to the caller to judge.
 
     Raises:
         ModelError: GPU memory ran out.
     """
     import torch
-    import torch.nn.functional as F
 
-    from notellm2_ray.models.embedder.encoder import batches_by_length
-
-    on_gpu = encoder.device.type == "cuda"
-    vectors = np.empty((len(features), encoder.embedding_dim), np.float32)
-    lengths = [item.num_tokens for item in features]
-    batches = list(batches_by_length(lengths, settings.batch_tokens, settings.max_batch_notes))
     try:
-        with torch.inference_mode():
-            parts = []
-            for rows in batches:
-                batch = encoder.preprocessor.collate([features[row] for row in rows])
-                batch = batch.pin_memory().to(encoder.device, non_blocking=True) if on_gpu else batch
-                parts.append(F.normalize(encoder.model(batch).multimodal, dim=-1))
-            for rows, part in zip(batches, parts, strict=True):
-                vectors[rows] = part.cpu().numpy()
+        return encoder.encode_features(
+            features, batch_tokens=settings.batch_tokens, max_batch_notes=settings.max_batch_notes
+        )
     except torch.OutOfMemoryError as error:
         raise ModelError(f"GPU memory ran out: lower embed.batch_tokens or embed.max_batch_notes ({error})") from error
-    return vectors
 
 
 def _table(ids: Sequence[str], vectors: Mapping[str, np.ndarray]) -> pa.Table:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,8 @@ from notellm2_ray.models.embedder.storage import (
     save_weights,
 )
 from notellm2_ray.models.llm import load_tokenizer
+
+_QUEUED_BATCHES = 8  # on a GPU, before the oldest one's vectors are fetched
 
 
 class NoteEncoder:
@@ -87,19 +90,7 @@ class NoteEncoder:
             DataError: an image cannot be decoded, or a vector is not finite; the message names the notes.
         """
         features = [self.preprocessor.features(note, inputs) for note in notes]
-        return self.encode_features(features, batch_tokens=batch_tokens, max_batch_notes=max_batch_notes)
-
-    def encode_features(
-        self, features: Sequence[NoteFeatures], *, batch_tokens: int = 16_384, max_batch_notes: int = 256
-    ) -> np.ndarray:
-        """As :meth:`encode`, of notes that went through the preprocessor already."""
-        vectors = np.empty((len(features), self.embedding_dim), np.float32)
-        if self.model.training:  # eval() visits every module: a millisecond, as long as a tiny model's forward pass
-            self.model.eval()
-        with torch.inference_mode():
-            for rows in batches_by_length([item.num_tokens for item in features], batch_tokens, max_batch_notes):
-                batch = self.preprocessor.collate([features[row] for row in rows]).to(self.device)
-                vectors[rows] = F.normalize(self.model(batch).multimodal, dim=-1).cpu().numpy()
+        vectors = self.encode_features(features, batch_tokens=batch_tokens, max_batch_notes=max_batch_notes)
         wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(wrong):
             names = ", ".join(features[row].note_id for row in wrong[:5])
@@ -107,6 +98,36 @@ class NoteEncoder:
                 f"the model gave vectors that are not finite for {len(wrong)} of {len(features)} notes ({names}): "
                 "its weights are damaged, or they overflow in this precision (try precision=fp32)"
             )
+        return vectors
+
+    def encode_features(
+        self, features: Sequence[NoteFeatures], *, batch_tokens: int = 16_384, max_batch_notes: int = 256
+    ) -> np.ndarray:
+        """As :meth:`encode`, for notes that went through the preprocessor already.
+
+        Returns:
+            (N, D) float32; a row that is not finite is left to the caller to judge.
+        """
+        vectors = np.empty((len(features), self.embedding_dim), np.float32)
+        if self.model.training:  # eval() visits every module: a millisecond, as long as a tiny model's forward pass
+            self.model.eval()
+        on_gpu = self.device.type == "cuda"
+        queued: deque[tuple[np.ndarray, torch.Tensor]] = deque()  # rows, and their vectors on the device
+
+        def fetch() -> None:
+            rows, unit = queued.popleft()
+            vectors[rows] = unit.cpu().numpy()
+
+        with torch.inference_mode():
+            for rows in batches_by_length([item.num_tokens for item in features], batch_tokens, max_batch_notes):
+                batch = self.preprocessor.collate([features[row] for row in rows])
+                batch = batch.pin_memory().to(self.device, non_blocking=True) if on_gpu else batch.to(self.device)
+                queued.append((rows, F.normalize(self.model(batch).multimodal, dim=-1)))
+                # Fetching waits for the GPU: with batches queued, it has work while the next one is put together.
+                if len(queued) > (_QUEUED_BATCHES if on_gpu else 0):
+                    fetch()
+            while queued:
+                fetch()
         return vectors
 
     def save_pretrained(self, path: str | Path) -> None:

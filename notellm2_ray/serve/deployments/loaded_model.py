@@ -154,7 +154,10 @@ class LoadedModel:
     def _encode(self, features: Sequence[NoteFeatures | str]) -> list[Encoded]:
         started = time.perf_counter()
         good = [one for one in features if not isinstance(one, str)]
-        vectors = iter(self._vectors(good))
+        settings = self.settings
+        vectors = iter(
+            self.encoder.encode_features(good, batch_tokens=settings.batch_tokens, max_batch_notes=settings.batch)
+        )
         seconds = time.perf_counter() - started
         self.workers.workload.took("model", seconds, len(good))
         self.workers.figures.took("model", seconds)
@@ -168,21 +171,3 @@ class LoadedModel:
             problem = "" if np.isfinite(vector).all() else "the model gives no finite vector for it"
             encoded.append((vector, problem, one.num_tokens))
         return encoded
-
-    def _vectors(self, features: Sequence[NoteFeatures]) -> np.ndarray:
-        """(N, D); rows that are not finite stay so, for their caller alone to be told."""
-        try:
-            return self._forward(features)
-        except DataError:
-            return np.concatenate([self._one(one) for one in features])
-
-    def _one(self, features: NoteFeatures) -> np.ndarray:
-        try:
-            return self._forward([features])
-        except DataError:
-            return np.full((1, self.encoder.embedding_dim), np.nan, np.float32)
-
-    def _forward(self, features: Sequence[NoteFeatures]) -> np.ndarray:
-        return self.encoder.encode_features(
-            features, batch_tokens=self.settings.batch_tokens, max_batch_notes=self.settings.batch
-        )

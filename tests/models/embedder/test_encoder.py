@@ -112,12 +112,16 @@ def test_bfloat16_vectors_are_close(saved):
     assert (exact * rough).sum(axis=1).min() > 0.99
 
 
-def test_a_vector_that_is_not_finite_names_its_notes(parts):
-    encoder = make(parts, "late_fusion")
+def test_a_vector_that_is_not_finite_names_its_notes_and_spoils_no_other(parts):
+    encoder, notes = make(parts, "late_fusion"), tiny_models.notes(3, without_image=[1])
+    expected = encoder.encode(notes)
     with torch.no_grad():
         encoder.model.fusion.visual.weight.fill_(torch.nan)
     with pytest.raises(DataError, match=r"not finite for 2 of 3 notes \(n0, n2\)"):
-        encoder.encode(tiny_models.notes(3, without_image=[1]))
+        encoder.encode(notes)
+    vectors = encoder.encode_features([encoder.preprocessor.features(note) for note in notes])
+    assert np.isfinite(vectors).all(axis=1).tolist() == [False, True, False]
+    np.testing.assert_array_equal(vectors[1], expected[1])
 
 
 def test_flash_attention_of_training_is_not_needed_on_a_cpu(saved):
