@@ -6,6 +6,8 @@ import argparse
 import importlib.util
 import re
 import shlex
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -149,6 +151,25 @@ def test_steps_lists_the_verbs():
 
 def test_steps_lists_the_presets():
     assert _table(ROOT / "docs" / "steps.md", "preset") == {name: text for name, (text, _) in PRESETS.items()}
+
+
+def test_page_of_settings_needs_only_what_docs_lock_has():
+    code = (
+        "import importlib.metadata, sys\n"
+        "sys.modules['cloudpickle'] = None\n"  # pyarrow takes it where it is there
+        "from notellm2_ray.core.config import nested_models\n"
+        "from notellm2_ray.core.settings import Settings\n"
+        "todo = [Settings]\n"
+        "for model in todo:\n"
+        "    todo += [one for field in model.model_fields.values() for one in nested_models(field.annotation)]\n"
+        "homes = importlib.metadata.packages_distributions()\n"
+        "print(*{home for name, module in sys.modules.items() if module for home in homes.get(name, ())})\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    locked = {line.partition("==")[0] for line in (ROOT / "requirements" / "docs.lock").read_text().splitlines()}
+    needed = {name.lower().replace("_", "-") for name in done.stdout.split()} - {"notellm2-ray", "setuptools", "pip"}
+    assert needed <= {name.lower().replace("_", "-") for name in locked}
 
 
 def test_the_picture_is_drawn_from_its_script_and_names_verbs():
