@@ -145,7 +145,7 @@ def wait_ready(settings: ServeSettings) -> None:
     until, reason = time.monotonic() + settings.ready_seconds, "no answer"
     while time.monotonic() < until:
         try:
-            answer = httpx.get(f"http://{shown}:{settings.port}/v1/ready", timeout=5, trust_env=False)
+            answer = httpx.get(f"http://{shown}:{settings.port}/v1/ready", timeout=10, trust_env=False)
             if answer.status_code == 200:
                 return
             reason = answer.text[:500]

@@ -258,6 +258,8 @@ def gateway_of(problem=None, **handles):
     described = answering(describe={"models": [{"fingerprint": MODEL}]}, exchange={"other": {}})
     made = Gateway.__new__(Gateway)
     made.name, made.reports, made.writing_model = "gateway-1", {}, ""
+    made.problems, made.missing = [], []
+    made._asking, made._asked = asyncio.Lock(), float("-inf")
     made._report = dict
     index = SimpleNamespace(model_fingerprint=MODEL)
     made.follower = SimpleNamespace(problem=problem, index=index, alive=True)
@@ -268,25 +270,46 @@ def gateway_of(problem=None, **handles):
 
 @pytest.mark.parametrize("name", ["encoder", "writer", "users"])
 def test_a_part_that_is_needed_makes_a_replica_unready(name):
-    problems, missing = asyncio.run(gateway_of(**{name: failing(UnavailableError("away"))})._look_around())
-    assert [one.startswith(name) for one in problems] == [True] and "away" in problems[0] and not missing
+    problems = asyncio.run(gateway_of(**{name: failing(UnavailableError("away"))}).missing_now())
+    assert [one.startswith(name) for one in problems] == [True] and "away" in problems[0]
 
 
 def test_a_part_that_can_be_done_without_does_not():
-    problems, missing = asyncio.run(gateway_of(ranker=failing(UnavailableError("away")))._look_around())
-    assert problems == [] and missing == ["ranker: away"]
+    gateway = gateway_of(ranker=failing(UnavailableError("away")))
+    asyncio.run(gateway._ask_optional())
+    assert asyncio.run(gateway.missing_now()) == [] and gateway.missing == ["ranker: away"]
 
 
 def test_a_busy_part_is_there():
     gateway = gateway_of(writer=failing(OverloadedError("full")))
     gateway.reports = {"before": {}}
-    assert asyncio.run(gateway._look_around()) == ([], [])
+    assert asyncio.run(gateway.missing_now()) == []
     assert gateway.reports == {"before": {}}
+
+
+def test_ready_is_asked_for_again_and_once_for_all_who_ask_at_the_same_moment(monkeypatch):
+    asked = []
+
+    async def missing_parts():
+        asked.append(len(asked))
+        await asyncio.sleep(0.01)
+        return ["encoder: away"] if len(asked) == 3 else []
+
+    async def run():
+        gateway = gateway_of()
+        gateway._missing_parts = missing_parts
+        assert await asyncio.gather(*(gateway.missing_now() for _ in range(5))) == [[]] * 5 and len(asked) == 1
+        monkeypatch.setattr("notellm2_ray.serve.deployments.gateway._READY_SECONDS", 0.0)
+        assert await gateway.missing_now() == [] and len(asked) == 2
+        assert await gateway.missing_now() == ["encoder: away"] and len(asked) == 3
+        assert await gateway.missing_now() == ["encoder: away"] and len(asked) == 3  # told without waiting again
+
+    asyncio.run(run())
 
 
 def test_an_index_that_stands_still_makes_a_replica_unready_and_a_dead_thread_ends_it():
     gateway = gateway_of(problem="the table cannot be followed: gone")
-    assert asyncio.run(gateway._look_around()) == (["the table cannot be followed: gone"], [])
+    assert asyncio.run(gateway.missing_now()) == ["the table cannot be followed: gone"]
     gateway.check_health()
     gateway.follower.alive = False
     with pytest.raises(RuntimeError):

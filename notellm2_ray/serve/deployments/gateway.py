@@ -34,6 +34,7 @@ from notellm2_ray.serve.plan import Plan
 log = logging.getLogger("notellm2_ray.serve")
 
 _EXCHANGE_SECONDS = 2.0
+_READY_SECONDS = 0.25  # age of an answer that this replica is ready: older ones are asked for again
 _INLINE_SECONDS = 0.003  # a search that takes longer than this runs in a thread, so that others are answered meanwhile
 
 
@@ -67,6 +68,8 @@ class Gateway:
         self.writing_model = ""
         self.problems = ["the other deployments were not asked yet"]
         self.missing: list[str] = []
+        self._asking = asyncio.Lock()
+        self._asked = float("-inf")  # when the other deployments were last asked
         self._search_seconds = 0.0
         self._tasks: set[asyncio.Task[Any]] = set()
         self.follower = _follow(plan)
@@ -179,6 +182,16 @@ class Gateway:
                     found.append(await call(one.handle.report, what=one.name, seconds=2))
         return found
 
+    async def missing_now(self) -> list[str]:
+        """What is missing for this replica to be ready.
+
+        "Nothing" is never just remembered: a deployment may have died since the last exchange, and the next requests
+        would wait for it in vain. So the others are asked again, once for all who want to know at the same moment.
+        """
+        if not self.problems:
+            await self._ask_needed(not_before=time.monotonic() - _READY_SECONDS)
+        return self.problems
+
     def check_health(self) -> None:
         """Serve restarts the replica when this raises."""
         if not self.follower.alive:
@@ -186,29 +199,42 @@ class Gateway:
 
     async def _exchange_forever(self) -> None:
         while True:
-            self.problems, self.missing = await self._look_around()
+            await asyncio.gather(self._ask_needed(), self._ask_optional())
             await asyncio.sleep(0.5 if self.problems or self.missing else _EXCHANGE_SECONDS)
 
-    async def _look_around(self) -> tuple[list[str], list[str]]:
-        """Exchange figures, ask everybody; what is missing for being ready, and what can be done without."""
-        report = self._report()
-        reports, problems = await self._ask(self.writer, "exchange", self.name, report)
+    async def _ask_needed(self, not_before: float = float("inf")) -> None:
+        """Find out what is missing for being ready, unless that was asked after ``not_before``."""
+        async with self._asking:
+            if self._asked < not_before:
+                began = time.monotonic()
+                self.problems = await self._missing_parts()
+                self._asked = began
+
+    async def _ask_optional(self) -> None:
+        """Find out what is missing that can be done without: recall answers in the ranker's place, and says so."""
+        self.missing = [] if self.ranker is None else (await self._ask(self.ranker, "describe"))[1]
+
+    async def _missing_parts(self) -> list[str]:
+        """Exchange figures with the writer and ask the other deployments that every answer may need."""
+        needed = self.index.model_fingerprint
+        (reports, problems), (described, away), (_, without_users) = await asyncio.gather(
+            self._ask(self.writer, "exchange", self.name, self._report()),
+            self._ask(self.encoder, "describe", needed),
+            self._ask(self.users, "describe"),
+        )
         self.reports = reports or self.reports
         written = self.reports.get("writer", {}).get("state", {})
         self.writing_model = written.get("model_fingerprint", self.writing_model)
-        described, away = await self._ask(self.encoder, "describe", self.index.model_fingerprint)
-        problems += away + (await self._ask(self.users, "describe"))[1]
+        problems += away + without_users
         if self.follower.problem is not None:
             problems.append(self.follower.problem)
         there = [] if described is None else [one["fingerprint"] for one in described["models"]]
-        if described is not None and self.index.model_fingerprint not in there:
+        if described is not None and needed not in there:
             problems.append(
-                f"the encoder runs {' and '.join(there)}, the index was made with {self.index.model_fingerprint}: if "
-                "the embedder was trained anew, run `notellm2 swap-embedder`"
+                f"the encoder runs {' and '.join(there)}, the index was made with {needed}: if the embedder was "
+                "trained anew, run `notellm2 swap-embedder`"
             )
-        # Recall answers in the ranker's place, and says so.
-        missing = [] if self.ranker is None else (await self._ask(self.ranker, "describe"))[1]
-        return problems, missing
+        return problems
 
     async def _ask(self, other: Dependency, method: str, *arguments: Any) -> tuple[Any, list[str]]:
         """The answer, or None; and why there is none. One that is too busy to answer is there all the same."""

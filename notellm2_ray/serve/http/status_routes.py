@@ -28,7 +28,8 @@ def build(gateway: Gateway) -> Any:
     @routes.get("/v1/ready", response_model=schemas.Ready, responses={503: {"model": schemas.Ready}})
     async def ready() -> Any:
         """Whether everything that it needs is there; 503 until it is. Reasons may also name what it does without."""
-        body = {"ready": not gateway.problems, "reasons": gateway.problems + gateway.missing}
+        problems = await gateway.missing_now()
+        body = {"ready": not problems, "reasons": problems + gateway.missing}
         return JSONResponse(body, 200 if body["ready"] else 503)
 
     @routes.get("/v1/stats", response_model=schemas.Stats)
