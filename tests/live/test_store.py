@@ -3,9 +3,6 @@
 import asyncio
 import json
 import os
-import signal
-import subprocess
-import sys
 import threading
 import time
 from datetime import UTC, datetime, timedelta
@@ -30,7 +27,7 @@ from notellm2_ray.live.store import LiveStore
 from notellm2_ray.live.table import LiveTable, newest_if_gone
 from notellm2_ray.live.upkeep import Upkeep
 from notellm2_ray.serve.http.note_routes import search_titles
-from tests.support import ROOT
+from tests.support import writers
 from tests.support.live_notes import DIM, MODEL, make_table, note, unit
 
 EXACT = IndexSettings(kind="exact", recall_queries=5)
@@ -388,46 +385,16 @@ def test_the_table_and_its_follower_equal_a_plain_dict(tmp_path_factory, groups,
         np.testing.assert_array_equal(follower.index.vector(note_id), vector)
 
 
-WRITER = """
-import os, sys, threading
-from datetime import timedelta
-from notellm2_ray.live.store import LiveStore
-from notellm2_ray.live.upkeep import Upkeep
-from tests.support.live_notes import note
-path, log, first = sys.argv[1], sys.argv[2], int(sys.argv[3])
-acknowledged = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-store = LiveStore.open(path, upkeep=Upkeep(fragment_rows=200, small_files=5, keep_versions=timedelta(0)))
-def write(thread):
-    value = first
-    while True:
-        value += 1
-        note_id = f"t{thread}-{value % 7}"
-        if value % 11 == 0:
-            seq = store.delete([note_id])
-            os.write(acknowledged, f"{note_id} {value} {seq} gone\\n".encode())
-        else:
-            seq = store.upsert([note(note_id, value)])
-            os.write(acknowledged, f"{note_id} {value} {seq} there\\n".encode())
-for thread in range(4):
-    threading.Thread(target=write, args=(thread,)).start()
-"""
-
-
 @pytest.mark.slow
 def test_twenty_kills_lose_nothing_that_was_acknowledged(path, tmp_path):
     log, total = tmp_path / "acknowledged", 0
     follower = StoreFollower(path, EXACT, poll_seconds=0.02).start()
     rng = np.random.default_rng(0)
     for kill in range(20):
-        process = subprocess.Popen([sys.executable, "-c", WRITER, path, log, str(kill * 100_000)], cwd=ROOT)
-        before = log.stat().st_size if log.exists() else 0
-        deadline = time.monotonic() + 60
-        while (not log.exists() or log.stat().st_size == before) and time.monotonic() < deadline:
-            assert process.poll() is None, "the writer ended by itself"
-            time.sleep(0.005)
+        process = writers.start_writer(writers.write_notes, path, log, kill * 100_000)
         time.sleep(rng.uniform(0.0, 0.6))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         lines = [line.split() for line in log.read_text().splitlines() if line.endswith(("gone", "there"))]
         total = len(lines)
         last = {note_id: (int(value), int(seq), state) for note_id, value, seq, state in lines}

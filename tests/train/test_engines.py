@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import functools
 import math
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -16,7 +18,7 @@ from notellm2_ray.train.history import read_history
 from tests.support import embedder_training as material
 from tests.support.ranks import run_ranks
 
-STEPS = 20
+STEPS = 10
 
 
 @pytest.fixture(scope="module")
@@ -24,11 +26,26 @@ def trained_on(tmp_path_factory) -> Path:
     return material.write(tmp_path_factory.mktemp("material"))
 
 
-def _train(directory: Path, **changes: Any) -> tuple[list[float], dict[str, torch.Tensor]]:
-    """Losses and final weights of one process."""
-    run = material.Run(directory, material.train_settings(**changes))
-    losses = [run.step(step) for step in range(STEPS)]
-    return losses, {name: value.clone() for name, value in run.engine.state_dict().items()}
+class Trained(NamedTuple):
+    """What one process comes to by itself."""
+
+    losses: list[float]
+    start: dict[str, torch.Tensor]  # weights
+    end: dict[str, torch.Tensor]
+
+
+@pytest.fixture(scope="module")
+def alone(trained_on) -> Callable[[str], Trained]:
+    """A function from a precision to the training of one process, each made once."""
+
+    @functools.cache
+    def train(precision: str) -> Trained:
+        run = material.Run(trained_on, material.train_settings(precision=precision))
+        start = {name: value.clone() for name, value in run.engine.state_dict().items()}
+        losses = [run.step(step) for step in range(STEPS)]
+        return Trained(losses, start, {name: value.clone() for name, value in run.engine.state_dict().items()})
+
+    return train
 
 
 def test_groups_of_like_length_change_nothing(trained_on):
@@ -47,14 +64,13 @@ def test_groups_of_like_length_change_nothing(trained_on):
         torch.testing.assert_close(gradient, grouped[name], atol=1e-5, rtol=1e-3, msg=name)
 
 
-def test_training_learns_and_gradient_checkpointing_changes_nothing(trained_on):
-    losses, weights = _train(trained_on)
+def test_training_learns_and_gradient_checkpointing_changes_nothing(trained_on, alone):
+    losses, start, end = alone("fp32")
     run = material.Run(trained_on, material.train_settings())
     run.module.model.set_gradient_checkpointing(True)
     assert [run.step(step) for step in range(5)] == pytest.approx(losses[:5], rel=1e-4)
     assert sum(losses[-5:]) < sum(losses[:5])
-    fresh = material.Run(trained_on, material.train_settings()).engine.state_dict()
-    assert all(torch.equal(weights[name], fresh[name]) for name in fresh if name.startswith("tower."))  # frozen
+    assert all(torch.equal(end[name], start[name]) for name in start if name.startswith("tower."))  # frozen
 
 
 def test_plain_engine_resumes_as_if_it_had_not_stopped(trained_on, tmp_path):
@@ -251,14 +267,13 @@ def test_two_ranks_of_four_pairs_are_one_of_eight(two_ranks, trained_on):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
-def test_every_engine_trains_alike(two_ranks, trained_on, case):
-    losses, weights = _train(trained_on, precision=CASES[case].get("precision", "fp32"))
+def test_every_engine_trains_alike(two_ranks, alone, case):
+    losses, start, weights = alone(CASES[case].get("precision", "fp32"))
     trained = two_ranks[0]["trained"][case]
     assert two_ranks[1]["trained"][case]["losses"] == trained["losses"]
     bf16 = "bf16" in case
     assert trained["losses"] == pytest.approx(losses, abs=0.05 if bf16 else 1e-4)
     # How far apart the weights end, as a share of how far they went.
-    start = material.Run(trained_on, material.train_settings()).engine.state_dict()
     apart = sum(float((trained["weights"][name] - weights[name]).square().sum()) for name in weights)
     moved = sum(float((start[name] - weights[name]).square().sum()) for name in weights)
     assert (apart / moved) ** 0.5 < (0.1 if bf16 else 1e-4)

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import re
 import signal
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import psutil
@@ -167,14 +169,34 @@ def two_ranks(directory, tmp_path_factory) -> list[dict[str, Any]]:
     return run_ranks(_all_cases, 2, scratch, str(directory), str(scratch))
 
 
+class Tuned(NamedTuple):
+    """What one process comes to by itself."""
+
+    losses: list[float]
+    start: dict[str, torch.Tensor]  # weights
+    end: dict[str, torch.Tensor]
+    valid: dict[str, float]
+
+
+@pytest.fixture(scope="module")
+def alone(directory, tmp_path_factory) -> Callable[[str], Tuned]:
+    """A function from a precision to the tuning of one process, each made once."""
+
+    @functools.cache
+    def tune(precision: str) -> Tuned:
+        trainer = _trainer(directory, tmp_path_factory.mktemp("alone"), precision=precision)
+        start = {key: value.clone() for key, value in trainer.engine.state_dict(trained_only=True).items()}
+        losses = _steps(trainer, range(STEPS))
+        return Tuned(losses, start, trainer.engine.state_dict(trained_only=True), trainer.validate())
+
+    return tune
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("name", CASES)
-def test_every_engine_tunes_alike(two_ranks, directory, tmp_path, name):
+def test_every_engine_tunes_alike(two_ranks, alone, name):
     bf16 = "bf16" in name
-    one = _trainer(directory, tmp_path, precision="bf16" if bf16 else "fp32")
-    start = {key: value.clone() for key, value in one.engine.state_dict(trained_only=True).items()}
-    losses = _steps(one, range(STEPS))
-    weights = one.engine.state_dict(trained_only=True)
+    losses, start, weights, valid = alone("bf16" if bf16 else "fp32")
     found = two_ranks[0][name]
     assert two_ranks[1][name]["losses"] == found["losses"]
     assert found["losses"][:STEPS] == pytest.approx(losses, rel=0.05 if bf16 else 1e-3)
@@ -182,7 +204,7 @@ def test_every_engine_tunes_alike(two_ranks, directory, tmp_path, name):
     moved = sum(float((start[key] - weights[key]).square().sum()) for key in weights)
     assert (apart / moved) ** 0.5 < (0.5 if bf16 else 0.01)
     if not bf16:
-        assert found["valid"] == pytest.approx(one.validate(), rel=1e-3)
+        assert found["valid"] == pytest.approx(valid, rel=1e-3)
 
 
 @pytest.mark.slow

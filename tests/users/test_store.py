@@ -3,10 +3,7 @@
 import asyncio
 import itertools
 import os
-import signal
 import sqlite3
-import subprocess
-import sys
 import threading
 import time
 from contextlib import closing
@@ -28,7 +25,7 @@ from notellm2_ray.users.exposures import Exposure, clicks_by_arm
 from notellm2_ray.users.rows import PendingBlock, UserEvent, micros, moment
 from notellm2_ray.users.seed import seed_events, seed_users
 from notellm2_ray.users.store import UserStore
-from tests.support import ROOT
+from tests.support import writers
 
 START = datetime(2024, 5, 1, tzinfo=UTC)
 
@@ -371,49 +368,15 @@ def test_seeding_closes_the_blocks_that_have_preferences(tmp_path):
     assert not (tmp_path / "two" / "users.sqlite").exists()
 
 
-WRITER = """
-import os, sys, threading
-from contextlib import closing
-from datetime import UTC, datetime, timedelta
-from notellm2_ray.users.rows import UserEvent
-from notellm2_ray.users.store import UserStore
-path, log, first = sys.argv[1], sys.argv[2], int(sys.argv[3])
-acknowledged = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-store = UserStore(path)
-def write(thread):
-    number, user = first, f"u{thread}"
-    while True:
-        number += 1
-        when = datetime(2024, 1, 1, tzinfo=UTC) + timedelta(seconds=number)
-        events = [UserEvent(user, f"n{number}", when, "click", event_id=f"{user}-{number}")] * 2
-        if store.add_events(events) != ["added", "duplicate"]:
-            os.write(acknowledged, b"wrong\\n")
-        os.write(acknowledged, f"event {user} {number}\\n".encode())
-        pending = next((block for block in store.pending() if block.user_id == user), None)
-        if pending is not None:
-            text = " ".join(pending.note_ids)
-            if store.save_preference(user, pending.block, pending.fingerprint, text) != "saved":
-                os.write(acknowledged, b"wrong\\n")
-            os.write(acknowledged, f"block {user} {pending.block}\\n".encode())
-for thread in range(4):
-    threading.Thread(target=write, args=(thread,)).start()
-"""
-
-
 @pytest.mark.slow
 def test_twenty_kills_lose_nothing_and_double_nothing(tmp_path):
     path, log = tmp_path / "users.sqlite", tmp_path / "acknowledged"
     rng = np.random.default_rng(0)
     for kill in range(20):
-        process = subprocess.Popen([sys.executable, "-c", WRITER, path, log, str(kill * 1_000_000)], cwd=ROOT)
-        before = log.stat().st_size if log.exists() else 0
-        deadline = time.monotonic() + 60
-        while (not log.exists() or log.stat().st_size == before) and time.monotonic() < deadline:
-            assert process.poll() is None, "the writer ended by itself"
-            time.sleep(0.002)
+        process = writers.start_writer(writers.write_events, path, log, kill * 1_000_000)
         time.sleep(rng.uniform(0.0, 0.3))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        process.kill()
+        process.join()
         lines = log.read_text().splitlines()
         assert "wrong" not in lines
         with UserStore(path) as users:
