@@ -1,1 +1,1 @@
-"""From source tables and logs to validated notes, events, splits and training pairs."""
+"""From source tables and event logs to checked notes and events, pairs, sequences and candidates."""

@@ -1,7 +1,7 @@
-"""Any Arrow column turned into the type of ours, beside the rows that cannot be.
+"""Arrow columns of any type converted to ours, together with the rows whose values cannot be converted.
 
-Text is never altered: a special token, a quote or a line break inside it is data. Numbers become ids ("7", and 7.0 as
-"7" too, which is what a missing value in an integer column makes of it in pandas).
+Text is never altered: a special token, a quote or a line break inside it is data. Numbers become ids: 7 and 7.0 are
+both "7", because pandas turns an integer column with a missing value into floats.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ import pyarrow.compute as pc
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 TOPICS = pa.list_(pa.string())
 UNIT_MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1}
-# Outside these years a number was read in the wrong unit. Microseconds up to there are exact in a float64.
+# A time outside these years was read in the wrong unit. Microseconds within them are exact in a float64.
 _EARLIEST, _LATEST = (datetime(year, 1, 1, tzinfo=UTC).timestamp() * 1e6 for year in (1900, 2200))
 _EXACT = 2**53
 
@@ -53,13 +53,13 @@ def is_blank(text: pa.Array) -> np.ndarray:
 
 
 def show(value: object) -> str:
-    """A value, short enough for a message."""
+    """A value as text that is short enough for a message."""
     text = repr(value)
     return text if len(text) <= 80 else text[:77] + "..."
 
 
 def to_text(array: pa.Array | pa.ChunkedArray) -> Column:
-    """Strings; whole numbers and times become strings, other types are problems."""
+    """Strings. Whole numbers and times become strings; values of other types are problems."""
     array = flat(array)
     kind = array.type
     if is_text(kind) or is_bytes(kind):
@@ -82,7 +82,7 @@ def _decoded(array: pa.Array) -> Column:
 
 
 def _each(values: Iterable[object], convert: Callable, kind: pa.DataType) -> Column:
-    """The slow way, value by value, for columns with something wrong in them."""
+    """The slow way, value by value, for columns that hold a wrong value."""
     converted, problems = [], {}
     for row, value in enumerate(values):
         try:
@@ -108,7 +108,7 @@ def text_of(value: object) -> str:
     """One JSON value as text.
 
     Raises:
-        ValueError: it is a bool, a list, an object or a fraction, or text with half a surrogate pair.
+        ValueError: it is a bool, a list, an object or a fraction, or a text with half a surrogate pair.
     """
     if isinstance(value, str):
         value.encode("utf-8")
@@ -121,13 +121,15 @@ def text_of(value: object) -> str:
 
 
 def json_text(values: Iterable[object]) -> Column:
-    """Strings out of JSON values of several types."""
+    """Strings from JSON values of several types."""
     return _each(values, text_of, pa.string())
 
 
 def json_times(values: Iterable[object]) -> Column:
-    """Times as text out of JSON values of several types, numbers digit by digit: :func:`to_timestamps` then reads each
-    by itself, so that one that is no time costs its own row alone."""
+    """Times as text from JSON values of several types, with all digits of a number.
+
+    :func:`to_timestamps` then reads each value by itself, so that a wrong one costs only its own row.
+    """
 
     def written(value: object) -> str | None:
         if isinstance(value, int | float) and not isinstance(value, bool):
@@ -138,7 +140,7 @@ def json_times(values: Iterable[object]) -> Column:
 
 
 def topic_lists(values: Iterable[object], separator: str) -> Column:
-    """Topics out of lists, or out of strings split at ``separator``; blank topics are left out."""
+    """Topics from lists, or from strings split at ``separator``; blank topics are left out."""
 
     def split(value: object) -> list[str]:
         if isinstance(value, list):
@@ -150,7 +152,7 @@ def topic_lists(values: Iterable[object], separator: str) -> Column:
 
 
 def to_topics(array: pa.Array | pa.ChunkedArray, separator: str = "|") -> Column:
-    """``list<string>`` out of lists or of strings split at ``separator``; null where there are none."""
+    """``list<string>`` from lists, or from strings split at ``separator``; null where there are none."""
     array = flat(array)
     if isinstance(array, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
         return topic_lists(array.to_pylist(), separator)
@@ -160,7 +162,7 @@ def to_topics(array: pa.Array | pa.ChunkedArray, separator: str = "|") -> Column
 
 
 def to_timestamps(array: pa.Array | pa.ChunkedArray, unit: str = "s") -> Column:
-    """UTC microseconds out of times, dates, ISO 8601 text (UTC unless it says otherwise) or numbers since 1970.
+    """UTC microseconds from times, dates, ISO 8601 text (UTC unless it names a zone) or numbers since 1970.
 
     Args:
         array: the column; text that is a number is read as one.
@@ -183,7 +185,7 @@ def to_timestamps(array: pa.Array | pa.ChunkedArray, unit: str = "s") -> Column:
 
 
 def _from_numbers(array: pa.Array, factor: float, reading: object) -> Column:
-    if factor < 1 and pa.types.is_integer(array.type):  # nanoseconds are beyond a float64's exact integers
+    if factor < 1 and pa.types.is_integer(array.type):  # nanoseconds are too large for a float64's exact integers
         array, factor = pc.floor(pc.divide(array, 1000)), 1.0
     values = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
     with np.errstate(over="ignore", invalid="ignore"):
@@ -208,7 +210,7 @@ def _from_text(array: pa.Array, unit: str) -> Column:
 
 
 def _from_iso(text: pa.Array) -> Column:
-    for kind in (pa.timestamp("us"), TIMESTAMP):  # Arrow takes a column without or with zones, not a mixture
+    for kind in (pa.timestamp("us"), TIMESTAMP):  # Arrow reads a column with zones or one without, not a mixture
         try:
             return _from_numbers(text.cast(kind).cast(pa.int64()), 1, kind)
         except pa.ArrowInvalid:
@@ -220,7 +222,7 @@ def _parse_iso(value: str) -> datetime:
     try:
         time = datetime.fromisoformat(value)
     except ValueError:
-        raise ValueError(f"{show(value)} is no time: ISO 8601 (2024-05-31T12:00:00Z) or a number is") from None
+        raise ValueError(f"{show(value)} is not a time: give ISO 8601 (2024-05-31T12:00:00Z) or a number") from None
     time = time.replace(tzinfo=UTC) if time.tzinfo is None else time
     if not 1900 <= time.year < 2200:
         raise ValueError(f"{show(value)} is outside the years 1900 to 2200")

@@ -1,7 +1,7 @@
-"""Reading the event log for mining: planned by the Parquet files' own statistics, packed user by user.
+"""Reading the event log: planned with the statistics of its Parquet files, and packed user by user.
 
-A unit of reading is about a million events in some row groups of some files. It becomes one Arrow file that holds, for
-every part of the users, one record batch with a row per user; the part of a user follows from the id's hash.
+A unit of reading is some row groups with about a million events together. It becomes one Arrow file with one record
+batch for each part of the users, and in it one row per user. The hash of a user's id decides the part.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ PACKED_SCHEMA = pa.schema(
 
 
 class RowGroup(NamedTuple):
-    """A row group of an events file, with what its statistics say of it."""
+    """A row group of an events file, with what its statistics say."""
 
     path: str
     number: int
@@ -44,7 +44,7 @@ class RowGroup(NamedTuple):
 
 
 class UnitCounts(NamedTuple):
-    """What a unit held within the window."""
+    """What a unit holds within the window."""
 
     events: int
     actions: dict[str, int]  # events by action
@@ -90,7 +90,7 @@ def list_row_groups(files: Sequence[Path]) -> list[RowGroup]:
 
 
 def log_span(groups: Sequence[RowGroup]) -> tuple[int, int]:
-    """The times of the first and the last event in microseconds since 1970.
+    """The times of the first and the last event, in microseconds since 1970.
 
     Raises:
         DataError: there are no events.
@@ -108,7 +108,7 @@ def log_span(groups: Sequence[RowGroup]) -> tuple[int, int]:
 
 
 def plan_units(groups: Sequence[RowGroup], start: int, end: int) -> list[list[RowGroup]]:
-    """Units of reading for the events in [start, end); row groups that lie wholly outside are left out."""
+    """Units of reading for the events in [start, end); row groups entirely outside are left out."""
     units: list[list[RowGroup]] = []
     rows = UNIT_EVENTS
     for group in groups:
@@ -132,7 +132,7 @@ def pack_unit(
     click_actions: Sequence[str],
     partitions: int,
 ) -> tuple[list[pa.RecordBatch], UnitCounts]:
-    """The events of a unit in [start, end) on the notes of ``vocabulary``, a batch for each part of the users."""
+    """A unit's events in [start, end) on the notes of ``vocabulary``: a batch for each part of the users."""
     users, notes, times, actions = _read_columns(unit)
     inside = (times >= start) & (times < end)
     by_action = np.bincount(actions.indices.to_numpy()[inside], minlength=len(actions.dictionary))
@@ -155,7 +155,7 @@ def pack_unit(
 
 
 def unpack(batches: Iterator[pa.RecordBatch]) -> Log:
-    """The packed events of one part of the users, from every unit."""
+    """The packed events of one part of the users, from all units."""
     table = pa.Table.from_batches(batches, schema=PACKED_SCHEMA).combine_chunks()
     if not table.num_rows:
         empty = np.zeros(0, np.int64)
@@ -173,7 +173,7 @@ def unpack(batches: Iterator[pa.RecordBatch]) -> Log:
 
 
 def hash_strings(values: pa.Array, key: str) -> np.ndarray:
-    """(N,) uint64 keyed hashes (SipHash), the same in every process; ``key`` has 16 characters."""
+    """(N,) uint64 keyed hashes (SipHash), the same in every process; ``key`` must have 16 characters."""
     from pandas.util import hash_array
 
     return hash_array(np.asarray(values.to_pylist(), dtype=object), hash_key=key, categorize=False)

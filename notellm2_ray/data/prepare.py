@@ -1,7 +1,7 @@
-"""From a source's raw rows to the two prepared tables; whatever cannot be used goes to quarantine with its reason.
+"""From a source's raw rows to the two prepared tables; rows that cannot be used go to quarantine with a reason.
 
-Workers read, convert and check (:mod:`notellm2_ray.data.validate`); this process takes their blocks in the source's
-order, finds duplicates and writes, holding 64-bit hashes of ids and one row group, never the rows.
+Workers read, convert and check the rows (:mod:`notellm2_ray.data.validate`). This process takes their blocks in the
+source's order, finds duplicates and writes. It holds a 64-bit hash of every id and one row group, never all rows.
 """
 
 from __future__ import annotations
@@ -35,22 +35,22 @@ LOG_EVERY_SECONDS = 5.0
 _NOTES_PER_TASK = 512  # images read and decoded by one task
 _NOTES_PER_GROUP = 256  # some 50 MB of ordinary photographs
 _QUARANTINE_ROWS_PER_FILE = 1_000_000
-logger = logging.getLogger("notellm2_ray")
+log = logging.getLogger("notellm2_ray")
 
 
 def prepare(tables: SourceTables, settings: PrepareSettings, output: Path) -> dict[str, Any]:
     """Write ``notes/``, ``events/`` and ``quarantine/`` below ``output``; Ray must be connected.
 
-    Every raw row ends in exactly one place. Of several usable notes with one id the first in the source's order is
-    kept. The same input gives the same files. A run starts afresh: what a stopped one left is removed.
+    Every raw row ends in exactly one place. Where several usable notes have one id, the first in the source's order is
+    kept. The same input gives the same files. A run starts from nothing: files of a stopped run are removed.
 
     Returns:
-        notes, events, users, notes_with_image, quarantined_notes, quarantined_events, dropped_images (notes kept
-        without their unusable image; the quarantine tells which) and reasons, category -> rows of both tables.
+        counts: notes, events, users, notes_with_image, quarantined_notes, quarantined_events, dropped_images (notes
+        kept without their unusable image; the quarantine lists them), and reasons (category -> rows of both tables).
 
     Raises:
-        DataError: a table has no usable row or too many bad ones (the message counts the reasons, with an example of
-            each), or a file cannot be read to its end.
+        DataError: a table has no usable row or too many bad ones (the message counts the reasons and gives an example
+            of each), or a file cannot be read to its end.
         OSError: ``output`` cannot be written.
     """
     for name in ("notes", "events", "quarantine"):
@@ -71,7 +71,7 @@ def prepare(tables: SourceTables, settings: PrepareSettings, output: Path) -> di
 
 
 class KeySet:
-    """A growing set of 64-bit hashes: 8 bytes each, but for the newest."""
+    """A growing set of 64-bit hashes: 8 bytes each, and more for the newest, which are in a Python set."""
 
     _RECENT = 1 << 20
 
@@ -80,7 +80,7 @@ class KeySet:
         self._recent: set[int] = set()
 
     def add(self, hashes: np.ndarray) -> np.ndarray:
-        """Add ``(N,)`` hashes; returns ``(N,)`` bool, whether each was new (the first of equals is)."""
+        """Add ``(N,)`` hashes; returns ``(N,)`` bool, whether each was new (of equal ones, the first is)."""
         place = np.minimum(np.searchsorted(self._old, hashes), max(0, len(self._old) - 1))
         new = self._old[place] != hashes if len(self._old) else np.ones(len(hashes), dtype=bool)
         for row in np.flatnonzero(new):
@@ -92,7 +92,7 @@ class KeySet:
         return new
 
     def ascending(self) -> np.ndarray:
-        """``(N,)`` uint64, all of them in ascending order."""
+        """``(N,)`` uint64, all hashes in ascending order."""
         return np.union1d(self._old, np.fromiter(self._recent, np.uint64, len(self._recent)))
 
     def __len__(self) -> int:
@@ -113,7 +113,7 @@ class Intake:
         """Put rows with a ``_reason`` into quarantine.
 
         Raises:
-            DataError: one of them says that the rest of its file could not be read.
+            DataError: a reason says that the rest of the file could not be read.
         """
         self.bad += rows.num_rows
         self._write(rows, rows["_reason"])
@@ -126,8 +126,8 @@ class Intake:
                 detail = reason.partition(": ")[2]
                 raise DataError(f"{detail}. Correct or remove the file and run the same command again")
 
-    def note_dropped_images(self, rows: pa.Table) -> None:
-        """Log notes that are kept, but lost their image, in the quarantine."""
+    def record_dropped_images(self, rows: pa.Table) -> None:
+        """Record in the quarantine the notes that are kept without their unusable image."""
         self.dropped += rows.num_rows
         self._write(rows, rows["_dropped"])
 
@@ -137,18 +137,19 @@ class Intake:
         self.quarantine.write(pa.table(columns))
 
     def progress(self, finished: bool = False) -> None:
+        """Log the counts, at most once in :data:`LOG_EVERY_SECONDS` until the table is finished."""
         now = time.monotonic()
         if not finished and now - self._logged < LOG_EVERY_SECONDS:
             return
         self._logged = now
         rate = (self.kept + self.bad) / max(now - self._started, 1e-9)
-        logger.info(
+        log.info(
             "prepare: %s %s%s, %s quarantined, %s rows/s",
             f"{self.kept:,}", self.table, " in all" if finished else " so far", f"{self.bad:,}", f"{rate:,.0f}",
         )  # fmt: skip
 
     def finish(self, max_bad_share: float) -> None:
-        """Judge the whole table.
+        """Log the final counts and check the share of bad rows.
 
         Raises:
             DataError: it is empty, or too much of it is bad.
@@ -175,8 +176,8 @@ class Intake:
 def _prepare_notes(
     dataset: ray.data.Dataset, settings: PrepareSettings, output: Path, kept: KeySet, rejected: KeySet
 ) -> Intake:
-    # Many small tasks, so that one large file's images are decoded on all CPUs. Asking for num_cpus apart from the
-    # reader's keeps Ray from fusing the two steps into the reader's one task.
+    # Many small tasks, so that the images of one large file are decoded on all CPUs. Another num_cpus than the reader's
+    # keeps Ray from fusing the two steps into the reader's single task.
     checked = dataset.repartition(target_num_rows_per_block=_NOTES_PER_TASK).map_batches(
         partial(check_notes, settings=settings), batch_format="pyarrow", batch_size=None, num_cpus=0.75
     )
@@ -194,7 +195,7 @@ def _prepare_notes(
             intake.kept += good.num_rows
             intake.with_image += good.num_rows - good["image"].null_count
             intake.reject(bad)
-            intake.note_dropped_images(good.filter(pc.is_valid(good["_dropped"])))
+            intake.record_dropped_images(good.filter(pc.is_valid(good["_dropped"])))
             intake.progress()
     intake.finish(settings.max_bad_share)
     return intake
@@ -237,7 +238,7 @@ def _in_order(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
 
 
 def _mark_duplicates(block: pa.Table, kept: KeySet) -> pa.Table:
-    """Add the usable notes' ids to ``kept``; those that were there already get a reason."""
+    """Add the ids of the usable notes to ``kept``; a note whose id was there already gets a reason."""
     usable = np.flatnonzero(block["_reason"].is_null().to_numpy())
     again = np.zeros(block.num_rows, dtype=bool)
     again[usable] = ~kept.add(hash_ids(block["note_id"].take(usable)))

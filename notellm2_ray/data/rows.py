@@ -1,6 +1,6 @@
-"""Raw rows of any source brought to our columns and types, each wrong value kept as the row's ``_error``.
+"""Raw rows of any source converted to our columns and types; a value that cannot be converted is the row's ``_error``.
 
-A reason is ``category: detail``; counts go by the category.
+An error is ``category: detail``. Rows are counted by category.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from notellm2_ray.data.columns import (
     to_topics,
 )
 
-FATAL = "unreadable file"  # the one category that stops the job: rows that could not even be counted are behind it
+FATAL = "unreadable file"  # the one category that stops the job: how many rows are lost is not known
 UNREADABLE_ROW = "unreadable row"
 WRONG_VALUE = "wrong value"
 UNPARSABLE_TIMESTAMP = "unparsable timestamp"
@@ -30,13 +30,13 @@ UNKNOWN_SOURCE = "unknown source"
 
 
 def raw_notes(table: pa.Table, *, unit: str = "s", separator: str = "|") -> pa.Table:
-    """Notes with our columns, ``_source`` and ``_error``; doing it twice changes nothing.
+    """Notes with our columns, ``_source`` and ``_error``; converting them again changes nothing.
 
     Args:
-        table: any of our note columns, in any type; those it lacks are null. ``image`` may be text (path or URI) or
+        table: any of our note columns, of any type; missing ones become null. ``image`` may be text (a path or URI) or
             bytes.
         unit: of numeric times.
-        separator: splits topics that come as one string.
+        separator: splits topics that are given as one string.
     """
     columns = {
         "note_id": _convert(table, "note_id", pa.string(), to_text),
@@ -50,7 +50,7 @@ def raw_notes(table: pa.Table, *, unit: str = "s", separator: str = "|") -> pa.T
 
 
 def raw_events(table: pa.Table, *, unit: str = "s") -> pa.Table:
-    """Events with our columns, ``_source`` and ``_error``; doing it twice changes nothing."""
+    """Events with our columns, ``_source`` and ``_error``; converting them again changes nothing."""
     columns = {
         "user_id": _convert(table, "user_id", pa.string(), to_text),
         "note_id": _convert(table, "note_id", pa.string(), to_text),
@@ -62,7 +62,7 @@ def raw_events(table: pa.Table, *, unit: str = "s") -> pa.Table:
 
 
 def failed_row(source: str, error: str) -> pa.Table:
-    """A row of which nothing but its failure is known."""
+    """A row that could not be read: only its source and its error are known."""
     return pa.table({"_source": pa.array([source]), "_error": pa.array([error])})
 
 

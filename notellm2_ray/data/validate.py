@@ -1,7 +1,7 @@
-"""Checks on raw rows, block by block on any worker: each row becomes ours or gets its reason.
+"""Checks on raw rows, block by block on any worker: a row is good, or gets a reason why not.
 
-Blocks go out with our columns and ``_source``, ``_key`` and ``_reason`` (null for a good row; ``category: detail``).
-Notes have ``_dropped`` as well: why a note that is kept lost its image. Good events go without source and key.
+A checked block has our columns, ``_source``, ``_key`` (the row's id) and ``_reason`` (``category: detail``; null for a
+good row). Notes also have ``_dropped``: why a note that is kept lost its image. Good events have no source and key.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NOTHING_TO_ENCODE = "neither text nor image"
 UNKNOWN_NOTE = "unknown note"
 QUARANTINED_NOTE = "note is quarantined"
 
-_IMAGES_AT_ONCE = 128  # notes in a block that goes out: their images are in memory together
+_IMAGES_AT_ONCE = 128  # notes in a checked block: their images are in memory together
 
 
 def _checked(schema: pa.Schema, *more: str) -> pa.Schema:
@@ -42,9 +42,9 @@ CHECKED_EVENTS = _checked(EVENT_SCHEMA)
 
 
 def hash_ids(ids: pa.Array | pa.ChunkedArray) -> np.ndarray:
-    """``(N,)`` uint64: a 64-bit hash of each id, the same on every machine; null hashes as ``""``.
+    """``(N,)`` uint64: a 64-bit hash of each id, the same on every machine; null is hashed as ``""``.
 
-    Among 100 million ids the chance that any two share a hash is 0.03%.
+    With 100 million ids, the chance that any two have the same hash is 0.03%.
     """
     from pandas.util import hash_array
 
@@ -56,7 +56,7 @@ def load_image(value: str | bytes, settings: PrepareSettings) -> bytes:
     """The checked, encoded bytes of an image given as a path, a ``file://`` URI or bytes.
 
     Raises:
-        DataError: with the reason, the path included.
+        DataError: why the image cannot be used, with its path.
     """
     if isinstance(value, bytes):
         check_image(value, max_pixels=settings.max_image_pixels, max_bytes=settings.max_image_bytes)
@@ -97,7 +97,7 @@ def _read(path: str, max_bytes: int) -> bytes:
 
 
 def check_notes(table: pa.Table, settings: PrepareSettings) -> Iterator[pa.Table]:
-    """Notes as :data:`CHECKED_NOTES`, images read and decoded once; duplicates are not looked for here."""
+    """Notes as :data:`CHECKED_NOTES`: every image is read and decoded once. Duplicates are not looked for here."""
     rows = raw_notes(table)
     for start in range(0, max(1, rows.num_rows), _IMAGES_AT_ONCE):
         yield _check_notes(rows.slice(start, _IMAGES_AT_ONCE), settings)
@@ -127,7 +127,7 @@ def _check_notes(rows: pa.Table, settings: PrepareSettings) -> pa.Table:
 def _judge_image(
     value: str | bytes | None, has_text: bool, settings: PrepareSettings
 ) -> tuple[bytes | None, str | None, str | None]:
-    """The image, the reason to quarantine its note, the reason that the image alone was dropped."""
+    """The image, the reason to quarantine its note, and the reason why only the image was dropped."""
     if value is None or (isinstance(value, str) and not value.strip()):
         return None, None if has_text else NOTHING_TO_ENCODE, None
     try:
@@ -146,7 +146,7 @@ def check_events(table: pa.Table, known: np.ndarray, rejected: np.ndarray) -> pa
     Args:
         table: raw rows.
         known: ``(N,)`` uint64, ascending: :func:`hash_ids` of the notes that were kept.
-        rejected: ``(M,)`` uint64, ascending: of the notes that were quarantined.
+        rejected: ``(M,)`` uint64, ascending: the same of the notes that were quarantined.
     """
     rows = raw_events(table).combine_chunks()
     note = hash_ids(rows["note_id"])

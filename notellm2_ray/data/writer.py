@@ -1,4 +1,4 @@
-"""Parquet files of a fixed number of rows, the same bytes however the rows arrive."""
+"""Parquet files of a fixed number of rows; the bytes do not depend on the blocks in which rows arrive."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ import pyarrow.parquet as pq
 
 
 class RollingWriter:
-    """Writes tables into ``PREFIX-00000.parquet`` and on, each of ``rows_per_file`` rows and the last of fewer.
+    """Writes rows into ``PREFIX-00000.parquet`` and so on, ``rows_per_file`` rows each and fewer in the last.
 
-    Row groups are of a fixed size too, so that the files do not depend on the blocks that rows come in. Use it as a
-    context manager; without any row it leaves one file of none, so that a reader finds the columns.
+    Row groups have a fixed size too. Use it as a context manager. If there were no rows it writes one empty file, so
+    that a reader finds the columns.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class RollingWriter:
 
     def _open(self) -> pq.ParquetWriter:
         self.directory.mkdir(parents=True, exist_ok=True)
-        # Statistics and dictionaries of images would store them again.
+        # Statistics and dictionaries would store images a second time.
         small = [field.name for field in self.schema if not pa.types.is_binary(field.type)]
         path = self.directory / f"{self.prefix}-{self._files:05d}.parquet"
         self._file = pq.ParquetWriter(path, self.schema, use_dictionary=small, write_statistics=small)

@@ -127,7 +127,7 @@ def reason_of_event(row: dict) -> dict:
         ({"user_id": ""}, "missing user_id"),
         ({"note_id": None}, "missing note_id"),
         ({"timestamp": None}, "missing timestamp"),
-        ({"timestamp": "noon"}, "unparsable timestamp: timestamp 'noon' is no time"),
+        ({"timestamp": "noon"}, "unparsable timestamp: timestamp 'noon' is not a time"),
         ({"timestamp": 1_700_000_000_000}, "unparsable timestamp: timestamp 1700000000000 is outside the years"),
         ({"action": None}, "missing action"),
         ({"note_id": "3"}, "unknown note"),

@@ -1,1 +1,1 @@
-"""Related notes, mined from co-occurrence, and their split."""
+"""Pairs of related notes, mined from co-occurrence in the event log, and their split."""

@@ -2,12 +2,12 @@
 
     s(A -> B) = sum of 1 / N_u over the users u who viewed A and subsequently clicked B
 
-A user's views of A and clicks of B matter only through the earliest view and the latest click, unless a gap is set. So
-each view is a run of the user's clicks sorted by time, and adding such runs up per viewed note is a sparse matrix
-product, which costs a few nanoseconds per (user, A, B) and needs no sort of them.
+Unless a gap is set, only a user's earliest view of A and latest click of B matter. The clicks that follow a view are
+then one run of the user's clicks sorted by time. Adding up such runs per viewed note is a sparse matrix product, which
+costs a few nanoseconds per (user, A, B) and does not sort them.
 
-Scores are integers until the end, in units of 1/``unit``: integer sums do not depend on the order of their terms, so
-neither the number of parts nor their scheduling can change a result or break a tie another way.
+Until the end, scores are integers in units of 1 / ``scale``. Integer sums do not depend on the order of their terms, so
+neither the number of parts nor their scheduling can change a result or the order of tied scores.
 """
 
 from __future__ import annotations
@@ -20,31 +20,31 @@ import numpy as np
 from notellm2_ray.data.sequences.histories import offsets_of
 
 CHUNK_PAIRS = 1 << 22  # (user, A, B) expanded at once: about 40 bytes each
-DECIMALS = 8  # of a published score; scores equal to so many decimals tie
-_TRIM_LIMIT = 8  # up to this t, rows are trimmed by t passes of maxima before they are sorted
+DECIMALS = 8  # of a pair's score; scores that are equal to so many decimals are tied
+_TRIM_LIMIT = 8  # up to this t, t passes for maxima trim the rows before they are sorted
 
 
 class Log(NamedTuple):
-    """Events of whole users: all of a user's events, or none."""
+    """Events of some users, each with all of the user's events."""
 
     users: np.ndarray  # (E,) int64, 0 .. number of users - 1
     notes: np.ndarray  # (E,) int64 codes; a smaller code is a smaller note id
     times: np.ndarray  # (E,) int64, microseconds
     views: np.ndarray  # (E,) bool: the action is a view
-    clicks: np.ndarray  # (E,) bool: the action is a click (it may be both)
+    clicks: np.ndarray  # (E,) bool: the action is a click (an action may be both)
 
 
 class Rows(NamedTuple):
-    """Sparse partial sums, row by row: query ``queries[i]`` has targets ``targets[offsets[i]:offsets[i + 1]]``."""
+    """Sparse partial sums: the targets of ``queries[i]`` are ``targets[offsets[i]:offsets[i + 1]]``."""
 
     queries: np.ndarray  # (R,) int32, ascending
     offsets: np.ndarray  # (R + 1,) int64
     targets: np.ndarray  # (K,) int32, distinct within a row, unsorted
-    sums: np.ndarray  # (K,) int64, in units of 1 / unit
+    sums: np.ndarray  # (K,) int64, in units of 1 / scale
 
 
 class Selected(NamedTuple):
-    """The related notes of some queries, sorted by query, then by falling score, then by target."""
+    """The related notes of some queries, sorted by query, descending score, and target."""
 
     queries: np.ndarray  # (P,) int32
     targets: np.ndarray  # (P,) int32
@@ -53,26 +53,26 @@ class Selected(NamedTuple):
     above: int  # ... above the upper bound
 
 
-def fixed_point_unit(num_events: int) -> int:
-    """Units in a score of 1: as fine as 2**-40, and so that no sum over ``num_events`` events can overflow."""
+def fixed_point_scale(num_events: int) -> int:
+    """The integer that stands for a score of 1: at most 2**40, and no sum over ``num_events`` events overflows."""
     return 1 << min(40, 62 - num_events.bit_length())
 
 
 def accumulate(
-    log: Log, num_notes: int, *, unit: int, gap: int | None = None, pairable: np.ndarray | None = None
+    log: Log, num_notes: int, *, scale: int, gap: int | None = None, pairable: np.ndarray | None = None
 ) -> Iterator[Rows]:
-    """Eq. 2's sums over the users of ``log``, as pieces in ascending order of query.
+    """Eq. 2's sums over the users of ``log``, in pieces in ascending order of query.
 
-    A query whose expansion is cut between two pieces stands in both. The paper sets no cap on a user's history, and
-    neither does this: a user who viewed 100,000 notes is expanded piece by piece, ``CHUNK_PAIRS`` at a time.
+    A query may be cut between two pieces; it is then in both. As in the paper, a user's history has no limit: a user
+    who viewed 100,000 notes is expanded piece by piece, ``CHUNK_PAIRS`` at a time.
 
     Args:
         num_notes: number of note codes.
-        unit: see :func:`fixed_point_unit`.
+        scale: see :func:`fixed_point_scale`.
         gap: longest time from view to click in microseconds; None: any later click.
-        pairable: (num_notes,) bool, the notes that may stand in a pair; None: all. Clicks on the others count in N_u.
+        pairable: (num_notes,) bool, the notes that may be in a pair; None: all. Clicks on the others count in N_u.
     """
-    clicks, weights = _clicks(log, num_notes, unit, keep_all=gap is not None, pairable=pairable)
+    clicks, weights = _clicks(log, num_notes, scale, keep_all=gap is not None, pairable=pairable)
     views = _views(log, keep_all=gap is not None, pairable=pairable)
     runs = _runs(views, clicks, len(weights), gap)
     for first, last in _chunks(runs, by_group=gap is not None):
@@ -80,7 +80,7 @@ def accumulate(
 
 
 def add_up(pieces: Sequence[Rows], num_notes: int) -> Rows:
-    """One piece with each query once, its sums those of all ``pieces``."""
+    """One piece with every query once, and the sums over all ``pieces``."""
     queries = np.concatenate([piece.queries for piece in pieces])
     lengths = np.concatenate([np.diff(piece.offsets) for piece in pieces])
     targets = np.concatenate([piece.targets for piece in pieces])
@@ -91,13 +91,13 @@ def add_up(pieces: Sequence[Rows], num_notes: int) -> Rows:
     )
 
 
-def select(rows: Rows, *, unit: int, lower: float, upper: float, top: int) -> Selected:
+def select(rows: Rows, *, scale: int, lower: float, upper: float, top: int) -> Selected:
     """The ``top`` targets of each query whose score is within [lower, upper]; ties go to the smaller target code.
 
-    Scores are rounded to ``DECIMALS`` decimals first. A note is no target of itself.
+    Scores are first rounded to ``DECIMALS`` decimals. A note is not a target of itself.
     """
     queries = np.repeat(rows.queries, np.diff(rows.offsets))
-    grid = np.rint(rows.sums * (10**DECIMALS / unit))
+    grid = np.rint(rows.sums * (10**DECIMALS / scale))
     other = queries != rows.targets
     low = other & (grid < np.rint(lower * 10**DECIMALS))
     high = other & (grid > np.rint(upper * 10**DECIMALS))
@@ -128,13 +128,13 @@ class _Runs(NamedTuple):
     last: np.ndarray
 
 
-def _clicks(log: Log, num_notes: int, unit: int, *, keep_all: bool, pairable: np.ndarray | None):
-    """((users, notes, times) of pairable clicks sorted by (user, time), weight round(unit / N_u) of each user)."""
+def _clicks(log: Log, num_notes: int, scale: int, *, keep_all: bool, pairable: np.ndarray | None):
+    """((users, notes, times) of pairable clicks sorted by (user, time), weight round(scale / N_u) of each user)."""
     users, notes, times = log.users[log.clicks], log.notes[log.clicks], log.times[log.clicks]
     num_users = int(log.users.max()) + 1 if len(log.users) else 0
     keys, latest = _grouped(users * num_notes + notes, times, np.maximum)
     num_clicked = np.bincount(keys // num_notes, minlength=num_users)  # N_u
-    weights = np.rint(unit / np.maximum(num_clicked, 1)).astype(np.int64)
+    weights = np.rint(scale / np.maximum(num_clicked, 1)).astype(np.int64)
     if not keep_all:
         users, notes, times = keys // num_notes, keys % num_notes, latest
     if pairable is not None:
@@ -145,7 +145,7 @@ def _clicks(log: Log, num_notes: int, unit: int, *, keep_all: bool, pairable: np
 
 
 def _views(log: Log, *, keep_all: bool, pairable: np.ndarray | None) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """(notes, users, times) of views sorted by (note, user, time): the earliest alone, unless ``keep_all``."""
+    """(notes, users, times) of views sorted by (note, user, time); only the earliest unless ``keep_all``."""
     wanted = log.views if pairable is None else log.views & pairable[log.notes]
     users, notes, times = log.users[wanted], log.notes[wanted], log.times[wanted]
     num_users = int(log.users.max()) + 1 if len(log.users) else 1
@@ -161,7 +161,7 @@ def _views(log: Log, *, keep_all: bool, pairable: np.ndarray | None) -> tuple[np
 def _runs(views, clicks, num_users: int, gap: int | None) -> _Runs:
     notes, users, times = views
     click_users, _, click_times = clicks
-    # One sortable key per (user, time): times become ranks among the clicks' times, so that no product can overflow.
+    # One sortable key per (user, time). Times are replaced by ranks among the clicks' times, so that no key overflows.
     distinct = np.unique(click_times)
     span = len(distinct) + 1
     keys = click_users * span + np.searchsorted(distinct, click_times)
@@ -170,7 +170,7 @@ def _runs(views, clicks, num_users: int, gap: int | None) -> _Runs:
         last = np.cumsum(np.bincount(click_users, minlength=num_users))[users]
     else:
         last = np.searchsorted(keys, users * span + np.searchsorted(distinct, times + gap, side="right"))
-        # Views of the same note by the same user: what an earlier view already reached is not counted again.
+        # Views of one note by one user: clicks that an earlier view already reached are not counted again.
         again = np.flatnonzero((notes[1:] == notes[:-1]) & (users[1:] == users[:-1])) + 1
         first[again] = np.maximum(first[again], last[again - 1])
     some = last > first
@@ -178,8 +178,10 @@ def _runs(views, clicks, num_users: int, gap: int | None) -> _Runs:
 
 
 def _chunks(runs: _Runs, *, by_group: bool) -> Iterator[tuple[int, int]]:
-    """Ranges of views whose runs hold about CHUNK_PAIRS clicks together; ``by_group`` keeps together
-    a user's views of a note."""
+    """Ranges of views whose runs hold about CHUNK_PAIRS clicks.
+
+    ``by_group`` keeps a user's views of a note together.
+    """
     total = np.cumsum(runs.last - runs.first)
     start = 0
     while start < len(total):
@@ -209,7 +211,7 @@ def _sum_chunk(
     lengths = last - first
     offsets = offsets_of(lengths)
     targets = click_notes[np.arange(offsets[-1]) + np.repeat(first - offsets[:-1], lengths)]
-    if deduplicate:  # within a gap, a user's views of A may reach several clicks of the same B: they count once
+    if deduplicate:  # with a gap, a user's views of A may reach several clicks of one B, which count once
         group = np.cumsum(np.append(0, (notes[1:] != notes[:-1]) | (users[1:] != users[:-1])))
         keys = np.unique(np.repeat(group, lengths) * num_notes + targets)
         heads = _starts(group)
@@ -221,7 +223,7 @@ def _sum_chunk(
 
 
 def _sum_rows(queries, members, weights, offsets, targets, sums, num_notes: int) -> Rows:
-    """For each distinct query, the weighted sum of its member rows of (offsets, targets, sums): a sparse product."""
+    """For each distinct query, the weighted sum of its rows of (offsets, targets, sums), as a sparse product."""
     from scipy.sparse import csr_matrix
 
     starts = _starts(queries)
@@ -237,7 +239,7 @@ def _sum_rows(queries, members, weights, offsets, targets, sums, num_notes: int)
 
 
 def _near_top(queries: np.ndarray, values: np.ndarray, top: int) -> np.ndarray:
-    """Mask of the values no smaller than their query's top-th largest: ``top`` passes are cheaper than a sort."""
+    """Mask of the values that are at least their query's top-th largest; ``top`` passes are cheaper than a sort."""
     if not len(queries):
         return np.zeros(0, bool)
     starts = _starts(queries)
@@ -255,7 +257,7 @@ def _near_top(queries: np.ndarray, values: np.ndarray, top: int) -> np.ndarray:
 
 
 def _grouped(keys: np.ndarray, times: np.ndarray, reduce: np.ufunc) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct keys, ascending, and the reduced time of each."""
+    """The distinct keys in ascending order, and the reduced time of each."""
     order = np.argsort(keys)
     keys = keys[order]
     starts = _starts(keys)
@@ -265,7 +267,7 @@ def _grouped(keys: np.ndarray, times: np.ndarray, reduce: np.ufunc) -> tuple[np.
 
 
 def _starts(values: np.ndarray) -> np.ndarray:
-    """Where each run of equal values starts."""
+    """The position where each run of equal values starts."""
     if not len(values):
         return np.zeros(0, np.int64)
     return np.append(0, np.flatnonzero(values[1:] != values[:-1]) + 1)

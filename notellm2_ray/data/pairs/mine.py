@@ -25,15 +25,15 @@ from notellm2_ray.data.pairs.related import MinedPairs, mine_pairs
 from notellm2_ray.data.pairs.split import Split, split_notes, split_pairs
 from notellm2_ray.data.pairs.statistics import describe_notes, format_statistics
 
-FEW_TEST_PAIRS = 100  # below, a recall moves by more than a point with one pair
+FEW_TEST_PAIRS = 100  # with fewer, one pair moves a recall by more than a point
 _SCRATCH = ".mine-"
-_log = logging.getLogger("notellm2_ray")
+log = logging.getLogger("notellm2_ray")
 
 POPULARITY_SCHEMA = pa.schema(
     [
         pa.field("note_id", pa.string(), nullable=False),
         pa.field("clicks", pa.int64(), nullable=False),
-        # True: counted over the very events that the test pairs were mined from (a note of the test pool).
+        # True for notes of the test pool: counted over the events that the test pairs were mined from.
         pa.field("optimistic", pa.bool_(), nullable=False),
     ]
 )
@@ -42,20 +42,20 @@ POPULARITY_SCHEMA = pa.schema(
 def mine(prepared: Path, output: Path, pairs: PairSettings, split: SplitSettings, seed: int) -> dict[str, Any]:
     """Mine, split and describe the pairs of related notes (NoteLLM-2, Eq. 2, section 2.3 and Table 1).
 
-    Writes into ``output``: train.parquet, valid.parquet and test.parquet (PAIR_SCHEMA, sorted by query, falling score,
-    target), test_pool.parquet (note_id: all test notes), train_notes.arrow (a NoteStore with the notes of training and
-    validation pairs), popularity.parquet and statistics.json.
+    Writes into ``output``: train.parquet, valid.parquet and test.parquet (PAIR_SCHEMA, sorted by query, descending
+    score, target), test_pool.parquet (note_id: all test notes), train_notes.arrow (a NoteStore of the notes of training
+    and validation pairs), popularity.parquet and statistics.json.
 
     ``popularity.parquet`` has the clicks on every note within the log that its side is mined from. For notes of the
-    test pool that log is the test log itself, as notes created after the boundary have no other: a ranking by it has
-    seen the clicks that it is asked to foretell. The column ``optimistic`` marks these rows. Popularity of this kind
-    is more than popularity could know in production, so it flatters the baseline, never the embedder.
+    test pool this is the test log, because notes created after the boundary have no other. A ranking by it has seen the
+    clicks that it must predict; the column ``optimistic`` marks these rows. In production popularity would know less,
+    so this favours the popularity baseline, never the embedder.
 
     Returns:
         counts for the manifest.
 
     Raises:
-        DataError: notes or events are missing or unusable, or no pair is left for one of the sides.
+        DataError: notes or events are missing or unusable, or one side has no pair.
     """
     groups = event_log.list_row_groups(event_log.parquet_files(prepared / "events"))
     notes = ds.dataset([str(path) for path in event_log.parquet_files(prepared / "notes")], format="parquet")
@@ -82,7 +82,7 @@ def mine(prepared: Path, output: Path, pairs: PairSettings, split: SplitSettings
         "testing": describe_notes(_stream(notes, pool, texts), test_mined.pairs.num_rows),
     }
     write_atomically(output / "statistics.json", json.dumps(statistics, indent=2))
-    _log.info("statistics of the pairs (validation pairs count as training):\n%s", format_statistics(statistics))
+    log.info("statistics of the pairs (validation pairs count as training):\n%s", format_statistics(statistics))
     return {
         "notes": len(parted.notes),
         "train_notes": num_stored,
@@ -99,12 +99,12 @@ def mine(prepared: Path, output: Path, pairs: PairSettings, split: SplitSettings
 def _mine_both(
     groups: list[event_log.RowGroup], parted: Split, settings: PairSettings, output: Path
 ) -> tuple[MinedPairs, MinedPairs]:
-    """Training pairs from the events on training notes alone; test pairs from all events of the test log.
+    """Training pairs from the events on training notes only; test pairs from all events of the test log.
 
-    N_u is about a user's behaviour, so in the test log clicks on older notes count in it. In training, events on test
-    notes are left out altogether; by time there are none before the boundary but by a source's mistake.
+    N_u describes a user's behaviour, so in the test log it includes clicks on older notes. In training, events on test
+    notes are left out. In a split by time there are none before the boundary, unless the source is wrong.
     """
-    for stale in output.glob(f"{_SCRATCH}*"):  # of a run that was killed
+    for stale in output.glob(f"{_SCRATCH}*"):  # from a run that was killed
         shutil.rmtree(stale)
     with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=output) as scratch:
         train_dir, test_dir = Path(scratch, "train"), Path(scratch, "test")
@@ -135,7 +135,7 @@ def _popularity(parted: Split, train: MinedPairs, test: MinedPairs) -> pa.Table:
 
 def _check_test(num_pairs: int) -> None:
     if num_pairs < FEW_TEST_PAIRS:
-        _log.warning(
+        log.warning(
             "only %d test pairs: one pair moves a recall by %.1f points; raise split.test_share or give a longer log",
             num_pairs,
             100 / num_pairs,
@@ -143,7 +143,7 @@ def _check_test(num_pairs: int) -> None:
 
 
 def _stream(notes: ds.Dataset, wanted: pa.Array | pa.ChunkedArray, columns: list[str]) -> Iterator[pa.RecordBatch]:
-    """The wanted notes, a few at a time: images are read ahead no further than needed."""
+    """The wanted notes, a few at a time, so that few images are read ahead."""
     yield from notes.to_batches(
         columns=columns,
         filter=pc.field("note_id").isin(wanted),

@@ -1,14 +1,14 @@
 """Related notes by co-occurrence (NoteLLM-2, Eq. 2 and section 2.3), for logs of any length.
 
-Three steps, each a Ray Data pipeline over small task numbers; the data itself passes through Arrow files in a scratch
-directory (which every node must see), so that memory is bounded by the size of a part, whatever the log's length:
+Three steps, each with numbered tasks that exchange their data through Arrow files in a scratch directory. Every node
+must see that directory. The size of a part bounds the memory, however long the log is.
 
-1. read a unit of events (about a million), and pack it by user, users hashed into parts;
-2. for a part of the users, add up 1/N_u per (query, target), and write the sums sorted by query;
-3. for a range of query notes, add up the sums of all parts, drop scores out of bounds, keep the top t per query.
+1. Read a unit of events (about a million) and pack it by user; the hash of a user's id decides the part.
+2. For a part of the users, add up 1 / N_u per (query, target), and write the sums sorted by query.
+3. For a range of query notes, add up the sums of all parts, drop scores out of bounds, keep the top t per query.
 
-The ranges of step 3 are cut so that they hold equally many sums. What does grow with the platform is the list of note
-ids, some 40 bytes each in every process. With one part, the same three steps run in this process, without Ray.
+The ranges of step 3 hold equally many sums. Only the list of note ids grows with the platform: some 40 bytes for each
+note in every process. With one part, the same three steps run in this process, without Ray.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.schema import PAIR_SCHEMA
 from notellm2_ray.core.settings import PairSettings
 from notellm2_ray.data import event_log
-from notellm2_ray.data.pairs.cooccurrence import Rows, accumulate, add_up, fixed_point_unit, select
-from notellm2_ray.data.spill import read_arrow, run_here, run_on_ray, write_arrow
+from notellm2_ray.data.pairs.cooccurrence import Rows, accumulate, add_up, fixed_point_scale, select
+from notellm2_ray.data.tasks import read_arrow, run_here, run_on_ray, write_arrow
 
 PARTITION_EVENTS = 1 << 21
 MERGE_SUMS = 1 << 22  # sums added up at once: about 60 bytes each
@@ -42,14 +42,14 @@ _SUMS_SCHEMA = pa.schema(
     ]
 )
 _SELECTED = ("queries", "targets", "scores")
-_log = logging.getLogger("notellm2_ray")
+log = logging.getLogger("notellm2_ray")
 
 
 class MinedPairs(NamedTuple):
-    """Pairs of related notes and what was seen on the way.
+    """Pairs of related notes, and counts of the mining.
 
     Attributes:
-        pairs: PAIR_SCHEMA, sorted by query, then by falling score, then by target; scores rounded to 8 decimals.
+        pairs: PAIR_SCHEMA, sorted by query, descending score, and target; scores are rounded to 8 decimals.
         clicks: (number of notes,) int64, click events in the window on each note of the vocabulary.
         counts: events in the window, those on notes outside the vocabulary, parts, scored pairs dropped by the bounds.
     """
@@ -60,14 +60,14 @@ class MinedPairs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Job:
-    """What every task of one mining needs; small, as it travels with each."""
+class _Mining:
+    """What all tasks of one mining share; small, because it is sent with each."""
 
     scratch: Path
     units: tuple[Sequence[event_log.RowGroup], ...]
     ranges: tuple[tuple[int, int], ...]  # of query codes, for step 3
     partitions: int
-    unit: int
+    scale: int
     start: int
     end: int
     settings: PairSettings
@@ -87,16 +87,16 @@ def mine_pairs(
 ) -> MinedPairs:
     """Eq. 2 over the events in [start, end), microseconds.
 
-    N_u counts the distinct notes of ``notes`` that the user clicked in that window. Whoever both viewed and clicked A
-    and B counts once for (A, B); a click must be strictly later than the view; with ``settings.max_gap_hours``, at most
-    so much later.
+    N_u is the number of distinct notes of ``notes`` that the user clicked in that window. A user counts once for
+    (A, B), however often they viewed A and clicked B. A click must be later than the view, and with
+    ``settings.max_gap_hours`` at most so much later.
 
     Args:
         groups: see :func:`event_log.list_row_groups`.
-        notes: distinct note ids, ascending: events on other notes are left out as if they were not in the log.
-        pairable: (len(notes),) bool, the notes that may be query or target; None: all.
+        notes: distinct note ids, ascending. Events on other notes are ignored.
+        pairable: (len(notes),) bool, the notes that may be a query or a target; None: all.
         scratch: an empty directory for intermediate files, seen by every node.
-        in_process: run here, without Ray; None: if one part is enough.
+        in_process: run in this process, without Ray; None: if there is only one part.
         what: name of the pairs in log lines and errors.
 
     Raises:
@@ -105,14 +105,14 @@ def mine_pairs(
     units = event_log.plan_units(groups, start, end)
     rows = sum(group.rows for unit in units for group in unit)
     partitions = settings.partitions or -(-rows // PARTITION_EVENTS) or 1
-    job = _Job(scratch, tuple(units), (), partitions, fixed_point_unit(rows), start, end, settings)
+    mining = _Mining(scratch, tuple(units), (), partitions, fixed_point_scale(rows), start, end, settings)
     mask = np.ones(len(notes), bool) if pairable is None else pairable
     vocabulary = pa.table({"note_id": notes, "pairable": pa.array(mask)})
     write_arrow(scratch / "notes.arrow", vocabulary.to_batches(), vocabulary.schema)
     run = run_here if (partitions == 1 if in_process is None else in_process) else run_on_ray
-    _log.info("%s: mining %d events in %d part(s)", what, rows, partitions)
+    log.info("%s: mining %d events in %d part(s)", what, rows, partitions)
 
-    seen = list(run(_pack_unit, len(units), job, f"{what}: units of events read"))
+    seen = list(run(_pack_unit, len(units), mining, f"{what}: units of events read"))
     clicks = np.zeros(len(notes), np.int64)
     actions: dict[str, int] = {}
     for unit in seen:
@@ -122,71 +122,71 @@ def mine_pairs(
     counts = {"events": sum(u["events"] for u in seen), "unknown_note_events": sum(u["unknown"] for u in seen)}
     _check_log(counts["events"], actions, settings, what)
 
-    sums = sum(part["sums"] for part in run(_sum_part, partitions, job, f"{what}: parts of the users summed"))
+    sums = sum(part["sums"] for part in run(_sum_part, partitions, mining, f"{what}: parts of the users summed"))
     for path in scratch.glob("unit-*.arrow"):
         path.unlink()
-    job = _Job(scratch, (), _cut_queries(job, len(notes)), partitions, job.unit, start, end, settings)
-    merged = list(run(_merge_range, len(job.ranges), job, f"{what}: ranges of query notes merged"))
+    mining = _Mining(scratch, (), _cut_queries(mining, len(notes)), partitions, mining.scale, start, end, settings)
+    merged = list(run(_merge_range, len(mining.ranges), mining, f"{what}: ranges of query notes merged"))
     pairs = _as_pairs(merged, notes)
     below, above = sum(m["below"] for m in merged), sum(m["above"] for m in merged)
     _check_pairs(pairs.num_rows, below, above, int(clicks.sum()), settings, what)
-    _log.info("%s: %d pairs; %d below and %d above the bounds", what, pairs.num_rows, below, above)
+    log.info("%s: %d pairs; %d below and %d above the bounds", what, pairs.num_rows, below, above)
     counts |= {"partitions": partitions, "partial_sums": sums, "below": below, "above": above, "pairs": pairs.num_rows}
     return MinedPairs(pairs, clicks, counts)
 
 
-def _pack_unit(job: _Job, index: int) -> dict[str, Any]:
+def _pack_unit(mining: _Mining, index: int) -> dict[str, Any]:
     batches, counts = event_log.pack_unit(
-        job.units[index],
-        read_arrow(job.scratch / "notes.arrow").read_all().column("note_id").combine_chunks(),
-        start=job.start,
-        end=job.end,
-        view_actions=job.settings.view_actions,
-        click_actions=job.settings.click_actions,
-        partitions=job.partitions,
+        mining.units[index],
+        read_arrow(mining.scratch / "notes.arrow").read_all().column("note_id").combine_chunks(),
+        start=mining.start,
+        end=mining.end,
+        view_actions=mining.settings.view_actions,
+        click_actions=mining.settings.click_actions,
+        partitions=mining.partitions,
     )
-    write_arrow(job.scratch / f"unit-{index}.arrow", batches, event_log.PACKED_SCHEMA)
+    write_arrow(mining.scratch / f"unit-{index}.arrow", batches, event_log.PACKED_SCHEMA)
     return {**counts._asdict(), "actions": json.dumps(counts.actions)}
 
 
-def _sum_part(job: _Job, index: int) -> dict[str, Any]:
-    log = event_log.unpack(read_arrow(path).get_batch(index) for path in sorted(job.scratch.glob("unit-*.arrow")))
-    pairable = read_arrow(job.scratch / "notes.arrow").read_all().column("pairable").to_numpy()
-    gap_hours = job.settings.max_gap_hours
+def _sum_part(mining: _Mining, index: int) -> dict[str, Any]:
+    events = event_log.unpack(read_arrow(path).get_batch(index) for path in sorted(mining.scratch.glob("unit-*.arrow")))
+    pairable = read_arrow(mining.scratch / "notes.arrow").read_all().column("pairable").to_numpy()
+    gap_hours = mining.settings.max_gap_hours
     gap = None if gap_hours is None else round(gap_hours * DAY / 24)
     written = 0
 
     def batches() -> Iterator[pa.RecordBatch]:
         nonlocal written
-        for rows in accumulate(log, len(pairable), unit=job.unit, gap=gap, pairable=pairable):
+        for rows in accumulate(events, len(pairable), scale=mining.scale, gap=gap, pairable=pairable):
             written += len(rows.sums)
             offsets = pa.array(rows.offsets, pa.int32())
             lists = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (rows.targets, rows.sums)]
             yield pa.record_batch([pa.array(rows.queries), *lists], schema=_SUMS_SCHEMA)
 
-    write_arrow(job.scratch / f"sums-{index}.arrow", batches(), _SUMS_SCHEMA)
+    write_arrow(mining.scratch / f"sums-{index}.arrow", batches(), _SUMS_SCHEMA)
     return {"sums": written}
 
 
-def _merge_range(job: _Job, index: int) -> dict[str, Any]:
-    low, high = job.ranges[index]
-    num_notes = read_arrow(job.scratch / "notes.arrow").read_all().num_rows
+def _merge_range(mining: _Mining, index: int) -> dict[str, Any]:
+    low, high = mining.ranges[index]
+    num_notes = read_arrow(mining.scratch / "notes.arrow").read_all().num_rows
     pending: list[Rows] = []
-    for piece in _pieces(job, low, high):
+    for piece in _pieces(mining, low, high):
         pending.append(piece)
-        # A range is cut to hold few sums, but one note alone may have more: fold them before they fill the memory.
+        # A range holds few sums, but a single note may have many: add them up before they fill the memory.
         if sum(len(p.sums) for p in pending[1:]) > MERGE_SUMS:
             pending = [add_up(pending, num_notes)]
-    settings = job.settings
+    settings = mining.settings
     chosen = select(
-        add_up(pending, num_notes), unit=job.unit, lower=settings.lower, upper=settings.upper, top=settings.top
+        add_up(pending, num_notes), scale=mining.scale, lower=settings.lower, upper=settings.upper, top=settings.top
     )
     return chosen._asdict()
 
 
-def _pieces(job: _Job, low: int, high: int) -> Iterator[Rows]:
-    for part in range(job.partitions):
-        reader = read_arrow(job.scratch / f"sums-{part}.arrow")
+def _pieces(mining: _Mining, low: int, high: int) -> Iterator[Rows]:
+    for part in range(mining.partitions):
+        reader = read_arrow(mining.scratch / f"sums-{part}.arrow")
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
             queries = batch.column(0).to_numpy()
@@ -197,11 +197,11 @@ def _pieces(job: _Job, low: int, high: int) -> Iterator[Rows]:
                 yield Rows(queries[first:last], offsets - offsets[0], targets, sums)
 
 
-def _cut_queries(job: _Job, num_notes: int) -> tuple[tuple[int, int], ...]:
-    """Ranges of query codes that hold about MERGE_SUMS sums each, over all parts."""
+def _cut_queries(mining: _Mining, num_notes: int) -> tuple[tuple[int, int], ...]:
+    """Ranges of query codes with about MERGE_SUMS sums each over all parts."""
     held = np.zeros(num_notes, np.int64)
-    for part in range(job.partitions):
-        reader = read_arrow(job.scratch / f"sums-{part}.arrow")
+    for part in range(mining.partitions):
+        reader = read_arrow(mining.scratch / f"sums-{part}.arrow")
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
             held[batch.column(0).to_numpy()] += np.diff(batch.column(1).offsets.to_numpy())
@@ -217,7 +217,7 @@ def _cut_queries(job: _Job, num_notes: int) -> tuple[tuple[int, int], ...]:
 
 def _as_pairs(merged: Sequence[dict[str, Any]], notes: pa.Array) -> pa.Table:
     columns = {name: np.concatenate([m[name] for m in merged]) if merged else np.zeros(0) for name in _SELECTED}
-    order = np.argsort(columns["queries"], kind="stable")  # ranges come back in any order; within one all is sorted
+    order = np.argsort(columns["queries"], kind="stable")  # ranges come in any order, but each is sorted
     queries, targets, scores = (columns[name][order] for name in _SELECTED)
     ids = [notes.take(pa.array(codes, pa.int64())) for codes in (queries, targets)]
     return pa.table([*ids, pa.array(scores, pa.float64())], schema=PAIR_SCHEMA)
@@ -227,14 +227,14 @@ def _check_log(events: int, actions: dict[str, int], settings: PairSettings, wha
     present = ", ".join(f"{name} ({count})" for name, count in sorted(actions.items())) or "none"
     if not events:
         raise DataError(
-            f"{what}: no event lies in the time that pairs are mined from; "
+            f"{what}: there is no event in the time that pairs are mined from; "
             "lengthen it with pairs.window_days (null: the whole log) or move the boundary with split.test_share"
         )
     for key, wanted in (("pairs.click_actions", settings.click_actions), ("pairs.view_actions", settings.view_actions)):
         if not any(name in actions for name in wanted):
             raise DataError(
                 f"{what}: no event has an action of {key} ({', '.join(wanted) or 'empty'}); "
-                f"the actions present are: {present}. Set {key} to those that count"
+                f"the actions present are: {present}. Set {key} to those that should count"
             )
 
 
@@ -243,7 +243,7 @@ def _check_pairs(pairs: int, below: int, above: int, clicks: int, settings: Pair
         return
     if below or above:
         raise DataError(
-            f"{what}: no pair is left: of {below + above} scored pairs {below} lie below pairs.lower={settings.lower} "
+            f"{what}: no pair is left: of {below + above} scored pairs {below} are below pairs.lower={settings.lower} "
             f"and {above} above pairs.upper={settings.upper}; change these bounds, or lengthen pairs.window_days"
         )
     raise DataError(

@@ -1,12 +1,12 @@
-"""Which notes train and which test, which part of the log each side is mined from, and which pairs validate.
+"""The split: which notes train or test, which part of the log each side is mined from, and which pairs validate.
 
-By time, as the paper: the boundary is cut off the end of the log. Notes created before it train, from events before it;
-notes created after it test, from events after it. Nothing of the one side is known to the other.
+By time, as in the paper: the last part of the log is for testing. Notes created before the boundary train, with events
+before it; notes created after it test, with events after it. Neither side knows anything of the other.
 
-By notes, for catalogues whose notes all exist from the start: a random part of the notes is held out. No pair joins
-the sides, and clicks on held-out notes do not even count in the training side's N_u. What leaks all the same: both
-sides are mined from the same users over the same time, so that a taste or a fashion seen in training is the one
-tested. Numbers by notes are for new items under known tastes; they are no forecast for a later week.
+By notes, for catalogues whose notes all exist from the start: a random part of the notes is held out. No pair joins the
+two sides, and clicks on held-out notes do not count in the training side's N_u. One leak remains: both sides are mined
+from the same users over the same time, so the tastes and fashions tested are those seen in training. Such figures hold
+for new items under known tastes; they do not forecast a later week.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Split(NamedTuple):
     """Notes and times of the two sides; times in microseconds since 1970, ends exclusive."""
 
     notes: pa.Array  # (N,) note ids, ascending
-    is_test: np.ndarray  # (N,) bool; a note that is no test note is a training note
-    boundary: int | None  # None by notes
+    is_test: np.ndarray  # (N,) bool; all other notes are training notes
+    boundary: int | None  # None in a split by notes
     train_window: tuple[int, int]
     test_window: tuple[int, int]
 
@@ -43,10 +43,10 @@ def split_notes(
     Args:
         notes: columns note_id and created_at of all prepared notes.
         span: times of the first and the last event.
-        window_days: length of the log before the boundary (by notes: before its end) that is mined; None: all of it.
+        window_days: length of the mined log before the boundary (by notes: before the end); None: all of it.
 
     Raises:
-        DataError: no notes; a note without creation time in a split by time; a side without any note.
+        DataError: there are no notes, a split by time meets a note without creation time, or a side has no note.
     """
     if not notes.num_rows:
         raise DataError("the prepared notes table is empty: run prepare on a source that has notes")
@@ -72,12 +72,12 @@ def split_notes(
 
 
 def split_pairs(pairs: pa.Table, share: float, seed: int) -> tuple[pa.Table, pa.Table]:
-    """(training, validation): a random ``share`` of the pairs validates, at least one; order is kept.
+    """(training, validation): a random ``share`` of the pairs validates, but at least one; their order is kept.
 
-    As in the paper, validation pairs are drawn among the training pairs: their notes may stand in training pairs too.
+    As in the paper, validation pairs are drawn from the training pairs, so their notes may be in training pairs too.
 
     Raises:
-        DataError: nothing would be left to train on.
+        DataError: no pair would be left for training.
     """
     num_valid = min(max(1, round(share * pairs.num_rows)), pairs.num_rows) if share else 0
     if num_valid == pairs.num_rows:

@@ -1,8 +1,8 @@
 """The dataset statistics of the paper's Table 1.
 
-A word is what stands between white space; in a text whose characters are mostly Chinese or Japanese, it is a character
-(white space aside), since those are written without spaces. Averages over notes count a note without a title
-as zero words; "words per topic" averages over topics, whichever note they stand on.
+Words are separated by white space. In a text that is mostly Chinese or Japanese, which are written without spaces,
+every character counts as a word. In averages over notes, a note without a title counts as zero words; "words per topic"
+is an average over the topics of all notes.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _ROWS = (
 
 
 def count_words(text: str) -> int:
-    """Words of ``text``; characters where it is mostly Chinese or Japanese."""
+    """The number of words of ``text``, or of characters where it is mostly Chinese or Japanese."""
     words = text.split()
     if text.isascii():
         return len(words)
@@ -34,7 +34,7 @@ def count_words(text: str) -> int:
 
 
 class NoteStatistics:
-    """Running averages over notes; feed it batches, then ask for the column of Table 1."""
+    """Running averages over batches of notes, which give a column of Table 1."""
 
     def __init__(self) -> None:
         self.num_notes = 0
@@ -50,7 +50,7 @@ class NoteStatistics:
         self._topic_words += sum(map(count_words, topics))
 
     def column(self, num_pairs: int) -> dict[str, float]:
-        """One column of the table; averages over nothing are 0."""
+        """One column of the table; an average over nothing is 0."""
         notes, topics = max(self.num_notes, 1), max(self._topics, 1)
         return {
             "num_notes": self.num_notes,
@@ -63,7 +63,7 @@ class NoteStatistics:
 
 
 def describe_notes(batches: Iterable[pa.RecordBatch], num_pairs: int) -> dict[str, float]:
-    """One column of Table 1 for the notes that ``batches`` stream."""
+    """One column of Table 1, for the notes of all ``batches``."""
     statistics = NoteStatistics()
     for batch in batches:
         statistics.add(batch)

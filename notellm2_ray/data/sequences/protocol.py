@@ -52,7 +52,7 @@ from notellm2_ray.data.sequences.example_files import (
 from notellm2_ray.data.sequences.histories import HISTORY_SCHEMA, Histories, k_core, within_core
 from notellm2_ray.data.sequences.statistics import format_statistics, summarise
 from notellm2_ray.data.sequences.targets import TargetSplit, fit_split
-from notellm2_ray.data.spill import read_arrow, run_here, run_on_ray, write_arrow
+from notellm2_ray.data.tasks import read_arrow, run_here, run_on_ray, write_arrow
 from notellm2_ray.data.writer import RollingWriter
 
 PARTITION_EVENTS = 1 << 19

@@ -1,4 +1,4 @@
-"""Which files a table is made of, and their rows as a Ray dataset."""
+"""The files of a table: which they are, their rows as a Ray dataset, and their versions."""
 
 from __future__ import annotations
 
@@ -40,11 +40,11 @@ def list_files(pattern: str, format_: str, setting: str) -> list[TableFile]:
 
     Args:
         pattern: a file, a directory (searched with its sub-directories), a glob, or a URI of a file or directory.
-        format_: ``auto`` goes by the endings.
+        format_: parquet, jsonl or csv; ``auto`` goes by the files' endings.
         setting: the setting that ``pattern`` came from, for messages.
 
     Raises:
-        DataError: there are none, or one of a kind that cannot be told.
+        DataError: there are none, or the ending of one is of no known format.
     """
     if "://" in pattern:
         paths = [path for path, _ in uri_files(pattern)]
@@ -55,16 +55,16 @@ def list_files(pattern: str, format_: str, setting: str) -> list[TableFile]:
         paths = [pattern] if Path(pattern).is_file() else sorted(glob.glob(pattern, recursive=True))
     if not paths:
         raise DataError(f"{pattern}: no such table file; set {setting} to a file, directory or glob")
-    # Ray's workers may run in another directory than the one that a relative path means.
+    # Absolute, because Ray's workers may run in another directory.
     paths = [path if "://" in path else os.path.abspath(path) for path in paths]
     return [TableFile(path, _format(path, setting) if format_ == "auto" else format_) for path in paths]
 
 
 def uri_files(uri: str) -> list[tuple[str, fs.FileInfo]]:
-    """The file that a URI names, or all tables below the directory that it names: the URI and the facts of each.
+    """The file at a URI, or all table files below the directory at it: the URI of each, and its size and time.
 
     Raises:
-        DataError: it cannot be looked at.
+        DataError: the URI cannot be listed.
     """
     try:
         system, path = fs.FileSystem.from_uri(uri)
@@ -80,7 +80,7 @@ def uri_files(uri: str) -> list[tuple[str, fs.FileInfo]]:
 
 
 def ending(path: str) -> str:
-    """The ending that tells a file's format; that of compression is left out."""
+    """The ending that tells a file's format, without the ending of its compression."""
     return Path(path.removesuffix(".gz")).suffix.lower()
 
 
@@ -89,7 +89,7 @@ def _format(path: str, setting: str) -> str:
         return _ENDINGS[ending(path)]
     except KeyError:
         raise DataError(
-            f"{path} ({setting}): the ending tells no known format ({', '.join(_ENDINGS)}); "
+            f"{path} ({setting}): its ending is of no known format ({', '.join(_ENDINGS)}); "
             "set source.format to parquet, jsonl or csv"
         ) from None
 
@@ -98,8 +98,8 @@ def dataset(files: Sequence[TableFile], read: Callable[[TableFile], Iterator[pa.
     """The rows of all files as a lazy Ray dataset, one task a file; Ray must be connected.
 
     Args:
-        read: the rows of one file, called where the task runs. What it raises as :class:`DataError` becomes a last row
-            of category "unreadable file", because Ray keeps neither the type nor the message of an error apart.
+        read: gives the rows of one file, in the task. A :class:`DataError` that it raises becomes a last row of
+            category "unreadable file", because Ray does not pass on an error's type and message.
     """
     import ray.data
 
@@ -115,7 +115,7 @@ def dataset(files: Sequence[TableFile], read: Callable[[TableFile], Iterator[pa.
 
 
 def image_names(folder: Path, setting: str) -> dict[str, str]:
-    """File name without ending -> absolute path, for the images in a folder.
+    """File name without its ending -> absolute path, for the images in a folder.
 
     Raises:
         DataError: there is no such folder.
@@ -129,7 +129,7 @@ def image_names(folder: Path, setting: str) -> dict[str, str]:
 
 
 def ref_to(value: object) -> Any:
-    """``value`` in Ray's object store, so that it is not sent along with every task."""
+    """A reference to ``value`` in Ray's object store, so that it is not sent with every task."""
     import ray
 
     return ray.put(value)
@@ -150,7 +150,7 @@ def table_version(pattern: str, format_: str, setting: str) -> Version:
 
 
 def file_version(path: Path) -> tuple[str, int, int]:
-    """The version of one local file, told without reading it.
+    """Path, size and time of one local file: enough to notice a change without reading it.
 
     Raises:
         FileNotFoundError: there is none.
@@ -160,5 +160,5 @@ def file_version(path: Path) -> tuple[str, int, int]:
 
 
 def image_version(paths: Mapping[str, str]) -> Version:
-    """The version of a folder of images, as :func:`image_names` gives it: by name, not by content."""
+    """The version of a folder of images (:func:`image_names`). Images are compared by name, not by content."""
     return [(path, -1, -1) for path in sorted(paths.values())]

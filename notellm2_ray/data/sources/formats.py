@@ -1,7 +1,7 @@
-"""Parquet, JSON lines and CSV files as batches of rows that know where they come from.
+"""Parquet, JSON lines and CSV files as batches of rows, each with the file and row it comes from.
 
-Every batch has the asked columns in whatever type the file gave them, ``_source`` ("file:row"; the header of a CSV file
-is row 1) and ``_error``: null, or why the reader could make nothing of the row. A bad line costs one row, not the file.
+Every batch has the wanted columns in the types of the file, ``_source`` ("file:row"; the header of a CSV file is row 1)
+and ``_error``: null, or why the row could not be read. A bad line costs one row, not the whole file.
 """
 
 from __future__ import annotations
@@ -25,16 +25,16 @@ from notellm2_ray.data.rows import FATAL, UNREADABLE_ROW, WRONG_VALUE
 from notellm2_ray.data.sources.files import TableFile, ending
 
 _CSV_BLOCK = 16 << 20  # a row must fit into one block
-_CSV_MAX_LINES = 1000  # a malformed row over more lines than this is an unclosed quote that swallows good rows
+_CSV_MAX_LINES = 1000  # a malformed row of more lines is taken for an unclosed quote that swallows good rows
 _PEEK_LINES = 100
 Converters = Mapping[str, Callable[[Sequence[object]], Column]]
 
 
 def column_names(file: TableFile) -> list[str]:
-    """The columns of a file; of JSON lines the keys of its first hundred.
+    """The columns of a file; for JSON lines, the keys in its first hundred lines.
 
     Raises:
-        DataError: the file cannot be read as what it should be.
+        DataError: the file cannot be read in its format.
     """
     try:
         if file.format == "parquet":
@@ -61,7 +61,7 @@ def _keys(file: TableFile, lines: Iterable[bytes]) -> list[str]:
         try:
             value = json.loads(line)
         except (ValueError, RecursionError):
-            continue  # reported with its row when the file is read
+            continue  # reported when its row is read
         names |= dict.fromkeys(value if isinstance(value, dict) else ())
     return list(names)
 
@@ -73,12 +73,12 @@ def read_batches(
 
     Args:
         file: what to read.
-        columns: the file's own names of the columns to read; those it does not have are left out.
-        batch_rows: rows in a batch, at most.
-        converters: column name -> what makes a column of JSON values of several types (otherwise they become text).
+        columns: the file's own names of the columns to read; missing ones are left out.
+        batch_rows: most rows in a batch.
+        converters: column name -> function that makes a column from JSON values of several types; default: text.
 
     Raises:
-        DataError: the file cannot be read on; its other rows are then unknown.
+        DataError: the rest of the file cannot be read, and how many rows it has is not known.
     """
     try:
         if file.format == "parquet":
@@ -88,7 +88,7 @@ def read_batches(
         else:
             yield from _read_jsonl(file, columns, batch_rows, converters or {})
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{file.path}: cannot be read on as {file.format}: {error}") from error
+        raise DataError(f"{file.path}: the rest cannot be read as {file.format}: {error}") from error
 
 
 def _open(file: TableFile, compression: str | None) -> Any:

@@ -1,4 +1,4 @@
-"""MicroLens: users' sequences of short videos, each video's title, and its cover where there is one.
+"""MicroLens as a source: users' sequences of short videos, each video's title, and its cover if there is one.
 
 https://github.com/westlake-repl/MicroLens
 """
@@ -24,9 +24,9 @@ from notellm2_ray.data.sources import SourceTables
 from notellm2_ray.data.sources.files import TableFile, dataset, file_version, image_names, image_version, ref_to
 from notellm2_ray.data.sources.formats import column_names, read_batches
 
-# A sequence file has an order and no times: event number n of a user is put n seconds after this moment.
+# A sequence file has an order but no times: a user's event number n gets the time n seconds after this moment.
 SEQUENCE_START = datetime(2020, 1, 1, tzinfo=UTC)
-ACTION = "click"  # every interaction is one: the comment that it was counts as more than a view
+ACTION = "click"  # of every interaction: each is a comment, which is more than a view
 
 _BATCH = 20_000
 _MILLISECONDS_FROM = 100_000_000_000  # as seconds this would be the year 5138
@@ -38,7 +38,7 @@ class MicroLensSettings(SourceSettings):
     kind: Literal["microlens"]
     pairs: Path = Field(description="the ..._pairs.tsv (sequences) or ..._pairs.csv (user,item,timestamp) file")
     titles: Path = Field(description="the ..._titles.csv file (item,title)")
-    covers: Path | None = Field(None, description="folder of cover images named ITEM.jpg; absent: no images")
+    covers: Path | None = Field(None, description="folder of cover images named ITEM.jpg; null: no images")
 
 
 def microlens_tables(settings: MicroLensSettings, seed: int = 0) -> SourceTables:
@@ -86,7 +86,7 @@ def _check_pairs(file: TableFile) -> None:
 
 
 def hashtags(title: str) -> list[str]:
-    """The tags in a title: what stands between a ``#`` and the next or the end (translated tags are phrases)."""
+    """The tags in a title: from one ``#`` to the next, or to the end, because translated tags are phrases."""
     tags = (part.strip(" \t\r\n,.;:!?，。；：！？") for part in title.split("#")[1:])
     return list(dict.fromkeys(tag for tag in tags if tag))
 
@@ -130,7 +130,7 @@ def _actions(num_rows: int) -> pa.Array:
 
 
 def _read_sequences(file: TableFile) -> Iterator[pa.Table]:
-    """Lines ``user<TAB>item item item``, each unrolled into as many events."""
+    """Lines ``user<TAB>item item item``; each item becomes an event."""
     users: list[str] = []
     items: list[list[str]] = []
     rows: list[int] = []
@@ -153,7 +153,7 @@ def _read_sequences(file: TableFile) -> Iterator[pa.Table]:
 def _valid(line: str) -> bool:
     try:
         line.encode("utf-8")
-    except UnicodeEncodeError:  # bytes that are not UTF-8, kept apart by surrogateescape
+    except UnicodeEncodeError:  # surrogateescape marks bytes that are not UTF-8
         return False
     return True
 
@@ -178,7 +178,7 @@ def _unrolled(path: str, users: list[str], items: list[list[str]], rows: list[in
 
 
 def microlens_versions(settings: MicroLensSettings) -> dict[str, Version]:
-    """Both files, and which covers there are."""
+    """Both files, and the names of the covers."""
     versions = {"source.pairs": [file_version(settings.pairs)], "source.titles": [file_version(settings.titles)]}
     if settings.covers:
         versions["source.covers"] = image_version(image_names(settings.covers, "source.covers"))

@@ -1,4 +1,4 @@
-"""MovieLens with posters: ratings as views and clicks, movies as notes.
+"""MovieLens with posters as a source: movies are notes, ratings are views and clicks.
 
 https://grouplens.org/datasets/movielens/
 """
@@ -25,7 +25,7 @@ from notellm2_ray.data.sources.files import TableFile, dataset, file_version, im
 from notellm2_ray.data.sources.formats import column_names, read_batches
 
 NO_GENRES = "(no genres listed)"
-CLICK_DELAY_US = 1_000  # a click follows its view by a millisecond, so that their order is defined
+CLICK_DELAY_US = 1_000  # a click comes a millisecond after its view, so that their order is defined
 
 _BATCH = 50_000
 _COLUMNS = {
@@ -33,7 +33,7 @@ _COLUMNS = {
     "ratings.csv": ("userId", "movieId", "rating", "timestamp"),
     "tags.csv": ("userId", "movieId", "tag", "timestamp"),
 }
-logger = logging.getLogger("notellm2_ray")
+log = logging.getLogger("notellm2_ray")
 
 
 class MovieLensSettings(SourceSettings):
@@ -41,15 +41,15 @@ class MovieLensSettings(SourceSettings):
 
     kind: Literal["movielens"]
     directory: Path = Field(description="folder that holds ratings.csv, movies.csv and posters/")
-    click_rating: float = Field(3.5, description="a rating is always a view, and from this value on a click too")
+    click_rating: float = Field(3.5, description="every rating is a view; one of at least this value is also a click")
     posters_only: bool = Field(True, description="keep only the movies that have a poster")
 
 
 def movielens_tables(settings: MovieLensSettings, seed: int = 0) -> SourceTables:
     """Notes are the movies: title, genres as topics, distinct tags as content, poster as image.
 
-    Every rating is a view; one of at least ``click_rating`` is a click as well, a millisecond later. With
-    ``posters_only``, movies without a poster and their ratings are no part of the data set.
+    Every rating is a view; one of at least ``click_rating`` is also a click, a millisecond later. With
+    ``posters_only``, movies without a poster and their ratings are left out of the data set.
 
     Raises:
         DataError: a file is missing or is not laid out as MovieLens's are.
@@ -57,8 +57,8 @@ def movielens_tables(settings: MovieLensSettings, seed: int = 0) -> SourceTables
     movies, ratings = _file(settings, "movies.csv"), _file(settings, "ratings.csv")
     posters = poster_files(settings)
     if settings.posters_only:
-        logger.info(
-            "movielens: only the movies that have one of the %s posters, and their ratings", f"{len(posters):,}"
+        log.info(
+            "movielens: only movies that have one of the %s posters, and their ratings, are read", f"{len(posters):,}"
         )
     shared = ref_to((posters, _tags(settings)))
     return SourceTables(
@@ -71,7 +71,7 @@ def poster_files(settings: MovieLensSettings) -> dict[str, str]:
     """Movie id -> absolute path of its poster.
 
     Raises:
-        DataError: there is no folder of posters, and ``posters_only`` asks for one.
+        DataError: there is no folder of posters although ``posters_only`` needs one.
     """
     folder = settings.directory / "posters"
     if not settings.posters_only and not folder.exists():
@@ -95,9 +95,9 @@ def _file(settings: MovieLensSettings, name: str) -> TableFile:
 
 
 def _tags(settings: MovieLensSettings) -> dict[str, str]:
-    """Movie id -> its distinct tags in the file's order, joined; they differ if they do beyond upper and lower case."""
+    """Movie id -> its distinct tags in the file's order, joined. Tags that differ only in case are one tag."""
     if not (settings.directory / "tags.csv").is_file():
-        logger.info("movielens: there is no tags.csv, so the movies have no content")
+        log.info("movielens: there is no tags.csv, so movies have no content")
         return {}
     tags: dict[str, dict[str, str]] = {}
     unusable = 0
@@ -112,7 +112,7 @@ def _tags(settings: MovieLensSettings) -> dict[str, str]:
                 continue
             tags.setdefault(movie, {}).setdefault(word.strip().casefold(), word.strip())
     if unusable:
-        logger.warning("movielens: %s unreadable or empty rows of tags.csv were left out", f"{unusable:,}")
+        log.warning("movielens: %s unreadable or empty rows of tags.csv were left out", f"{unusable:,}")
     return {movie: ", ".join(words.values()) for movie, words in tags.items()}
 
 
@@ -140,7 +140,7 @@ def _movies(raw: pa.Table, posters: Mapping[str, str], tags: Mapping[str, str], 
 
 
 def _unusable_id(rows: pa.Table) -> pa.ChunkedArray:
-    """Rows that cannot be left out as somebody else's, because whose they are cannot be read."""
+    """Rows whose movie cannot be told: they are kept, to be quarantined."""
     return pc.or_(pc.is_valid(rows["_error"]), pc.fill_null(pc.equal(rows["note_id"], ""), True))
 
 
@@ -190,7 +190,7 @@ def _with_problems(views: pa.Table, rating: Column) -> pa.Table:
 
 
 def _with_clicks(views: pa.Table, clicked: np.ndarray) -> pa.Table:
-    """Each view, and behind it its click where ``clicked`` ``(N,)``; a row with an error stays one row."""
+    """Each view, followed by its click where ``clicked`` ``(N,)`` is true; a row with an error stays one row."""
     clicked = clicked & views["_error"].is_null().to_numpy()
     of = np.repeat(np.arange(views.num_rows), 1 + clicked)
     is_click = np.zeros(len(of), dtype=bool)
@@ -207,7 +207,7 @@ def _with_clicks(views: pa.Table, clicked: np.ndarray) -> pa.Table:
 
 
 def movielens_versions(settings: MovieLensSettings) -> dict[str, Version]:
-    """The tables, and which posters there are: with ``posters_only`` they decide which movies are notes."""
+    """The tables, and the names of the posters: with ``posters_only`` they decide which movies are notes."""
     tables = [settings.directory / name for name in ("ratings.csv", "movies.csv")]
     tags = settings.directory / "tags.csv"  # the only table that may be absent
     return {

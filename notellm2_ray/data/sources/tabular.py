@@ -1,4 +1,4 @@
-"""A platform's own tables: Parquet, JSON lines or CSV, with the columns named by a map."""
+"""A platform's own tables as a source: Parquet, JSON lines or CSV, with a map of column names."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from notellm2_ray.data.sources import SourceTables
 from notellm2_ray.data.sources.files import TableFile, dataset, list_files, table_version
 from notellm2_ray.data.sources.formats import column_names, read_batches
 
-NOTE_BATCH = 512  # small: a Parquet file may hold the images themselves
+NOTE_BATCH = 512  # small, because a Parquet file may hold the images themselves
 EVENT_BATCH = 50_000
 
 _NOTE_COLUMNS = ("note_id", "title", "topics", "content", "image", "created_at")
 _EVENT_COLUMNS = ("user_id", "note_id", "timestamp", "action", "session_id")
-_TELLING = ("title", "topics", "content", "image")
+_ENCODED = ("title", "topics", "content", "image")
 
 
 class ColumnMap(Frozen):
-    """Names of a table's columns; the defaults are ours. An optional column that is absent is read as empty."""
+    """Names of a table's columns; the defaults are ours. An optional column that is missing is read as empty."""
 
     note_id: str = "note_id"
     title: str = "title"
@@ -54,7 +54,7 @@ class TabularSettings(SourceSettings):
     image_root: Path | None = Field(
         None, description="folder that relative image paths start from; null: the folder of the notes file"
     )
-    topic_separator: str = Field("|", description="splits topics where they come as one string")
+    topic_separator: str = Field("|", description="splits topics that are given as one string")
     time_unit: Literal["s", "ms", "us"] = Field("s", description="unit of numeric timestamps (since 1970, UTC)")
     default_action: str = Field("click", description="action of events in a table without an action column")
 
@@ -63,14 +63,14 @@ def tabular_tables(settings: TabularSettings, seed: int = 0) -> SourceTables:
     """The notes and the events of two tables.
 
     Raises:
-        DataError: no file matches, a file cannot be read, or a column that is required or was named is missing.
+        DataError: no file matches, a file cannot be read, or a column is missing that is required or was named.
     """
-    if settings.image_root is not None:  # Ray's workers may run in another directory than the one that it starts from
+    if settings.image_root is not None:  # absolute: Ray's workers may run in another directory
         settings = settings.model_copy(update={"image_root": Path(os.path.abspath(settings.image_root))})
     notes = list_files(settings.notes, settings.format, "source.notes")
     events = list_files(settings.events, settings.format, "source.events")
     for file in notes:
-        _check_columns(file, settings.columns, _NOTE_COLUMNS, required=("note_id",), any_of=_TELLING)
+        _check_columns(file, settings.columns, _NOTE_COLUMNS, required=("note_id",), any_of=_ENCODED)
     for file in events:
         _check_columns(file, settings.columns, _EVENT_COLUMNS, required=("user_id", "note_id", "timestamp"))
     return SourceTables(
@@ -83,11 +83,11 @@ def _check_columns(
 ) -> None:
     present = column_names(file)
     if not present and file.format == "jsonl":
-        return  # no line of it is an object: each is reported with its row, and an empty file as an empty pool
+        return  # no line is an object: each is reported with its row, and an empty file as an empty pool
     shown = ", ".join(present) or "none"
     for name in ours:
         theirs = getattr(columns, name)
-        # A column that was named by hand is required: its name would else be a setting that is ignored.
+        # A column that was named in the settings is required: otherwise its setting would be ignored.
         if theirs not in present and (name in required or theirs != name):
             raise DataError(
                 f"{file.path}: missing column {theirs!r}; its columns are {shown}. "
@@ -130,7 +130,7 @@ def _renamed(raw: pa.Table, names: ColumnMap, ours: Sequence[str]) -> pa.Table:
 
 
 def _absolute(images: pa.ChunkedArray, root: Path) -> pa.Array:
-    """Relative paths from ``root``; URIs, bytes and blanks as they are."""
+    """Relative paths made absolute from ``root``; URIs, bytes and blanks stay as they are."""
     images = flat(images)
     if not is_text(images.type):
         return images

@@ -1,6 +1,6 @@
-"""The synthetic world as a source: streams of raw notes and events, captioned pictures, and the truth behind the notes.
+"""The synthetic world as a source: raw notes and events, captioned pictures, and the hidden factors of the notes.
 
-What the world is, and why it favours no method, stands in :mod:`notellm2_ray.data.world`.
+:mod:`notellm2_ray.data.world` says what the world is, and why it favours no method.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ _RAW_NOTES = pa.schema(
 
 
 def world_tables(settings: WorldSettings, seed: int) -> SourceTables:
-    """The world's raw rows as lazy Ray datasets, broken ones included; Ray must be connected.
+    """The world's raw rows as lazy Ray datasets, broken rows included; Ray must be connected.
 
-    Nothing is held but the catalogue of what users can be shown (some 100 bytes a note in each worker); a block of
-    notes, or of users, is made when it is read.
+    A block of notes or users is made when it is read. Only the catalogue of notes that users can be shown is held in
+    memory, some 100 bytes a note in each worker.
 
     Returns:
         notes: ``num_notes`` rows; events: about ``num_users * events_per_user`` views, and the clicks that followed.
@@ -70,9 +70,9 @@ def _from_batch(make: Any, settings: WorldSettings, seed: int, batch: pa.Table) 
 
 
 def raw_notes(settings: WorldSettings, seed: int, index: np.ndarray) -> pa.Table:
-    """Raw rows of the notes numbered ``index`` (N,), in that order; a block that depends on nothing else.
+    """Raw rows of the notes numbered ``index`` (N,), in that order; they depend on nothing but the arguments.
 
-    A broken row is one of :data:`~notellm2_ray.data.world.broken.NOTE_BREAKAGES`, or delivers an earlier note again.
+    A broken row is one of :data:`~notellm2_ray.data.world.broken.NOTE_BREAKAGES`, or repeats an earlier note.
     """
     kinds = choices(seed, "note breakage", index, len(NOTE_BREAKAGES) + 1)
     healthy = traits(settings, seed, index).healthy
@@ -129,9 +129,9 @@ def _write_notes(settings: WorldSettings, seed: int, index: np.ndarray) -> list[
 
 
 def raw_events(settings: WorldSettings, seed: int, users: np.ndarray) -> pa.Table:
-    """Raw rows of all that the users numbered ``users`` (U,) viewed and clicked, by user and time.
+    """Raw rows of all views and clicks of the users numbered ``users`` (U,), by user and time.
 
-    A broken row names a note that does not exist, or lacks its time or its user.
+    A broken row names a note that does not exist, or has no time or no user.
     """
     shown = impressions(settings, seed, users)
     clicks = np.flatnonzero(~np.isnan(shown.clicked_after))
@@ -166,20 +166,20 @@ def _event_table(
 
 
 def captions(settings: WorldSettings, seed: int, count: int, start: int = 0) -> Iterator[tuple[bytes, str]]:
-    """``count`` pictures with captions that name colours and pattern, to train a small CLIP on.
+    """``count`` pictures with captions that name colours and pattern, to train a small CLIP with.
 
-    They are drawn apart from the notes: none of the world's images is among them, and they tell nothing of the notes'
-    texts. One in ten shows no pattern, one in ten no colours, as the notes' images may.
+    They are drawn independently of the notes: none of the world's images is among them, and they say nothing about the
+    notes' texts. One in ten shows no pattern, and one in ten no colours, as is possible for the notes' images.
 
     Args:
-        start: number of the first one; each depends on the seed and its number only.
+        start: number of the first picture; each depends on the seed and its number only.
     """
     words = lexicon(settings.language)
     for number in range(start, start + count):
         rng = random.Random(stream_seed(seed, "world", "caption", number))
         subject = rng.randrange(settings.num_subjects) if rng.random() < 0.9 else None
         style = rng.randrange(settings.num_styles) if rng.random() < 0.9 else None
-        # One wording per content: a contrastive CLIP would hold equal content in other words for a false negative.
+        # One wording per content: the same content in other words would be a false negative of the contrastive loss.
         wording = ((subject or 0) + (style or 0)) % len(words.captions)
         caption = words.captions[wording].format(
             pattern=words.no_pattern if subject is None else words.patterns[subject],
@@ -190,7 +190,7 @@ def captions(settings: WorldSettings, seed: int, count: int, start: int = 0) -> 
 
 
 def world_truth(settings: WorldSettings, seed: int) -> pa.Table:
-    """The hidden factors of every healthy note, and whether its text and its image tell them.
+    """The hidden factors of every note that is not broken, and whether its text and its image tell them.
 
     Returns:
         note_id, subject, style (int64), text_tells_subject, text_tells_style, image_shows_subject, image_shows_style.

@@ -1,4 +1,4 @@
-"""Rows broken on purpose, each in a way that platforms' exports really are."""
+"""Rows broken on purpose, in ways that also occur in the exports of real platforms."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ Row = dict[str, Any]
 
 
 def missing_id(row: Row) -> Row:
+    """The note has no id."""
     return row | {"note_id": None}
 
 
@@ -25,7 +26,7 @@ def error_page(row: Row) -> Row:
 
 
 def huge_image(row: Row) -> Row:
-    """A few bytes that declare 3.6 thousand million pixels."""
+    """A few bytes that declare 3.6 billion pixels."""
     return row | {"image": png_declaring(60_000, 60_000)}
 
 
@@ -38,7 +39,7 @@ NOTE_BREAKAGES: tuple[Callable[[Row], Row], ...] = (missing_id, truncated_image,
 
 
 def png_declaring(width: int, height: int) -> bytes:
-    """A well-formed start of a PNG that declares ``width`` x ``height`` pixels and holds next to none."""
+    """A well-formed PNG that declares ``width`` x ``height`` pixels and holds almost none of them."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
         return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))

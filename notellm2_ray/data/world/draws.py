@@ -1,4 +1,4 @@
-"""Counter-based random numbers: a named stream whose n-th number can be had without the others before it."""
+"""Counter-based random numbers: named streams whose n-th number can be computed without those before it."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ _STEP = np.uint64(0x9E3779B97F4A7C15)
 
 
 def uniforms(seed: int, name: str, index: np.ndarray) -> np.ndarray:
-    """Numbers in [0, 1) at the places ``index`` of the world's stream ``name``.
+    """Numbers in [0, 1) at the positions ``index`` of the world's stream ``name``.
 
-    The places go through the finaliser of SplitMix64, so that neighbours are independent.
+    The positions go through SplitMix64's finaliser, so that neighbouring numbers are independent.
 
     Args:
         index: non-negative integers of any shape.
@@ -29,5 +29,5 @@ def uniforms(seed: int, name: str, index: np.ndarray) -> np.ndarray:
 
 
 def choices(seed: int, name: str, index: np.ndarray, num: int) -> np.ndarray:
-    """Whole numbers in [0, num), uniform, at the places ``index`` of the stream ``name``; int64."""
+    """Uniform int64 in [0, num) at the positions ``index`` of the stream ``name``."""
     return (uniforms(seed, name, index) * num).astype(np.int64)

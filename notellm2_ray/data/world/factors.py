@@ -1,4 +1,4 @@
-"""The hidden truth of every note: its factors, when it appeared, and what its text and its image tell."""
+"""What is hidden about every note: its factors, when it appeared, and which of its parts tell which factor."""
 
 from __future__ import annotations
 
@@ -17,20 +17,20 @@ MAX_UNITS = 32  # title, topics and at most 30 sentences
 
 
 class Traits(NamedTuple):
-    """What the users react to, for N notes."""
+    """What users react to, for N notes."""
 
     subject: np.ndarray  # (N,) int64
     style: np.ndarray  # (N,) int64
     created: np.ndarray  # (N,) float64, seconds since the log's start; negative before it
-    appeal: np.ndarray  # (N,) float64, about normal: why two equal notes are not equally popular
-    healthy: np.ndarray  # (N,) bool; false: the row is broken on purpose
+    appeal: np.ndarray  # (N,) float64, about normal; it makes notes of equal factors unequally popular
+    healthy: np.ndarray  # (N,) bool; false if the row is broken on purpose
 
 
 class Telling(NamedTuple):
-    """What text and image tell, for N notes. Units of text: the title, the topics, then each sentence."""
+    """Which parts of N notes tell which factor. The units of a text are the title, the topics, and each sentence."""
 
     num_sentences: np.ndarray  # (N,) int64
-    unit_subject: np.ndarray  # (N, MAX_UNITS) bool: does this unit tell the subject
+    unit_subject: np.ndarray  # (N, MAX_UNITS) bool: whether this unit tells the subject
     unit_style: np.ndarray  # (N, MAX_UNITS) bool
     image_subject: np.ndarray  # (N,) bool
     image_style: np.ndarray  # (N,) bool
@@ -39,22 +39,22 @@ class Telling(NamedTuple):
 def traits(settings: WorldSettings, seed: int, index: np.ndarray) -> Traits:
     """Traits of the notes numbered ``index`` (N,); each note depends on the seed and its own number only.
 
-    Notes appear at a steady rate from a sixth of the log's length before its start (so that the first visitor finds
-    some) until its end.
+    Notes appear at a steady rate until the end of the log. The first appear before its start, by a sixth of its length,
+    so that the first visitor finds some.
     """
     lead = settings.days / 6
     return Traits(
         subject=choices(seed, "subject", index, settings.num_subjects),
         style=choices(seed, "style", index, settings.num_styles),
         created=np.floor((uniforms(seed, "created", index) * (settings.days + lead) - lead) * DAY),
-        # The sum of twelve uniforms: as good as normal here, and cheaper than an inverse.
+        # The sum of twelve uniform numbers is near enough to normal, and cheaper than inverting the distribution.
         appeal=np.sum([uniforms(seed, f"appeal {i}", index) for i in range(12)], axis=0) - 6.0,
         healthy=uniforms(seed, "broken", index) >= settings.broken_share,
     )
 
 
 def telling(settings: WorldSettings, seed: int, index: np.ndarray) -> Telling:
-    """What the notes numbered ``index`` (N,) tell, as the four information knobs say."""
+    """Which parts of the notes numbered ``index`` (N,) tell which factor, by the four information knobs."""
     words = lexicon(settings.language)
     sentences = _num_sentences(settings, words, seed, index)
     unit = np.arange(MAX_UNITS)
@@ -73,10 +73,10 @@ def telling(settings: WorldSettings, seed: int, index: np.ndarray) -> Telling:
 
 @lru_cache(maxsize=64)
 def telling_rate(knob: float, short_share: float, long_share: float, language: str) -> float:
-    """The probability p with which each unit tells, so that a note of the world does with probability ``knob``.
+    """The probability p that one unit tells a factor, such that a note does with probability ``knob``.
 
-    A note of n units tells with probability 1 - (1 - p)^n; p is found by bisection on the mean of that over the world's
-    distribution of n. At p, short notes tell less than ``knob`` and long ones more.
+    A note of n units tells it with probability 1 - (1 - p)^n. p is found by bisection on the mean of that over the
+    world's distribution of n. Short notes then tell it less often than ``knob``, and long ones more often.
     """
     if knob in (0.0, 1.0):
         return knob

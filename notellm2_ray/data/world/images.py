@@ -1,7 +1,7 @@
-"""Drawing: a style is a pair of colours, a subject a large pattern over the whole picture.
+"""Drawing: a style is a pair of colours, and a subject is a large pattern over the whole picture.
 
-Both are large and global because small vision towers learn dominant colours and coarse textures long before small
-shapes. A picture that does not show its style is grey; one that does not show its subject shows soft clouds.
+Both fill the picture because small vision towers learn dominant colours and coarse textures long before small shapes.
+A picture that does not show its style is grey; one that does not show its subject shows soft clouds.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from collections.abc import Callable
 import numpy as np
 from PIL import Image
 
-Field = np.ndarray  # (H, W) float32: coordinates in [-1, 1], or a pattern, painted in the second colour above zero
+Field = np.ndarray  # (H, W) float32: coordinates in [-1, 1], or a pattern; above zero it has the second colour
 Pattern = Callable[[Field, Field, np.random.Generator], Field]
 
-# First colour, second colour. The order is that of the lexicons' `palettes`.
+# First and second colour, in the order of the lexicons' `palettes`.
 PALETTES = (
     ((244, 178, 58), (0, 108, 116)),
     ((248, 243, 224), (30, 30, 34)),
@@ -72,7 +72,7 @@ def _rings(waves: float) -> Pattern:
 def _rays(arms: int) -> Pattern:
     def draw(x: Field, y: Field, rng: np.random.Generator) -> Field:
         u, v = x - rng.uniform(-0.15, 0.15), y - rng.uniform(-0.15, 0.15)
-        # Scaled by the radius, so that the edges stay as soft near the centre as elsewhere.
+        # Scaled by the radius, so that edges are as soft near the centre as elsewhere.
         return np.sin(arms * np.arctan2(v, u) + rng.uniform(0, 2 * np.pi)) * np.minimum(1, np.hypot(u, v) * arms / 5)
 
     return draw
@@ -115,7 +115,7 @@ def _spiral(x: Field, y: Field, rng: np.random.Generator) -> Field:
 
 
 def _clouds(x: Field, y: Field, rng: np.random.Generator) -> Field:
-    # Five plane waves; sin(ax + by) taken apart into products of one-dimensional waves, as x and y are a grid's.
+    # Five plane waves. Because x and y form a grid, sin(ax + by) can be computed from one-dimensional waves.
     across, down = rng.normal(0, 2.2, (2, 5, 1)).astype(np.float32)
     phase = across * x[0] + rng.uniform(0, 2 * np.pi, (5, 1)).astype(np.float32)
     return 0.09 * (np.cos(down * y[:, 0]).T @ np.sin(phase) + np.sin(down * y[:, 0]).T @ np.cos(phase))
@@ -131,14 +131,14 @@ PATTERNS: tuple[Pattern, ...] = (
 
 
 def draw_image(rng: np.random.Generator, subject: int | None, style: int | None, size: int) -> bytes:
-    """One picture as JPEG bytes, ``size`` pixels square.
+    """One picture as JPEG bytes, ``size`` x ``size`` pixels.
 
-    Nothing of a factor that is None enters: colours, place, scale, light and grain vary with ``rng`` alone.
+    A factor that is None has no influence. Colours, place, scale, light and grain vary with ``rng`` alone.
     """
     line = np.linspace(-1, 1, size, dtype=np.float32) * np.float32(rng.uniform(0.92, 1.08))
     x, y = np.meshgrid(line, line)
     pattern = _clouds if subject is None else PATTERNS[subject]
-    share = np.clip(0.5 + pattern(x, y, rng) * 2.5, 0, 1)  # (H, W) of the second colour
+    share = np.clip(0.5 + pattern(x, y, rng) * 2.5, 0, 1)  # (H, W), share of the second colour
     first, second = np.asarray(GREY if style is None else PALETTES[style]) + rng.normal(0, 6, (2, 3))
     light = 1 + np.clip(0.4 * _clouds(x, y, rng), -0.12, 0.12) - 0.08 * (x**2 + y**2)
     grain = 3.5 * rng.standard_normal((size, size), dtype=np.float32)

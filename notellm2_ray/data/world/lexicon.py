@@ -1,4 +1,4 @@
-"""What a language's lexicon holds, and which lexicon a language has."""
+"""What a lexicon holds, and the lexicon of each language."""
 
 from __future__ import annotations
 
@@ -9,17 +9,17 @@ from typing import NamedTuple
 class Lexicon(NamedTuple):
     """Words and small grammars of one language.
 
-    Sentences and titles have the slots ``{s}`` (a thing) and ``{t}`` (a quality). A slot takes a word of the subject's
-    or style's own vocabulary where the sentence tells that factor, else one of the words that tell nothing.
+    Sentences and titles have the slots ``{s}`` (a thing) and ``{t}`` (a quality). Where a sentence tells the subject or
+    the style, the slot takes a word of that value's own vocabulary, and elsewhere a word that tells nothing.
     """
 
     subjects: tuple[tuple[str, ...], ...]  # one vocabulary of things per subject
     styles: tuple[tuple[str, ...], ...]  # one vocabulary of qualities per style
-    things: tuple[str, ...]  # tell nothing
-    qualities: tuple[str, ...]  # tell nothing
+    things: tuple[str, ...]  # that tell no subject
+    qualities: tuple[str, ...]  # that tell no style
     sentences: tuple[str, ...]
     titles: tuple[str, ...]
-    join: str  # what stands between two sentences
+    join: str  # between two sentences
     short_sentences: tuple[int, int]  # fewest and most sentences of a note below 50 tokens
     usual_sentences: tuple[int, int]
     long_sentences: tuple[int, int]  # of a note above 165 tokens

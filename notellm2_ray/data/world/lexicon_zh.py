@@ -1,4 +1,4 @@
-"""Chinese. Every word has two characters, so that a text's length does not depend on what it tells."""
+"""The Chinese lexicon. Every word has two characters, so that a text's length does not depend on what it tells."""
 
 from __future__ import annotations
 

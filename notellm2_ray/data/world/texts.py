@@ -18,11 +18,11 @@ class Text(NamedTuple):
 
 
 class Writer:
-    """Picks the words of one note: telling words where a unit tells, words that tell nothing elsewhere.
+    """Picks the words of one note: words of its factors where a unit tells them, and neutral words elsewhere.
 
     Args:
         words: the language.
-        rng: the note's own stream; nothing it decides depends on the factors.
+        rng: the note's own random stream; what it decides does not depend on the factors.
         subject: number of the note's subject.
         style: number of the note's style.
         num_words: how many words there are for each subject and each style.
@@ -33,12 +33,15 @@ class Writer:
         self.subject_words, self.style_words = words.subjects[subject][:num_words], words.styles[style][:num_words]
 
     def thing(self, tells: bool) -> str:
+        """A word of the subject, or a neutral one."""
         return self.rng.choice(self.subject_words if tells else self.words.things)
 
     def quality(self, tells: bool) -> str:
+        """A word of the style, or a neutral one."""
         return self.rng.choice(self.style_words if tells else self.words.qualities)
 
     def sentence(self, template: str, tells_subject: bool, tells_style: bool) -> str:
+        """A template with its slots filled."""
         text = template.format(s=self.thing(tells_subject), t=self.quality(tells_style))
         return text[:1].upper() + text[1:]
 
@@ -53,11 +56,11 @@ def write(
     num_sentences: int,
     num_words: int,
 ) -> Text:
-    """One note's text: 14 to 36 words at 1 to 3 English sentences, 80 to 120 at 8 to 12, more than 165 from 20 on.
+    """One note's text. In English, 1 to 3 sentences give 14 to 36 words, 8 to 12 give 80 to 120, 20 more than 165.
 
     Args:
         seed: seed of the note's own stream.
-        tells_subject: does the title, do the topics, does each sentence tell the subject (num_sentences + 2 of them).
+        tells_subject: whether the title, the topics and each sentence tell the subject (num_sentences + 2 values).
         tells_style: the same for the style.
     """
     rng = random.Random(seed)
@@ -67,7 +70,7 @@ def write(
     if rng.random() < 0.5:
         topics.append(writer.thing(False))
     templates: list[str] = []
-    while len(templates) < num_sentences:  # no sentence comes again before all have been used
+    while len(templates) < num_sentences:  # a sentence is repeated only when all have been used
         templates += rng.sample(words.sentences, len(words.sentences))
     told = zip(templates[:num_sentences], tells_subject[2:], tells_style[2:], strict=False)
     return Text(title, list(dict.fromkeys(topics)), words.join.join(writer.sentence(*unit) for unit in told))

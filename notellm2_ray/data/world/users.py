@@ -1,8 +1,8 @@
-"""Users: tastes that drift, a feed that follows them, and the log of what was viewed and clicked.
+"""Users: tastes that drift, a feed that follows them, and the log of views and clicks.
 
-At any moment a user wants :data:`SLOTS` subjects and as many styles; week by week each of them may give way to another.
-Most of what the feed shows matches both a wanted subject and a wanted style, some of it matches one of them, some is
-chance. A click depends on the product of the two matches. Nobody sees a note before it was created, or twice.
+At any moment a user wants :data:`SLOTS` subjects and as many styles; every week each may be replaced by another. Most
+of what the feed shows matches a wanted subject and a wanted style, some of it matches one of them, and some is random.
+The click rate depends on the product of the two matches. No user sees a note before it exists, or twice.
 """
 
 from __future__ import annotations
@@ -16,28 +16,28 @@ from notellm2_ray.data.world.draws import choices, uniforms
 from notellm2_ray.data.world.factors import DAY, Traits, traits
 from notellm2_ray.data.world.settings import WorldSettings
 
-SLOTS = 2  # subjects, and styles, that a user wants at one time: a main one and another
-MAIN = 0.7  # how often the feed goes by the main one
-DRIFT = 0.25  # probability that a wanted subject, or style, gives way to another at a week's end
+SLOTS = 2  # subjects, and styles, that a user wants at one time: a main one and a second
+MAIN = 0.7  # probability that the feed follows the main one
+DRIFT = 0.25  # probability that a wanted subject, or style, is replaced at the end of a week
 VISIT = 8  # impressions in a visit
-FEED = (0.85, 0.88, 0.91)  # cumulated shares: matches both factors, the subject, the style; the rest is chance
-# When what the feed found was seen already, it tries again, with (1) or without (0) moving on to the user's other
-# subject and other style. When all fails the user has seen everything within reach and the impression is left out.
+FEED = (0.85, 0.88, 0.91)  # cumulative shares: matches both factors, the subject, the style; the rest is random
+# If the user has seen the note that the feed found, the feed tries again, with (1) or without (0) changing to the
+# user's other subject and other style. If every attempt fails, the impression is left out.
 ATTEMPTS = ((0, 0), (0, 0), (1, 0), (0, 1), (1, 1), (0, 0), (1, 0), (0, 1))
 MEAN_AGE_DAYS = 1.5  # the feed looks for notes of about this age
 CANDIDATES = 2  # the feed shows the most appealing of these: popularity is skewed
 CLICK_RATE = 0.6  # of a note that matches both wanted factors
-MISMATCH = 0.05  # a factor that does not match leaves this part of it
-CHANCE_CLICK = 0.02  # added whatever matches
+MISMATCH = 0.05  # a factor that does not match leaves this part of that rate
+CHANCE_CLICK = 0.02  # added in any case
 APPEAL = 0.15  # how far a note's appeal raises (or lowers) its click rate, per standard deviation
-MAX_IMPRESSIONS = 1 << 20  # places reserved per user in the random streams
+MAX_IMPRESSIONS = 1 << 20  # positions per user in the random streams
 
 
 class Impressions(NamedTuple):
-    """What was shown to some users, user by user and in time's order; M impressions."""
+    """M impressions of some users, by user and time."""
 
     user: np.ndarray  # (M,) int64
-    place: np.ndarray  # (M,) int64, the impression's number in the world: names its random numbers
+    place: np.ndarray  # (M,) int64, the impression's number in the world, which is its position in the random streams
     visit: np.ndarray  # (M,) int64, counted per user
     seconds: np.ndarray  # (M,) float64 since the log's start
     note: np.ndarray  # (M,) int64
@@ -45,7 +45,7 @@ class Impressions(NamedTuple):
 
 
 class Catalogue:
-    """All healthy notes, by what they match and when they appeared: about 100 bytes a note.
+    """All notes that are not broken, by what they match and when they appeared: about 100 bytes a note.
 
     Groups are every pair of subject and style, then every subject, every style, and all notes.
     """
@@ -55,7 +55,7 @@ class Catalogue:
         self.num_subjects, self.num_styles = settings.num_subjects, settings.num_styles
         self.pairs = self.num_subjects * self.num_styles
         self.everything = self.pairs + self.num_subjects + self.num_styles
-        self._span = (settings.days * 2 + 1) * DAY  # longer than any two moments lie apart
+        self._span = (settings.days * 2 + 1) * DAY  # longer than the time between any two moments
         subject, style, created = self.traits.subject, self.traits.style, self.traits.created
         everything = np.full(len(created), self.everything)
         groups = (self.pair(subject, style), self.by_subject(subject), self.by_style(style), everything)
@@ -78,13 +78,13 @@ class Catalogue:
         return (group + 0.5) * self._span + seconds
 
     def pick(self, group: np.ndarray, seconds: np.ndarray, age: np.ndarray, fallback: np.ndarray) -> np.ndarray:
-        """A note of each group that existed at ``seconds``: the newest that was ``age`` old by then, else any.
+        """A note of each group that existed at ``seconds``: the newest of at least age ``age``, or else any.
 
         Args:
-            group, seconds, age, fallback: of one shape; fallback in [0, 1) picks where no note is old enough.
+            group, seconds, age, fallback: of equal shape; fallback, in [0, 1), picks the note if none is old enough.
 
         Returns:
-            note numbers, -1 where the group was still empty.
+            note numbers, -1 where the group was empty.
         """
         first = np.searchsorted(self._keys, self._key(group, np.full(group.shape, -0.5 * self._span)))
         end = np.searchsorted(self._keys, self._key(group, seconds), side="right")
@@ -102,7 +102,7 @@ def catalogue(settings: WorldSettings, seed: int) -> Catalogue:
 def tastes(settings: WorldSettings, seed: int, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Wanted subjects and wanted styles of ``users`` (U,) in each of their own weeks, each (U, weeks, SLOTS) int64.
 
-    Users' weeks do not all begin on one day: see :func:`week_of`.
+    The weeks of different users begin on different days: see :func:`week_of`.
     """
     weeks = settings.days // 7 + 2
     place = (users[:, None, None] * weeks + np.arange(weeks)[:, None]) * SLOTS + np.arange(SLOTS)
@@ -117,14 +117,14 @@ def tastes(settings: WorldSettings, seed: int, users: np.ndarray) -> tuple[np.nd
 
 
 def week_of(seed: int, users: np.ndarray, seconds: np.ndarray) -> np.ndarray:
-    """Number of the user's own week that each moment falls in."""
+    """Number of the user's own week at each moment."""
     return ((seconds / DAY + 7 * uniforms(seed, "week phase", users)) // 7).astype(np.int64)
 
 
 def impressions(settings: WorldSettings, seed: int, users: np.ndarray) -> Impressions:
-    """Everything shown to ``users`` (U,), all different; no note is shown to a user twice.
+    """Everything shown to ``users`` (U,), which must be distinct; no note is shown to a user twice.
 
-    A user who has seen everything within reach sees less than planned.
+    A user who has seen every note that the feed can find sees fewer than planned.
     """
     row, number, visit, seconds = _visits(settings, seed, users)
     user = users[row]
@@ -197,7 +197,7 @@ def _candidate(
 
 
 def _seen_before(user: np.ndarray, note: np.ndarray) -> np.ndarray:
-    # A stable sort leaves equal (user, note) in time's order: all but the first were seen before.
+    # A stable sort keeps equal (user, note) in order of time: all but the first were seen before.
     order = np.lexsort((note, user))
     repeated = np.zeros(len(note), dtype=bool)
     repeated[order[1:]] = (user[order[1:]] == user[order[:-1]]) & (note[order[1:]] == note[order[:-1]])

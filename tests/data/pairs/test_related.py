@@ -168,14 +168,14 @@ def test_one_user_with_a_huge_history_is_expanded_in_pieces(monkeypatch):
     count = 3000
     notes = np.arange(count)
     log = cooccurrence.Log(np.zeros(count, np.int64), notes, notes, np.ones(count, bool), notes % 2 == 1)
-    pieces = list(cooccurrence.accumulate(log, count, unit=1 << 40))
+    pieces = list(cooccurrence.accumulate(log, count, scale=1 << 40))
     assert max(len(piece.sums) for piece in pieces) <= 10_000
     assert sum(len(piece.sums) for piece in pieces) == sum(count // 2 - (i + 1) // 2 for i in range(count))
 
 
 def test_sums_of_a_billion_events_cannot_overflow():
     for events in (1, 10**6, 10**9, 10**15):
-        assert events * cooccurrence.fixed_point_unit(events) < 2**63
+        assert events * cooccurrence.fixed_point_scale(events) < 2**63
 
 
 @pytest.mark.parametrize(
@@ -183,7 +183,7 @@ def test_sums_of_a_billion_events_cannot_overflow():
     [
         ([("u", "a", 1, "seen")], {}, ["pairs.click_actions", "seen (1)"]),
         ([("u", "a", 1, "click")], {"view_actions": ("look",)}, ["pairs.view_actions", "click (1)"]),
-        ([("u", "a", 1, "view"), ("u", "b", 2, "click")], {"lower": 2.0}, ["1 lie below pairs.lower=2.0", "0 above"]),
+        ([("u", "a", 1, "view"), ("u", "b", 2, "click")], {"lower": 2.0}, ["1 are below pairs.lower=2.0", "0 above"]),
         ([("u", "a", 3, "view"), ("u", "b", 2, "click")], {}, ["no user viewed", "1 clicks"]),
         ([("u", "a", 3_000_000, "view")], {}, ["pairs.window_days"]),
     ],

@@ -250,7 +250,7 @@ def test_times_in_all_their_shapes(values, unit):
 def test_times_that_cannot_be_are_named():
     problems = to_timestamps(pa.array(["yesterday", "2023-02-30", "1700000000000", "2023-11-14"]), "s").problems
     assert set(problems) == {0, 1, 2}
-    assert problems[0].startswith("'yesterday' is no time")
+    assert problems[0].startswith("'yesterday' is not a time")
     assert "source.time_unit" in problems[2]
     assert to_timestamps(pa.array([2**62]), "us").problems
     assert to_timestamps(pa.array([10**18], pa.int64()).cast(pa.timestamp("s"))).problems
