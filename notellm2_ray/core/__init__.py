@@ -1,1 +1,1 @@
-"""What every other package shares; it imports nothing of ours."""
+"""Settings, schemas, prompts and tools that all other packages share. It imports none of them."""

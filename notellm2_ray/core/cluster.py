@@ -1,4 +1,4 @@
-"""Joining a Ray cluster, or starting the small one inside this process."""
+"""Joining a Ray cluster, or starting a small one in this process."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ from notellm2_ray.core.settings import RaySettings
 
 
 def connect(settings: RaySettings) -> Any:
-    """Connect to the cluster this process was submitted to, or start one here; a second call does nothing.
+    """Connect to the cluster that this process was submitted to, or start one here; a second call does nothing.
 
-    Under ``ray job submit`` and wherever RAY_ADDRESS is set, Ray finds the cluster itself. An embedded cluster declares
-    at least four logical CPUs, because a Ray Data pipeline whose stages each reserve one waits for ever on fewer.
+    Under ``ray job submit``, and wherever RAY_ADDRESS is set, Ray finds the cluster itself. An embedded cluster has at
+    least four logical CPUs: with fewer, a Ray Data pipeline whose steps each reserve one would wait forever.
 
     Returns:
         the ``ray`` module, connected.
@@ -22,8 +22,9 @@ def connect(settings: RaySettings) -> Any:
 
     if ray.is_initialized():
         return ray
-    # Threads of GNU OpenMP spin while they wait for each other. Beside Ray's own processes on two cores that made
-    # training steps up to ten times slower; workers inherit this. (A thousand turns, not none: waking costs too.)
+    # Threads of GNU OpenMP spin while they wait for each other. On two cores, beside Ray's own processes, that made
+    # training steps up to ten times slower. Workers inherit this. (Some spinning is left, because waking a thread has a
+    # cost too.)
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if os.environ.get("RAY_ADDRESS"):
         ray.init(log_to_driver=True)
@@ -35,7 +36,7 @@ def connect(settings: RaySettings) -> Any:
             include_dashboard=False,
             logging_level=logging.WARNING,
         )
-    # Stages log their own progress; Ray Data's plans and bars would bury it.
+    # Stages log their own progress, which would be lost between Ray Data's plans and progress bars.
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)

@@ -1,6 +1,6 @@
-"""Configuration: defaults, then a preset, then YAML, then ``key=value``; the later wins.
+"""Configuration: defaults, then a preset, then YAML, then ``key=value``, where the later overrides the earlier.
 
-Every level is a plain nested mapping until :class:`~notellm2_ray.core.settings.Settings` checks all of it at once.
+Every level is a plain nested mapping, until :class:`~notellm2_ray.core.settings.Settings` checks everything at once.
 """
 
 from __future__ import annotations
@@ -87,7 +87,7 @@ def parse_override(text: str) -> tuple[list[str], Any]:
 
 
 def merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
-    """``update`` laid over ``base``, mapping by mapping; neither is changed."""
+    """A new mapping: ``base`` overridden by ``update``, level by level."""
     merged = dict(base)
     for key, value in update.items():
         old = merged.get(key)
@@ -96,7 +96,7 @@ def merge(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def apply_overrides(base: Mapping[str, Any], overrides: Iterable[str]) -> dict[str, Any]:
-    """``key=value`` strings laid over a mapping."""
+    """A new mapping: ``base`` overridden by ``key=value`` strings."""
     merged = dict(base)
     for text in overrides:
         path, value = parse_override(text)
@@ -107,10 +107,10 @@ def apply_overrides(base: Mapping[str, Any], overrides: Iterable[str]) -> dict[s
 
 
 def build(model: type[Frozen], values: Mapping[str, Any]) -> Any:
-    """``model`` from a nested mapping.
+    """Settings of class ``model`` from a nested mapping.
 
     Raises:
-        ConfigError: one line per wrong key, with the nearest known key or the expected type.
+        ConfigError: one line for each wrong key, with the nearest known key or the expected type.
     """
     try:
         return model.model_validate(values)
@@ -170,7 +170,7 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
 
 
 def nested_models(annotation: Any) -> list[type[BaseModel]]:
-    """The settings classes inside an annotation: of a union, or of settings of several kinds, every one."""
+    """All settings classes inside an annotation, also those of a union and of settings of several kinds."""
     if _stands_for_kinds(annotation):
         return list(annotation.kinds().values())
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
@@ -179,5 +179,5 @@ def nested_models(annotation: Any) -> list[type[BaseModel]]:
 
 
 def to_plain(settings: BaseModel) -> dict[str, Any]:
-    """Settings as JSON values: what is written beside every output and hashed into its fingerprint."""
+    """Settings as JSON values, as they are written beside every output and hashed into its fingerprint."""
     return json.loads(settings.model_dump_json())

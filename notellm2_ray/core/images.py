@@ -1,7 +1,7 @@
-"""Images from strangers, decoded safely.
+"""Safe decoding of images from untrusted sources.
 
 An image's declared size is read before anything is decoded: a PNG of half a megabyte can hold 169 megapixels, which
-take 660 MB. Only formats that notes really have are tried, so that an odd file cannot reach an odd decoder.
+take 660 MB. Only formats that notes really have are tried, so that a file cannot reach a rarely used decoder.
 """
 
 from __future__ import annotations
@@ -20,14 +20,14 @@ if TYPE_CHECKING:
 FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 20_000_000
-# A processor that resizes the shorter side blows a 10 x 1,000,000 strip up to billions of pixels; the longest
+# A processor that resizes the shorter side would enlarge a strip of 10 x 1,000,000 to billions of pixels. The longest
 # screenshots that people post are some 20 times as long as wide.
 MAX_ASPECT = 100
-# Every scan of a progressive JPEG goes over the whole picture again, so a small file of very many scans takes very
-# long. Cameras and libraries write some 10.
+# Every scan of a progressive JPEG goes over the whole picture, so a small file with many scans takes very long to
+# decode. Cameras and libraries write some 10.
 MAX_SCANS = 100
 _JPEG, _SCAN, _END = b"\xff\xd8", 0xDA, 0xD9
-# The markers that end an image or begin a segment with a length. Compressed data holds none of them: a 0xff in it is
+# The markers that end an image or begin a segment with a length. Compressed data cannot contain them: in it, 0xff is
 # followed by a zero or by a marker without a segment.
 _SEGMENT = re.compile(rb"\xff[\xc0-\xcf\xd9-\xdd\xe0-\xef\xfe]")
 
@@ -41,20 +41,20 @@ def check_image(
     max_bytes: int | None = MAX_BYTES,
     knobs: tuple[str, str] = ("prepare.max_image_pixels", "prepare.max_image_bytes"),
 ) -> None:
-    """Check that an image is of a known format, of a sane declared size, and decodes to its end.
+    """Check that an image has a known format and an acceptable declared size, and can be decoded to its end.
 
     Args:
         data: the encoded image.
-        max_pixels: the largest declared width x height, read before decoding; None: Pillow's own, 179 megapixels.
-        max_bytes: the largest encoded size; None: any.
+        max_pixels: largest declared width x height, read before decoding; None: Pillow's limit of 179 megapixels.
+        max_bytes: largest encoded size; None: any.
         knobs: the settings that these two came from, for the message.
 
     Raises:
-        DataError: with the reason.
+        DataError: why the image cannot be used.
     """
     if max_bytes is not None and len(data) > max_bytes:
         raise DataError(f"{len(data):,} bytes, more than the {max_bytes:,} allowed ({knobs[1]})")
-    # Decoding at an eighth still reads every byte, so it finds truncation at a fraction of the cost.
+    # Decoding at an eighth of the size still reads every byte, so it finds a truncated file at a fraction of the cost.
     _decode(data, 1, max_pixels, knobs[0])
 
 
@@ -62,16 +62,15 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
     """The first frame of an image, upright (EXIF orientation applied), on white where it is transparent.
 
     Args:
-        data: the encoded image. What size it may be is for :func:`check_image` to say, once; here Pillow's own bound
-            holds alone.
-        min_side: the caller's own target for the shorter side, in pixels. A JPEG is then decoded at 1/2, 1/4 or 1/8
-            of its size as far as both sides stay at least this long, which is about twice as fast.
+        data: the encoded image. Its size is checked once, by :func:`check_image`; here only Pillow's limit holds.
+        min_side: the size that the caller needs for the shorter side, in pixels. A JPEG is then decoded at 1/2, 1/4 or
+            1/8 of its size, as long as both sides stay at least this long, which is about twice as fast.
 
     Returns:
         an RGB ``PIL.Image``.
 
     Raises:
-        DataError: with the reason.
+        DataError: why the image cannot be used.
     """
     return _decode(data, min_side)
 
@@ -88,8 +87,8 @@ def _decode(data: bytes, min_side: int | None, max_pixels: int | None = None, kn
             return _upright(_to_rgb(image), orientation)
     except DataError:
         raise
-    # Decoders raise whatever a broken file makes them trip over (OSError, SyntaxError, struct.error, zlib.error...):
-    # whichever it is, the image is unusable, and the reason says why.
+    # Decoders raise all kinds of exceptions for a broken file (OSError, SyntaxError, struct.error, zlib.error...). In
+    # any case the image is unusable, and the message says why.
     except Exception as error:
         raise DataError(f"cannot be decoded: {str(error) or type(error).__name__}") from error
 
@@ -100,7 +99,7 @@ def _open(data: bytes) -> Image.Image:
     if not data:
         raise DataError("empty, 0 bytes")
     try:
-        with warnings.catch_warnings():  # the check's bound follows; Pillow refuses twice what it warns of
+        with warnings.catch_warnings():  # our own check replaces Pillow's warning
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
             return Image.open(io.BytesIO(data), formats=FORMATS)
     except Image.DecompressionBombError as error:
@@ -121,7 +120,7 @@ def _check_size(size: tuple[int, int], max_pixels: int | None, knob: str) -> Non
 
 
 def _check_scans(data: bytes) -> None:
-    """Refuse too many scans; what a segment holds (a thumbnail) or what follows the image (a film) is not of it."""
+    """Refuse too many scans. Those inside a segment (a thumbnail) or after the image (a film) do not count."""
     scans, place = 0, len(_JPEG)
     while data.startswith(_JPEG) and (found := _SEGMENT.search(data, place)):
         marker = data[found.start() + 1]
@@ -130,12 +129,12 @@ def _check_scans(data: bytes) -> None:
         scans += marker == _SCAN
         if scans > MAX_SCANS:
             raise DataError(f"a JPEG of more than {MAX_SCANS} scans")
-        # A length counts its own two bytes; a smaller one is an error that the decoder reports.
+        # A length includes its own two bytes; a smaller one is an error that the decoder reports.
         place = found.end() + max(2, int.from_bytes(data[found.end() : found.end() + 2], "big"))
 
 
 def _orientation(image: Image.Image) -> int:
-    # A camera's broken metadata does not make its picture unusable: it is then taken as it is stored.
+    # Broken metadata does not make a picture unusable: its orientation is then taken as it is stored.
     try:
         value = image.getexif().get(_ORIENTATION_TAG, 1)
     except (OSError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, SyntaxError, struct.error):

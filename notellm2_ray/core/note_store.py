@@ -1,4 +1,4 @@
-"""A read-only store of notes in one Arrow file, memory-mapped: random access by id without loading it."""
+"""A read-only store of notes in one memory-mapped Arrow file, for random access by id without loading it."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ _ROWS_PER_BATCH = 1024
 class NoteStore:
     """Notes by id.
 
-    Opening reads the ids (about 100 bytes of memory a note); texts and images stay on disk, shared by all processes of
-    the machine, until they are asked for. Pickles as its path.
+    Opening it reads the ids, about 100 bytes of memory a note. Texts and images stay on disk until they are needed, and
+    all processes of the machine share them. It is pickled as its path.
     """
 
     def __init__(self, path: str | Path, stage: str = "mine-pairs") -> None:
         """Open a store.
 
         Args:
-            stage: the one that writes it, for messages.
+            stage: the stage that writes it, for messages.
 
         Raises:
-            DataError: there is none at ``path``, or it is damaged.
+            DataError: there is no store at ``path``, or it is damaged.
         """
         self.path, self.stage = Path(path), stage
         try:
@@ -39,7 +39,7 @@ class NoteStore:
             raise DataError(f"{self.path} does not exist: run {stage} first") from None
         except pa.ArrowInvalid as error:
             raise DataError(
-                f"{self.path} is no note store or is damaged ({error}): delete {self.path.parent} and run {stage} again"
+                f"{self.path} is damaged or not a note store ({error}): delete {self.path.parent} and run {stage} again"
             ) from error
         require_columns(reader.schema, NOTE_SCHEMA, str(self.path))
         self._ends = np.cumsum([batch.num_rows for batch in self._batches])
@@ -48,12 +48,12 @@ class NoteStore:
 
     @staticmethod
     def write(path: str | Path, batches: Iterable[pa.RecordBatch]) -> int:
-        """Write prepared notes (NOTE_SCHEMA; further columns are left out) as they stream in; the number written.
+        """Write batches of prepared notes (NOTE_SCHEMA; other columns are left out), and return their number.
 
-        The file appears whole or not at all.
+        The file appears complete or not at all.
 
         Raises:
-            DataError: a column is missing, or a note id comes twice.
+            DataError: a column is missing, or two notes have one id.
         """
         path = Path(path)
         temporary = path.with_name(f".{path.name}.{os.getpid()}")
@@ -64,7 +64,7 @@ class NoteStore:
                     require_columns(batch.schema, NOTE_SCHEMA, "notes")
                     for note_id in batch.column("note_id").to_pylist():
                         if note_id in seen:
-                            raise DataError(f"note {note_id!r} comes twice: note ids must be unique; run prepare again")
+                            raise DataError(f"note {note_id!r} is there twice: ids must be unique; run prepare again")
                         seen.add(note_id)
                     table = pa.Table.from_batches([batch]).select(NOTE_SCHEMA.names).cast(NOTE_SCHEMA)
                     for part in table.to_batches(max_chunksize=_ROWS_PER_BATCH):
@@ -84,12 +84,12 @@ class NoteStore:
 
     @property
     def ids(self) -> list[str]:
-        """All ids, as stored."""
+        """All ids, in the order of the file."""
         return list(self._rows)
 
     @property
     def ids_with_image(self) -> list[str]:
-        """Ids of the notes that have an image, as stored."""
+        """Ids of the notes that have an image, in the order of the file."""
         return [
             note_id
             for batch in self._batches
@@ -110,8 +110,8 @@ class NoteStore:
             row = self._rows[note_id]
         except KeyError:
             raise DataError(
-                f"note {note_id!r} is not among the {len(self)} notes of {self.path}: what names it must come from the "
-                f"same run of {self.stage}"
+                f"note {note_id!r} is not among the {len(self)} notes of {self.path}: the table that names it must be "
+                f"from the same run of {self.stage}"
             ) from None
         number = int(np.searchsorted(self._ends, row, side="right"))
         batch = self._batches[number]

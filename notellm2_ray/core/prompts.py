@@ -1,10 +1,11 @@
-"""Every prompt that is put to a language model, as templates of fixed words and slots.
+"""The embedder's prompts, as templates of fixed words and slots.
 
-A template is a tuple of literal strings and :class:`Slot`. The literals are the template's own; what fills a slot is
-the user's and is tokenised apart, so that it can become neither a special token nor a part of a neighbouring word.
+A template is a tuple of literal strings and :class:`Slot`. The literals are the template's own words. What fills a slot
+is the user's text; it is tokenised separately, so that it can become neither a special token nor part of a neighbouring
+word.
 
-The note is shown as a JSON object (section 2.2). Both halves of the mICL prompt (section 3) end in the very same words,
-and each vector is read at the last token of those words: the opening quotation mark.
+The note is shown as a JSON object (section 2.2). Both halves of the mICL prompt (section 3) end in the same words, and
+each vector is read at the last token of those words: the opening quotation mark.
 """
 
 from __future__ import annotations
@@ -59,8 +60,8 @@ def note_prompt(kind: PromptKind, language: Language) -> tuple[Part, ...]:
     """The compression prompt.
 
     Args:
-        kind: ``basic`` holds image and text in one note (section 2.2), ``micl`` a visual note and then a textual one
-            (section 3), ``text`` the text alone.
+        kind: ``basic`` has image and text in one note (section 2.2), ``micl`` a visual note and then a textual one
+            (section 3), ``text`` only the text.
         language: of the template's own words.
     """
     words, colon, comma = _WORDS[language], _COLON[language], _COMMA[language]
@@ -85,7 +86,7 @@ def note_prompt(kind: PromptKind, language: Language) -> tuple[Part, ...]:
 
 
 def joined(parts: Iterable[T]) -> list[T]:
-    """Neighbouring strings as one, so that a prompt has the same tokens however it was put together."""
+    """Parts with neighbouring strings joined, so that a prompt's tokens do not depend on how it was assembled."""
     found: list[Any] = []
     for part in parts:
         if isinstance(part, str) and found and isinstance(found[-1], str):
@@ -96,9 +97,9 @@ def joined(parts: Iterable[T]) -> list[T]:
 
 
 def quote(text: str, language: Language) -> str:
-    """User text as it stands between the template's quotation marks: one line, escaped as JSON.
+    """User text as it is put between the template's quotation marks: one line, escaped as JSON.
 
-    Escaping keeps a text with ``"}`` in it inside its own field; where the vectors are read never depends on the text.
+    Escaping keeps a text that contains ``"}`` inside its field. Where the vectors are read never depends on the text.
     """
     one_line = re.sub(r"\s*[\r\n]+\s*", _LINE_BREAK[language], text.strip())
     return json.dumps(one_line, ensure_ascii=False)[1:-1]
@@ -109,7 +110,7 @@ def join_topics(topics: tuple[str, ...], language: Language) -> str:
     return _TOPIC_JOIN[language].join(topics)
 
 
-_CJK = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")  # without Korean's Hangul: it has spaces
+_CJK = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")  # without Hangul: Korean has spaces
 _WORD = re.compile(r"\S+")
 
 
@@ -120,7 +121,7 @@ def is_mostly_cjk(text: str) -> bool:
 
 
 def truncate(text: str, limit: int, unit: Literal["auto", "words", "characters"]) -> str:
-    """The first ``limit`` words, or characters where there are no spaces between words (``auto`` decides by script)."""
+    """The first ``limit`` words or characters; ``auto`` counts characters if the text is mostly Chinese or Japanese."""
     if unit == "characters" or (unit == "auto" and is_mostly_cjk(text)):
         return text[:limit]
     if limit == 0:

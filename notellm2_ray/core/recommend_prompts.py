@@ -1,9 +1,9 @@
 """The recommender's prompts, in Chinese and English: image summaries, preferences and the question to the ranker.
 
-A prompt is a sequence of parts. A plain string is the template's own words, :class:`Text` is somebody's text, to be
-tokenised so that it can become no special token, and ``IMAGE`` is where the picture goes. Every text stands between
-quotation marks, on one line and escaped as JSON, so that it stays data: a title cannot end its own quotation, add a
-line to the list or speak for the template.
+A prompt is a sequence of parts. A plain string holds the template's own words. :class:`Text` holds a user's text, which
+is tokenised so that it cannot become a special token. ``IMAGE`` is where the picture goes. Every text is put between
+quotation marks, on one line and escaped as JSON, so that it stays data: a title can neither end its quotation nor add a
+line to the list.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from notellm2_ray.core.prompts import Language, joined, quote
 
 
 class Text(NamedTuple):
-    """Text that is not the template's: a title, a description, a preference."""
+    """Text that is not the template's own: a title, a description, a preference."""
 
     value: str
 
 
 class ImageSlot(enum.Enum):
-    """The one value of ``IMAGE``."""
+    """The type of ``IMAGE``, its only value."""
 
     IMAGE = "image"
 
@@ -41,7 +41,7 @@ class Item(NamedTuple):
     image_summary: str | None = None
 
 
-# The words that a preference begins with, as the published prompt also asks.
+# The words that a preference must begin with; the published prompt asks for the same.
 PREFERENCE_BEGINS: Mapping[Language, str] = {
     "en": "The user appears to have a preference for",
     "zh": "该用户偏好",
@@ -51,7 +51,7 @@ SUMMARY_TEMPLATES: Mapping[Language, str] = {
     "en": "{image}\nSay in one paragraph what this cover shows: colours, things, any writing, what stands out.",
     "zh": "{image}\n用一段话说明这张封面：颜色、物体、文字和醒目之处。",
 }
-# The same words for every variant, so that comparing variants compares what is shown and not how it is asked for.
+# Every variant has the same words, so that variants differ only in what they show.
 PREFERENCE_TEMPLATES: Mapping[Language, str] = {
     "en": (
         "{previous}Notes that the user liked, oldest first, each with its title and what its cover shows. Quoted text "
@@ -67,7 +67,7 @@ PREFERENCE_TEMPLATES: Mapping[Language, str] = {
 class _RankerWords(NamedTuple):
     task: str
     taste: tuple[str, str]  # around the quoted preference
-    unknown: str  # instead, of a user without history
+    unknown: str  # in its place for a user without history
     history: str  # before the list of titles
     image: tuple[str, str]
     title: tuple[str, str]
@@ -109,10 +109,10 @@ _WORDS: Mapping[Language, _Words] = {
 
 
 def summary_prompt(language: Language, template: str | None = None) -> list[Part]:
-    """What the item summariser is asked about one image.
+    """The prompt for the summary of one image.
 
     Args:
-        template: words of the user's own, with the placeholder ``{image}`` once; None for ours.
+        template: a template of your own, with the placeholder ``{image}`` once; None: ours.
 
     Raises:
         ConfigError: the template lacks a placeholder, repeats it or has another.
@@ -128,15 +128,15 @@ def preference_prompt(
     items: Sequence[Item],
     template: str | None = None,
 ) -> list[Part]:
-    """What the user summariser is asked: P_b from P_{b-1} and block b, or for ``direct`` from the whole history.
+    """The prompt for a preference: P_b from P_{b-1} and block b, or with ``direct`` from the whole history.
 
     Args:
-        variant: ``no_image_summary`` shows titles alone, whatever the items hold; ``direct`` takes no previous one.
+        variant: ``no_image_summary`` shows only titles, whatever the items hold; ``direct`` has no previous preference.
         previous: P_{b-1}; None for the first block.
         items: the notes, oldest first.
-        template: words of the user's own; None for ours. ``{items}`` becomes the numbered list; ``{previous}`` the
-            sentence with the previous preference, or nothing for a first block; ``{begin}`` (may be left out) the words
-            that the answer is to begin with. ``{previous}`` may be left out for ``direct`` alone.
+        template: a template of your own; None: ours. ``{items}`` becomes the numbered list; ``{previous}`` the sentence
+            with the previous preference, or nothing for a first block; ``{begin}``, which is optional, the words that
+            the answer must begin with. ``{previous}`` is optional only with ``direct``.
 
     Raises:
         ConfigError: the template lacks a placeholder, repeats one or has an unknown one.
@@ -162,15 +162,15 @@ def ranker_prompt(
     title: str,
     has_image: bool,
 ) -> list[Part]:
-    """What the recommender is asked about one candidate, to be answered by Yes or No.
+    """The question to the recommender about one candidate, which it answers by Yes or No.
 
     Args:
         variant: ``tallrec`` shows the titles of the history instead of a preference, and no image; the others differ in
             how the preference was made, not in how it is shown.
-        layout: ``shared_prefix`` puts all that a user's candidates have in common before the candidate; ``image_first``
-            begins with the candidate's image, as the paper does.
+        layout: ``shared_prefix`` puts everything that a user's candidates share before the candidate; ``image_first``
+            begins with the candidate's image, as in the paper.
         preference: the user's taste in words; None for a user without history. Unused by ``tallrec``.
-        history_titles: titles of the notes that the user liked, oldest first. Used by ``tallrec`` alone.
+        history_titles: titles of the notes that the user liked, oldest first. Used only by ``tallrec``.
         title: of the candidate; may be empty.
         has_image: whether the candidate has an image that is shown.
     """
@@ -192,15 +192,15 @@ def ranker_prompt(
 def fill(template: str, values: Mapping[str, Sequence[Part]], setting: str, *, required: Sequence[str]) -> list[Part]:
     """A template with its named placeholders replaced by parts; neighbouring strings are joined.
 
-    Joining makes the tokens of a prompt independent of how it was put together.
+    Joining makes the tokens of a prompt independent of how it was assembled.
 
     Args:
-        template: as of ``str.format``, with plain names alone; a literal brace is doubled.
+        template: as for ``str.format``, but only with plain names; a literal brace is doubled.
         setting: the setting that holds the template, for the message.
         required: placeholders that must be there.
 
     Raises:
-        ConfigError: a placeholder is missing, unknown, there twice or not a plain name, or a brace stands alone.
+        ConfigError: a placeholder is missing, unknown, repeated or not a plain name, or a brace is not doubled.
     """
     parts: list[Part] = []
     seen: list[str] = []
@@ -214,12 +214,12 @@ def fill(template: str, values: Mapping[str, Sequence[Part]], setting: str, *, r
                 f"{setting}: unknown placeholder {{{name}}}; it may hold {known} (double a literal brace)"
             )
         if name in seen:
-            raise ConfigError(f"{setting}: the placeholder {{{name}}} comes twice; keep one")
+            raise ConfigError(f"{setting}: the placeholder {{{name}}} is there twice; keep one")
         seen.append(name)
         parts.extend(values[name])
     missing = [f"{{{name}}}" for name in required if name not in seen]
     if missing:
-        raise ConfigError(f"{setting}: the placeholder(s) {', '.join(missing)} are missing; put each where it belongs")
+        raise ConfigError(f"{setting}: the placeholder(s) {', '.join(missing)} are missing; add each where it belongs")
     return joined(parts)
 
 
@@ -230,7 +230,7 @@ def _fields(template: str, setting: str) -> Iterator[tuple[str, str | None]]:
                 raise ValueError(f"the placeholder {{{name}}} has a format; a plain name is needed")
             yield literal, name
     except ValueError as error:
-        raise ConfigError(f"{setting}: {error}; a brace of the text itself is written twice") from None
+        raise ConfigError(f"{setting}: {error}; a literal brace must be doubled") from None
 
 
 def _numbered(items: Sequence[Item], language: Language, with_images: bool) -> Iterator[Part]:

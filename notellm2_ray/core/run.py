@@ -1,9 +1,9 @@
 """Output directories that are complete or absent, and named random streams.
 
-A stage writes into its directory and puts ``manifest.json`` there last. The manifest records the settings that shaped
-the output and the fingerprints of its inputs, so that a stage run again can tell "already there" from "made of
-something else". While a stage is under way the directory holds ``partial.json`` instead: the same fingerprint there
-means that an earlier run was stopped and may be continued.
+A stage writes into its directory, and ``manifest.json`` last. The manifest records the settings that shaped the output
+and the fingerprints of its inputs, so that a later run can tell whether the output is there already or was made from
+something else. Until then the directory holds ``partial.json`` instead. If that has the same fingerprint, an earlier
+run was stopped and can be continued.
 """
 
 from __future__ import annotations
@@ -33,9 +33,9 @@ def fingerprint(*parts: Any) -> str:
 
 
 def files_fingerprint(name: str) -> str:
-    """Names, sizes and times of a model's files: enough to know it again without reading gigabytes of weights.
+    """A fingerprint of the names, sizes and times of a model's files, so that no weights need to be read.
 
-    Of what is no directory here, as a name on the hub: the name's own.
+    For a name that is not a local directory, such as one on the hub, it is the fingerprint of the name.
     """
     path = Path(name)
     if not path.is_dir():
@@ -51,7 +51,7 @@ def stream_seed(seed: int, *names: object) -> int:
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Write a small text file so that a reader sees the whole of it or the old one."""
+    """Write a small text file such that readers see either the old file or the complete new one."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     with open(temporary, "w", encoding="utf-8") as file:
         file.write(text)
@@ -82,10 +82,10 @@ class Output:
     """One stage's output directory.
 
     Attributes:
-        directory: where it lies.
+        directory: its path.
         stage: the stage's name, as on the command line.
-        settings: what shaped the output, as JSON values.
-        inputs: name of each input to its fingerprint.
+        settings: those that shape the output, as JSON values.
+        inputs: name of each input -> its fingerprint.
     """
 
     directory: Path
@@ -105,7 +105,7 @@ class Output:
 
     @property
     def resumable(self) -> bool:
-        """Whether an earlier run of exactly this stage was stopped half-way here."""
+        """Whether an earlier run that makes this output was stopped here, and can be continued."""
         path = self.directory / PARTIAL
         try:
             return json.loads(path.read_text(encoding="utf-8")).get("fingerprint") == self.fingerprint
@@ -114,13 +114,13 @@ class Output:
 
     @contextmanager
     def write(self) -> Iterator[dict[str, Any]]:
-        """Make the directory ready, yield a dict for the manifest's counts, and write the manifest at the end.
+        """Prepare the directory, yield a dict for the manifest's counts, and write the manifest at the end.
 
-        What a stopped run of the same fingerprint left is kept; anything else of ours is removed. A directory that
-        holds files of somebody else's is refused.
+        Files of a stopped run of the same fingerprint are kept; another output is removed. A directory that this
+        program did not write is refused.
 
         Raises:
-            OutputError: the directory is not ours, or the disk is full or read-only.
+            OutputError: this program did not write the directory, or the disk is full or read-only.
         """
         started = time.time()
         counts: dict[str, Any] = {}

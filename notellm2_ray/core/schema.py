@@ -1,4 +1,4 @@
-"""The tables that stages hand to each other, and the note as the model sees it.
+"""The tables that stages exchange, and the note as the model sees it.
 
 Ids are strings everywhere. A prepared note carries its image as encoded bytes (JPEG, PNG or WebP, never pixels), so
 that a block of notes can be sent to any machine.
@@ -19,7 +19,7 @@ NOTE_SCHEMA = pa.schema(
         pa.field("title", pa.string(), nullable=False),
         pa.field("topics", pa.list_(pa.string()), nullable=False),
         pa.field("content", pa.string(), nullable=False),
-        pa.field("image", pa.binary()),  # encoded bytes; null where the note has none
+        pa.field("image", pa.binary()),  # encoded bytes; null for a note without image
         pa.field("created_at", pa.timestamp("us", tz="UTC")),  # null where the source does not say
     ]
 )
@@ -45,8 +45,8 @@ PAIR_SCHEMA = pa.schema(
 QUARANTINE_SCHEMA = pa.schema(
     [
         pa.field("table", pa.string(), nullable=False),  # "notes" or "events"
-        pa.field("source", pa.string(), nullable=False),  # file (and row, where the reader knows it)
-        pa.field("key", pa.string()),  # the row's id as far as it could be read
+        pa.field("source", pa.string(), nullable=False),  # file, and row where the reader knows it
+        pa.field("key", pa.string()),  # the row's id, if it could be read
         pa.field("reason", pa.string(), nullable=False),
     ]
 )
@@ -54,7 +54,7 @@ QUARANTINE_SCHEMA = pa.schema(
 
 _TIME = pa.timestamp("us", tz="UTC")
 
-# The recommender's tables. Within one user everything is in time's order.
+# The recommender's tables. Rows of one user are ordered by time.
 SEQUENCE_SCHEMA = pa.schema(
     [
         pa.field("user_id", pa.string(), nullable=False),
@@ -67,7 +67,7 @@ SEQUENCE_SCHEMA = pa.schema(
 BLOCK_SCHEMA = pa.schema(
     [
         pa.field("user_id", pa.string(), nullable=False),
-        pa.field("block", pa.int32(), nullable=False),  # 0, 1, ... without a gap
+        pa.field("block", pa.int32(), nullable=False),  # 0, 1, ... without gaps
         pa.field("note_ids", pa.list_(pa.string()), nullable=False),
     ]
 )
@@ -115,13 +115,13 @@ SCORE_SCHEMA = pa.schema(
         pa.field("example_id", pa.string(), nullable=False),
         pa.field("note_id", pa.string(), nullable=False),
         pa.field("label", pa.int8(), nullable=False),
-        pa.field("score", pa.float32(), nullable=False),  # P(yes) / (P(yes) + P(no)) of an MLLM; any real of a baseline
+        pa.field("score", pa.float32(), nullable=False),  # P(yes) / (P(yes) + P(no)), or any number of a baseline
     ]
 )
 
 
 class Note(NamedTuple):
-    """One note, as the model's pre-processing takes it."""
+    """One note, as input of the model's preprocessing."""
 
     note_id: str
     title: str = ""
@@ -131,7 +131,7 @@ class Note(NamedTuple):
 
 
 def iter_notes(table: pa.Table | pa.RecordBatch) -> Iterator[Note]:
-    """Rows of a prepared notes table as :class:`Note`; columns beyond the note's own are ignored."""
+    """Rows of a prepared notes table as :class:`Note`; other columns are ignored."""
     columns = [table.column(name) for name in Note._fields]
     for note_id, title, topics, content, image in zip(*columns, strict=True):
         yield Note(note_id.as_py(), title.as_py(), tuple(topics.as_py() or ()), content.as_py(), image.as_py())
@@ -140,7 +140,11 @@ def iter_notes(table: pa.Table | pa.RecordBatch) -> Iterator[Note]:
 def require_columns(
     schema: pa.Schema, needed: pa.Schema, where: str, remedy: str = "run the stage that writes it again"
 ) -> None:
-    """Raise :class:`DataError` naming ``where``, every column of ``needed`` that ``schema`` lacks, and the remedy."""
+    """Check that ``schema`` has all columns of ``needed``.
+
+    Raises:
+        DataError: naming ``where``, the missing columns and the remedy.
+    """
     missing = [name for name in needed.names if name not in schema.names]
     if missing:
         raise DataError(f"{where}: missing column(s) {', '.join(missing)}; it has {', '.join(schema.names)}: {remedy}")

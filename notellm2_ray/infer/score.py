@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from notellm2_ray.core import errors
+from notellm2_ray.core.candidate_rows import CandidateRows, store_notes
 from notellm2_ray.core.config import to_plain
 from notellm2_ray.core.progress import Progress
-from notellm2_ray.core.ranking_rows import CandidateRows, store_notes
 from notellm2_ray.core.run import fingerprint
 from notellm2_ray.core.settings import GenerationSettings, RankerSettings
 from notellm2_ray.infer.engine import ModelFacts, check_model, engine_arguments, engine_environment

@@ -8,9 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+from notellm2_ray.core.candidate_rows import CandidateRow, CandidateRows
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.note_store import NoteStore
-from notellm2_ray.core.ranking_rows import CandidateRow, CandidateRows
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.settings.ranking import RankerSettings
 from notellm2_ray.models.ranker.inputs import Question

@@ -12,8 +12,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
+from notellm2_ray.core.candidate_rows import CandidateRow
 from notellm2_ray.core.errors import DataError, ModelError
-from notellm2_ray.core.ranking_rows import CandidateRow
 from notellm2_ray.core.schema import SCORE_SCHEMA
 from notellm2_ray.core.settings import GenerationSettings, RankerSettings
 from notellm2_ray.infer.engine import ModelFacts, engine_environment, start_engine

@@ -1,1 +1,1 @@
-"""What the tiny models are taught with."""
+"""The texts, captions and exercises that the tiny models are trained on."""

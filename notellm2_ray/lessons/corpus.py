@@ -1,4 +1,4 @@
-"""What the tiny models are trained on, where no checkpoint is at hand."""
+"""The texts that the tiny LLM is trained on, and the captioned images that the tiny CLIP is trained on."""
 
 from __future__ import annotations
 
@@ -17,17 +17,17 @@ from notellm2_ray.core.words import note_text, tokenize
 from notellm2_ray.data.world.settings import WorldSettings
 
 _AT_ONCE = 256
-_EXCERPTS = 8  # of each note, the first one whole
+_EXCERPTS = 8  # of each note; the first is the whole note
 _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s*")
 _CLOSING: dict[Language, str] = {"zh": "”", "en": '"'}
 
 
 def exercises(store: NoteStore, language: Language, seed: int) -> Iterator[str]:
-    """Texts that teach a small LM what a large one brings along: words of the notes, and to sum up a text in one.
+    """Texts that teach a small LLM what a large one already knows: the notes' words, and to compress a text to a word.
 
-    Each is an excerpt of a training note in the compression prompt, answered by its most telling word (the highest
-    tf-idf). An LM that has only read texts is in one and the same state at the end of every prompt, and contrastive
-    training cannot leave that state: all vectors are equal, so all gradients are zero.
+    Each text is an excerpt of a training note in the compression prompt, answered by its most characteristic word (of
+    the highest tf-idf). An LLM trained on plain texts alone ends every prompt in the same state. Contrastive training
+    cannot leave that state: all vectors are equal, so all gradients are zero.
     """
     words: Counter[str] = Counter()
     for note in _notes(store):
@@ -52,7 +52,7 @@ def _ask(note: Note, language: Language) -> str:
 
 
 def _keyword(note: Note, notes_with: Counter[str], num_notes: int) -> str:
-    """The word of the highest tf-idf; a word of one or two notes alone tells a note, but no kind of notes."""
+    """The word of the highest tf-idf. Words of only one or two notes count 0: they name a note, not a kind of notes."""
     counts = Counter(tokenize(note_text(note), stem=False))
     return max(
         counts,
@@ -62,7 +62,7 @@ def _keyword(note: Note, notes_with: Counter[str], num_notes: int) -> str:
 
 
 def captions(settings: Settings, store: NoteStore) -> Iterator[tuple[bytes, str]]:
-    """Encoded images with words for them: the world's captioned drawings, else the training notes' title and topics."""
+    """Encoded images with captions: the world's captioned drawings, or else training notes with title and topics."""
     if isinstance(settings.source, WorldSettings):
         from notellm2_ray.data.sources.world import captions as drawings
 

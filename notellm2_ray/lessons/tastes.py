@@ -1,8 +1,8 @@
-"""What the tiny MLLM is taught: to caption drawings, to sum up a taste, and to answer yes or no about what it sees.
+"""Exercises for the tiny MLLM: caption drawings, summarise a taste, and answer yes or no about what is shown.
 
-A large model brings this along. The tiny one learns it from drawings and titles of the world's own kind that are made
-for the purpose, from random streams of their own: no note, no user and no click of any source is among them, and the
-recommender's question is never asked. What a user's taste is, follows from the words shown alone (:func:`taste_of`).
+A large model can do this already. The tiny one learns it from drawings and titles like the world's, which are made for
+the purpose from random streams of their own. They contain no note, user or click of any source, and the recommender's
+question is never asked. The taste in an answer depends only on the words shown (:func:`taste_of`).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ from notellm2_ray.data.world.lexicon import Lexicon, lexicon
 from notellm2_ray.data.world.settings import WorldSettings
 from notellm2_ray.data.world.texts import Writer
 from notellm2_ray.lessons.yes_no import Scene, question
-from notellm2_ray.models.tiny.lessons import Exercise, ExerciseKind, Lessons
+from notellm2_ray.models.tiny.exercises import Exercise, ExerciseKind, Lessons
 
-# What each vocabulary of the lexicons is about: the step from "tabby" to "cats" that a large model takes unaided.
+# The topic of each of the lexicons' vocabularies. A large model knows that "tabby" is about "cats".
 TOPICS: Mapping[Language, tuple[str, ...]] = {
     "en": (
         "hiking", "baking", "cats", "coffee", "seaside", "yoga", "music", "gardening", "makeup", "cycling", "books",
@@ -45,36 +45,36 @@ _ABOUT: Mapping[Language, tuple[str, str]] = {
     "en": ('title: "', '"\nWhat is this note about?'),
     "zh": ('标题："', '"\n这条笔记关于什么？'),
 }
-_PER_NOTE = 0.9  # what is left of a weight with every later note
-_NAMED = (1.5, 1.0)  # weights of what the previous preference names first and second
-_CAPTION = 1  # the lexicons' caption that joins pattern and palette: one wording, so that a caption is right or wrong
-_LONGEST = 30  # notes in a history that is summed up at once
-_SHOWN = 0.9  # share of drawings that show a pattern, and that show colours
+_PER_NOTE = 0.9  # every later note multiplies a weight by this
+_NAMED = (1.5, 1.0)  # weights of the names that the previous preference gives first and second
+_CAPTION = 1  # the lexicons' caption with pattern and palette; only one wording, so that a caption is right or wrong
+_LONGEST = 30  # most notes in a history that is summarised at once
+_SHOWN = 0.9  # share of drawings that show a pattern, and of those that show colours
 
 
 class Taste(NamedTuple):
-    """Topics and palettes by name, at most two of each, the weightiest first."""
+    """Topics and palettes by name, at most two of each, the one of the largest weight first."""
 
     topics: tuple[str, ...] = ()
     palettes: tuple[str, ...] = ()
 
 
 class Told(NamedTuple):
-    """What a note's words tell: its topic, and the palette of its picture; None where they do not."""
+    """What the words about a note tell: its topic, and the palette of its picture; None if they do not."""
 
     topic: str | None
     palette: str | None
 
 
 def taste_of(notes: Sequence[Told], previous: Taste | None = None) -> Taste:
-    """The rule behind every summed-up taste: what weighs most, the recent above the old.
+    """The taste that an answer states: the topics and palettes of the largest weight, where recent notes weigh more.
 
-    A note gives weight 1 to its topic and to its palette. What the previous preference names first counts 1.5, second
-    1.0, as if just before these notes. Every later note leaves nine tenths of a weight; ties go to the later one.
+    A note adds weight 1 to its topic and to its palette. The first name of the previous preference begins with weight
+    1.5, the second with 1.0. Every later note multiplies all weights by 0.9. Of tied names the later one comes first.
 
     Args:
         notes: oldest first.
-        previous: what was said before them.
+        previous: the taste before these notes.
     """
     known = previous or Taste()
     return Taste(
@@ -93,7 +93,7 @@ def _weightiest(names: Sequence[str | None], named: Sequence[str]) -> tuple[str,
 
 
 def say(taste: Taste, language: Language) -> str:
-    """A taste as the sentence that a preference is; no word of pictures where none were shown."""
+    """A taste as the sentence of a preference; it mentions pictures only if some were shown."""
     about, both, nothing, pictures, either, end = _SAY[language]
     topics = both.join(taste.topics) or nothing
     if not taste.palettes:
@@ -103,9 +103,9 @@ def say(taste: Taste, language: Language) -> str:
 
 
 def lessons(settings: Settings) -> Lessons:
-    """Drawings and exercises as the settings want them, with some held out; equal settings give equal lessons.
+    """Drawings and exercises in the numbers of the settings, some held out. Equal settings give equal lessons.
 
-    A source other than the world is taught on drawings and titles of the world's default sizes.
+    For a source other than the world, drawings and titles have the world's default sizes.
     """
     tiny = settings.tiny
     teacher = Teacher(settings)
@@ -120,7 +120,7 @@ def lessons(settings: Settings) -> Lessons:
 
 
 class Teacher:
-    """Makes exercises: titles in the source's language, prompts, captions and answers in the prompts' language."""
+    """Makes exercises: titles in the source's language; prompts, captions and answers in the prompts' language."""
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -137,7 +137,7 @@ class Teacher:
         return random.Random(stream_seed(self.settings.seed, "taste exercises", *names))
 
     def drawing(self, number: int) -> tuple[bytes, Scene]:
-        """Drawing ``number`` and what it shows."""
+        """Drawing number ``number``, and what it shows."""
         rng = self._random("drawing", number)
         subject = rng.randrange(len(self.patterns)) if rng.random() < _SHOWN else None
         style = rng.randrange(len(self.palettes)) if rng.random() < _SHOWN else None
@@ -154,7 +154,7 @@ class Teacher:
         num_questions: int,
         num_preferences: int,
     ) -> Iterator[Exercise]:
-        """A caption for each drawing of ``numbers``, and so many exercises of the other kinds."""
+        """A caption for each drawing in ``numbers``, and the given number of exercises of each other kind."""
         prompt = tuple(summary_prompt(self.language, self.settings.summaries.template))
         for number in numbers:
             yield Exercise("caption", prompt, self.caption(scenes[number].pattern, scenes[number].palette), number)
@@ -169,24 +169,24 @@ class Teacher:
             yield self.preference(self._random(part, "preference", turn))
 
     def topic(self, rng: random.Random) -> Exercise:
-        """What a title is about."""
+        """The question what a title is about."""
         topic, title = self.title(rng, rng.randrange(len(self.topics)), told=rng.random() < _SHOWN)
         before, after = _ABOUT[self.language]
         return Exercise("topic", (before, Text(quote(title, self.language)), after), topic or _SAY[self.language][2])
 
     def caption(self, pattern: str, palette: str) -> str:
-        """What a picture is summed up as."""
+        """The caption of a picture."""
         return self.names.captions[_CAPTION].format(pattern=pattern, palette=palette)
 
     def title(self, rng: random.Random, subject: int, told: bool) -> tuple[str | None, str]:
-        """The topic that a new title tells, and the title."""
+        """A new title, and the topic that it tells, if any."""
         style = rng.randrange(len(self.words.styles))
         writer = Writer(self.words, rng, subject, style, self.world.words_per_value)
         title = writer.sentence(rng.choice(self.words.titles), told, rng.random() < 0.1)
         return self.topics[subject] if told else None, title
 
     def preference(self, rng: random.Random) -> Exercise:
-        """A block of notes, with or without a previous preference, or a long history; summed up by the rule."""
+        """A block of notes, with or without a previous preference, or a long history, summarised by the rule."""
         variants: tuple[PreferenceVariant, ...] = ("recurrent", "direct", "no_image_summary")
         variant = rng.choices(variants, (6, 1, 3))[0]
         num_notes = (

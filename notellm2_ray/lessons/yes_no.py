@@ -1,4 +1,4 @@
-"""Questions about one picture or one title that are answered by yes or no, as instruction-tuned models know them."""
+"""Questions about one picture or one title with the answer yes or no, as instruction-tuned models know them."""
 
 from __future__ import annotations
 
@@ -6,9 +6,9 @@ import random
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
-from notellm2_ray.core.prompts import Language, quote
+from notellm2_ray.core.prompts import Language, joined, quote
 from notellm2_ray.core.recommend_prompts import IMAGE, NO, YES, Part, Text
-from notellm2_ray.models.tiny.lessons import Exercise
+from notellm2_ray.models.tiny.exercises import Exercise
 
 
 class Scene(NamedTuple):
@@ -20,10 +20,10 @@ class Scene(NamedTuple):
 
 
 class _Words(NamedTuple):
-    palette: str  # before the names
+    palette: str  # begins a question about colours
     pattern: str
     topic: str
-    either: str
+    either: str  # between two names
     end: str
     title: str
 
@@ -42,12 +42,12 @@ def question(
     names: tuple[Sequence[str], Sequence[str], Sequence[str]],
     language: Language,
 ) -> Exercise:
-    """One question on the colours or the pattern of a picture or on the topic of a title, answered yes half the time.
+    """A question about the colours or the pattern of a picture, or about the topic of a title; half are answered yes.
 
-    It names one or two, before what it asks about or after it.
+    It names one or two possible answers. It is put before the picture or title, or after it.
 
     Args:
-        names: the palettes, patterns and topics that there are.
+        names: all palettes, patterns and topics.
     """
     words = _WORDS[language]
     subject = rng.choices(("palette", "pattern", "topic"), (4, 1, 4))[0]
@@ -65,14 +65,3 @@ def question(
     shown: list[Part] = [words.title, Text(quote(title, language)), '"'] if about_title else [IMAGE]
     prompt = joined([asking, *shown] if rng.random() < 0.7 else [*shown, "\n", asking])
     return Exercise("question", tuple(prompt), YES if answer else NO, None if about_title else scene.number)
-
-
-def joined(parts: Sequence[Part]) -> list[Part]:
-    """Parts with neighbouring strings made one, so that their tokens do not depend on how they were put together."""
-    found: list[Part] = []
-    for part in parts:
-        if isinstance(part, str) and found and isinstance(found[-1], str):
-            found[-1] += part
-        else:
-            found.append(part)
-    return found

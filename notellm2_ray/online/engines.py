@@ -88,7 +88,7 @@ class YesNoScorer:
         return scores
 
     def _prompt(self, question: Question) -> Any:
-        from notellm2_ray.core.ranking_rows import CandidateRow
+        from notellm2_ray.core.candidate_rows import CandidateRow
         from notellm2_ray.infer.score_worker import Prompt
 
         try:

@@ -12,9 +12,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from notellm2_ray.core.candidate_rows import CandidateRow, CandidateRows, store_notes
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.note_store import NoteStore
-from notellm2_ray.core.ranking_rows import CandidateRow, CandidateRows, store_notes
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.schema import QUARANTINE_SCHEMA
 from notellm2_ray.core.settings.ranking import RankerSettings, TuneSettings

@@ -56,7 +56,7 @@ def test_templates_of_the_users_own() -> None:
     for template, reason in (
         ("{items}", r"\{previous\} are missing"),
         ("{items}{previous}{title}", r"unknown placeholder \{title\}"),
-        ("{items}{items}{previous}", r"\{items\} comes twice"),
+        ("{items}{items}{previous}", r"\{items\} is there twice"),
         ("{items!r}{previous}", "has a format"),
         ("{items}{previous}{", "written twice"),
         ("{items}{previous}{}", r"unknown placeholder \{\}"),

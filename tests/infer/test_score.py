@@ -36,7 +36,7 @@ def directory(tmp_path_factory) -> Path:
 
 
 def _files(directory: Path, store: Path, preferences: bool = True) -> ScoreFiles:
-    from notellm2_ray.core.ranking_rows import store_notes
+    from notellm2_ray.core.candidate_rows import store_notes
 
     sequences = directory / "sequences"
     likes = directory / "preferences.parquet" if preferences else None

@@ -1,4 +1,4 @@
-"""Tiny models trained from scratch, so that the whole system runs where no checkpoint is at hand.
+"""Tiny models trained from scratch, so that the whole system runs without any checkpoint.
 
 They are saved in Hugging Face layout and loaded by the code that loads real checkpoints.
 """

@@ -1,4 +1,4 @@
-"""A CLIP of two small towers, trained from scratch on images and their captions."""
+"""A CLIP with two small towers, trained from scratch on images and their captions."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LEARNING_RATE = 1e-3
 _MAX_CAPTION_TOKENS = 48  # start and end included
 _MAX_LOGIT_SCALE = 4.6052  # ln 100, CLIP's own bound
 _HELD_OUT_SHARE, _MAX_HELD_OUT = 0.1, 512
-_CANDIDATES = 64  # captions that a held-out image chooses from
+_CANDIDATES = 64  # captions that each held-out image is compared with
 
 
 class Captioned(NamedTuple):
@@ -50,25 +50,25 @@ def train_tiny_clip(
     seed: int,
     tokenizer_dir: Path | None = None,
 ) -> dict[str, Any]:
-    """Train a CLIP by its contrastive loss and save it in Hugging Face layout, image processor and tokenizer included.
+    """Train a CLIP by its contrastive loss and save it in Hugging Face layout, with image processor and tokenizer.
 
-    Of ``captioned`` at most ``settings.num_captions`` are read; a tenth of them (512 at most) is held out for the
-    accuracy. The same input, settings and seed give the same weights.
+    At most ``settings.num_captions`` images are read. A tenth of them, at most 512, is held out to measure accuracy.
+    The same input, settings and seed give the same weights.
 
     Args:
-        captioned: encoded image and its caption.
+        captioned: encoded images and their captions.
         settings: sizes, steps, batch.
-        directory: where config.json, model.safetensors and preprocessor_config.json go; made if absent.
-        seed: of initialisation, of the held-out part and of the choice of batches.
-        tokenizer_dir: a directory with a tokenizer, such as ``train_tiny_llm`` writes; None: one of its own is trained
-            on the captions.
+        directory: where config.json, model.safetensors and preprocessor_config.json are written; created if missing.
+        seed: of the initial weights, of the held-out part and of the choice of batches.
+        tokenizer_dir: a directory with a tokenizer, such as ``train_tiny_llm`` writes; None: a new one is trained on
+            the captions.
 
     Returns:
         first_loss, last_loss, accuracy (share of held-out images whose own caption is the nearest of up to 64
-        different ones), candidates (how many there were to choose from on average), images, seconds.
+        different ones), candidates (mean number of captions compared), images, seconds.
 
     Raises:
-        DataError: fewer than four captioned images, or one that cannot be decoded.
+        DataError: there are fewer than four captioned images, or one cannot be decoded.
         ModelError: the tokenizer lacks the special tokens of a CLIP text tower.
     """
     started = time.perf_counter()
@@ -100,15 +100,15 @@ def train_tiny_clip(
 
 
 def clip_loss(images: Tensor, texts: Tensor, scale: Tensor, caption: Tensor) -> Tensor:
-    """The symmetric contrastive loss of CLIP, in which equal captions are no negatives of each other.
+    """The symmetric contrastive loss of CLIP, in which equal captions are not negatives of each other.
 
     Args:
-        images, texts: (B, D) unit vectors, row i of one belonging to row i of the other.
+        images, texts: (B, D) unit vectors; row i of one belongs to row i of the other.
         scale: scalar that multiplies the cosines.
-        caption: (B,) int64; where two rows agree, neither counts against the other.
+        caption: (B,) int64; rows with the same number have the same caption.
 
     Returns:
-        the mean of both directions' cross-entropies, a scalar.
+        the mean of the cross-entropies of both directions, a scalar.
     """
     logits = scale * images @ texts.T
     same = (caption[:, None] == caption[None, :]).fill_diagonal_(False)
@@ -118,7 +118,7 @@ def clip_loss(images: Tensor, texts: Tensor, scale: Tensor, caption: Tensor) -> 
 
 
 class _Normalise:
-    """uint8 pixels to CLIP's float input; kept until the batch, as a float takes four times the room."""
+    """uint8 pixels to CLIP's float input, batch by batch, because floats take four times the memory."""
 
     def __init__(self, images: ImageSettings) -> None:
         self.mean = torch.tensor(images.mean).view(1, 3, 1, 1)
@@ -144,7 +144,7 @@ def _scale(model: CLIPModel) -> Tensor:
 
 @torch.inference_mode()
 def _held_out_accuracy(model: CLIPModel, data: Captioned, normalise: _Normalise) -> tuple[float, float]:
-    """Share of images that find their own caption, and the mean number of captions they chose from."""
+    """Share of images whose own caption is the nearest, and the mean number of captions compared."""
     hits = images = candidates = 0
     for rows in _distinct_groups(data.caption.tolist(), _CANDIDATES):
         image_vectors, text_vectors = _embed(model, data.rows(torch.tensor(rows)), normalise)
@@ -156,7 +156,7 @@ def _held_out_accuracy(model: CLIPModel, data: Captioned, normalise: _Normalise)
 
 
 def _distinct_groups(captions: Sequence[int], size: int) -> list[list[int]]:
-    """Rows dealt into groups of at most ``size`` in which no caption stands twice."""
+    """Rows in groups of at most ``size``, in which no caption occurs twice."""
     groups: list[dict[int, int]] = []
     for row, caption in enumerate(captions):
         free = next((group for group in groups if len(group) < size and caption not in group), None)
@@ -186,7 +186,7 @@ def _read(captioned: Iterable[tuple[bytes, str]], images: ImageSettings) -> tupl
 
 
 def _identity(captions: list[str]) -> Tensor:
-    """A number for each caption, equal for equal ones: (N,) int64."""
+    """(N,) int64: a number for each caption, equal for equal captions."""
     number_of = {caption: number for number, caption in enumerate(dict.fromkeys(captions))}
     return torch.tensor([number_of[caption] for caption in captions])
 
@@ -196,17 +196,17 @@ def _tokenizer(directory: Path | None, captions: list[str], vocab_size: int) -> 
         return train_tokenizer(captions, vocab_size)
     tokenizer = AutoTokenizer.from_pretrained(directory)
     special = (tokenizer.pad_token_id, tokenizer.bos_token_id, tokenizer.eos_token_id)
-    # transformers takes an end numbered 2 for a configuration of its first releases, and pools at the largest id.
+    # For an EOS token numbered 2, transformers pools at the largest id, as its first releases configured CLIP.
     if None in special or tokenizer.eos_token_id == 2:
         raise ModelError(
-            f"the tokenizer in {directory} has pad, start and end {special}: a CLIP text tower needs all three, and an "
-            "end other than 2. Leave tokenizer_dir out, and one is trained on the captions."
+            f"the tokenizer in {directory} has the pad, start and end tokens {special}: a CLIP text tower needs all "
+            "three, and an end other than 2. Leave out tokenizer_dir to train one on the captions."
         )
     return tokenizer
 
 
 def _tokens(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> Tensor:
-    """(N, T) int64: start, caption, end, then padding; the end survives truncation, for the tower pools there."""
+    """(N, T) int64: start, caption, end, padding. Truncation keeps the end, because the tower pools there."""
     rows = tokenizer(captions, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     start, end = [tokenizer.bos_token_id], [tokenizer.eos_token_id]
     whole = [torch.tensor(start + row[: _MAX_CAPTION_TOKENS - 2] + end) for row in rows]
@@ -214,14 +214,14 @@ def _tokens(tokenizer: PreTrainedTokenizerBase, captions: list[str]) -> Tensor:
 
 
 def _split(count: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Row numbers to train on and to hold out, of at least two each."""
+    """Numbers of the rows to train on and of those to hold out, at least two each."""
     held_out = min(_MAX_HELD_OUT, max(2, round(_HELD_OUT_SHARE * count)))
     shuffled = torch.randperm(count, generator=generator)
     return shuffled[held_out:], shuffled[:held_out]
 
 
 def _batches(rows: Tensor, size: int, steps: int, generator: torch.Generator) -> list[Tensor]:
-    """Row numbers of each step: pass after pass over the rows, each in its own order, short tails left out."""
+    """Row numbers of each step: repeated passes over the rows, each in a new order; short last batches are left out."""
     size = min(size, len(rows))
     batches: list[Tensor] = []
     while len(batches) < steps:

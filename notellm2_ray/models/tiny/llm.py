@@ -22,13 +22,13 @@ from notellm2_ray.models.tiny.loop import fit, mixed_precision, one_thread, summ
 
 log = logging.getLogger("notellm2_ray")
 
-# In this order, so that the end is not number 2, which a CLIP text tower mistakes (see clip._tokenizer).
+# In this order, so that EOS is not number 2, which a CLIP text tower misreads (see clip._tokenizer).
 PAD, EOS, BOS = "<|pad|>", "<|end|>", "<|start|>"
 
 _LEARNING_RATE = 3e-3
 _LENGTH = 128  # tokens of a training row
 _MAX_POSITIONS = 2048
-_MAX_CHARACTERS = 30_000_000  # more text than the steps could read; a cap on memory for platforms of any size
+_MAX_CHARACTERS = 30_000_000  # more text than the steps can read; it bounds the memory
 
 
 @one_thread()
@@ -38,10 +38,10 @@ def train_tiny_llm(texts: Iterable[str], settings: TinySettings, directory: Path
     The same texts, settings and seed give the same weights.
 
     Args:
-        texts: the corpus, one document each; blank ones are passed over.
+        texts: the corpus, one document each; blank ones are skipped.
         settings: sizes, steps, batch.
-        directory: where config.json, model.safetensors and the tokenizer go; made if absent.
-        seed: of initialisation and of the choice of batches.
+        directory: where config.json, model.safetensors and the tokenizer are written; created if missing.
+        seed: of the initial weights and of the choice of batches.
 
     Returns:
         vocab, parameters, first_loss and last_loss (nats per token), seconds.
@@ -55,7 +55,7 @@ def train_tiny_llm(texts: Iterable[str], settings: TinySettings, directory: Path
     stream = _token_stream(tokenizer, corpus, _LENGTH)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "tiny", "llm", "weights"))
-        # On a CPU plain attention is quicker than the fused one at such lengths and widths.
+        # On a CPU, plain attention is faster than fused attention at these lengths and widths.
         model = Qwen2ForCausalLM._from_config(_config(settings, tokenizer), attn_implementation="eager")
     order = torch.Generator().manual_seed(stream_seed(seed, "tiny", "llm", "batches"))
 
@@ -75,19 +75,19 @@ def train_tiny_llm(texts: Iterable[str], settings: TinySettings, directory: Path
 def train_tokenizer(
     corpus: Iterable[str], vocab_size: int, marks: Sequence[str] = (PAD, EOS, BOS), **roles: str | None
 ) -> Qwen2Tokenizer:
-    """A byte-level BPE tokenizer: every text has tokens, and comes back from them in Unicode's composed form (NFC).
+    """A byte-level BPE tokenizer. It encodes any text, and decodes it again in Unicode's composed form (NFC).
 
-    It adds no start or end of its own. Text that may hold a special token's name is encoded with
+    It adds no start or end token. Text that may contain a special token's name must be encoded with
     ``split_special_tokens=True``.
 
     Args:
         corpus: texts to learn words from.
         vocab_size: entries, special tokens included.
         marks: special tokens, numbered from 0.
-        roles: which of them is ``pad_token``, ``eos_token`` and ``bos_token``; those of the tiny LM unless given.
+        roles: which of them is ``pad_token``, ``eos_token`` and ``bos_token``; by default those of the tiny LLM.
     """
-    # AutoTokenizer takes whatever lies beside a Qwen2 for this class, with its own normaliser and splitting: trained
-    # with others, the tokenizer would come back as another one than the model was trained with.
+    # AutoTokenizer loads any tokenizer beside a Qwen2 as this class, with this class's normaliser and pre-tokenizer.
+    # Trained with others, the tokenizer would be another one after loading.
     frame = Qwen2Tokenizer().backend_tokenizer
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer, tokenizer.pre_tokenizer = frame.normalizer, frame.pre_tokenizer
@@ -99,11 +99,11 @@ def train_tokenizer(
     )
     tokenizer.train_from_iterator(corpus, trainer)
     learned: dict[str, Any] = json.loads(tokenizer.to_str())["model"]
-    # Bytes leave nothing unknown.
+    # With all bytes in the alphabet, no text is unknown.
     special: dict[str, Any] = {**(roles or {"pad_token": PAD, "eos_token": EOS, "bos_token": BOS}), "unk_token": None}
-    further = [mark for mark in marks if mark not in special.values()]
-    if further:
-        special["extra_special_tokens"] = further
+    others = [mark for mark in marks if mark not in special.values()]
+    if others:
+        special["extra_special_tokens"] = others
     merges: Any = [tuple(merge) for merge in learned["merges"]]
     return Qwen2Tokenizer(learned["vocab"], merges, model_max_length=_MAX_POSITIONS, **special)
 
@@ -128,7 +128,7 @@ def _read(texts: Iterable[str]) -> list[str]:
 
 
 def _token_stream(tokenizer: Qwen2Tokenizer, corpus: list[str], at_least: int) -> Tensor:
-    """All documents in one row, each between start and end: (T,) int64; a short corpus is repeated."""
+    """All documents in one row, each between start and end: (T,) int64. A short corpus is repeated."""
     rows = tokenizer(corpus, add_special_tokens=False, split_special_tokens=True)["input_ids"]
     start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
     stream = torch.tensor([token for row in rows for token in (start, *row, end)], dtype=torch.int64)
@@ -136,7 +136,7 @@ def _token_stream(tokenizer: Qwen2Tokenizer, corpus: list[str], at_least: int) -
 
 
 def _windows(stream: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
-    """Random stretches of the stream: (count, length) int64. They may run over a document's end, as packed rows do."""
+    """Random parts of the stream: (count, length) int64. A part may go beyond a document's end."""
     starts = torch.randint(0, len(stream) - length + 1, (count, 1), generator=generator)
     return stream[starts + torch.arange(length)]
 
@@ -145,7 +145,7 @@ def _config(settings: TinySettings, tokenizer: Qwen2Tokenizer) -> Qwen2Config:
     return Qwen2Config(
         vocab_size=len(tokenizer),
         hidden_size=settings.llm_hidden_size,
-        intermediate_size=3 * settings.llm_hidden_size,  # a gated unit of 3h weighs about as much as a plain one of 4h
+        intermediate_size=3 * settings.llm_hidden_size,  # gated, so about as many weights as a plain 4h
         num_hidden_layers=settings.llm_layers,
         num_attention_heads=settings.llm_heads,
         num_key_value_heads=settings.llm_heads,

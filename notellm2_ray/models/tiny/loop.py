@@ -24,9 +24,9 @@ def fit(
     """Minimise ``batch_loss(step)`` over the model's parameters, and log step, loss and time left.
 
     Args:
-        name: what the log lines call the model.
+        name: of the model in the log lines.
         model: trained in place, in float32.
-        batch_loss: the scalar loss of a step's batch; it chooses the batch, so the caller owns the order.
+        batch_loss: the scalar loss of a step's batch; it chooses the batch, so the caller decides the order.
         steps: number of updates.
         learning_rate: peak of AdamW's learning rate.
 
@@ -53,11 +53,11 @@ def fit(
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """One thread for torch's own work inside (also as a decorator).
+    """Torch uses one thread inside (also as a decorator).
 
-    Sums then come in one order, so that the weights are the same however many cores a machine has. It costs little: at
-    these sizes a second thread saves a third of the time at best, and where other processes want the cores, two threads
-    that wait for each other at every product were four times as slow as one.
+    Sums are then computed in one order, so that the weights do not depend on the number of cores. This costs little: at
+    these sizes a second thread saves at most a third of the time. Where other processes needed the cores, two threads
+    that waited for each other at every product were four times as slow as one.
     """
     before = torch.get_num_threads()
     torch.set_num_threads(1)
@@ -69,12 +69,12 @@ def one_thread() -> Iterator[None]:
 
 
 def mixed_precision() -> AbstractContextManager:
-    """Matrix work in bfloat16 where this CPU multiplies it natively (1.3 to 1.8 times as fast), else in float32."""
+    """Matrix products in bfloat16 where this CPU multiplies it natively (1.3 to 1.8 times as fast), else in float32."""
     return torch.autocast("cpu", torch.bfloat16, enabled=multiplies_bf16())
 
 
 def summarise(losses: list[float], started: float) -> dict[str, float]:
-    """The figures that each training reports; the last loss is a mean over the last tenth, as single ones are noisy."""
+    """The figures that every training reports; ``last_loss`` is the mean over the last tenth of the steps."""
     tail = losses[-max(1, len(losses) // 10) :]
     return {
         "first_loss": round(losses[0], 4),
@@ -84,7 +84,7 @@ def summarise(losses: list[float], started: float) -> dict[str, float]:
 
 
 def _groups(model: nn.Module) -> list[dict]:
-    """Matrices decay; biases, norms and scalars do not."""
+    """Parameter groups: weight decay for matrices, none for biases, norms and scalars."""
     matrices = [weight for weight in model.parameters() if weight.ndim >= 2]
     others = [weight for weight in model.parameters() if weight.ndim < 2]
     return [{"params": matrices, "weight_decay": 0.1}, {"params": others, "weight_decay": 0.0}]

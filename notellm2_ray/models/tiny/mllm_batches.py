@@ -1,7 +1,7 @@
-"""Exercises as tokens and pictures as patches, and one forward pass over a batch of them.
+"""Exercises as tokens, pictures as patches, and one forward pass over a batch of both.
 
-Qwen2-VL's own forward pass in the library goes through pictures and rows one by one, in Python; over equal pictures the
-same sums are done here at once. The tests hold the two against each other.
+The library's forward pass of Qwen2-VL goes through pictures and rows one by one in Python. All pictures have one size
+here, so the same sums can be done at once. A test compares the two.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ _AT_ONCE = 256
 class Row(NamedTuple):
     """One exercise, tokenised."""
 
-    ids: list[int]  # prompt, with every image at its full number of tokens, and answer
-    begin: int  # where the answer begins
-    image: int | None  # which drawing
+    ids: list[int]  # prompt, in which an image has its full number of tokens, and answer
+    begin: int  # position where the answer begins
+    image: int | None  # number of the drawing
 
 
 class Pictures:
     """Drawings of one size as patches in memory.
 
     Attributes:
-        patches: (N, P, 3 * PATCH * PATCH) uint8, in the order in which the vision tower takes them.
+        patches: (N, P, 3 * PATCH * PATCH) uint8, in the order of the vision tower.
         grid: patches down and across.
         tokens: visual tokens of a picture.
     """
 
     def __init__(self, images: Sequence[bytes], processor: Qwen2VLProcessor) -> None:
-        """Decode and resize them as the processor does.
+        """Decode and resize the images as the processor does.
 
         Raises:
-            DataError: an image cannot be decoded, or they are not of one size.
+            DataError: an image cannot be decoded, or the images differ in size.
         """
         process = processor.image_processor
         self.mean, self.deviation = (
@@ -61,9 +61,9 @@ class Pictures:
         found = process(decoded, do_rescale=False, do_normalize=False, return_tensors="pt")
         grids = {tuple(grid) for grid in found["image_grid_thw"].tolist()}
         if len(grids) != 1:
-            raise DataError(f"the drawings are of different sizes ({len(grids)} of them): draw all alike")
+            raise DataError(f"the drawings have {len(grids)} different sizes: draw all of them in one size")
         _, down, across = grids.pop()
-        # The two frames of a still picture are the same.
+        # Both frames of a still picture are the same.
         frames = found["pixel_values"].view(len(images), down * across, 3, 2, PATCH * PATCH)
         return frames[:, :, :, 0].flatten(2).to(torch.uint8), (down, across)
 
@@ -72,8 +72,8 @@ class Pictures:
         return (self.patches[torch.tensor(index)].float() / 255 - self.mean) / self.deviation
 
 
-def see(visual: Any, patches: Tensor, grid: tuple[int, int]) -> Tensor:
-    """The vision tower over equal pictures.
+def encode_pictures(visual: Any, patches: Tensor, grid: tuple[int, int]) -> Tensor:
+    """The vision tower over pictures of one size.
 
     Args:
         visual: Qwen2-VL's vision tower.
@@ -84,7 +84,7 @@ def see(visual: Any, patches: Tensor, grid: tuple[int, int]) -> Tensor:
         (B, P / MERGE**2, width of the LM).
     """
     count, num_patches, _ = patches.shape
-    # A still picture shows the same frame twice: its convolution is one product with the sum over the frames.
+    # A still picture is the same frame twice: its convolution is a product with the weights' sum over the frames.
     hidden = nn.functional.linear(patches, visual.patch_embed.proj.weight.sum(2).flatten(1))
     angles = visual.rotary_pos_emb(get_vision_position_ids(torch.tensor([[1, *grid]]), MERGE))
     turn = torch.cat([angles, angles], dim=-1)
@@ -101,7 +101,7 @@ def see(visual: Any, patches: Tensor, grid: tuple[int, int]) -> Tensor:
 
 
 def positions(ids: Sequence[int], image_token: int, grid: tuple[int, int]) -> Tensor:
-    """M-RoPE's three positions of every token: (3, T) int64; pictures stand on a grid, text on a line."""
+    """M-RoPE's three positions of every token: (3, T) int64. Pictures have a grid of positions, text a line."""
     down, across = grid[0] // MERGE, grid[1] // MERGE
     columns: list[tuple[int, int, int]] = []
     place = 0
@@ -118,7 +118,7 @@ def positions(ids: Sequence[int], image_token: int, grid: tuple[int, int]) -> Te
 def answer_logits(
     model: Qwen2VLForConditionalGeneration, rows: Sequence[Row], pictures: Pictures
 ) -> tuple[Tensor, Tensor]:
-    """What the model says at every place of the answers, and what it should.
+    """The model's logits at every position of the answers, and the right tokens.
 
     Returns:
         logits (A, V) and tokens (A,) int64, for the A tokens of all answers in order.
@@ -135,8 +135,8 @@ def answer_logits(
     embedded = model.get_input_embeddings()(ids)
     seen = [row.image for row in rows if row.image is not None]
     if seen:
-        visual = see(model.model.visual, pictures.inputs(seen), pictures.grid).flatten(0, 1)
+        visual = encode_pictures(model.model.visual, pictures.inputs(seen), pictures.grid).flatten(0, 1)
         embedded = embedded.masked_scatter((ids == image_token)[:, :, None], visual.to(embedded.dtype))
-    # Padding stands at the end, where a causal model sees it from nowhere that counts.
+    # Padding is at the end, so that in a causal model no other token sees it.
     hidden = model.model.language_model(inputs_embeds=embedded, position_ids=places, use_cache=False).last_hidden_state
     return model.lm_head(hidden[:, :-1][wanted[:, 1:]]), ids[:, 1:][wanted[:, 1:]]

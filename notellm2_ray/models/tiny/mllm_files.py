@@ -1,4 +1,4 @@
-"""A new Qwen2-VL with its tokenizer, image processing and chat template, as a Hugging Face directory holds them."""
+"""A new Qwen2-VL with tokenizer, image processor and chat template: all that a Hugging Face directory holds."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from notellm2_ray.core.recommend_prompts import NO, YES
 from notellm2_ray.core.settings import TinySettings
 from notellm2_ray.models.tiny.llm import train_tokenizer
 
-PATCH, MERGE = 14, 2  # Qwen2-VL's own; a token stands for 28 x 28 pixels
-SHORT_ANSWERS = (YES, NO, "是", "否")  # single tokens, each of them
+PATCH, MERGE = 14, 2  # as in Qwen2-VL; one token stands for 28 x 28 pixels
+SHORT_ANSWERS = (YES, NO, "是", "否")  # each is a single token
 MAX_POSITIONS = 4096
 PAD, START, END = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
 VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = (
@@ -33,8 +33,9 @@ VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD = (
     "<|image_pad|>",
     "<|video_pad|>",
 )
-# Of the first weights. At the usual 0.02 so narrow a model attends to everything alike, and takes long to leave that.
-_DEVIATION = 0.06
+# Standard deviation of the initial weights. With the usual 0.02, attention in so narrow a model starts out uniform and
+# training is slow to change that.
+_INITIAL_DEVIATION = 0.06
 _ROLES = ("system", "user", "assistant")
 _MARKS = (PAD, START, END, VISION_START, VISION_END, IMAGE_PAD, VIDEO_PAD)
 _CHAT_TEMPLATE = """\
@@ -62,12 +63,12 @@ _CHAT_TEMPLATE = """\
 
 
 def new_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokenizerBase:
-    """A tokenizer of the corpus with Qwen2-VL's marks, in which each of ``SHORT_ANSWERS`` is one token.
+    """A tokenizer trained on the corpus, with Qwen2-VL's special tokens; each of ``SHORT_ANSWERS`` is one token.
 
     Raises:
         ModelError: the vocabulary is too small for that.
     """
-    # So often that they are put together before any word of the corpus is.
+    # Repeated so often that they are merged before any word of the corpus.
     often = chain.from_iterable((*SHORT_ANSWERS, *_ROLES) for _ in range(20_000))
     tokenizer = train_tokenizer(
         chain(often, corpus),
@@ -79,15 +80,15 @@ def new_tokenizer(corpus: Iterable[str], vocab_size: int) -> PreTrainedTokenizer
     )
     for answer in SHORT_ANSWERS:
         if len(tokenizer(answer).input_ids) != 1:
-            raise ModelError(f"tiny.vocab_size={vocab_size} is too small: {answer!r} is no single token. Raise it.")
+            raise ModelError(f"tiny.vocab_size={vocab_size} is too small: {answer!r} is not a single token. Raise it.")
     tokenizer.model_max_length = MAX_POSITIONS
     return tokenizer
 
 
 def new_processor(tokenizer: PreTrainedTokenizerBase, side: int) -> Qwen2VLProcessor:
-    """Image processing that gives a picture at most the tokens of a square of ``side`` pixels, and at least four."""
-    # A pixel to spare: the library divides and rounds down, so that at exactly three tokens a side, say, a rounding
-    # error would leave two.
+    """A processor that gives a picture at least four tokens, and at most those of a square of ``side`` pixels."""
+    # One pixel to spare: the library divides and rounds down, so that a rounding error could turn three tokens a side
+    # into two.
     area = {"min_pixels": (min(2 * PATCH * MERGE, side) - 1) ** 2, "max_pixels": (side + 1) ** 2}
     sizes = {"patch_size": PATCH, "temporal_patch_size": 2, "merge_size": MERGE, **area}
     return Qwen2VLProcessor(
@@ -99,10 +100,10 @@ def new_processor(tokenizer: PreTrainedTokenizerBase, side: int) -> Qwen2VLProce
 
 
 def new_model(settings: TinySettings, tokenizer: PreTrainedTokenizerBase) -> Qwen2VLForConditionalGeneration:
-    """The model, its weights drawn from torch's global random state."""
-    # On a CPU plain attention is quicker than the fused one at such lengths and widths.
+    """The model, with weights drawn from torch's global random state."""
+    # On a CPU, plain attention is faster than fused attention at these lengths and widths.
     model = Qwen2VLForConditionalGeneration._from_config(_config(settings, tokenizer), attn_implementation="eager")
-    _look_for_the_same(model)
+    _attend_to_like_tokens(model)
     model.generation_config = GenerationConfig(
         do_sample=False, eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
@@ -110,12 +111,12 @@ def new_model(settings: TinySettings, tokenizer: PreTrainedTokenizerBase) -> Qwe
 
 
 @torch.no_grad()
-def _look_for_the_same(model: Qwen2VLForConditionalGeneration) -> None:
-    """Let every token at first attend to what is like itself, and take it over.
+def _attend_to_like_tokens(model: Qwen2VLForConditionalGeneration) -> None:
+    """Set the initial weights such that every token attends to tokens like itself and copies them.
 
-    All that is taught is to find in the prompt what a name names. From queries and keys drawn apart a model of this
-    size takes longer to find that out than the whole training lasts; from equal ones it is where it starts
-    (Trockman & Kolter, Mimetic Initialization of Self-Attention Layers, 2023).
+    Most exercises ask the model to find something in the prompt by its name. With independent queries and keys, a model
+    of this size does not learn that within the whole training; with equal ones it starts from there (Trockman & Kolter,
+    Mimetic Initialization of Self-Attention Layers, 2023).
     """
     for layer in model.model.language_model.layers:
         attention = layer.self_attn
@@ -125,14 +126,14 @@ def _look_for_the_same(model: Qwen2VLForConditionalGeneration) -> None:
 
 
 def save(model: Qwen2VLForConditionalGeneration, processor: Qwen2VLProcessor, directory: Path) -> None:
-    """Everything that loading takes."""
+    """Write everything that is needed to load the model."""
     model.save_pretrained(directory)
     processor.save_pretrained(directory)
 
 
 def _config(settings: TinySettings, tokenizer: PreTrainedTokenizerBase) -> Qwen2VLConfig:
     width, heads = settings.mllm_hidden_size, settings.mllm_heads
-    half = width // heads // 2  # of a head's size: what the three kinds of position share
+    half = width // heads // 2  # of a head; the three kinds of position share it
     across = (half * 3) // 8
     marks = {
         "image_token_id": IMAGE_PAD,
@@ -154,7 +155,7 @@ def _config(settings: TinySettings, tokenizer: PreTrainedTokenizerBase) -> Qwen2
             "mrope_section": [half - 2 * across, across, across],
         },
         "tie_word_embeddings": True,
-        "initializer_range": _DEVIATION,
+        "initializer_range": _INITIAL_DEVIATION,
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
@@ -167,7 +168,7 @@ def _config(settings: TinySettings, tokenizer: PreTrainedTokenizerBase) -> Qwen2
         "patch_size": PATCH,
         "spatial_merge_size": MERGE,
         "temporal_patch_size": 2,
-        "initializer_range": _DEVIATION,
+        "initializer_range": _INITIAL_DEVIATION,
     }
     ids: dict[str, Any] = {name: tokenizer.get_vocab()[mark] for name, mark in marks.items()}
     return Qwen2VLConfig(text_config=text, vision_config=vision, tie_word_embeddings=True, **ids)

@@ -18,9 +18,9 @@ from notellm2_ray.core.recommend_prompts import IMAGE, Text
 from notellm2_ray.core.settings import Settings, TinySettings
 from notellm2_ray.lessons.tastes import lessons
 from notellm2_ray.models.chat import ChatTokenizer, expand_images
-from notellm2_ray.models.tiny.lessons import Lessons
+from notellm2_ray.models.tiny.exercises import Lessons
 from notellm2_ray.models.tiny.mllm import train_tiny_mllm
-from notellm2_ray.models.tiny.mllm_batches import Pictures, Row, answer_logits, positions, see
+from notellm2_ray.models.tiny.mllm_batches import Pictures, Row, answer_logits, encode_pictures, positions
 from notellm2_ray.models.tiny.mllm_files import SHORT_ANSWERS
 
 MINUTE = {
@@ -136,7 +136,7 @@ def test_the_batched_pass_gives_what_the_librarys_own_gives(loaded, made):
     pictures = Pictures(made.drawings, processor)
     images = [Image.open(io.BytesIO(drawing)) for drawing in made.drawings[:2]]
     own = processor.image_processor(images, return_tensors="pt")
-    ours = see(model.model.visual, pictures.inputs([0, 1]), pictures.grid)
+    ours = encode_pictures(model.model.visual, pictures.inputs([0, 1]), pictures.grid)
     with torch.inference_mode():
         theirs = model.model.visual(own["pixel_values"], grid_thw=own["image_grid_thw"]).pooler_output
     torch.testing.assert_close(ours.flatten(0, 1), theirs, atol=2e-4, rtol=1e-3)
@@ -159,7 +159,7 @@ def test_the_batched_pass_gives_what_the_librarys_own_gives(loaded, made):
 
 
 def test_a_vocabulary_without_room_for_the_answers_is_refused(made, tmp_path):
-    with pytest.raises(ModelError, match=r"tiny\.vocab_size=264 is too small: .* is no single token\. Raise it"):
+    with pytest.raises(ModelError, match=r"tiny\.vocab_size=264 is too small: .* is not a single token\. Raise it"):
         train_tiny_mllm(made, [], TinySettings.model_construct(**{**MINUTE, "vocab_size": 264}), tmp_path, 0)
 
 

@@ -1,4 +1,4 @@
-"""Candidates with what their prompts say: examples, candidates and preferences, joined by id."""
+"""Candidates with the texts of their prompts: examples, candidates and preferences, joined by id."""
 
 from __future__ import annotations
 
@@ -29,16 +29,16 @@ class CandidateRow(NamedTuple):
     example_id: str
     note_id: str
     label: int
-    preference: str | None  # None: no history, or none was asked for
+    preference: str | None  # None: the user has no history, or prompts have no preference
     history_ids: tuple[str, ...]  # oldest first
 
 
 class CandidateRows:
-    """The candidates of a split, example by example as the candidates' file has them.
+    """The candidates of a split, in the order of the candidates' file.
 
     Attributes:
         num_examples: examples that have candidates.
-        without_preference: examples with a history whose preference is missing; they are shown as users without one.
+        without_preference: examples with a history but no preference; they are shown as users without history.
     """
 
     def __init__(self, examples: Path, candidates: Path, preferences: Path | None) -> None:
@@ -46,7 +46,7 @@ class CandidateRows:
 
         Args:
             examples: EXAMPLE_SCHEMA. candidates: CANDIDATE_SCHEMA.
-            preferences: PREFERENCE_SCHEMA; None where prompts hold none.
+            preferences: PREFERENCE_SCHEMA; None: prompts have no preference.
 
         Raises:
             DataError: a table is missing, damaged or lacks a column, or a candidate's example is unknown.
@@ -71,13 +71,13 @@ class CandidateRows:
     def __len__(self) -> int:
         return len(self._candidates)
 
-    def rows(self, places: Iterable[int]) -> list[CandidateRow]:
-        """The candidates at ``places``."""
-        return [self._row(int(place)) for place in places]
+    def rows(self, positions: Iterable[int]) -> list[CandidateRow]:
+        """The candidates at these positions."""
+        return [self._row(int(position)) for position in positions]
 
     @property
     def labels(self) -> np.ndarray:
-        """(R,) int8."""
+        """(R,) int8: 1 for a target, 0 for a negative."""
         return self._candidates["label"].to_numpy()
 
     @property
@@ -87,38 +87,38 @@ class CandidateRows:
 
     @property
     def example_of(self) -> np.ndarray:
-        """(R,) int: the example of every candidate, as its place in the examples' file."""
+        """(R,) int: the example of every candidate, by its position in the examples' file."""
         return self._example_of
 
     @property
     def user_ids(self) -> list[str]:
-        """The user of every example, by its place in the examples' file."""
+        """The user of every example, in the order of the examples' file."""
         return self._examples["user_id"].to_pylist()
 
     @property
     def examples_with_preference(self) -> np.ndarray:
-        """Places of the examples that have a preference, in the examples' file."""
+        """Positions, in the examples' file, of the examples that have a preference."""
         return np.empty(0, np.int64) if self._preferences is None else np.flatnonzero(self._preferences.rows >= 0)
 
     def history_ids(self, last: int) -> set[str]:
-        """Every note among the ``last`` of some example's history."""
+        """All notes that are among the ``last`` notes of an example's history."""
         histories = self._examples["history_ids"].take(np.unique(self._example_of)).to_pylist()
         return {note_id for history in histories for note_id in history[-last:]}
 
     def preference(self, example: int) -> str | None:
-        """The preference of the example at this place in the examples' file."""
+        """The preference of the example at this position in the examples' file."""
         return None if self._preferences is None else self._preferences[example]
 
-    def _row(self, place: int) -> CandidateRow:
-        example = int(self._example_of[place])
-        note_id, label = (self._candidates[name][place].as_py() for name in ("note_id", "label"))
+    def _row(self, position: int) -> CandidateRow:
+        example = int(self._example_of[position])
+        note_id, label = (self._candidates[name][position].as_py() for name in ("note_id", "label"))
         history = tuple(self._examples["history_ids"][example].as_py())
         example_id = self._examples["example_id"][example].as_py()
         return CandidateRow(example_id, note_id, label, self.preference(example), history)
 
 
 class _Preferences:
-    """Preferences by example; ``rows`` (E,) says where each stands, -1 where it is missing."""
+    """Preferences by example; ``rows`` (E,) is the row of each, -1 where it is missing."""
 
     def __init__(self, path: Path, examples: pa.Table) -> None:
         table = _read(path, PREFERENCE_SCHEMA, ["user_id", "block", "preference"])
@@ -135,8 +135,9 @@ class _Preferences:
 
 
 def store_notes(notes: Path, ids: Iterable[str], path: Path) -> None:
-    """Write a :class:`NoteStore` of the notes with these ids, out of the Parquet files in ``notes``; unknown ids are
-    left out.
+    """Write a :class:`NoteStore` of the notes with these ids, from the Parquet files in ``notes``.
+
+    Unknown ids are left out.
 
     Raises:
         DataError: there are no notes, or they lack a column.

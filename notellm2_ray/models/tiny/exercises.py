@@ -1,4 +1,4 @@
-"""What a tiny MLLM learns from: prompts, pictures and the answers wanted."""
+"""What the tiny MLLM learns from: prompts, pictures and answers."""
 
 from __future__ import annotations
 
@@ -11,17 +11,17 @@ ExerciseKind = Literal["caption", "topic", "question", "preference", "history"]
 
 
 class Exercise(NamedTuple):
-    """One prompt, and the answer to give."""
+    """One prompt and its answer."""
 
     kind: ExerciseKind
     prompt: tuple[Part, ...]  # the user's turn
     answer: str
-    image: int | None = None  # which drawing stands at IMAGE
+    image: int | None = None  # number of the drawing at IMAGE
 
 
 class Lessons(NamedTuple):
-    """Exercises to train on and to measure by."""
+    """Exercises for training, and others to measure with."""
 
-    drawings: Sequence[bytes]  # encoded images, all of one size; an exercise names one by its place
+    drawings: Sequence[bytes]  # encoded images, all of one size; an exercise refers to one by its number
     exercises: Sequence[Exercise]
     held_out: Sequence[Exercise]
