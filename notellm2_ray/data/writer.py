@@ -1,11 +1,15 @@
-"""Parquet files of a fixed number of rows; the bytes do not depend on the blocks in which rows arrive."""
+"""Parquet files whose bytes do not depend on the blocks in which rows arrive."""
 
 from __future__ import annotations
 
+import os
+from collections.abc import Iterable
 from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+
+_ROW_GROUP = 65_536
 
 
 class RollingWriter:
@@ -16,7 +20,7 @@ class RollingWriter:
     """
 
     def __init__(
-        self, directory: Path, prefix: str, schema: pa.Schema, *, rows_per_file: int, row_group: int = 65_536
+        self, directory: Path, prefix: str, schema: pa.Schema, *, rows_per_file: int, row_group: int = _ROW_GROUP
     ) -> None:
         self.directory, self.prefix, self.schema = directory, prefix, schema
         self.rows_per_file, self.row_group = rows_per_file, min(row_group, rows_per_file)
@@ -77,3 +81,25 @@ class RollingWriter:
         if self._file is not None:
             self._file.close()
         self._file, self._file_rows = None, 0
+
+
+def write_parquet(path: Path, tables: Iterable[pa.Table]) -> None:
+    """Write tables of one schema, at least one, as one Parquet file with row groups of a fixed size.
+
+    The file appears complete or not at all.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    arriving = iter(tables)
+    waiting = next(arriving)
+    with pq.ParquetWriter(temporary, waiting.schema) as writer:
+        for table in arriving:
+            waiting = pa.concat_tables([waiting, table])
+            whole = waiting.num_rows // _ROW_GROUP * _ROW_GROUP
+            if whole:
+                writer.write_table(waiting.slice(0, whole), row_group_size=_ROW_GROUP)
+                waiting = waiting.slice(whole)
+        writer.write_table(waiting, row_group_size=_ROW_GROUP)
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)

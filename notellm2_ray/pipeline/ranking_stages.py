@@ -22,7 +22,7 @@ SPLITS = ("train", "valid", "test")
 
 def make_sequences(settings: Settings) -> dict[str, Any]:
     """Events to histories, blocks, targets and their candidates."""
-    from notellm2_ray.data.sequences.protocol import make_sequences as work
+    from notellm2_ray.data.sequences.make import make_sequences as work
 
     def run(output: Path) -> dict[str, Any]:
         connect(settings.ray)

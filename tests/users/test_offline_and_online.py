@@ -20,7 +20,7 @@ from notellm2_ray.core.history_blocks import MINUTE, BlockRule
 from notellm2_ray.core.recommend_prompts import Item, preference_prompt
 from notellm2_ray.core.schema import EVENT_SCHEMA, NOTE_SCHEMA
 from notellm2_ray.core.settings import CandidateSettings, PreferenceSettings, SequenceSettings
-from notellm2_ray.data.sequences.protocol import make_sequences
+from notellm2_ray.data.sequences.make import make_sequences
 from notellm2_ray.infer.preference_plan import plan_chains
 from notellm2_ray.infer.preference_steps import shorten
 from notellm2_ray.users.rows import UserEvent

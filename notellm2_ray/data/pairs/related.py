@@ -46,7 +46,7 @@ log = logging.getLogger("notellm2_ray")
 
 
 class MinedPairs(NamedTuple):
-    """Pairs of related notes, and counts of the mining.
+    """Pairs of related notes, and counts of the shared.
 
     Attributes:
         pairs: PAIR_SCHEMA, sorted by query, descending score, and target; scores are rounded to 8 decimals.
@@ -60,8 +60,8 @@ class MinedPairs(NamedTuple):
 
 
 @dataclass(frozen=True)
-class _Mining:
-    """What all tasks of one mining share; small, because it is sent with each."""
+class _Shared:
+    """What all tasks share; small, because it is sent with each."""
 
     scratch: Path
     units: tuple[Sequence[event_log.RowGroup], ...]
@@ -105,14 +105,14 @@ def mine_pairs(
     units = event_log.plan_units(groups, start, end)
     rows = sum(group.rows for unit in units for group in unit)
     partitions = settings.partitions or -(-rows // PARTITION_EVENTS) or 1
-    mining = _Mining(scratch, tuple(units), (), partitions, fixed_point_scale(rows), start, end, settings)
+    shared = _Shared(scratch, tuple(units), (), partitions, fixed_point_scale(rows), start, end, settings)
     mask = np.ones(len(notes), bool) if pairable is None else pairable
     vocabulary = pa.table({"note_id": notes, "pairable": pa.array(mask)})
     write_arrow(scratch / "notes.arrow", vocabulary.to_batches(), vocabulary.schema)
     run = run_here if (partitions == 1 if in_process is None else in_process) else run_on_ray
     log.info("%s: mining %d events in %d part(s)", what, rows, partitions)
 
-    seen = list(run(_pack_unit, len(units), mining, f"{what}: units of events read"))
+    seen = list(run(_pack_unit, len(units), shared, f"{what}: units of events read"))
     clicks = np.zeros(len(notes), np.int64)
     actions: dict[str, int] = {}
     for unit in seen:
@@ -122,11 +122,11 @@ def mine_pairs(
     counts = {"events": sum(u["events"] for u in seen), "unknown_note_events": sum(u["unknown"] for u in seen)}
     _check_log(counts["events"], actions, settings, what)
 
-    sums = sum(part["sums"] for part in run(_sum_part, partitions, mining, f"{what}: parts of the users summed"))
+    sums = sum(part["sums"] for part in run(_sum_part, partitions, shared, f"{what}: parts of the users summed"))
     for path in scratch.glob("unit-*.arrow"):
         path.unlink()
-    mining = _Mining(scratch, (), _cut_queries(mining, len(notes)), partitions, mining.scale, start, end, settings)
-    merged = list(run(_merge_range, len(mining.ranges), mining, f"{what}: ranges of query notes merged"))
+    shared = _Shared(scratch, (), _cut_queries(shared, len(notes)), partitions, shared.scale, start, end, settings)
+    merged = list(run(_merge_range, len(shared.ranges), shared, f"{what}: ranges of query notes merged"))
     pairs = _as_pairs(merged, notes)
     below, above = sum(m["below"] for m in merged), sum(m["above"] for m in merged)
     _check_pairs(pairs.num_rows, below, above, int(clicks.sum()), settings, what)
@@ -135,58 +135,58 @@ def mine_pairs(
     return MinedPairs(pairs, clicks, counts)
 
 
-def _pack_unit(mining: _Mining, index: int) -> dict[str, Any]:
+def _pack_unit(shared: _Shared, index: int) -> dict[str, Any]:
     batches, counts = event_log.pack_unit(
-        mining.units[index],
-        read_arrow(mining.scratch / "notes.arrow").read_all().column("note_id").combine_chunks(),
-        start=mining.start,
-        end=mining.end,
-        view_actions=mining.settings.view_actions,
-        click_actions=mining.settings.click_actions,
-        partitions=mining.partitions,
+        shared.units[index],
+        read_arrow(shared.scratch / "notes.arrow").read_all().column("note_id").combine_chunks(),
+        start=shared.start,
+        end=shared.end,
+        view_actions=shared.settings.view_actions,
+        click_actions=shared.settings.click_actions,
+        partitions=shared.partitions,
     )
-    write_arrow(mining.scratch / f"unit-{index}.arrow", batches, event_log.PACKED_SCHEMA)
+    write_arrow(shared.scratch / f"unit-{index}.arrow", batches, event_log.PACKED_SCHEMA)
     return {**counts._asdict(), "actions": json.dumps(counts.actions)}
 
 
-def _sum_part(mining: _Mining, index: int) -> dict[str, Any]:
-    events = event_log.unpack(read_arrow(path).get_batch(index) for path in sorted(mining.scratch.glob("unit-*.arrow")))
-    pairable = read_arrow(mining.scratch / "notes.arrow").read_all().column("pairable").to_numpy()
-    gap_hours = mining.settings.max_gap_hours
+def _sum_part(shared: _Shared, index: int) -> dict[str, Any]:
+    events = event_log.unpack(read_arrow(path).get_batch(index) for path in sorted(shared.scratch.glob("unit-*.arrow")))
+    pairable = read_arrow(shared.scratch / "notes.arrow").read_all().column("pairable").to_numpy()
+    gap_hours = shared.settings.max_gap_hours
     gap = None if gap_hours is None else round(gap_hours * DAY / 24)
     written = 0
 
     def batches() -> Iterator[pa.RecordBatch]:
         nonlocal written
-        for rows in accumulate(events, len(pairable), scale=mining.scale, gap=gap, pairable=pairable):
+        for rows in accumulate(events, len(pairable), scale=shared.scale, gap=gap, pairable=pairable):
             written += len(rows.sums)
             offsets = pa.array(rows.offsets, pa.int32())
             lists = [pa.ListArray.from_arrays(offsets, pa.array(values)) for values in (rows.targets, rows.sums)]
             yield pa.record_batch([pa.array(rows.queries), *lists], schema=_SUMS_SCHEMA)
 
-    write_arrow(mining.scratch / f"sums-{index}.arrow", batches(), _SUMS_SCHEMA)
+    write_arrow(shared.scratch / f"sums-{index}.arrow", batches(), _SUMS_SCHEMA)
     return {"sums": written}
 
 
-def _merge_range(mining: _Mining, index: int) -> dict[str, Any]:
-    low, high = mining.ranges[index]
-    num_notes = read_arrow(mining.scratch / "notes.arrow").read_all().num_rows
+def _merge_range(shared: _Shared, index: int) -> dict[str, Any]:
+    low, high = shared.ranges[index]
+    num_notes = read_arrow(shared.scratch / "notes.arrow").read_all().num_rows
     pending: list[Rows] = []
-    for piece in _pieces(mining, low, high):
+    for piece in _pieces(shared, low, high):
         pending.append(piece)
         # A range holds few sums, but a single note may have many: add them up before they fill the memory.
         if sum(len(p.sums) for p in pending[1:]) > MERGE_SUMS:
             pending = [add_up(pending, num_notes)]
-    settings = mining.settings
+    settings = shared.settings
     chosen = select(
-        add_up(pending, num_notes), scale=mining.scale, lower=settings.lower, upper=settings.upper, top=settings.top
+        add_up(pending, num_notes), scale=shared.scale, lower=settings.lower, upper=settings.upper, top=settings.top
     )
     return chosen._asdict()
 
 
-def _pieces(mining: _Mining, low: int, high: int) -> Iterator[Rows]:
-    for part in range(mining.partitions):
-        reader = read_arrow(mining.scratch / f"sums-{part}.arrow")
+def _pieces(shared: _Shared, low: int, high: int) -> Iterator[Rows]:
+    for part in range(shared.partitions):
+        reader = read_arrow(shared.scratch / f"sums-{part}.arrow")
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
             queries = batch.column(0).to_numpy()
@@ -197,11 +197,11 @@ def _pieces(mining: _Mining, low: int, high: int) -> Iterator[Rows]:
                 yield Rows(queries[first:last], offsets - offsets[0], targets, sums)
 
 
-def _cut_queries(mining: _Mining, num_notes: int) -> tuple[tuple[int, int], ...]:
+def _cut_queries(shared: _Shared, num_notes: int) -> tuple[tuple[int, int], ...]:
     """Ranges of query codes with about MERGE_SUMS sums each over all parts."""
     held = np.zeros(num_notes, np.int64)
-    for part in range(mining.partitions):
-        reader = read_arrow(mining.scratch / f"sums-{part}.arrow")
+    for part in range(shared.partitions):
+        reader = read_arrow(shared.scratch / f"sums-{part}.arrow")
         for number in range(reader.num_record_batches):
             batch = reader.get_batch(number)
             held[batch.column(0).to_numpy()] += np.diff(batch.column(1).offsets.to_numpy())

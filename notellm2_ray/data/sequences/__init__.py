@@ -1,1 +1,1 @@
-"""Users' histories, blocks, targets and candidates."""
+"""The recommender's data: users' histories, their blocks, targets and candidates."""

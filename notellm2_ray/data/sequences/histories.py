@@ -8,6 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import pyarrow as pa
 
+from notellm2_ray.core.history_blocks import BlockRule, number_blocks
+
 HISTORY_SCHEMA = pa.schema(
     [
         pa.field("user_id", pa.string()),
@@ -19,8 +21,10 @@ HISTORY_SCHEMA = pa.schema(
 
 
 class Histories(NamedTuple):
-    """Users and the notes that each liked, every note once, in time's order; user u's lie in
-    ``offsets[u]:offsets[u + 1]``. Events at the same moment stand in the order of their note ids."""
+    """Users and the notes that each liked, every note once, by time and, at the same time, by note id.
+
+    The events of user u are ``offsets[u]:offsets[u + 1]``.
+    """
 
     users: pa.Array  # (U,) ids
     offsets: np.ndarray  # (U + 1,) int64
@@ -40,11 +44,15 @@ class Histories(NamedTuple):
 
     @property
     def positions(self) -> np.ndarray:
-        """(E,) int64, each event's place in its user's sequence."""
+        """(E,) int64, each event's position in its user's sequence."""
         return np.arange(len(self.notes)) - np.repeat(self.offsets[:-1], self.lengths)
 
+    def block_numbers(self, rule: BlockRule) -> np.ndarray:
+        """(E,) int64, the block of each event, 0, 1, ... within its user."""
+        return number_blocks(self.offsets, self.times, self.sessions, rule)
+
     def filter(self, kept: np.ndarray) -> Histories:
-        """Only the events where ``kept``, (E,) bool; users left without any are left out."""
+        """Only the events where ``kept``, (E,) bool; users without any such event are left out."""
         lengths = np.bincount(self.owners[kept], minlength=len(self.users))
         some = lengths > 0
         mask = pa.array(kept)
@@ -69,7 +77,7 @@ class Histories(NamedTuple):
 
     @staticmethod
     def from_batch(batch: pa.RecordBatch) -> Histories:
-        """What :meth:`to_batch` wrote."""
+        """The histories that :meth:`to_batch` wrote."""
         users, notes, times, sessions = batch.columns
         offsets = notes.offsets.to_numpy().astype(np.int64)
         return Histories(users, offsets, notes.values.to_numpy(), times.values.to_numpy(), sessions.values)
@@ -78,32 +86,34 @@ class Histories(NamedTuple):
 def k_core(
     parts: Callable[[], Iterable[Histories]], num_notes: int, min_user_notes: int, min_note_users: int
 ) -> np.ndarray:
-    """(num_notes,) bool: the notes of the largest core in which every user liked ``min_user_notes`` of its notes and
-    every note was liked by ``min_note_users`` of its users. The users of the core are those with enough such notes.
+    """(num_notes,) bool: the notes of the k-core.
+
+    It is the largest set of notes and users in which every user likes at least ``min_user_notes`` of the notes, and
+    every note is liked by at least ``min_note_users`` of the users.
 
     Args:
-        parts: called once a round, gives all users' histories, each user in one part.
+        parts: gives all users' histories, each user in one part; it is called once a round.
     """
-    alive = np.ones(num_notes, bool)
+    in_core = np.ones(num_notes, bool)
     while True:
         counts = np.zeros(num_notes, np.int64)
         for part in parts():
-            inside = alive[part.notes]
+            inside = in_core[part.notes]
             owners, notes = part.owners[inside], part.notes[inside]
             rich = np.bincount(owners, minlength=len(part.users)) >= min_user_notes
             counts += np.bincount(notes[rich[owners]], minlength=num_notes)
-        left = alive & (counts >= min_note_users)
-        if (left == alive).all():
-            return alive
-        alive = left
+        left = in_core & (counts >= min_note_users)
+        if (left == in_core).all():
+            return in_core
+        in_core = left
 
 
-def within_core(histories: Histories, alive: np.ndarray, min_user_notes: int) -> Histories:
-    """The part of the histories that lies in the core of :func:`k_core`."""
-    inside = histories.filter(alive[histories.notes])
+def within_core(histories: Histories, in_core: np.ndarray, min_user_notes: int) -> Histories:
+    """The histories without the notes and users outside the core of :func:`k_core`."""
+    inside = histories.filter(in_core[histories.notes])
     return inside.filter(np.repeat(inside.lengths >= min_user_notes, inside.lengths))
 
 
 def offsets_of(lengths: np.ndarray) -> np.ndarray:
-    """(N + 1,) int64, where runs of these lengths start and end."""
+    """(N + 1,) int64, the starts and ends of runs of these lengths."""
     return np.append(0, np.cumsum(lengths)).astype(np.int64)

@@ -25,10 +25,11 @@ from notellm2_ray.core.schema import (
 )
 from notellm2_ray.core.settings import CandidateSettings, SequenceSettings
 from notellm2_ray.data import event_log
-from notellm2_ray.data.sequences.blocks import build_histories, spill_unit
-from notellm2_ray.data.sequences.checks import check_candidates, check_examples, check_short
+from notellm2_ray.data.sequences.events import build_histories, positive_events
 from notellm2_ray.data.sequences.histories import k_core, within_core
-from notellm2_ray.data.sequences.protocol import make_sequences
+from notellm2_ray.data.sequences.leaks import check_candidates, check_examples
+from notellm2_ray.data.sequences.make import make_sequences
+from notellm2_ray.data.sequences.shortages import check_negatives
 from notellm2_ray.data.sequences.statistics import describe, format_statistics, tally
 from notellm2_ray.data.sequences.targets import last_targets, published_histories
 from notellm2_ray.data.sources.files import TableFile
@@ -292,14 +293,14 @@ def test_a_few_examples_without_enough_notes_are_set_aside_with_the_reason(tmp_p
 
 
 def test_the_side_that_is_short_shows_an_example_of_its_own():
-    answers = [
-        {"train_all": 9, "train_short": 9, "train_short_example": "u/1 has 0"}
-        | {"valid_all": 9, "valid_short": 9, "valid_short_example": "v/1 has 3"}
+    counts = [
+        {"train_all": 9, "train_set_aside": 9, "train_set_aside_example": "u/1 has 0"}
+        | {"valid_all": 9, "valid_set_aside": 9, "valid_set_aside_example": "v/1 has 3"}
     ]
     with pytest.raises(DataError, match=r"9 of 9 train examples .*\(u/1 has 0\)"):
-        check_short(answers, CandidateSettings())
-    with pytest.raises(DataError, match="only null lets notes without created_at be negatives"):
-        check_short(answers, CandidateSettings(max_negative_age_days=3))
+        check_negatives(counts, CandidateSettings())
+    with pytest.raises(DataError, match="notes without created_at can be negatives only with null"):
+        check_negatives(counts, CandidateSettings(max_negative_age_days=3))
 
 
 def test_short_examples_are_kept_by_side(tmp_path):
@@ -334,7 +335,7 @@ def test_limits_on_users_and_events(tmp_path):
     tested = round(0.2 * len(long))
     assert statistics["untested_users"] == tested - 3
     told = format_statistics(statistics)
-    assert f"{statistics['cold_users']} cold: without a target; {tested - 3} beyond candidates.max_test_users" in told
+    assert f"{statistics['cold_users']} without a target; {tested - 3} beyond candidates.max_test_users" in told
     assert (statistics["truncated_events"] >= 110, statistics["unknown_note_events"]) == (True, 1)
     assert statistics["cold_users"] == len(sequences) - len(long)
     assert pq.read_table(output / "quarantine").to_pylist()[0]["key"] == "stranger"
@@ -393,11 +394,9 @@ def test_leaks_are_seen(written):
     check_examples(examples, sequences)
     check_candidates(examples, candidates, sequences, 5)
     first = examples.slice(0, 1).to_pylist()[0]
-    with pytest.raises(
-        DataError, match=rf"leak: example '{first['example_id']}', its target stands in its own history"
-    ):
+    with pytest.raises(DataError, match=rf"leak: example '{first['example_id']}', its target is in its own history"):
         check_examples(changed(examples, 0, history_ids=[*first["history_ids"][1:], first["target_id"]]))
-    with pytest.raises(DataError, match="its history is not all that comes before its target"):
+    with pytest.raises(DataError, match="its history is not everything before its target"):
         check_examples(changed(examples, 0, history_ids=first["history_ids"][1:]), sequences)
     with pytest.raises(DataError, match="another target"):
         check_examples(examples, sequences)
@@ -407,7 +406,7 @@ def test_leaks_are_seen(written):
     with pytest.raises(DataError, match="a negative is a note that its user liked"):
         liked = first["history_ids"][0]
         check_candidates(examples, changed(candidates, negative, note_id=liked), sequences, 5)
-    with pytest.raises(DataError, match="a candidate stands twice"):
+    with pytest.raises(DataError, match="a candidate is there twice"):
         other = candidates["note_id"][labels.index(0, negative + 1)].as_py()
         check_candidates(examples, changed(candidates, negative, note_id=other), sequences, 5)
 
@@ -479,7 +478,7 @@ def test_the_published_protocol_gives_popularity_what_it_gave_it(sample):
     """On all of MicroLens-50k, (7, 5)-core: AUC .801. The sample's core is small, and its figure its own."""
     ids = pq.read_table(sample / "notes").sort_by("note_id")["note_id"].combine_chunks()
     units = event_log.plan_units(event_log.list_row_groups([sample / "events" / "part.parquet"]), 0, 1 << 62)
-    everybody = build_histories(spill_unit(unit, ids, ("click",), 1)[0][0] for unit in units)
+    everybody = build_histories(positive_events(unit, ids, ("click",), 1)[0][0] for unit in units)
     core = within_core(everybody, k_core(lambda: [everybody], len(ids), 7, 5), 7)
     assert (len(core.users), len(np.unique(core.notes)), len(core.notes)) == (75, 77, 1035)
     assert core_auc(core, published=True) == pytest.approx(0.838, abs=0.01)

@@ -1,8 +1,8 @@
-"""From the event log to every user's sequence of liked notes, and the blocks that a sequence is read in.
+"""From the event log to every user's history of liked notes.
 
-A user's positive events come together by hashing: a unit of reading is spilt into as many record batches as there are
-parts of the users, and a part is a range of the hashes. All that follows keeps the order (hash of the user id, user
-id), which does not depend on how many parts there are, nor on the order of the events in the files.
+Hashing brings a user's positive events together: those of a unit of reading go into one record batch for each part of
+the users, and a part is a range of hashes. From then on users are in the order of (hash of the id, id), which depends
+neither on the number of parts nor on the order of the events in the files.
 """
 
 from __future__ import annotations
@@ -14,9 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from notellm2_ray.core import history_blocks
-from notellm2_ray.core.history_blocks import BlockRule
-from notellm2_ray.core.schema import BLOCK_SCHEMA, EVENT_SCHEMA, QUARANTINE_SCHEMA, SEQUENCE_SCHEMA
+from notellm2_ray.core.schema import EVENT_SCHEMA, QUARANTINE_SCHEMA
 from notellm2_ray.data.event_log import RowGroup, hash_strings
 from notellm2_ray.data.sequences.histories import Histories, offsets_of
 from notellm2_ray.data.validate import UNKNOWN_NOTE
@@ -24,28 +22,28 @@ from notellm2_ray.data.validate import UNKNOWN_NOTE
 USER_KEY = "notellm2-a-user-"
 _TIME = pa.timestamp("us", tz="UTC")
 
-SPILLED_SCHEMA = pa.schema(
+POSITIVE_EVENT_SCHEMA = pa.schema(
     [
         pa.field("user_id", pa.string()),
-        pa.field("note", pa.int32()),  # code: place in the ascending list of note ids
+        pa.field("note", pa.int32()),  # code: position in the ascending list of note ids
         pa.field("time", pa.int64()),  # microseconds
         pa.field("session_id", pa.string()),
     ]
 )
 
 
-def spill_unit(
+def positive_events(
     unit: Sequence[RowGroup], vocabulary: pa.Array, actions: Sequence[str], partitions: int
 ) -> tuple[list[pa.RecordBatch], pa.Table, dict[str, int]]:
     """The positive events of a unit of reading.
 
     Args:
         vocabulary: all note ids, ascending.
-        actions: those that count as positive.
+        actions: the positive ones.
 
     Returns:
-        SPILLED_SCHEMA batches, one for each part of the users; QUARANTINE_SCHEMA rows of positive events on unknown
-        notes; and the number of events by action.
+        POSITIVE_EVENT_SCHEMA batches, one for each part of the users; QUARANTINE_SCHEMA rows of positive events on
+        unknown notes; and the number of events by action.
     """
     events = pa.concat_tables([_read(group, number) for number, group in enumerate(unit)])
     seen = {row["values"]: row["counts"] for row in pc.value_counts(events["action"]).to_pylist()}
@@ -59,7 +57,7 @@ def spill_unit(
         _flat(known["timestamp"].cast(_TIME).cast(pa.int64())),
         _flat(known["session_id"]),
     ]
-    rows = pa.record_batch(columns, schema=SPILLED_SCHEMA)
+    rows = pa.record_batch(columns, schema=POSITIVE_EVENT_SCHEMA)
     part = part_of(columns[0], partitions)
     order = np.argsort(part, kind="stable")
     cuts = np.searchsorted(part[order], np.arange(partitions + 1))
@@ -69,7 +67,7 @@ def spill_unit(
 
 
 def part_of(users: pa.Array, partitions: int) -> np.ndarray:
-    """(N,) int64, the part of each user: the range of hashes that its id's falls into."""
+    """(N,) int64, the part of each user: the range that the hash of the id is in."""
     if partitions == 1:
         return np.zeros(len(users), np.int64)
     encoded = users.dictionary_encode()
@@ -79,8 +77,8 @@ def part_of(users: pa.Array, partitions: int) -> np.ndarray:
 
 
 def build_histories(batches: Iterable[pa.RecordBatch]) -> Histories:
-    """The histories of one part of the users from what all units spilt of it: each note at its first positive event."""
-    table = pa.Table.from_batches(batches, schema=SPILLED_SCHEMA).combine_chunks()
+    """The histories of one part of the users, from its batches of all units: each note at its first positive event."""
+    table = pa.Table.from_batches(batches, schema=POSITIVE_EVENT_SCHEMA).combine_chunks()
     users = _flat(table["user_id"]).dictionary_encode()
     order_of_users = np.lexsort((_ranks(users.dictionary), hash_strings(users.dictionary, USER_KEY)))
     place = np.empty(len(order_of_users), np.int64)
@@ -88,7 +86,7 @@ def build_histories(batches: Iterable[pa.RecordBatch]) -> Histories:
     who, notes, times = place[users.indices.to_numpy()], table["note"].to_numpy(), table["time"].to_numpy()
     sessions = _flat(table["session_id"])
 
-    # The session breaks the last tie, so that nothing depends on the order of rows in the files.
+    # The session breaks the last ties, so that nothing depends on the order of rows in the files.
     order = np.lexsort((_ranks(sessions), times, notes, who))
     again = (who[order][1:] == who[order][:-1]) & (notes[order][1:] == notes[order][:-1])
     first = order[np.append(True, ~again)[: len(order)]]
@@ -99,43 +97,6 @@ def build_histories(batches: Iterable[pa.RecordBatch]) -> Histories:
         notes[first],
         times[first],
         sessions.take(pa.array(first)),
-    )
-
-
-def number_blocks(histories: Histories, rule: BlockRule) -> np.ndarray:
-    """(E,) int64, the block of each event, 0, 1, ... within its user; see :mod:`~notellm2_ray.core.history_blocks`."""
-    return history_blocks.number_blocks(histories.offsets, histories.times, histories.sessions, rule)
-
-
-def sequence_table(histories: Histories, vocabulary: pa.Array) -> pa.Table:
-    """SEQUENCE_SCHEMA, a row per user."""
-    offsets = pa.array(histories.offsets, pa.int32())
-    columns = (
-        vocabulary.take(pa.array(histories.notes)),
-        pa.array(histories.times, pa.int64()).cast(_TIME),
-        histories.sessions,
-    )
-    lists = [pa.ListArray.from_arrays(offsets, column) for column in columns]
-    return pa.table([histories.users, *lists], schema=SEQUENCE_SCHEMA)
-
-
-def block_table(histories: Histories, numbers: np.ndarray, vocabulary: pa.Array) -> pa.Table:
-    """BLOCK_SCHEMA, the blocks of all events but each user's last, which is the target.
-
-    Args:
-        numbers: (E,) of :func:`number_blocks`.
-    """
-    history = histories.positions < np.repeat(histories.lengths - 1, histories.lengths)
-    owners, numbers, notes = histories.owners[history], numbers[history], histories.notes[history]
-    starts = np.flatnonzero(np.append(True, (np.diff(owners) != 0) | (np.diff(numbers) != 0))[: len(owners)])
-    offsets = pa.array(np.append(starts, len(owners)), pa.int32())
-    return pa.table(
-        [
-            histories.users.take(pa.array(owners[starts])),
-            pa.array(numbers[starts], pa.int32()),
-            pa.ListArray.from_arrays(offsets, vocabulary.take(pa.array(notes))),
-        ],
-        schema=BLOCK_SCHEMA,
     )
 
 
@@ -171,7 +132,7 @@ def _flat(column: pa.ChunkedArray) -> pa.Array:
 
 
 def _ranks(values: pa.Array) -> np.ndarray:
-    """(N,) int64, equal for equal values, ascending with them; 0 for null."""
+    """(N,) int64, the rank of each value among the distinct ones, from 1; 0 for null."""
     encoded = values.dictionary_encode()
     order = pc.sort_indices(encoded.dictionary).to_numpy()
     rank = np.empty(len(order), np.int64)

@@ -1,4 +1,4 @@
-"""Sequences and blocks against a plain twin, however the log is cut and hashed."""
+"""Histories and blocks are those of a plain twin, however the log is cut and hashed."""
 
 from __future__ import annotations
 
@@ -18,8 +18,9 @@ from notellm2_ray.core.history_blocks import BlockRule
 from notellm2_ray.core.schema import BLOCK_SCHEMA, EVENT_SCHEMA, SEQUENCE_SCHEMA
 from notellm2_ray.core.settings import SequenceSettings
 from notellm2_ray.data import event_log
-from notellm2_ray.data.sequences import blocks as sequences
+from notellm2_ray.data.sequences.events import build_histories, positive_events
 from notellm2_ray.data.sequences.histories import Histories, k_core, within_core
+from notellm2_ray.data.sequences.tables import block_table, sequence_table
 
 MINUTE = 60_000_000
 Event = tuple[str, str, int, str, str | None]  # user, note, minute, action, session
@@ -46,15 +47,15 @@ def write_events(directory: Path, events: list[Event], files: int) -> list[event
 def read(events: list[Event], actions=("click",), files=1, partitions=1) -> tuple[list[Histories], pa.Table]:
     with TemporaryDirectory() as directory:
         units = event_log.plan_units(write_events(Path(directory), events, files), -(1 << 62), 1 << 62)
-        spilt = [sequences.spill_unit(unit, NOTES, actions, partitions) for unit in units]
-    parts = [sequences.build_histories(batches[p] for batches, _, _ in spilt) for p in range(partitions)]
-    return parts, pa.concat_tables([bad for _, bad, _ in spilt])
+        units_read = [positive_events(unit, NOTES, actions, partitions) for unit in units]
+    parts = [build_histories(batches[p] for batches, _, _ in units_read) for p in range(partitions)]
+    return parts, pa.concat_tables([bad for _, bad, _ in units_read])
 
 
 def as_dict(parts: list[Histories]) -> dict[str, list[tuple[str, int, str | None]]]:
     found = {}
     for part in parts:
-        for row in sequences.sequence_table(part, NOTES).to_pylist():
+        for row in sequence_table(part, NOTES).to_pylist():
             minutes = [int(time.timestamp()) // 60 for time in row["timestamps"]]
             found[row["user_id"]] = list(zip(row["note_ids"], minutes, row["session_ids"], strict=True))
     return found
@@ -117,8 +118,8 @@ def test_neither_parts_nor_the_order_of_events_change_anything(events, random):
     (whole,), _ = read(events)
     random.shuffle(events)
     parts, _ = read(events, files=2, partitions=4)
-    tables = [sequences.sequence_table(part, NOTES) for part in parts]
-    assert pa.concat_tables(tables).equals(sequences.sequence_table(whole, NOTES))
+    tables = [sequence_table(part, NOTES) for part in parts]
+    assert pa.concat_tables(tables).equals(sequence_table(whole, NOTES))
 
 
 def twin_blocks(rows, knobs: SequenceSettings) -> list[list[str]]:
@@ -142,7 +143,7 @@ def twin_blocks(rows, knobs: SequenceSettings) -> list[list[str]]:
 def test_blocks_equal_the_plain_twin(events, blocks_by, size, gap):
     knobs = SequenceSettings(blocks_by=blocks_by, block_size=size, session_gap_minutes=gap)
     (histories,), _ = read(events)
-    table = sequences.block_table(histories, sequences.number_blocks(histories, BlockRule.from_settings(knobs)), NOTES)
+    table = block_table(histories, histories.block_numbers(BlockRule.from_settings(knobs)), NOTES)
     assert table.schema == BLOCK_SCHEMA
     rows = table.to_pylist()
     found = {user: [row["note_ids"] for row in group] for user, group in groupby(rows, lambda row: row["user_id"])}
@@ -158,14 +159,14 @@ def test_one_event_and_thousands():
     (histories,), _ = read(events)
     assert {user: len(rows) for user, rows in as_dict([histories]).items()} == {"busy": 9, "new": 1}
     assert as_dict([histories.last(2)])["busy"] == [("n7", 7, None), ("n8", 8, None)]
-    blocks = sequences.block_table(histories, sequences.number_blocks(histories, BlockRule()), NOTES)
+    blocks = block_table(histories, histories.block_numbers(BlockRule()), NOTES)
     assert set(blocks["user_id"].to_pylist()) == {"busy"}
 
 
 def test_no_positive_event_makes_empty_tables():
     (histories,), _ = read([("u", "n1", 1, "view", None)])
-    assert sequences.sequence_table(histories, NOTES).equals(SEQUENCE_SCHEMA.empty_table())
-    assert not sequences.block_table(histories, sequences.number_blocks(histories, BlockRule()), NOTES).num_rows
+    assert sequence_table(histories, NOTES).equals(SEQUENCE_SCHEMA.empty_table())
+    assert not block_table(histories, histories.block_numbers(BlockRule()), NOTES).num_rows
 
 
 @settings(max_examples=40, deadline=None)
