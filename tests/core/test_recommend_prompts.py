@@ -58,7 +58,7 @@ def test_templates_of_the_users_own() -> None:
         ("{items}{previous}{title}", r"unknown placeholder \{title\}"),
         ("{items}{items}{previous}", r"\{items\} is there twice"),
         ("{items!r}{previous}", "has a format"),
-        ("{items}{previous}{", "written twice"),
+        ("{items}{previous}{", "must be doubled"),
         ("{items}{previous}{}", r"unknown placeholder \{\}"),
     ):
         with pytest.raises(ConfigError, match=rf"preferences\.template: .*{reason}"):

@@ -258,7 +258,7 @@ def test_clip_refuses_a_tokenizer_without_the_tokens_it_needs(tmp_path):
     tokenizer = train_tokenizer(_texts(), 300)
     tokenizer.bos_token = None
     tokenizer.save_pretrained(tmp_path / "tokenizer")
-    with pytest.raises(ModelError, match="Leave tokenizer_dir out"):
+    with pytest.raises(ModelError, match="Leave out tokenizer_dir"):
         train_tiny_clip(_captioned(8), SMALL, tmp_path / "clip", 0, tmp_path / "tokenizer")
 
 
