@@ -1,14 +1,14 @@
-"""Where every output of a data set lies: the one place that knows the layout of a workspace.
+"""Where every output of a data set is: the one place that knows the layout of a workspace.
 
-A stage's output is a directory with a manifest (:mod:`notellm2_ray.core.run`). Whoever reads a file of it asks here for
-its path; the stage that writes it is handed the directory.
+A stage's output is a directory with a manifest (:mod:`notellm2_ray.core.run`). Code that reads a file
+of it asks here for its path; the stage that writes it gets the directory.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
 
-_TABLE = ".lance"  # an embedding table lies beside the directory of its blocks
+_TABLE = ".lance"  # an embedding table is beside the directory of its blocks
 
 
 class Workspace:

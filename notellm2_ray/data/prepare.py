@@ -6,9 +6,7 @@ source's order, finds duplicates and writes. It holds a 64-bit hash of every id 
 
 from __future__ import annotations
 
-import logging
 import shutil
-import time
 from collections import Counter
 from collections.abc import Iterator
 from functools import partial
@@ -20,6 +18,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.progress import Progress
 from notellm2_ray.core.schema import EVENT_SCHEMA, NOTE_SCHEMA, QUARANTINE_SCHEMA
 from notellm2_ray.core.settings.data import PrepareSettings
 from notellm2_ray.data.rows import FATAL, category
@@ -31,11 +30,9 @@ if TYPE_CHECKING:
 
     from notellm2_ray.data.sources import SourceTables
 
-LOG_EVERY_SECONDS = 5.0
 _NOTES_PER_TASK = 512  # images read and decoded by one task
 _NOTES_PER_GROUP = 256  # some 50 MB of ordinary photographs
 _QUARANTINE_ROWS_PER_FILE = 1_000_000
-log = logging.getLogger("notellm2_ray")
 
 
 def prepare(tables: SourceTables, settings: PrepareSettings, output: Path) -> dict[str, Any]:
@@ -107,17 +104,19 @@ class Intake:
         self.kept = self.bad = self.dropped = self.with_image = 0
         self.reasons: Counter[str] = Counter()
         self.examples: dict[str, str] = {}
-        self._started = self._logged = time.monotonic()
+        self._progress = Progress("prepare", f"raw {table}")
 
-    def reject(self, rows: pa.Table) -> None:
-        """Put rows with a ``_reason`` into quarantine.
+    def add(self, good: int, bad: pa.Table) -> None:
+        """Count ``good`` rows, and put the rows with a ``_reason`` into quarantine.
 
         Raises:
             DataError: a reason says that the rest of the file could not be read.
         """
-        self.bad += rows.num_rows
-        self._write(rows, rows["_reason"])
-        found = zip(rows["_reason"].to_pylist(), rows["_source"].to_pylist(), rows["_key"].to_pylist(), strict=True)
+        self.kept += good
+        self.bad += bad.num_rows
+        self._write(bad, bad["_reason"])
+        self._progress.add(good + bad.num_rows, f"{self.bad:,} quarantined")
+        found = zip(bad["_reason"].to_pylist(), bad["_source"].to_pylist(), bad["_key"].to_pylist(), strict=True)
         for reason, source, key in found:
             kind = category(reason)
             self.reasons[kind] += 1
@@ -136,28 +135,16 @@ class Intake:
         columns = {"table": table, "source": rows["_source"], "key": rows["_key"], "reason": reasons}
         self.quarantine.write(pa.table(columns))
 
-    def progress(self, finished: bool = False) -> None:
-        """Log the counts, at most once in :data:`LOG_EVERY_SECONDS` until the table is finished."""
-        now = time.monotonic()
-        if not finished and now - self._logged < LOG_EVERY_SECONDS:
-            return
-        self._logged = now
-        rate = (self.kept + self.bad) / max(now - self._started, 1e-9)
-        log.info(
-            "prepare: %s %s%s, %s quarantined, %s rows/s",
-            f"{self.kept:,}", self.table, " in all" if finished else " so far", f"{self.bad:,}", f"{rate:,.0f}",
-        )  # fmt: skip
-
     def finish(self, max_bad_share: float) -> None:
         """Log the final counts and check the share of bad rows.
 
         Raises:
             DataError: it is empty, or too much of it is bad.
         """
-        self.progress(finished=True)
         rows = self.kept + self.bad
         if not rows:
             raise DataError(f"empty pool: the source's {self.table} table has no rows")
+        self._progress.finish()
         if self.bad > max_bad_share * rows:
             raise DataError(
                 f"{self.table}: {self.bad:,} of {rows:,} rows ({self.bad / rows:.1%}) are unusable, more than the "
@@ -192,11 +179,9 @@ def _prepare_notes(
             bad = block.filter(pc.is_valid(block["_reason"]))
             rejected.add(hash_ids(bad["note_id"]))
             writer.write(good)
-            intake.kept += good.num_rows
             intake.with_image += good.num_rows - good["image"].null_count
-            intake.reject(bad)
+            intake.add(good.num_rows, bad)
             intake.record_dropped_images(good.filter(pc.is_valid(good["_dropped"])))
-            intake.progress()
     intake.finish(settings.max_bad_share)
     return intake
 
@@ -218,9 +203,7 @@ def _prepare_events(
             good = block.filter(pc.is_null(block["_reason"]))
             users.add(np.unique(hash_ids(good["user_id"])))
             writer.write(good)
-            intake.kept += good.num_rows
-            intake.reject(block.filter(pc.is_valid(block["_reason"])))
-            intake.progress()
+            intake.add(good.num_rows, block.filter(pc.is_valid(block["_reason"])))
     intake.finish(settings.max_bad_share)
     return intake, len(users)
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import logging
 import os
-import time
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -12,9 +10,9 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from notellm2_ray.core.progress import Progress
+
 Task = Callable[[Any, int], dict[str, Any]]  # (shared, number) -> strings, numbers and one-dimensional arrays
-log = logging.getLogger("notellm2_ray")
-_SECONDS_BETWEEN_LINES = 5.0
 
 
 def write_arrow(path: Path, batches: Iterable[pa.RecordBatch], schema: pa.Schema) -> None:
@@ -31,15 +29,18 @@ def read_arrow(path: Path) -> pa.ipc.RecordBatchFileReader:
     return pa.ipc.open_file(pa.memory_map(str(path)))
 
 
-def run_here(task: Task, count: int, shared: Any, label: str) -> Iterator[dict[str, Any]]:
+def run_here(task: Task, count: int, shared: Any, label: str, unit: str) -> Iterator[dict[str, Any]]:
     """The results of ``task`` for 0 .. count - 1, one after another in this process."""
     return (task(shared, number) for number in range(count))
 
 
-def run_on_ray(task: Task, count: int, shared: Any, label: str) -> Iterator[dict[str, Any]]:
+def run_on_ray(task: Task, count: int, shared: Any, label: str, unit: str) -> Iterator[dict[str, Any]]:
     """The results of ``task`` for 0 .. count - 1, one Ray Data task each, in any order.
 
-    ``shared`` is sent with every task: keep it small.
+    Args:
+        shared: sent with every task: keep it small.
+        label: of the log lines.
+        unit: what a task does, in the log lines, as in "units of events read".
     """
     if not count:
         return
@@ -49,14 +50,11 @@ def run_on_ray(task: Task, count: int, shared: Any, label: str) -> Iterator[dict
         (number,) = batch["id"]
         return pa.table({name: pa.array([value]) for name, value in task(shared, int(number)).items()})
 
-    started = told = time.monotonic()
-    answers = ray.data.range(count, override_num_blocks=count).map_batches(call, batch_size=None)
-    rows: Iterator[Any] = iter(answers.iter_batches(batch_size=1, batch_format="pyarrow"))
-    for done, row in enumerate(rows, start=1):
-        now = time.monotonic()
-        if now - told > _SECONDS_BETWEEN_LINES:
-            told, spent = now, now - started
-            log.info("%s: %d of %d in %.0f s, %.0f s left", label, done, count, spent, spent / done * (count - done))
+    progress = Progress(label, unit, count)
+    results = ray.data.range(count, override_num_blocks=count).map_batches(call, batch_size=None)
+    rows: Iterator[Any] = iter(results.iter_batches(batch_size=1, batch_format="pyarrow"))
+    for row in rows:
+        progress.add()
         yield {name: _value(row.column(name)[0]) for name in row.column_names}
 
 

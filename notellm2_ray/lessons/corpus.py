@@ -22,7 +22,7 @@ _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s*")
 _CLOSING: dict[Language, str] = {"zh": "”", "en": '"'}
 
 
-def exercises(store: NoteStore, language: Language, seed: int) -> Iterator[str]:
+def texts_for_llm(store: NoteStore, language: Language, seed: int) -> Iterator[str]:
     """Texts that teach a small LLM what a large one already knows: the notes' words, and to compress a text to a word.
 
     Each text is an excerpt of a training note in the compression prompt, answered by its most characteristic word (of
@@ -61,12 +61,12 @@ def _keyword(note: Note, notes_with: Counter[str], num_notes: int) -> str:
     )
 
 
-def captions(settings: Settings, store: NoteStore) -> Iterator[tuple[bytes, str]]:
+def captions_for_clip(settings: Settings, store: NoteStore) -> Iterator[tuple[bytes, str]]:
     """Encoded images with captions: the world's captioned drawings, or else training notes with title and topics."""
     if isinstance(settings.source, WorldSettings):
-        from notellm2_ray.data.sources.world import captions as drawings
+        from notellm2_ray.data.sources.world import captions
 
-        yield from drawings(settings.source, settings.seed, settings.tiny.num_captions)
+        yield from captions(settings.source, settings.seed, settings.tiny.num_captions)
         return
     for note in _notes(store):
         if note.image is not None:

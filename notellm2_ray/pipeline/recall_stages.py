@@ -10,7 +10,7 @@ from notellm2_ray.core.cluster import connect
 from notellm2_ray.core.errors import OutputError
 from notellm2_ray.core.run import read_manifest
 from notellm2_ray.core.settings import Settings
-from notellm2_ray.lessons.corpus import captions, exercises
+from notellm2_ray.lessons.corpus import captions_for_clip, texts_for_llm
 from notellm2_ray.pipeline import embedders
 from notellm2_ray.pipeline import recall_outputs as outputs
 from notellm2_ray.pipeline.recall_comparison import compare
@@ -56,10 +56,10 @@ def build_tiny(settings: Settings) -> dict[str, Any]:
         store = NoteStore(workspace_of(settings).train_notes)
         counts = {}
         if "llm" in parts:
-            corpus = exercises(store, settings.model.prompt_language, settings.seed)
+            corpus = texts_for_llm(store, settings.model.prompt_language, settings.seed)
             counts["llm"] = train_tiny_llm(corpus, settings.tiny, output / "llm", settings.seed)
         if "clip" in parts:
-            pictures = captions(settings, store)
+            pictures = captions_for_clip(settings, store)
             counts["clip"] = train_tiny_clip(pictures, settings.tiny, output / "clip", settings.seed)
         return counts
 

@@ -18,10 +18,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from notellm2_ray.core import progress
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.schema import EVENT_SCHEMA, NOTE_SCHEMA, QUARANTINE_SCHEMA
 from notellm2_ray.core.settings.data import PrepareSettings
-from notellm2_ray.data import prepare as prepare_module
 from notellm2_ray.data.prepare import KeySet, prepare
 from notellm2_ray.data.sources import SourceTables, open_source
 from notellm2_ray.data.sources.tabular import TabularSettings
@@ -294,7 +294,7 @@ def test_a_file_that_cannot_be_read_to_its_end_stops_the_job(messy, tmp_path):
 def test_the_same_files_from_other_blocks_and_progress_in_the_log(ray_cluster, tmp_path, caplog, monkeypatch):
     import ray.data
 
-    monkeypatch.setattr(prepare_module, "LOG_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "LOG_SECONDS", 0.0)
     notes = pa.table({"note_id": [str(n % 1500) for n in range(1600)], "title": [f"t{n}" for n in range(1600)]})
     events = pa.table({"user_id": ["u"] * 900, "note_id": ["1"] * 900, "timestamp": [1_700_000_000] * 900,
                        "action": ["view"] * 900})  # fmt: skip
@@ -314,8 +314,8 @@ def test_the_same_files_from_other_blocks_and_progress_in_the_log(ray_cluster, t
         assert pq.read_table(output / "notes")["title"].to_pylist() == [f"t{n}" for n in range(1500)]
         digests.append([hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(output.rglob("*.parquet"))])
     assert digests[0] == digests[1]
-    assert "notes so far" in caplog.text
-    assert "prepare: 1,500 notes in all, 100 quarantined" in caplog.text
+    assert "raw notes so far" in caplog.text
+    assert "prepare: 1,600 raw notes in all" in caplog.text and "100 quarantined" in caplog.text
     assert not ray.data.DataContext.get_current().execution_options.preserve_order  # other jobs keep theirs
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from notellm2_ray.core.note_store import NoteStore
 from notellm2_ray.core.schema import NOTE_SCHEMA
-from notellm2_ray.lessons.corpus import exercises
+from notellm2_ray.lessons.corpus import texts_for_llm
 
 
 @pytest.mark.parametrize(
@@ -20,8 +20,8 @@ def test_the_answer_is_the_word_that_tells_the_note(tmp_path, language, content,
     rows = [{"note_id": str(n), "title": "", "topics": [], "content": content if n < 4 else filler} for n in range(12)]
     path = tmp_path / "notes.arrow"
     NoteStore.write(path, [pa.RecordBatch.from_pylist(rows, schema=NOTE_SCHEMA)])
-    texts = list(exercises(NoteStore(path), language, 42))
-    assert texts == list(exercises(NoteStore(path), language, 42))
+    texts = list(texts_for_llm(NoteStore(path), language, 42))
+    assert texts == list(texts_for_llm(NoteStore(path), language, 42))
     about = [text for text in texts if text.count(answer[1:-1]) > 1]
     assert about
     assert all(text.endswith(answer) for text in about)

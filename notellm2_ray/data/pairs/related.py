@@ -112,7 +112,7 @@ def mine_pairs(
     run = run_here if (partitions == 1 if in_process is None else in_process) else run_on_ray
     log.info("%s: mining %d events in %d part(s)", what, rows, partitions)
 
-    seen = list(run(_pack_unit, len(units), shared, f"{what}: units of events read"))
+    seen = list(run(_pack_unit, len(units), shared, what, "units of events read"))
     clicks = np.zeros(len(notes), np.int64)
     actions: dict[str, int] = {}
     for unit in seen:
@@ -122,11 +122,11 @@ def mine_pairs(
     counts = {"events": sum(u["events"] for u in seen), "unknown_note_events": sum(u["unknown"] for u in seen)}
     _check_log(counts["events"], actions, settings, what)
 
-    sums = sum(part["sums"] for part in run(_sum_part, partitions, shared, f"{what}: parts of the users summed"))
+    sums = sum(part["sums"] for part in run(_sum_part, partitions, shared, what, "parts of the users summed"))
     for path in scratch.glob("unit-*.arrow"):
         path.unlink()
     shared = _Shared(scratch, (), _cut_queries(shared, len(notes)), partitions, shared.scale, start, end, settings)
-    merged = list(run(_merge_range, len(shared.ranges), shared, f"{what}: ranges of query notes merged"))
+    merged = list(run(_merge_range, len(shared.ranges), shared, what, "ranges of query notes merged"))
     pairs = _as_pairs(merged, notes)
     below, above = sum(m["below"] for m in merged), sum(m["above"] for m in merged)
     _check_pairs(pairs.num_rows, below, above, int(clicks.sum()), settings, what)
