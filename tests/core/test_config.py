@@ -1,4 +1,4 @@
-"""Settings: what the user mistypes is named, with the nearest right thing."""
+"""Settings: a mistyped key or value is named, with the nearest right one."""
 
 import pytest
 import yaml

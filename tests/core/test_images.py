@@ -1,4 +1,4 @@
-"""Images from strangers: what is refused, with which reason, and what decoding makes of the rest."""
+"""Images from untrusted sources: which are refused, why, and how the others are decoded."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def test_a_bomb_is_refused_by_its_declared_size(size):
         check_image(png_declaring(*size))
 
 
-def test_bounds_are_the_callers():
+def test_callers_choose_the_bounds():
     data = encoded(picture(), "PNG")
     with pytest.raises(DataError, match=r"64 x 48 pixels .*prepare.max_image_pixels"):
         check_image(data, max_pixels=3071)
@@ -80,7 +80,7 @@ def test_bounds_are_the_callers():
         check_image(data, max_bytes=10, knobs=("limits.pixels", "limits.bytes"))
 
 
-def test_what_a_raised_bound_lets_in_is_decoded_later():
+def test_an_image_that_a_raised_bound_allows_can_be_decoded():
     data = encoded(Image.new("1", (8000, 6300)), "PNG")
     with pytest.raises(DataError, match="prepare.max_image_pixels"):
         check_image(data)
@@ -91,7 +91,7 @@ def test_what_a_raised_bound_lets_in_is_decoded_later():
         decode_image(png_declaring(60_000, 60_000))
 
 
-def test_a_strip_that_resizing_would_blow_up_is_refused():
+def test_a_strip_that_resizing_would_enlarge_too_much_is_refused():
     with pytest.raises(DataError, match="401 x 4 pixels: one side is more than 100 times the other"):
         check_image(encoded(picture(401, 4), "PNG"))
 
@@ -128,7 +128,7 @@ def test_16_bit_grey_is_scaled_not_clipped():
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
-def test_broken_metadata_does_not_cost_the_picture():
+def test_a_picture_with_broken_metadata_is_kept():
     data = encoded(picture(), "JPEG", exif=b"Exif\x00\x00MM\x00*garbage garbage garbage")
     check_image(data)
     assert decode_image(data).size == (64, 48)

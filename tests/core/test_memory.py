@@ -1,4 +1,4 @@
-"""Freed memory stays with the process."""
+"""A process keeps the memory that it frees."""
 
 import ctypes
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 from notellm2_ray.core import memory
 
-# Page faults of sixty times a tensor of 40 MB, more than glibc ever keeps by itself, that is taken and given back.
+# Page faults while a tensor of 40 MB, more than glibc keeps by itself, is allocated and freed sixty times.
 FAULTS = """
 import resource, sys
 import torch

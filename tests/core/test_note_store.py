@@ -48,7 +48,7 @@ def test_an_unknown_id_is_named(tmp_path):
 
 
 @pytest.mark.parametrize("batches", [[NOTES, NOTES[1:2]], [NOTES + NOTES[1:2]]])
-def test_a_note_that_comes_twice_is_refused_and_leaves_nothing_behind(tmp_path, batches):
+def test_a_repeated_note_is_refused_and_no_file_is_left(tmp_path, batches):
     with pytest.raises(DataError, match="'笔记' is there twice"):
         NoteStore.write(tmp_path / "notes.arrow", map(batch, batches))
     assert not list(tmp_path.iterdir())

@@ -1,4 +1,4 @@
-"""Prompts: the note's text stays in its place, whatever is in it."""
+"""Prompts: a note's text stays in its field, whatever it contains."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def test_a_text_cannot_close_its_own_field():
     assert quote('a"}, done', "en") == 'a\\"}, done'
 
 
-def test_line_breaks_become_the_language_s_own_stop():
+def test_line_breaks_become_the_stop_of_the_language():
     assert quote("一\n\n二\r\n三", "zh") == "一。二。三"
     assert quote(" one \n two", "en") == "one two"
 
@@ -85,6 +85,6 @@ def test_truncation_by_words_or_characters(text, limit, unit, expected):
     assert truncate(text, limit, unit) == expected
 
 
-def test_script_is_told_by_letters_not_by_punctuation():
+def test_letters_decide_the_script_and_punctuation_does_not():
     assert is_mostly_cjk("猫!!!!!!!!!")
     assert not is_mostly_cjk("!!!")

@@ -21,7 +21,7 @@ def words(parts) -> str:
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_every_text_of_others_is_a_part_of_its_own(language) -> None:
+def test_every_text_of_a_user_is_a_separate_part(language) -> None:
     items = [Item("A red sofa", "a red sofa in a room"), Item("No picture")]
     parts = preference_prompt(language, "recurrent", "likes red", items)
     texts = [part.value for part in parts if isinstance(part, Text)]
@@ -41,7 +41,7 @@ def test_quoted_text_keeps_to_its_line_and_its_quotes() -> None:
     assert said.count('\\"y\\"') == 3
 
 
-def test_variants_differ_in_what_is_shown_alone() -> None:
+def test_variants_differ_only_in_what_they_show() -> None:
     items = [Item("A", "red"), Item("B", "blue")]
     full = words(preference_prompt("en", "recurrent", None, items))
     assert words(preference_prompt("en", "direct", None, items)) == full
@@ -49,7 +49,7 @@ def test_variants_differ_in_what_is_shown_alone() -> None:
     assert titles == full.replace('; cover: "«red»"', "").replace('; cover: "«blue»"', "")
 
 
-def test_templates_of_the_users_own() -> None:
+def test_a_template_of_your_own() -> None:
     parts = preference_prompt("en", "recurrent", None, [Item("A")], "Say {{taste}}: {previous}{items} - {begin}")
     assert words(parts) == 'Say {taste}: 1. title: "«A»" - The user appears to have a preference for'
     assert words(preference_prompt("en", "direct", None, [Item("A")], "{items}")) == '1. title: "«A»"'

@@ -1,4 +1,4 @@
-"""Output directories are complete or absent, and never somebody else's."""
+"""Output directories are complete or absent, and directories of other programs are left alone."""
 
 import errno
 import json
@@ -38,7 +38,7 @@ def test_a_stopped_run_is_continued_only_with_the_same_settings(tmp_path):
         assert not (stopped.directory / "block").exists()
 
 
-def test_a_directory_of_somebody_else_is_left_alone(tmp_path):
+def test_a_directory_of_another_program_is_left_alone(tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.tex").write_text("precious")
     with pytest.raises(OutputError, match="not written by this program"), output(tmp_path).write():

@@ -220,7 +220,7 @@ def test_every_row_ends_in_exactly_one_place(messy, tmp_path):
     tables = Counter(bad["table"].to_pylist())
     assert notes.num_rows + tables["notes"] == len(NOTES)
     assert events.num_rows + tables["events"] == len(EVENTS)
-    # The first row of id 3 was unusable, so the second is its note; of id 1 the first is.
+    # The first row of id 3 was unusable, so its second row is the note; of id 1 it is the first.
     assert notes["note_id"].to_pylist() == ["1", "2", "3"]
     assert notes["title"].to_pylist() == ["<|im_end|> tea", "cup", "now with a usable image"]
     assert notes["image"].to_pylist() == [png(), None, png()]

@@ -1,4 +1,4 @@
-"""What the tiny LM is taught with: excerpts in the prompt, answered by a telling word."""
+"""The texts for the tiny LLM: excerpts in the prompt, answered by a characteristic word."""
 
 import pyarrow as pa
 import pytest
@@ -15,7 +15,7 @@ from notellm2_ray.lessons.corpus import texts_for_llm
         ("zh", "我们喜欢巧克力。巧克力很甜。", "“巧克力”"),
     ],
 )
-def test_the_answer_is_the_word_that_tells_the_note(tmp_path, language, content, answer):
+def test_the_answer_is_the_characteristic_word_of_the_note(tmp_path, language, content, answer):
     filler = "我们喜欢今天。" if language == "zh" else "We like the day."
     rows = [{"note_id": str(n), "title": "", "topics": [], "content": content if n < 4 else filler} for n in range(12)]
     path = tmp_path / "notes.arrow"

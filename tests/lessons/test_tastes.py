@@ -1,4 +1,4 @@
-"""What the tiny MLLM is taught: the rule of a taste, and exercises that say what their words and pictures say."""
+"""Exercises for the tiny MLLM: the rule of a taste, and answers that follow from the words and pictures shown."""
 
 from __future__ import annotations
 
@@ -37,11 +37,11 @@ def _told(*topics: str | None) -> list[Told]:
         (["dogs", None, "dogs"], ("cats", "dogs"), ("dogs", "cats")),
     ],
 )
-def test_a_taste_is_what_weighs_most_with_the_recent_above_the_old(topics, previous, expected):
+def test_a_taste_names_what_weighs_most_and_recent_notes_weigh_more(topics, previous, expected):
     assert taste_of(_told(*topics), Taste(previous)).topics == expected
 
 
-def test_topics_and_palettes_are_weighed_apart():
+def test_topics_and_palettes_have_separate_weights():
     notes = [Told("cats", "ivory and black"), Told("cats", None), Told(None, "ivory and black"), Told("yoga", "grey")]
     assert taste_of(notes) == Taste(("cats", "yoga"), ("ivory and black", "grey"))
 
@@ -70,7 +70,7 @@ def test_a_taste_reads_as_a_sentence():
 
 @pytest.mark.parametrize("source", [{"language": "zh"}, {"kind": "movielens", "directory": "nowhere"}])
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_lessons_follow_from_the_settings_alone(source, language):
+def test_lessons_depend_only_on_the_settings(source, language):
     split = {"by": "notes"} if source.get("kind") else {}
     settings = _settings(source=source, split=split, ranker={"prompt_language": language})
     made = lessons(settings)

@@ -1,4 +1,4 @@
-"""A part of a deployment's settings leaves the rest as the service has it."""
+"""Setting one knob of a deployment keeps the service's defaults of its others."""
 
 from notellm2_ray.cli import knobs
 from notellm2_ray.core.settings.serve import ServeSettings

@@ -1,4 +1,4 @@
-"""The whole step on a small prepared log: what is written, what leaks, what is said when it cannot be done."""
+"""Mining on a small prepared log: the files it writes, no leaks between the sides, and its errors."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def make_events() -> list[dict]:
             note = (int(rng.integers(born)) // 5 * 5 + user) % (born + 5)
             event = {"user_id": f"u{user}", "note_id": f"n{note:03}", "timestamp": START + timedelta(hours=hour)}
             events.append({**event, "action": "click" if rng.random() < 0.5 else "view", "session_id": None})
-    # The log's first and last event fix its span, and with it the boundary, whatever else is in it.
+    # The first and the last event alone decide the span of the log, and so the boundary.
     events[0]["timestamp"], events[-1]["timestamp"] = START, START + timedelta(days=DAYS)
     return events
 
@@ -110,7 +110,7 @@ def test_by_time_writes_everything_that_later_steps_read(tmp_path):
 def test_nothing_after_the_boundary_reaches_a_training_score(tmp_path):
     events = make_events()
     _, whole = run(tmp_path / "whole", events)
-    # Every event of the test period but the last, which fixes the span, now tells another story.
+    # Every event of the test period is another now, except the last, which decides the span.
     other = [
         {**e, "user_id": f"u{i % 7}", "action": "click"} if BOUNDARY <= e["timestamp"] < events[-1]["timestamp"] else e
         for i, e in enumerate(events)
@@ -138,7 +138,7 @@ def test_the_seed_decides(tmp_path):
     assert results[0] == results[1] != results[2]
 
 
-def test_what_a_killed_run_left_is_cleared_away(tmp_path):
+def test_files_of_a_killed_run_are_removed(tmp_path):
     stale = tmp_path / "pairs" / ".mine-abc" / "train"
     prepared = prepare(tmp_path / "prepared", make_events(), make_notes())
     stale.mkdir(parents=True)
@@ -147,7 +147,7 @@ def test_what_a_killed_run_left_is_cleared_away(tmp_path):
     assert not list((tmp_path / "pairs").glob(".*"))
 
 
-def test_few_test_pairs_are_warned_of_and_none_is_an_error(tmp_path, caplog):
+def test_few_test_pairs_give_a_warning_and_none_an_error(tmp_path, caplog):
     events = [e for e in make_events() if e["timestamp"] < BOUNDARY or e["user_id"] in ("u0", "u59")]
     with caplog.at_level(logging.WARNING, logger="notellm2_ray"):
         counts, _ = run(tmp_path / "few", events)

@@ -1,4 +1,4 @@
-"""Mined pairs against a plain twin of Eq. 2, however the log is cut."""
+"""Mined pairs equal a plain version of Eq. 2, however the log is cut."""
 
 from __future__ import annotations
 
@@ -90,7 +90,7 @@ def mine(events: list[Event], knobs: PairSettings, *, files=1, start=0, end=10**
 
 @st.composite
 def dense_logs(draw) -> list[Event]:
-    """Logs in which few users meet few notes again and again: ties, repeats and clicks before views abound."""
+    """Logs in which few users meet few notes again and again: ties, repeats and clicks before views are frequent."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     count, users, notes = draw(st.integers(10, 80)), draw(st.integers(1, 5)), draw(st.integers(2, 8))
     hours = draw(st.integers(2, 16))
@@ -118,7 +118,7 @@ def test_equals_brute_force(events, knobs, files, start, end, some_only):
     pairable = {note for note in notes if note != "n3"}
     more = {"files": files, "start": start, "end": end, "pairable": pairable if some_only else None}
     expected = brute_force(events, knobs, start, end, pairable if some_only else notes)
-    with pytest.MonkeyPatch.context() as patch:  # so small that every loop over chunks, units and ranges turns
+    with pytest.MonkeyPatch.context() as patch:  # so small that every loop over chunks, units and ranges is repeated
         patch.setattr(cooccurrence, "CHUNK_PAIRS", 5)
         patch.setattr(event_log, "UNIT_EVENTS", 9)
         patch.setattr(pairs, "MERGE_SUMS", 4)
@@ -133,10 +133,10 @@ def test_equals_brute_force(events, knobs, files, start, end, some_only):
 def test_each_rule_of_eq_2_by_hand():
     events = [
         ("u", "a", 1, "view"),
-        ("u", "b", 1, "click"),  # same moment as the view of a: not subsequent
+        ("u", "b", 1, "click"),  # at the same time as the view of a, so not after it
         ("u", "c", 2, "click"),
-        ("u", "c", 3, "click"),  # a second click of c counts no second time
-        ("u", "a", 4, "click"),  # and a click on the viewed note itself is no pair
+        ("u", "c", 3, "click"),  # a second click of c is not counted
+        ("u", "a", 4, "click"),  # a click on the viewed note itself is not a pair
         ("w", "a", 1, "view"),
         ("w", "c", 5, "click"),
     ]
@@ -188,7 +188,7 @@ def test_sums_of_a_billion_events_cannot_overflow():
         ([("u", "a", 3_000_000, "view")], {}, ["pairs.window_days"]),
     ],
 )
-def test_what_is_wrong_is_said(events, knobs, words):
+def test_an_error_names_the_setting(events, knobs, words):
     with pytest.raises(DataError) as error:
         mine(events, PairSettings(**{"window_days": None, **knobs}))
     assert all(word in str(error.value) for word in words), error.value

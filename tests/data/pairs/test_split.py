@@ -21,7 +21,7 @@ def notes(days: list[float | None]) -> pa.Table:
     return pa.table({"note_id": ids, "created_at": pa.array(created, NOTE_SCHEMA.field("created_at").type)})
 
 
-def test_by_time_cuts_the_end_of_the_log_off():
+def test_by_time_the_last_part_of_the_log_is_for_testing():
     split = split_notes(notes([8, -300, 6.9, 7]), SPAN, SplitSettings(test_share=0.3), window_days=5, seed=1)
     assert split.notes.to_pylist() == ["n0", "n1", "n2", "n3"]
     assert split.is_test.tolist() == [True, False, False, True]
@@ -35,7 +35,7 @@ def test_by_time_without_creation_times_names_the_count_and_the_remedy():
         split_notes(notes([None, 1, None]), SPAN, SplitSettings(), window_days=None, seed=1)
 
 
-def test_by_notes_holds_out_a_seeded_share_whatever_other_notes_there_are():
+def test_by_notes_holds_out_a_seeded_share_independent_of_other_notes():
     settings = SplitSettings(by="notes", test_share=0.25)
     some, all_ = notes([None] * 1000), notes([None] * 4000)
     split = split_notes(all_, SPAN, settings, window_days=None, seed=1)

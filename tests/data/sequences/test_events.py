@@ -1,4 +1,4 @@
-"""Histories and blocks are those of a plain twin, however the log is cut and hashed."""
+"""Histories and blocks equal those of a plain version, however the log is cut and hashed."""
 
 from __future__ import annotations
 
@@ -83,7 +83,7 @@ def by_time_and_note(rows):
 
 @st.composite
 def logs(draw) -> list[Event]:
-    """Few users, notes and moments, so that repeats and ties abound; n9 is on no list of notes."""
+    """Few users, notes and times, so that repeats and ties are frequent; n9 is an unknown note."""
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
     count, users, minutes = draw(st.integers(1, 60)), draw(st.integers(1, 6)), draw(st.integers(1, 300))
     sessions = [None, "s1", "s2", "会话"] if draw(st.booleans()) else [None]
@@ -123,7 +123,7 @@ def test_neither_parts_nor_the_order_of_events_change_anything(events, random):
 
 
 def twin_blocks(rows, knobs: SequenceSettings) -> list[list[str]]:
-    """Blocks of the rows but the last, grown one by one."""
+    """Blocks of all rows except the last, built one event at a time."""
     blocks: list[list[str]] = []
     for number, (note, minute, session) in enumerate(rows[:-1]):
         full = blocks and len(blocks[-1]) == knobs.block_size

@@ -63,14 +63,14 @@ def test_candidates_are_the_target_and_notes_that_the_user_never_liked(written):
     for file, examples in files.items():
         shown = of_examples(read(written, f"candidates/{file}"))
         rows = read(written, examples)
-        assert list(shown) == [row["example_id"] for row in rows]  # in the examples' order, side by side
+        assert list(shown) == [row["example_id"] for row in rows]  # in the order of the examples
         for row in rows:
             negatives = {note for note, label in shown[row["example_id"]].items() if not label}
             assert len(negatives) == (2 if file == "train" else 5)
             assert negatives <= pool - liked[row["user_id"]]
             assert shown[row["example_id"]].keys() - negatives == {row["target_id"]}
     firsts = [next(iter(labels.values())) for labels in shown.values()]
-    assert 0 < sum(firsts) < len(firsts)  # the target's place tells nothing
+    assert 0 < sum(firsts) < len(firsts)  # the target's position says nothing
 
 
 def test_popularity_counts_no_held_out_target(written):

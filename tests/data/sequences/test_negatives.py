@@ -1,4 +1,4 @@
-"""Negatives against a plain twin, and the distribution that they follow."""
+"""Negatives equal those of a plain version, and follow the distribution of the weights."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def unit(number: int) -> float:
 
 
 def twin(births, weights, own: set[int], key: int, time: int, count: int, max_age: int | None) -> list[int]:
-    """Draw after draw; what 8 * count + 64 draws do not find, by the smallest exponential keys."""
+    """One draw after another; after 8 * count + 64 draws, the rest by the smallest exponential keys."""
     order = sorted(range(len(births)), key=lambda note: (births[note], note))
     early = [note for note in order if max_age is not None and births[note] < time - max_age]
     born = [note for note in order if births[note] <= time and note not in early]

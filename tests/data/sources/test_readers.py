@@ -129,7 +129,7 @@ def test_missing_required_column_names_file_columns_and_setting(tmp_path):
         DataError, match=r"n\.csv: missing column 'note_id'; its columns are id, title\..*source\.columns\.note_id"
     ):
         tabular_tables(wrong)
-    columns = ColumnMap(note_id="id", content="body")  # a column named by hand must be there
+    columns = ColumnMap(note_id="id", content="body")  # a column that is named in the settings must be there
     with pytest.raises(DataError, match=r"missing column 'body'.*source\.columns\.content"):
         tabular_tables(wrong.model_copy(update={"columns": columns}))
 
@@ -143,7 +143,7 @@ def test_notes_without_any_text_or_image_column(tmp_path):
         _check_columns(file, ColumnMap(), ("note_id", "title"), required=("note_id",), any_of=("title", "image"))
 
 
-def test_files_that_are_not_there_or_not_what_they_say(tmp_path):
+def test_missing_files_and_files_of_another_format(tmp_path):
     with pytest.raises(DataError, match=r"no such table file; set source\.notes"):
         list_files(str(tmp_path / "*.csv"), "auto", "source.notes")
     (tmp_path / "n.xlsx").write_text("x")
@@ -247,7 +247,7 @@ def test_times_in_all_their_shapes(values, unit):
     assert not problems
 
 
-def test_times_that_cannot_be_are_named():
+def test_impossible_times_are_named():
     problems = to_timestamps(pa.array(["yesterday", "2023-02-30", "1700000000000", "2023-11-14"]), "s").problems
     assert set(problems) == {0, 1, 2}
     assert problems[0].startswith("'yesterday' is not a time")
@@ -349,7 +349,7 @@ def test_the_real_movielens_with_posters(ray_cluster, shared_data):
     notes, events = open_source(source, 0)
     ids = {row["note_id"] for row in notes.iter_rows()}
     seen = events.to_pandas()
-    # Four of the posters are of movies that only have tags: they are in the pool, and nobody has rated them.
+    # Four of the posters are of movies that only have tags: they are notes without ratings.
     assert (len(ids), seen["note_id"].nunique()) == (2947, 2943)
     assert set(seen["note_id"]) <= ids
     assert seen["action"].value_counts().to_dict() == {"view": 58_498, "click": 34_910}

@@ -1,4 +1,4 @@
-"""New content under an old name is noticed; tables that are gone leave what was made of them."""
+"""New content under an old name is noticed; where tables are gone, what was prepared from them stays valid."""
 
 import json
 from itertools import pairwise
@@ -67,7 +67,7 @@ def test_covers_are_part_of_microlens(tmp_path):
     assert before != table_versions(source)
 
 
-def test_tables_behind_a_uri_are_looked_at(tmp_path):
+def test_tables_at_a_uri_are_watched(tmp_path):
     (tmp_path / "notes").mkdir()
     (tmp_path / "notes" / "a.csv").write_text("note_id,title\n1,a")
     (tmp_path / "events.csv").write_text("user_id,note_id,timestamp\nu,1,1")

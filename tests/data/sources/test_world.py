@@ -1,4 +1,4 @@
-"""The synthetic world: reproducible, as informative as its knobs say and no more, and worth mining pairs from."""
+"""The synthetic world: reproducible, exactly as informative as its knobs say, and worth mining pairs from."""
 
 from __future__ import annotations
 
@@ -86,7 +86,7 @@ def test_texts_tell_exactly_what_the_truth_says(language: str) -> None:
             ("text_tells_style", words.styles, told["style"]),
         ):
             pattern = r"(?<!\w){}(?!\w)" if language == "en" else "{}"
-            # Chinese words may arise across the border of two others; only the own vocabulary is exact there.
+            # Two adjacent Chinese words may contain a third; only the own vocabulary is exact there.
             found = {k for k, v in enumerate(vocabularies) if any(re.search(pattern.format(w), text) for w in v)}
             assert (own in found) == told[column]
             assert language == "zh" or found <= {own}
@@ -116,7 +116,7 @@ def test_the_knobs_are_the_shares_of_notes_that_tell(knob: float) -> None:
         ("image_shows_style", 1 - knob),
     ):
         assert np.mean(truth[column].to_numpy(zero_copy_only=False)) == pytest.approx(share, abs=0.015)
-    if 0 < knob < 1:  # the image knows nothing of the text
+    if 0 < knob < 1:  # the image is independent of the text
         text, image = (truth[c].to_numpy(zero_copy_only=False) for c in ("text_tells_subject", "image_shows_subject"))
         assert abs(np.corrcoef(text, image)[0, 1]) < 0.04
 
@@ -136,7 +136,7 @@ def test_short_texts_tell_less_and_nothing_else_depends_on_the_factors() -> None
 def test_images_tell_nothing_when_their_knobs_are_zero() -> None:
     blind = WorldSettings(image_subject=0, image_style=0, text_subject=1, text_style=1, image_size=32, broken_share=0)
     images = raw_notes(blind, 4, np.arange(50))["image"].to_pylist()
-    # With as many factors as there can be, the same notes have other subjects and styles: their images stay the same.
+    # With more factors the same notes have other subjects and styles, but their images stay the same.
     other = blind.model_copy(update={"num_subjects": 24, "num_styles": 12})
     assert images == raw_notes(other, 4, np.arange(50))["image"].to_pylist()
     assert len(set(images)) == 50
@@ -162,7 +162,7 @@ def test_images_show_style_as_colour_and_subject_as_pattern() -> None:
     assert len({image.tobytes() for copy in seen for image in copy}) == 4 * len(labels)
 
 
-def test_captions_name_what_is_drawn_and_are_no_notes_images() -> None:
+def test_captions_name_what_is_drawn_and_no_note_has_their_images() -> None:
     drawn = list(captions(SMALL, 7, 40))
     assert drawn[30:] == list(captions(SMALL, 7, 10, start=30))
     assert not {image for image, _ in drawn} & set(raw_notes(SMALL, 7, np.arange(300))["image"].to_pylist())

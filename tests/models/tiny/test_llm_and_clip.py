@@ -1,4 +1,4 @@
-"""Tiny models: they learn, they are the same every time, and they load as real checkpoints do."""
+"""Tiny models: they learn, are the same every time, and load like real checkpoints."""
 
 from __future__ import annotations
 
@@ -103,7 +103,7 @@ def test_llm_learns_and_what_is_saved_is_what_was_trained(llm):
         assert model(input_ids=tokens, labels=tokens).loss < 0.8 * figures["first_loss"]
 
 
-def test_the_same_seed_gives_the_same_models_on_any_number_of_threads_and_disturbs_nobody(llm, clip, tmp_path):
+def test_one_seed_gives_one_model_on_any_number_of_threads_and_keeps_the_global_state(llm, clip, tmp_path):
     torch.manual_seed(99)
     state, threads = torch.random.get_rng_state(), torch.get_num_threads()
     torch.set_num_threads(threads + 1)

@@ -1,4 +1,4 @@
-"""The tiny MLLM: it loads as a real checkpoint does, is the same every time, and learns what it is taught."""
+"""The tiny MLLM: it loads like a real checkpoint, is the same every time, and learns its exercises."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_it_loads_as_a_real_checkpoint_and_captions(saved, made):
     assert processor.tokenizer.decode([model.generation_config.eos_token_id]) == "<|im_end|>"
 
 
-def test_a_system_message_and_an_answer_stand_in_turns_of_their_own(saved):
+def test_a_system_message_and_an_answer_are_turns_of_their_own(saved):
     processor = AutoProcessor.from_pretrained(saved[0])
     turns = [("system", "Be brief."), ("user", "Hello"), ("assistant", "Yes")]
     messages = [{"role": role, "content": content} for role, content in turns]
