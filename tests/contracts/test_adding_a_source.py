@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 from collections.abc import Iterator
 from functools import partial
@@ -20,6 +21,7 @@ from notellm2_ray.data.rows import raw_events, raw_notes
 from notellm2_ray.data.sources import SourceTables, table_versions
 from notellm2_ray.data.sources.files import TableFile, dataset, file_version
 from notellm2_ray.presets import load_settings
+from tests.support import ROOT
 
 
 class ToySettings(SourceSettings):
@@ -113,6 +115,27 @@ def test_its_knobs_are_checked_and_explained(toy, given):
         load_settings(None, None, ["source.kind=toy"])
     with pytest.raises(ConfigError, match="creation times, which toy lacks"):
         load_settings(None, None, [*given, "split.by=time"])
+
+
+def test_the_example_in_the_documentation_works(tmp_path, monkeypatch, ray_cluster):
+    page = (ROOT / "docs" / "tables.md").read_text(encoding="utf-8")
+    (tmp_path / "shop.py").write_text(
+        page.partition("## A source of your own")[2].split("```python\n")[1].split("```")[0]
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    shop = importlib.import_module("shop").SOURCE
+    (tmp_path / "items.csv").write_text("note_id,title\na,A red hat\n,Nothing\n")
+    (tmp_path / "sales.csv").write_text("user_id,note_id,timestamp,action\nu,a,1,click\nu,b,2,click\n")
+    register_source(shop)
+    try:
+        given = [f"workspace={tmp_path / 'work'}", "source.kind=shop", f"source.folder={tmp_path}", "split.by=notes"]
+        cli.main(["prepare", *given, "prepare.max_bad_share=0.5"])
+    finally:
+        SOURCES.remove("shop")
+    prepared = tmp_path / "work" / "prepared"
+    assert pq.read_table(prepared / "notes")["note_id"].to_pylist() == ["a"]
+    assert pq.read_table(prepared / "events")["user_id"].to_pylist() == ["u"]
+    assert pq.read_table(prepared / "quarantine").num_rows == 2
 
 
 def test_an_unknown_kind_is_named_with_the_nearest():
