@@ -27,7 +27,7 @@ def prepared(settings: Settings) -> Planned:
 def _source_versions(settings: Settings) -> dict[str, str]:
     """Names, sizes and times of the source's tables, so that new content is noticed.
 
-    Images are compared by name, not by content. Where the tables are gone, what was made of them stands.
+    Images are compared by name, not by content. Where the tables are gone, what was prepared from them stays valid.
     """
     from notellm2_ray.data.sources import table_versions
 

@@ -22,14 +22,14 @@ def settings(tmp_path):
 
 
 def test_new_content_makes_another_output(settings, tmp_path):
-    before = outputs.prepared(settings).fingerprint
-    assert outputs.prepared(settings).fingerprint == before
+    before = outputs.prepared(settings).output().fingerprint
+    assert outputs.prepared(settings).output().fingerprint == before
     (tmp_path / "events.csv").write_text("user_id,note_id,timestamp\nu,a,1\nu,a,2")
-    assert outputs.prepared(settings).fingerprint != before
+    assert outputs.prepared(settings).output().fingerprint != before
 
 
 def test_tables_that_are_gone_change_nothing(settings, tmp_path):
-    output = outputs.prepared(settings)
+    output = outputs.prepared(settings).output()
     with output.write():
         pass
     assert set(json.loads((output.directory / "manifest.json").read_text())["inputs"]) == {
