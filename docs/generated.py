@@ -5,9 +5,10 @@ The reference is read from the source without importing it (griffe); the setting
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from mkdocs.config.defaults import MkDocsConfig
@@ -80,7 +81,8 @@ def settings_page() -> str:
     lines = [
         "# Settings\n",
         "Every setting, with its default and what it does. Give it as `key=value` on the command line, or nest it in a "
-        "YAML file: see [Steps](steps.md#settings). `null` means that there is none.\n",
+        "YAML file: see [Steps](steps.md#settings). `null` means that there is none. Where the text ends in \\*, the "
+        "setting only says where, how fast or how carefully a step runs: changing it redoes nothing.\n",
         "## At the top\n",
         *_HEAD,
     ]
@@ -88,13 +90,14 @@ def settings_page() -> str:
     lines += [_row(name, Settings.model_fields[name].default, Settings.model_fields[name].description) for name in top]
     for name, field in Settings.model_fields.items():
         models = nested_models(field.annotation)
+        prefix = f"{name}.NAME." if get_origin(field.annotation) is dict else f"{name}."
         if models:
             lines.append(f"\n## {name}\n")
         for model in models:
             if len(models) > 1:
                 kind = model.model_fields["kind"].annotation.__args__[0]  # type: ignore[union-attr]
                 lines.append(f"\n### {name}.kind={kind}\n")
-            lines += [f"{(model.__doc__ or '').strip().splitlines()[0]}\n", *_HEAD, *_rows(model, f"{name}.", None)]
+            lines += [f"{(model.__doc__ or '').strip().splitlines()[0]}\n", *_HEAD, *_rows(model, prefix, None)]
     return "\n".join(lines) + "\n"
 
 
@@ -106,10 +109,14 @@ def _rows(model: type[BaseModel], prefix: str, own: BaseModel | None) -> list[st
 
     rows = []
     for name, field in model.model_fields.items():
+        if name == "kind":  # the heading says it
+            continue
         nested = nested_models(field.annotation)
         value = field.default if own is None else getattr(own, name)
         if not nested:
-            rows.append(_row(f"{prefix}{name}", "required" if field.is_required() else value, field.description))
+            free = isinstance(field.json_schema_extra, dict) and not field.json_schema_extra.get("shapes_output", True)
+            text = f"{field.description or ''}{' *' if free else ''}"
+            rows.append(_row(f"{prefix}{name}", "required" if field.is_required() else value, text))
             continue
         if value is None or value == ():
             rows.append(_row(f"{prefix}{name}", value, field.description))
@@ -121,7 +128,8 @@ def _rows(model: type[BaseModel], prefix: str, own: BaseModel | None) -> list[st
 
 def _row(key: str, value: Any, text: str | None) -> str:
     shown = yaml.safe_dump(_plain(value), default_flow_style=True, width=1000).replace("\n...", "").strip()
-    return f"| `{key}` | `{shown}` | {(text or '').replace('|', chr(92) + '|')} |"
+    words = re.sub(r"([|*])", r"\\\1", text or "")
+    return f"| `{key}` | `{shown}` | {words} |"
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import get_origin
 
 import pytest
 from pydantic import BaseModel
@@ -66,6 +67,8 @@ def _has_knob(key: str, models: list[type[BaseModel]]) -> bool:
     first, _, rest = key.partition(".")
     for model in models:
         field = model.model_fields.get(first)
+        if field is not None and get_origin(field.annotation) is dict:
+            rest = rest.partition(".")[2]  # its first part is a name of the user's own
         if field is not None and (not rest or _has_knob(rest, nested_models(field.annotation))):
             return True
     return False
