@@ -32,15 +32,15 @@ def bare_loop(model: Path, notes: Path, settings: EmbedSettings) -> dict[str, fl
     started = time.perf_counter()
     import torch
 
-    from notellm2_ray.infer.blocks import list_files, plan_blocks, read_block
+    from notellm2_ray.infer.chunks import list_note_files, plan_chunks, read_chunk
     from notellm2_ray.models.embedder.encoder import NoteEncoder
 
     torch.set_num_threads(int(settings.cpus_per_actor))
     encoder = NoteEncoder.from_pretrained(model, precision=settings.precision)
-    plan = plan_blocks(list_files(notes), settings.block_rows, "")
+    plan = plan_chunks(list_note_files(notes), settings.block_rows, "")
     ends = []
     for block in plan.blocks:
-        encoder.encode(read_block(block), batch_tokens=settings.batch_tokens, max_batch_notes=settings.max_batch_notes)
+        encoder.encode(read_chunk(block), batch_tokens=settings.batch_tokens, max_batch_notes=settings.max_batch_notes)
         ends.append(time.perf_counter())
     steady = (plan.notes - plan.blocks[0].rows) / (ends[-1] - ends[0])
     return {"steady": steady, "startup": ends[0] - started, "whole": plan.notes / (ends[-1] - started)}

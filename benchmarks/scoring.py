@@ -70,7 +70,7 @@ async def turns(model: Path, users: int, words: int, block_tokens: int) -> dict[
 
     from notellm2_ray.infer.engine import check_model, start_engine
     from notellm2_ray.infer.score import for_scoring
-    from notellm2_ray.infer.score_worker import Prompt, ask
+    from notellm2_ray.infer.score_worker import ScoreRequest, ask
     from notellm2_ray.models.chat import ChatTokenizer
     from notellm2_ray.models.ranker.inputs import RankerPrompter
 
@@ -81,7 +81,7 @@ async def turns(model: Path, users: int, words: int, block_tokens: int) -> dict[
     for layout in LAYOUTS:
         prompter = RankerPrompter(chat, RankerSettings(layout=layout))
         asked = [question for user in questions(users, words) for question in user]
-        prompts[layout] = [Prompt(None, prompter.prompt(one), prompter.image(one)) for one in asked]  # type: ignore[arg-type]
+        prompts[layout] = [ScoreRequest(None, prompter.prompt(one), prompter.image(one)) for one in asked]  # type: ignore[arg-type]
     engine = start_engine(check_model(model, images=True), generation, images=1)
 
     def counters() -> tuple[float, float]:

@@ -35,7 +35,7 @@ GENERATION = GenerationSettings(max_model_len=512, max_sequences=128)
 def bare_loop(model: Path, notes: Path, settings: SummarySettings) -> dict[str, float]:
     """vLLM's own offline class and nothing else."""
     started = time.perf_counter()
-    from notellm2_ray.infer.blocks import list_files, plan_blocks, read_block
+    from notellm2_ray.infer.chunks import list_note_files, plan_chunks, read_chunk
     from notellm2_ray.infer.engine import check_model, engine_arguments, engine_environment
     from notellm2_ray.infer.summary_rows import open_image
     from notellm2_ray.models.chat import ChatTokenizer
@@ -49,7 +49,7 @@ def bare_loop(model: Path, notes: Path, settings: SummarySettings) -> dict[str, 
     sampling = SamplingParams(
         max_tokens=settings.max_tokens, temperature=settings.temperature, seed=1, stop_token_ids=chat.end_ids
     )
-    plan = plan_blocks(list_files(notes), settings.batch_rows * settings.concurrent_batches, "")
+    plan = plan_chunks(list_note_files(notes), settings.batch_rows * settings.concurrent_batches, "")
     ends, tokens = [], 0
     for block in plan.blocks:
         prompts = [
@@ -57,7 +57,7 @@ def bare_loop(model: Path, notes: Path, settings: SummarySettings) -> dict[str, 
                 "prompt_token_ids": prompt,
                 "multi_modal_data": {"image": open_image(note.image, settings.max_image_pixels)},
             }
-            for note in read_block(block)
+            for note in read_chunk(block)
             if note.image
         ]
         for output in engine.generate(prompts, sampling, use_tqdm=False):

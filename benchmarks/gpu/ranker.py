@@ -42,7 +42,7 @@ from notellm2_ray.models.ranker.inputs import IGNORED, RankerBatch
 from notellm2_ray.models.ranker.model import RankerModel, answer_probability, forward_logits
 from notellm2_ray.train.engine import Engine
 from notellm2_ray.train.engines import make_engine
-from notellm2_ray.train.sft_loop import SftStep, mechanics
+from notellm2_ray.train.ranker_run import RankerStep, train_settings
 
 YES, NO = 5, 6  # token ids; which ones does not matter
 WORDS = 50  # tokens of a ranker prompt's own words
@@ -133,7 +133,7 @@ def count(setup: Setup, network: nn.Module) -> Work:
     return Work(tower + maps + causal, tower + 2 * maps + 3 * causal)
 
 
-def measure_tuning(setup: Setup, step: SftStep, engine: Engine, checkpointing: bool) -> tuple[float, float]:
+def measure_tuning(setup: Setup, step: RankerStep, engine: Engine, checkpointing: bool) -> tuple[float, float]:
     """Prompts/s of whole updates of ``tune.batch_size`` prompts, and peak GiB."""
     step.model.set_gradient_checkpointing(checkpointing)
     tokens = setup.texts + setup.mllm.image_tokens
@@ -249,8 +249,8 @@ def _tuning(setup: Setup, network: nn.Module, flops: float, rate: float) -> Iter
     model = RankerModel(network, setup.tune)
     for name in engines:
         tune = setup.tune.model_copy(update={"engine": name})
-        step = SftStep(model, tune.precision == "bf16")
-        engine = make_engine(step, mechanics(tune), setup.device)
+        step = RankerStep(model, tune.precision == "bf16")
+        engine = make_engine(step, train_settings(tune), setup.device)
         for again in (False, True):
             what = f"{tune.batch_size} prompts, {name}, {'recomputing' if again else 'keeping'} activations"
             yield _rated("tuning", what, flops, rate, lambda a=again, e=engine, s=step: measure_tuning(setup, s, e, a))

@@ -1,28 +1,28 @@
-"""What a model answered, made fit to be kept: one paragraph, whole sentences, no endless repetition."""
+"""Cleaning a model's answers: one paragraph, whole sentences, and a test for endless repetition."""
 
 from __future__ import annotations
 
 import re
 import zlib
 
-# Text that compresses better than this repeats itself; Whisper's decoding draws the line at the same ratio.
+# Text that compresses by more than this factor repeats itself. Whisper's decoding uses the same threshold.
 _REPETITIVE = 2.4
 _SENTENCE_END = re.compile(r"[.!?](?=[\s\"')\]]|$)|[。！？]")
 
 
 def one_paragraph(text: str) -> str:
-    """The text on one line, without blanks around it."""
+    """The text on one line, without white space at its ends."""
     return re.sub(r"\s+", " ", text).strip()
 
 
 def cut_at_sentence(text: str) -> str:
-    """The text up to its last sentence's end, which running into the limit of tokens cut; all of it if it has none."""
+    """A text that the token limit cut off, up to the end of its last whole sentence; all of it if there is none."""
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
     return text[: ends[-1]].strip() if ends else text
 
 
 def is_repetitive(text: str) -> bool:
-    """Whether a text goes round in circles, as a model does that has lost its thread."""
+    """Whether a text repeats itself without end, as some models do."""
     data = text.encode()
-    # Short texts carry zlib's own header and have nothing to compress yet.
+    # In a short text zlib's header outweighs what can be compressed.
     return len(data) > 60 and len(data) / len(zlib.compress(data)) > _REPETITIVE

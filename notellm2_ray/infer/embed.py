@@ -1,4 +1,4 @@
-"""Bulk embedding: every note of a Parquet table to a row of the embedding table, on a pool of Ray Data actors."""
+"""Bulk embedding: a Parquet table of notes becomes the embedding table, computed by a pool of Ray Data actors."""
 
 from __future__ import annotations
 
@@ -7,22 +7,22 @@ import time
 from collections.abc import Generator, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 from notellm2_ray.core import errors
 from notellm2_ray.core.config import to_plain
 from notellm2_ray.core.progress import Progress
 from notellm2_ray.core.run import fingerprint
 from notellm2_ray.core.settings import EmbedSettings
-from notellm2_ray.infer.blocks import Block, Plan, list_files, plan_blocks, read_ids
+from notellm2_ray.core.settings.retrieval import Inputs
+from notellm2_ray.infer.chunks import Chunk, ChunkPlan, list_note_files, plan_chunks, read_ids
+from notellm2_ray.infer.embed_worker import ChunkEmbedder, EmbeddedPart, EmbedJob, part_store
 from notellm2_ray.infer.part_actors import make_parts
 from notellm2_ray.infer.parts import PartStore, require_one_model
 from notellm2_ray.infer.resources import check_resources
-from notellm2_ray.infer.worker import BlockEmbedder, EmbeddedPart, Job, part_store
 
 log = logging.getLogger("notellm2_ray")
 
-INPUTS = ("multimodal", "image", "text")
 _SHAPING = ("batch_tokens", "max_batch_notes", "precision")  # settings that a vector's last digits depend on
 
 
@@ -37,58 +37,60 @@ def embed_notes(
 ) -> dict[str, Any]:
     """Embed a table of notes into the Lance table ``<output>.lance``, in the order of the input.
 
-    The notes are cut into blocks (:mod:`~notellm2_ray.infer.blocks`). Each becomes one file under ``output/blocks``,
-    renamed into place when it is whole; a later run of the same job skips the blocks that are there. Thus a killed
-    actor, or a killed driver, costs the blocks in hand, and the table of a run that was stopped and continued equals
-    that of an undisturbed one, bit for bit. The table is written when all blocks are there, in a single commit.
+    The notes are cut into chunks (:mod:`~notellm2_ray.infer.chunks`), and each chunk becomes one resumable part
+    (:mod:`~notellm2_ray.infer.parts`) under ``output/blocks``. A later run of the same job skips the parts that are
+    there, so a killed actor or driver costs only the chunks that were being embedded. The table of a run that was
+    stopped and continued equals that of an undisturbed run, bit for bit. It is written in a single commit when all
+    parts are there.
 
-    Ray Data has a checkpoint of its own (``ray.data.checkpoint``), which is not used: it commits whole output files,
-    and Ray joins small rows into few of them. Measured with Ray 2.60 on 24,000 to 60,000 such rows, a job wrote a
-    single file and lost all of its work at every kill.
+    Ray Data's own checkpoints (``ray.data.checkpoint``) are not used: they commit whole output files, and Ray joins
+    small rows into few files. Measured with Ray 2.60 on 24,000 to 60,000 such rows, a job wrote a single file and lost
+    all of its work at every kill.
 
-    Ray must be connected. On several machines ``notes``, ``model`` and ``output`` lie on storage that they all share.
+    Ray must be connected. On several machines ``notes``, ``model`` and ``output`` must be on storage that all share.
 
     Args:
         model: directory of a :class:`~notellm2_ray.models.embedder.encoder.NoteEncoder`.
-        notes: Parquet file, directory, glob or object-store URI; the columns of ``NOTE_SCHEMA`` but ``created_at`` are
-            read, others ignored.
-        output: directory for the blocks; exists, or is made.
-        inputs: what of each note is shown to the model (Table 3): ``multimodal``, ``image``, ``text``. The first, or
-            multimodal if it is among them, fills the column ``embedding``, the others ``embedding_image`` and
-            ``embedding_text``.
+        notes: Parquet file, directory, glob or object-store URI with the columns of ``NOTE_SCHEMA``; ``created_at`` and
+            further columns are not read.
+        output: directory for the parts; made if it does not exist.
+        inputs: which parts of each note the model sees (Table 3): ``multimodal``, ``image``, ``text``. The column
+            ``embedding`` holds ``multimodal`` if it is given, otherwise the first; the others go to
+            ``embedding_image`` and ``embedding_text``.
         only_ids: Parquet file with a ``note_id`` column: embed only these.
 
     Returns:
-        Counts for the manifest: notes, embedded, quarantined, unknown_ids, blocks, blocks_reused, model_fingerprint,
-        table_rows, and the seconds that went into what (``startup_seconds``: until the first block was done).
+        Counts for the manifest: notes, embedded, quarantined, unknown_ids, blocks (the chunks), blocks_reused,
+        model_fingerprint, table_rows, startup_seconds (until the first chunk was done), embed_seconds (until the last
+        was), table_seconds.
 
     Raises:
-        ConfigError: the actors do not fit into the cluster, or ``inputs`` is not as said.
-        DataError: nothing to embed, a damaged or unfit input file, a repeated id, or more notes without a usable vector
-            than ``max_bad_share``.
-        ModelError: the model cannot be loaded, gives nothing but NaN, or its actors keep dying.
+        ConfigError: the actors do not fit into the cluster, or ``inputs`` is not valid.
+        DataError: there is nothing to embed, an input file is damaged or lacks a column, an id is repeated, or more
+            notes get no usable vector than ``max_bad_share`` allows.
+        ModelError: the model cannot be loaded, gives only NaN, or its actors keep dying.
     """
     output = Path(output).absolute()
-    columns = vector_columns(inputs)
-    job = Job(str(Path(model).absolute()), str(output), columns, _absolute(only_ids), settings)
+    columns = inputs_by_column(inputs)
+    job = EmbedJob(str(Path(model).absolute()), str(output), columns, _absolute(only_ids), settings)
     plan = plan_job(job, notes)
-    store, part_ids = part_store(output), [block.part_id for block in plan.blocks]
+    store, part_ids = part_store(output), [chunk.part_id for chunk in plan.chunks]
     if removed := store.clear_leftovers(part_ids):
-        log.warning("embed-notes: removed %d block(s) of another model, other settings or other notes", removed)
+        log.warning("embed-notes: removed %d finished part(s) of another model, other settings or other notes", removed)
     finished = {part_id: store.finished(part_id) for part_id in part_ids}
     done = [entry for entry in finished.values() if entry is not None]
-    todo = [block for block in plan.blocks if finished[block.part_id] is None]
+    todo = [chunk for chunk in plan.chunks if finished[chunk.part_id] is None]
     reused = len(done)
     before = sum(entry.notes for entry in done)
-    with Progress("embed-notes", "notes", plan.notes, before=before, waits_for="the first block") as progress:
+    with Progress("embed-notes", "notes", plan.notes, before=before, waits_for="the first chunk") as progress:
         if todo:
-            with closing(run_blocks(job, todo)) as results:  # on an error the actors are given up at once
+            with closing(run_chunks(job, todo)) as results:  # on an error: ends the actors
                 for entry in results:
                     done.append(entry)
                     progress.add(entry.notes)
                     _check_bad_share(done, plan, store, settings)
     _check_bad_share(done, plan, store, settings)
-    store.clear_leftovers(part_ids)  # what actors that died in this run left half-written
+    store.clear_leftovers(part_ids)  # half-written files of actors that died in this run
     started = time.monotonic()
     rows = _write_table(store, plan, done)
     return {
@@ -100,56 +102,57 @@ def embed_notes(
     }
 
 
-def vector_columns(inputs: Sequence[str]) -> dict[str, str]:
-    """Vector column of the table to the input that fills it, ``embedding`` first.
+def inputs_by_column(inputs: Sequence[str]) -> dict[str, str]:
+    """Each vector column of the table, with the input that fills it; ``embedding`` comes first.
 
     Raises:
-        ConfigError: an unknown input, one twice, or none.
+        ConfigError: an input is unknown or repeated, or there is none.
     """
-    if not inputs or len(set(inputs)) != len(inputs) or not set(inputs) <= set(INPUTS):
+    known = get_args(Inputs)
+    if not inputs or len(set(inputs)) != len(inputs) or not set(inputs) <= set(known):
         raise errors.ConfigError(
-            f"inputs must be some of {', '.join(INPUTS)}, each once; got {', '.join(inputs) or 'none'}"
+            f"inputs must be some of {', '.join(known)}, each once; got {', '.join(inputs) or 'none'}"
         )
     main = "multimodal" if "multimodal" in inputs else inputs[0]
-    return {"embedding": main, **{f"embedding_{name}": name for name in INPUTS if name in inputs and name != main}}
+    return {"embedding": main, **{f"embedding_{name}": name for name in known if name in inputs and name != main}}
 
 
-def plan_job(job: Job, notes: Path | str) -> Plan:
-    """The blocks of a job; their ids change with the model, the notes and whatever else shapes a vector."""
+def plan_job(job: EmbedJob, notes: Path | str) -> ChunkPlan:
+    """The chunks of a job. Their ids change with the model, the notes and everything else that shapes a vector."""
     only = None if job.only_ids is None else read_ids(job.only_ids)
     shaping = {name: value for name, value in to_plain(job.settings).items() if name in _SHAPING}
     chosen = None if only is None else fingerprint(sorted(only.to_pylist()))
     made_by = fingerprint(_model_files(Path(job.model)), dict(job.columns), shaping, chosen)
     text = str(notes)
-    files = list_files(text if "://" in text else Path(text).absolute())
-    plan = plan_blocks(files, job.settings.block_rows, made_by, only)
+    files = list_note_files(text if "://" in text else Path(text).absolute())
+    plan = plan_chunks(files, job.settings.block_rows, made_by, only)
     if plan.unknown_ids:
         log.warning(
-            "embed-notes: %d of the ids asked for are not among the notes, as %s",
+            "embed-notes: %d of the requested ids are not among the notes, for example %s",
             len(plan.unknown_ids),
             ", ".join(plan.unknown_ids[:5]),
         )
     return plan
 
 
-def run_blocks(job: Job, blocks: Sequence[Block]) -> Generator[EmbeddedPart]:
-    """Embed ``blocks`` on the cluster; yields each once it is done, in any order.
+def run_chunks(job: EmbedJob, chunks: Sequence[Chunk]) -> Generator[EmbeddedPart]:
+    """Embed ``chunks`` on the cluster; yields each one's record when it is finished, in any order.
 
     Raises:
-        NoteLLMError, OSError: what stopped a block; the finished blocks stay.
+        NoteLLMError, OSError: the error that stopped a chunk; the finished chunks are kept.
     """
     settings = job.settings
-    actors = min(settings.actors, len(blocks))
+    actors = min(settings.actors, len(chunks))
     check_resources(actors, settings)
     made = make_parts(
-        BlockEmbedder, job, blocks, actors=actors, cpus=settings.cpus_per_actor, gpus=settings.gpus_per_actor
+        ChunkEmbedder, job, chunks, actors=actors, cpus=settings.cpus_per_actor, gpus=settings.gpus_per_actor
     )
     with closing(made):
         yield from (entry for _, entry in made)
 
 
 def _check_bad_share(
-    done: Sequence[EmbeddedPart], plan: Plan, store: PartStore[EmbeddedPart], settings: EmbedSettings
+    done: Sequence[EmbeddedPart], plan: ChunkPlan, store: PartStore[EmbeddedPart], settings: EmbedSettings
 ) -> None:
     quarantined = sum(entry.quarantined for entry in done)
     if quarantined > settings.max_bad_share * plan.notes:
@@ -162,36 +165,36 @@ def _check_bad_share(
         )
 
 
-def _write_table(store: PartStore[EmbeddedPart], plan: Plan, done: Sequence[EmbeddedPart]) -> int:
+def _write_table(store: PartStore[EmbeddedPart], plan: ChunkPlan, done: Sequence[EmbeddedPart]) -> int:
     from notellm2_ray.index.table import write_table
 
-    part_ids = [block.part_id for block in plan.blocks]
+    part_ids = [chunk.part_id for chunk in plan.chunks]
     missing = [part_id for part_id in part_ids if store.finished(part_id) is None]
     if missing:
         raise errors.OutputError(
-            f"{len(missing)} block(s) were embedded but are not in {store.folder} ({missing[0]}): on several "
-            "machines the workspace must lie on storage that all of them share"
+            f"{len(missing)} part(s) were finished but are not in {store.folder} ({missing[0]}): on several machines "
+            "the workspace must be on storage that all of them share"
         )
     model = require_one_model(done, store.output)
     batches = (batch for table in store.tables(part_ids) for batch in table.to_batches())
-    # Not with_suffix: a name may contain a dot.
+    # Not with_suffix, because a name may contain a dot.
     return write_table(store.output.with_name(store.output.name + ".lance"), batches, model_fingerprint=model)
 
 
-def _counts(done: Sequence[EmbeddedPart], plan: Plan, reused: int) -> dict[str, Any]:
+def _counts(done: Sequence[EmbeddedPart], plan: ChunkPlan, reused: int) -> dict[str, Any]:
     return {
         "notes": plan.notes,
         "embedded": sum(entry.embedded for entry in done),
         "quarantined": sum(entry.quarantined for entry in done),
         "unknown_ids": len(plan.unknown_ids),
-        "blocks": len(plan.blocks),
+        "blocks": len(plan.chunks),
         "blocks_reused": reused,
         "model_fingerprint": done[0].model_fingerprint,
     }
 
 
 def _model_files(model: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of the model's files: enough to know it again without reading gigabytes of weights."""
+    """Name, size and time of the model's files: enough to recognise it without reading gigabytes of weights."""
     if not model.is_dir():
         raise errors.ModelError(f"{model}: there is no model directory; train one first, or correct the path")
     files = sorted(path for path in model.rglob("*") if path.is_file())

@@ -1,4 +1,4 @@
-"""vLLM engines of every stage that generates: their arguments, their workers' environment, and what can go wrong."""
+"""vLLM engines of every stage that generates text: their arguments, environment variables and start-up errors."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ from notellm2_ray.core.errors import ConfigError, ModelError
 from notellm2_ray.core.run import files_fingerprint
 from notellm2_ray.core.settings import GenerationSettings
 
-# Any of these in a config means that the model has an image tower.
+# Any of these keys in a config means that the model has an image tower.
 _IMAGE_KEYS = ("vision_config", "vision_tower", "mm_vision_tower", "visual", "image_token_id", "image_token_index")
 
-# vLLM shares whole blocks of a prompt. Its default on a CPU is 128 tokens, as much as a whole short prompt; its CPU
-# kernels are made for 32 at the least.
+# vLLM's prefix cache shares whole blocks of a prompt. The default on a CPU is 128 tokens, as long as a short prompt;
+# 32 is the least that vLLM's CPU kernels support.
 CPU_BLOCK_TOKENS = 32
 
 
@@ -27,8 +27,8 @@ class ModelFacts(NamedTuple):
     model: str  # directory (absolute) or name on the hub
     architecture: str
     reads_images: bool
-    context: int | None  # tokens that its positions reach; None where the configuration does not say
-    fingerprint: str  # changes with the weights' files (of a name on the hub: with the name)
+    context: int | None  # the most tokens that its positions allow; None if the configuration does not say
+    fingerprint: str  # changes with the files of the model, or for a model on the hub with its name
 
 
 def check_model(model: Path | str, *, images: bool) -> ModelFacts:
@@ -36,10 +36,11 @@ def check_model(model: Path | str, *, images: bool) -> ModelFacts:
 
     Args:
         model: directory in Hugging Face layout, or a name on the hub.
-        images: whether it has to read images.
+        images: whether the model must read images.
 
     Raises:
-        ModelError: there is no such model, its config.json is damaged or names no architecture, or it reads no images.
+        ModelError: there is no such model, its config.json is damaged or names no architecture, or the model must read
+            images and does not.
     """
     name, config = _read_config(str(model))
     architectures = config.get("architectures") or []
@@ -56,10 +57,10 @@ def check_model(model: Path | str, *, images: bool) -> ModelFacts:
 
 
 def engine_arguments(facts: ModelFacts, settings: GenerationSettings, *, images: int = 0) -> dict[str, Any]:
-    """Arguments of vLLM's ``AsyncEngineArgs`` (``model`` not among them), on a CPU where no GPU is reserved.
+    """Arguments of vLLM's ``AsyncEngineArgs`` except ``model``; for a CPU if no GPU is reserved.
 
     Args:
-        images: images in a prompt at most.
+        images: the most images in a prompt.
 
     Raises:
         ConfigError: the settings contradict each other or the model.
@@ -73,17 +74,17 @@ def engine_arguments(facts: ModelFacts, settings: GenerationSettings, *, images:
     if facts.context and settings.max_model_len > facts.context:
         raise ConfigError(
             f"generation.max_model_len={settings.max_model_len} is more than the {facts.context} tokens that "
-            f"{facts.model} reaches; lower it"
+            f"{facts.model} allows; lower it"
         )
     arguments: dict[str, Any] = {
         "dtype": settings.dtype,
         "tensor_parallel_size": settings.tensor_parallel,
-        # The model in the engine's own process: with one apart each waits for the other, the engine by spinning.
+        # The model runs in the engine's own process. Two processes would wait for each other, the engine by spinning.
         "distributed_executor_backend": "uni" if settings.tensor_parallel == 1 else "mp",
         "max_model_len": settings.max_model_len,
         "max_num_seqs": settings.max_sequences,
         "enforce_eager": (not on_gpu) if settings.enforce_eager is None else settings.enforce_eager,
-        # Instructions are the same in all prompts, and a user's candidates share their preference.
+        # All prompts share the instruction, and a user's candidates share the preference.
         "enable_prefix_caching": True,
         "disable_log_stats": True,
         "use_tqdm_on_load": False,
@@ -93,13 +94,13 @@ def engine_arguments(facts: ModelFacts, settings: GenerationSettings, *, images:
         arguments["gpu_memory_utilization"] = settings.gpu_memory
     else:
         arguments["block_size"] = CPU_BLOCK_TOKENS
-        # A prompt computed in parts has vLLM take back a random number for each part but the last. A CPU's generator
-        # cannot, and the first request with a seed would end the engine.
+        # With chunked prefill vLLM rewinds the random generator after every chunk of a prompt but the last. On a CPU it
+        # cannot do that, and the first request with a seed would end the engine.
         arguments["enable_chunked_prefill"] = False
     if facts.reads_images:
-        # What is not asked for is not profiled at start-up, which for a video input takes long.
+        # Without these limits vLLM profiles a video input at start-up, which takes long.
         arguments["limit_mm_per_prompt"] = {"image": images, "video": 0}
-        # Every image is seen once.
+        # Every image is used once, so a cache of processed images would never be read.
         arguments["mm_processor_cache_gb"] = 0
     return {**arguments, **settings.engine_kwargs}
 
@@ -111,19 +112,19 @@ def engine_environment(settings: GenerationSettings) -> dict[str, str]:
         "VLLM_NO_USAGE_STATS": "1",
         "VLLM_LOGGING_LEVEL": os.environ.get("VLLM_LOGGING_LEVEL", "ERROR"),
         "TOKENIZERS_PARALLELISM": "false",
-        # Of no use to anybody: a deprecated argument that vLLM passes, and where its memory lies.
+        # These two silence a warning about an argument that vLLM itself passes, and notes about memory placement.
         "TRANSFORMERS_VERBOSITY": "error",
         "TORCH_CPP_LOG_LEVEL": "ERROR",
-        "RAY_LOGGER_LEVEL": "warning",  # Ray's own engine stage has a line for every batch
+        "RAY_LOGGER_LEVEL": "warning",  # Ray's own engine stage logs a line for every batch
     }
     if not settings.gpus_per_engine:
         environment |= {
             **memory.ENVIRONMENT,
             "VLLM_CPU_KVCACHE_SPACE": str(settings.cpu_cache_gb),
-            # Bound to cores, two engines of one machine would sit on the same ones.
+            # If threads were bound to cores, two engines on one machine would share the same cores.
             "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-            # Only so does vLLM leave the model in its caller's process on a CPU; it gives the number of threads, which
-            # it could not set there, as the reason, and that is set here. Ray Data's engines stay apart anyway.
+            # Keeps the engine in its caller's process. By default vLLM moves it to a process of its own on a CPU, since
+            # it could not set the number of threads here; the next line sets it. Ray Data's engines move regardless.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "OMP_NUM_THREADS": str(_cpu_threads(settings)),
         }
@@ -131,13 +132,14 @@ def engine_environment(settings: GenerationSettings) -> dict[str, str]:
 
 
 def start_engine(facts: ModelFacts, settings: GenerationSettings, *, images: int = 0) -> Any:
-    """An engine for requests of this process's running event loop.
+    """Start an engine for the running event loop of this process.
 
-    On a GPU ``vllm.v1.engine.async_llm.AsyncLLM``; on a CPU :class:`~notellm2_ray.infer.local_engine.LocalEngine`,
-    which has its ``generate``, ``check_health``, ``reset_prefix_cache`` and ``shutdown``.
+    On a GPU it is a ``vllm.v1.engine.async_llm.AsyncLLM``. On a CPU it is a
+    :class:`~notellm2_ray.infer.local_engine.LocalEngine`, which has the same methods ``generate``, ``check_health``,
+    ``reset_prefix_cache`` and ``shutdown``.
 
     Raises:
-        ModelError: vLLM cannot run this model, or not with this memory.
+        ModelError: vLLM cannot run this model, or cannot run it in this memory.
     """
     arguments = engine_arguments(facts, settings, images=images)
     try:
@@ -149,7 +151,7 @@ def start_engine(facts: ModelFacts, settings: GenerationSettings, *, images: int
         from vllm.v1.engine.async_llm import AsyncLLM
 
         return AsyncLLM.from_engine_args(AsyncEngineArgs(model=facts.model, **arguments))
-    except Exception as error:  # whatever vLLM trips over, the model does not run; its own words say why
+    except Exception as error:  # any error: the model does not run, and the message says why
         raise engine_error(error, facts) from error
 
 
@@ -158,7 +160,7 @@ def _cpu_threads(settings: GenerationSettings) -> int:
 
 
 def engine_error(error: BaseException, facts: ModelFacts) -> ModelError:
-    """An engine's failure to start, in words that name the model and the remedy as far as it can be told."""
+    """The error for an engine that did not start: it names the model, and the remedy if the cause is a known one."""
     text = str(error)
     if re.search(r"architectures? .*(not supported|failed to be inspected)", text, re.I | re.S):
         return ModelError(f"{facts.model}: this vLLM does not run the architecture {facts.architecture}")
@@ -168,20 +170,18 @@ def engine_error(error: BaseException, facts: ModelFacts) -> ModelError:
             f"generation.max_sequences, or change generation.gpu_memory / generation.cpu_cache_gb ({last_line(text)})"
         )
     if "unexpected keyword argument" in text:
-        return ModelError(
-            f"{facts.model}: vLLM knows no such argument, see generation.engine_kwargs: {last_line(text)}"
-        )
+        return ModelError(f"{facts.model}: vLLM has no such argument, see generation.engine_kwargs: {last_line(text)}")
     return ModelError(f"{facts.model}: the vLLM engine did not start: {last_line(text)}; its log above says more")
 
 
 def last_line(text: str) -> str:
-    """The last line of an error's text, where tracebacks have their message."""
+    """The last line of an error's text, which in a traceback is the message."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:500] if lines else "no message"
 
 
 def _read_config(model: str) -> tuple[str, dict[str, Any]]:
-    """Absolute directory or hub name, and the configuration."""
+    """The model's absolute directory or hub name, and its configuration."""
     path = Path(model)
     if not (path.exists() or path.is_absolute() or model.startswith(".") or model.count("/") != 1):
         return model, _hub_config(model)
@@ -190,7 +190,7 @@ def _read_config(model: str) -> tuple[str, dict[str, Any]]:
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise ModelError(f"{model} is no model directory in Hugging Face layout: it has no config.json") from None
+        raise ModelError(f"{model} is not a model directory in Hugging Face layout: it has no config.json") from None
     except ValueError as error:
         raise ModelError(f"{path / 'config.json'} is damaged ({error}): copy the model again") from error
     return str(path.absolute()), config
@@ -202,7 +202,9 @@ def _hub_config(model: str) -> dict[str, Any]:
     try:
         return AutoConfig.from_pretrained(model).to_dict()
     except (OSError, ValueError) as error:
-        raise ModelError(f"{model}: neither a directory nor a model that can be had by that name: {error}") from error
+        raise ModelError(
+            f"{model} is neither a directory nor a model that can be loaded from the hub: {error}"
+        ) from error
 
 
 async def generate(engine: Any, ids: list[int], request_id: str, **sampling: Any) -> Any:
@@ -210,8 +212,8 @@ async def generate(engine: Any, ids: list[int], request_id: str, **sampling: Any
 
     Args:
         ids: the prompt.
-        request_id: unique among the requests under way.
-        sampling: of ``vllm.SamplingParams``.
+        request_id: differs from the ids of all unfinished requests.
+        sampling: arguments of ``vllm.SamplingParams``.
     """
     from vllm import SamplingParams
     from vllm.sampling_params import RequestOutputKind

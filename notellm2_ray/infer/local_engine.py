@@ -1,8 +1,7 @@
-"""A vLLM engine in its caller's own process, for CPUs, behind the part of ``AsyncLLM``'s interface that is used here.
+"""A vLLM engine for CPUs that runs in its caller's process and has the methods of ``AsyncLLM`` that are used here.
 
-``AsyncLLM`` keeps its engine in a process of its own, which on a GPU overlaps with the device's work. On a CPU there is
-nothing to overlap with: the second process takes the cores from the first, imports everything again, and every token
-of every sequence is sent from the one to the other.
+``AsyncLLM`` keeps its engine in a second process. On a GPU both processes work while the device computes. On a CPU the
+second process only takes cores from the first, imports everything again, and receives every token through a socket.
 """
 
 from __future__ import annotations
@@ -26,35 +25,35 @@ class LocalEngine:
     """Runs ``vllm.v1.engine.llm_engine.LLMEngine`` in one thread; requests of one event loop share its batches.
 
     Args:
-        arguments: of vLLM's ``EngineArgs``.
-        threads: that the model computes with.
+        arguments: for vLLM's ``EngineArgs``.
+        threads: how many the model computes with.
 
     Raises:
-        Exception: whatever vLLM trips over while it loads the model.
+        Exception: whatever vLLM raises while it loads the model.
     """
 
     def __init__(self, arguments: dict[str, Any], threads: int) -> None:
-        # All of vLLM in one thread: it is not safe in several, and OpenMP would keep a team for each of them.
+        # All of vLLM runs in one thread: it is not thread-safe, and OpenMP would keep a team of threads per caller.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="vllm")
         self._engine = self._thread.submit(_load, arguments, threads).result()
         self._waiting: list[_Request] = []
         self._running: dict[str, asyncio.Future[Any]] = {}
         self._unwanted: list[str] = []
-        self._pump: asyncio.Task[None] | None = None
+        self._stepping: asyncio.Task[None] | None = None
         self._death: Exception | None = None
 
     async def generate(self, prompt: dict[str, Any], params: Any, request_id: str) -> AsyncIterator[Any]:
-        """Yields the finished ``RequestOutput`` alone, not what precedes it.
+        """Yields one ``RequestOutput``, the finished one.
 
         Raises:
             ValueError, vllm.exceptions.VLLMValidationError: vLLM refuses the prompt.
-            vllm.v1.engine.exceptions.EngineDeadError: the engine failed, now or earlier.
+            vllm.v1.engine.exceptions.EngineDeadError: the engine has failed.
         """
         await self.check_health()
         answer: asyncio.Future[Any] = asyncio.get_running_loop().create_future()
         self._waiting.append(_Request(request_id, prompt, params, answer))
-        if self._pump is None or self._pump.done():
-            self._pump = asyncio.create_task(self._steps())
+        if self._stepping is None or self._stepping.done():
+            self._stepping = asyncio.create_task(self._steps())
         try:
             yield await answer
         finally:
@@ -69,11 +68,11 @@ class LocalEngine:
             raise EngineDeadError() from self._death
 
     async def reset_prefix_cache(self) -> bool:
-        """Forget all prompts; false, and nothing forgotten, while requests are under way."""
+        """Forget all cached prompts. While requests are unfinished nothing is forgotten, and false is returned."""
         return await asyncio.get_running_loop().run_in_executor(self._thread, self._engine.reset_prefix_cache)
 
     def shutdown(self) -> None:
-        """End the thread, once the step in hand is done."""
+        """End the thread after its current step."""
         self._thread.submit(self._engine.engine_core.shutdown)
         self._thread.shutdown(wait=False)
 
@@ -85,7 +84,7 @@ class LocalEngine:
             self._running.update((request.name, request.answer) for request in new)
             try:
                 finished, refused = await loop.run_in_executor(self._thread, self._step, new, unwanted)
-            except Exception as error:  # whatever it is, the engine's state is not known any more
+            except Exception as error:  # any error leaves the engine in an unknown state
                 self._die(error)
                 return
             for name, refusal in refused.items():
@@ -94,7 +93,7 @@ class LocalEngine:
                 _answer(self._running.pop(output.request_id, None), output)
 
     def _step(self, new: list[_Request], unwanted: list[str]) -> tuple[list[Any], dict[str, Exception]]:
-        """In the engine's thread: outputs of requests that are finished, and errors of those that were refused."""
+        """One step, in the engine's thread: outputs of finished requests, and errors of refused ones by request."""
         from vllm.exceptions import VLLMValidationError
 
         refused: dict[str, Exception] = {}
@@ -124,7 +123,7 @@ def _load(arguments: dict[str, Any], threads: int) -> Any:
     from vllm.engine.arg_utils import EngineArgs
     from vllm.v1.engine.llm_engine import LLMEngine
 
-    # The variables in the environment may have come too late for a process that Ray had started for something else.
+    # Ray may have started this process before its environment variables were known; this sets the threads in any case.
     torch.set_num_threads(threads)
     keep_freed_memory()
     return LLMEngine.from_engine_args(EngineArgs(**arguments))

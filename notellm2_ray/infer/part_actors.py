@@ -1,4 +1,4 @@
-"""Making parts on a pool of Ray Data actors: a call makes one part and reports it, or the error that stopped it."""
+"""Making parts on a pool of Ray Data actors: a call makes one part and reports its record, or the error."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class PartActor(ABC, Generic[P, F]):
 
     @abstractmethod
     def describe(self, part: P) -> str:
-        """What was being worked on, and which settings need less memory: for the error after too many attempts."""
+        """Which part it is, and which settings save memory: for the error after too many attempts."""
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Rows of ``part_type`` to rows of reports (:func:`report_schema`)."""
@@ -82,9 +82,9 @@ def make_parts(
     gpus: float,
     environment: Mapping[str, str] | None = None,
 ) -> Generator[tuple[Path, F]]:
-    """Make ``parts`` on the cluster; yields the output directory and record of each one once it is finished.
+    """Make ``parts`` on the cluster; yields each one's output directory and record when it is finished, in any order.
 
-    Close the generator when it is not exhausted: it holds the actors.
+    Close the generator if it is not exhausted: it holds the actors.
 
     Args:
         actor: constructed with ``job`` on every worker.
@@ -92,7 +92,7 @@ def make_parts(
         environment: variables of the workers.
 
     Raises:
-        NoteLLMError, OSError: what stopped a part; the finished parts stay.
+        NoteLLMError, OSError: the error that stopped a part; the finished parts are kept.
     """
     import ray
 

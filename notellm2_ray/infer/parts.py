@@ -1,4 +1,4 @@
-"""The store of resumable parts: a long job is cut into parts, and each finished part is one file, complete or absent.
+"""The store of resumable parts: a long job is cut into parts, and each finished part is a file.
 
 Under a job's output directory:
 

@@ -1,7 +1,7 @@
-"""The log of finished steps: append-only JSON lines, one file for each life of an actor, and their index.
+"""The log of finished preference steps: append-only files of JSON lines, one file per actor process, and an index.
 
-A step counts once its line is on disk. Many steps share one fsync: a single record costs as much as hundreds of them.
-A file belongs to one process, so that a line torn by a kill is always its file's last and nobody writes behind it.
+A step is finished when its line is on disk. Many steps share one fsync, which costs the same for one as for hundreds.
+Only one process ever writes to a file, so a line that a kill cut short is always the last line of its file.
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ class LogWriter:
     def __init__(self, directory: Path) -> None:
         directory.mkdir(parents=True, exist_ok=True)
         self.path = directory / f"log-{uuid.uuid4().hex[:12]}.jsonl"
-        self._file = open(self.path, "xb", buffering=0)  # noqa: SIM115 - it lives as long as its actor
+        self._file = open(self.path, "xb", buffering=0)  # noqa: SIM115 - open as long as its actor lives
         self._waiting: list[tuple[bytes, asyncio.Future[None]]] = []
         self._flusher: asyncio.Task[None] | None = None
 
     async def append(self, record: dict[str, Any]) -> None:
-        """Returns when the record is on disk.
+        """Append a record; returns when it is on disk.
 
         Raises:
             OSError: it could not be written.
@@ -66,10 +66,12 @@ class _Place(NamedTuple):
 
 
 class LogIndex:
-    """Where each record lies, by its key; the first of several with one key counts. Memory: about 200 bytes a record.
+    """Where each record is in the logs, by its key; of several records with one key the first counts.
+
+    It takes about 200 bytes of memory per record.
 
     Args:
-        directory: of the logs; need not exist yet.
+        directory: of the logs; it need not exist yet.
     """
 
     def __init__(self, directory: Path) -> None:
@@ -81,7 +83,7 @@ class LogIndex:
         self.refresh()
 
     def refresh(self) -> int:
-        """Take up what was appended since; returns how many keys are new."""
+        """Read what was appended since the last time; returns the number of new keys."""
         before = len(self._places)
         for path in sorted(self.directory.glob("log-*.jsonl")):
             if path not in self._read_to:
@@ -117,7 +119,7 @@ class LogIndex:
         with open(path, "rb") as file:
             file.seek(offset)
             for line in file:
-                if not line.endswith(b"\n"):  # torn by a kill, or still being written
+                if not line.endswith(b"\n"):  # cut short by a kill, or still being written
                     break
                 self._take(number, offset, line, path)
                 offset += len(line)
@@ -127,7 +129,7 @@ class LogIndex:
         try:
             key = json.loads(line)["key"]
         except (ValueError, KeyError, TypeError):
-            log.warning("%s: the line at byte %d is damaged; what it held is asked for again", path, offset)
+            log.warning("%s: the line at byte %d is damaged; its preference is made again", path, offset)
             return
         self.records += 1
         self._places.setdefault(key, _Place(number, offset, len(line)))

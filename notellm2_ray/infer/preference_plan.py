@@ -1,4 +1,4 @@
-"""Which preferences are to be made: every user's blocks as chains of steps, each named by all that it depends on."""
+"""Which preferences to make: each user's blocks as a chain of steps, each step with a key of all it depends on."""
 
 from __future__ import annotations
 
@@ -22,28 +22,28 @@ _NEEDED = pa.schema([BLOCK_SCHEMA.field("user_id"), BLOCK_SCHEMA.field("block")]
 _TITLES = pa.schema([NOTE_SCHEMA.field("note_id"), NOTE_SCHEMA.field("title")])
 
 
-class Step(NamedTuple):
-    """One call: block ``block`` of a user."""
+class ChainStep(NamedTuple):
+    """One call of the model: the preference after block ``block`` of a user."""
 
     block: int
-    key: str  # hash of the model, the settings and everything that the preference is made of, back to block 0
-    items: list[Item]  # of the block; of the whole history for the variant ``direct``
+    key: str  # hash of the model, the settings and all items that the preference is made of, back to block 0
+    items: list[Item]  # of the block; for the variant ``direct`` of the whole history
 
 
 class Chain(NamedTuple):
-    """Steps of one user that follow from each other; for ``direct`` a single one."""
+    """Steps of one user, each building on the one before; for ``direct`` a single step."""
 
     user: str
-    steps: list[Step]
+    steps: list[ChainStep]
 
 
-class Chains(NamedTuple):
-    """All that is to be there in the end."""
+class ChainPlan(NamedTuple):
+    """All chains of a job."""
 
     chains: list[Chain]
     users: int
-    missing_notes: Counter[str]  # note ids of histories that no notes table has, and how often
-    without_summary: int  # items shown by their title alone, where summaries were given
+    missing_notes: Counter[str]  # note ids in histories but in no notes table, and how often they occur
+    without_summary: int  # items shown by their title alone although summaries were given
 
 
 def plan_chains(
@@ -53,19 +53,19 @@ def plan_chains(
     settings: PreferenceSettings,
     made_by: str,
     needed: Path | str | None = None,
-) -> Chains:
+) -> ChainPlan:
     """Cut the histories into chains.
 
     Args:
         blocks: Parquet of ``BLOCK_SCHEMA``.
-        titles, summaries: of notes, by id; summaries are not looked at for ``no_image_summary``.
-        made_by: fingerprint of the model and the settings, part of every key.
-        needed: Parquet with ``user_id`` and ``block``: the preferences that somebody will read. A chain ends at its
-            user's last needed block; ``direct`` makes the needed ones alone. Without it: all blocks, and for
+        titles, summaries: of notes, by id; summaries are not used for ``no_image_summary``.
+        made_by: fingerprint of the model and the settings; it is part of every key.
+        needed: Parquet with ``user_id`` and ``block``: the preferences that later stages read. A chain then ends at
+            its user's last needed block, and ``direct`` makes only the needed ones. Without it: all blocks, and for
             ``direct`` each user's last.
 
     Raises:
-        DataError: a file is unfit, a user's blocks do not count 0, 1, 2, ..., or a needed block does not exist.
+        DataError: a file is unusable, a user's blocks are not numbered 0, 1, 2, ..., or a needed block does not exist.
     """
     wanted = None if needed is None else _needed(needed)
     summaries = None if settings.variant == "no_image_summary" else summaries
@@ -87,8 +87,10 @@ def plan_chains(
         chains += _chains(user, shown, asked, settings.variant, made_by)
     if wanted:
         some = next(iter(wanted))
-        raise DataError(f"{needed}: {len(wanted)} user(s) have no history in {blocks}, as {some!r}; make both anew")
-    return Chains(chains, users, missing, without)
+        raise DataError(
+            f"{needed}: {len(wanted)} user(s), such as {some!r}, have no history in {blocks}: run make-sequences again"
+        )
+    return ChainPlan(chains, users, missing, without)
 
 
 def read_titles(notes: Path | str) -> dict[str, str]:
@@ -110,17 +112,17 @@ def _chains(
     steps = []
     for block, items in enumerate(shown):
         key = fingerprint(key, block, items)
-        steps.append(Step(block, key, items))
+        steps.append(ChainStep(block, key, items))
     if variant != "direct":
         yield Chain(user, steps)
         return
     for block in asked:
         items = [item for step in steps[: block + 1] for item in step.items]
-        yield Chain(user, [Step(block, steps[block].key, items)])
+        yield Chain(user, [ChainStep(block, steps[block].key, items)])
 
 
 def _asked(user: str, blocks: int, wanted: dict[str, list[int]] | None, variant: str) -> list[int]:
-    """Blocks of a user whose preferences are read by somebody."""
+    """Blocks of a user whose preferences are needed."""
     if wanted is None:
         return [blocks - 1] if variant == "direct" else list(range(blocks))
     asked = wanted.pop(user, [])
@@ -139,7 +141,7 @@ def _needed(path: Path | str) -> dict[str, list[int]]:
 
 
 def _histories(path: Path | str) -> Iterator[tuple[str, list[list[str]]]]:
-    """User and the note ids of each block, user by user."""
+    """Each user with the note ids of the user's blocks."""
     table = _read(path, BLOCK_SCHEMA)
     table = table.take(pc.sort_indices(table, sort_keys=[("user_id", "ascending"), ("block", "ascending")]))
     user: str | None = None
@@ -152,8 +154,8 @@ def _histories(path: Path | str) -> Iterator[tuple[str, list[list[str]]]]:
                 user, history = row["user_id"], []
             if row["block"] != len(history):
                 raise DataError(
-                    f"{path}: user {user!r} has block {row['block']} where block {len(history)} must be; blocks count "
-                    "0, 1, 2, ... without a gap, make them anew"
+                    f"{path}: user {user!r} has block {row['block']} where block {len(history)} must be. Blocks are "
+                    "numbered 0, 1, 2, ... without a gap: run make-sequences again"
                 )
             history.append(row["note_ids"])
     if history:
@@ -162,14 +164,14 @@ def _histories(path: Path | str) -> Iterator[tuple[str, list[list[str]]]]:
 
 def _read(path: Path | str, needed: pa.Schema) -> pa.Table:
     try:
-        # The schema first, for an error that names the column.
+        # The schema is checked first, for an error that names the column.
         require_columns(pq.ParquetDataset(path).schema, needed, str(path))
         return pq.read_table(path, columns=needed.names).cast(needed)
     except (OSError, pa.ArrowException, ValueError) as error:
         raise DataError(f"{path} cannot be read as a Parquet table: {error}") from error
 
 
-def describe(plan: Chains) -> dict[str, Any]:
+def plan_counts(plan: ChainPlan) -> dict[str, Any]:
     """Counts for the manifest."""
     return {
         "users": plan.users,

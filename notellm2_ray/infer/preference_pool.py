@@ -1,4 +1,4 @@
-"""The engine actors of preferences: supplied with chains, replaced when they die."""
+"""The pool of engine actors that make preferences: it hands chains to them and replaces the ones that die."""
 
 from __future__ import annotations
 
@@ -10,31 +10,31 @@ from typing import Any, NamedTuple
 
 from notellm2_ray.core.errors import ModelError, NoteLLMError
 from notellm2_ray.infer.engine import engine_environment, engine_error
-from notellm2_ray.infer.preference_worker import Done, Job, PreferenceEngine, Work
+from notellm2_ray.infer.preference_worker import ChainCounts, PendingChain, PreferenceEngine, PreferenceJob
 
 log = logging.getLogger("notellm2_ray")
 
-_CHUNK = 8  # chains in one call of an actor; they are of about equal length, so that none waits long for another
-_DEATHS = 3  # actors that may die one after another without a single new step
+_CHAINS_PER_CALL = 8  # of an actor; they are about equally long, so that none waits long for another
+_DEATHS = 3  # for each actor: how many may die in succession without a single new step
 _POLL_SECONDS = 1.0
 
 
 class _Call(NamedTuple):
     number: int  # of the actor
     actor: Any
-    works: list[Work]
+    pending: list[PendingChain]
 
 
 class EnginePool:
-    """``generation.engines`` actors. Use as a context manager: entering loads the models, leaving ends the actors."""
+    """A pool of ``generation.engines`` actors, as a context manager: entering loads the models, leaving ends them."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: PreferenceJob) -> None:
         self.job = job
         self.actors: list[Any] = []
         self._calls: dict[Any, _Call] = {}
         self._deaths = 0
-        # As many chains again as run at once would wait at the actor for nothing; one call more never lets it idle.
-        self._most = job.settings.concurrent_calls + _CHUNK
+        # One extra call keeps an actor busy when a call ends; more would only queue.
+        self._most = job.settings.concurrent_calls + _CHAINS_PER_CALL
 
     def __enter__(self) -> EnginePool:
         try:
@@ -55,21 +55,21 @@ class EnginePool:
         return bool(self._calls)
 
     def room(self) -> int:
-        """Chains that the least loaded engine takes now, as one call."""
-        return min(_CHUNK, self._most - min(self._loads()))
+        """How many chains the least loaded engine can take in one call."""
+        return min(_CHAINS_PER_CALL, self._most - min(self._loads()))
 
-    def submit(self, works: list[Work]) -> None:
+    def submit(self, pending: list[PendingChain]) -> None:
         """Hand chains to the least loaded engine."""
         loads = self._loads()
         number = loads.index(min(loads))
         actor = self.actors[number]
-        self._calls[actor.run.remote(works)] = _Call(number, actor, works)
+        self._calls[actor.run.remote(pending)] = _Call(number, actor, pending)
 
-    def finished(self) -> Iterator[tuple[list[Work], Done | None]]:
-        """Calls that have ended since, waiting a moment for the first; without a result where the actor died.
+    def finished(self) -> Iterator[tuple[list[PendingChain], ChainCounts | None]]:
+        """Wait a moment for calls to end; yields the chains of each, with their counts or None if the actor died.
 
         Raises:
-            NoteLLMError, OSError: what stopped a chain.
+            NoteLLMError, OSError: the error that stopped a chain.
             ModelError: actors keep dying.
         """
         import ray
@@ -79,23 +79,23 @@ class EnginePool:
         for reference in ready:
             call = self._calls.pop(reference)
             try:
-                done: Done | None = ray.get(reference)
+                done: ChainCounts | None = ray.get(reference)
                 self.progressed()
             except RayActorError:
                 done = None
                 self._replace(call)
             except RayTaskError as error:
                 raise self._translated(error) from error
-            yield call.works, done
+            yield call.pending, done
 
     def progressed(self) -> None:
-        """Something new got done: deaths before it are forgiven."""
+        """Something new was finished: earlier deaths no longer count."""
         self._deaths = 0
 
     def _loads(self) -> list[int]:
         loads = [0] * len(self.actors)
         for call in self._calls.values():
-            loads[call.number] += len(call.works)
+            loads[call.number] += len(call.pending)
         return loads
 
     def _new(self) -> Any:
@@ -123,17 +123,17 @@ class EnginePool:
             raise engine_error(error, self.job.facts) from error
 
     def _replace(self, call: _Call) -> None:
-        """A new actor in the place of a dead one, unless an earlier call of the dead one has seen to it."""
+        """Replace a dead actor, unless an earlier failed call has already replaced it."""
         if self.actors[call.number] is not call.actor:
             return
         self._deaths += 1
         if self._deaths > _DEATHS * len(self.actors):
             raise ModelError(
                 f"{self.job.facts.model}: engines died {self._deaths} times without finishing a single preference; "
-                "their log says why (out of memory: lower generation.max_sequences or preferences.concurrent_calls)"
+                "their log says why (if memory ran out, lower generation.max_sequences or preferences.concurrent_calls)"
             )
         log.warning("summarize-preferences: an engine actor died; starting another")
-        # It loads its model when its first chains arrive; the other engines are not kept waiting meanwhile.
+        # It loads its model when its first chains arrive, so that the other engines need not wait.
         self.actors[call.number] = self._new()
 
     def _translated(self, error: Any) -> Exception:
@@ -143,7 +143,7 @@ class EnginePool:
     def _end(self) -> None:
         import ray
 
-        # An engine's processes outlive an actor that is killed before it could end them, for some seconds.
+        # An actor that is killed at once leaves its engine's processes running for some seconds.
         stops = [actor.stop.remote() for actor in self.actors]
         with contextlib.suppress(Exception):
             ray.wait(stops, num_returns=len(stops), timeout=20)

@@ -1,6 +1,6 @@
 """One step of a preference chain, P_b = LLM(P_{b-1}, block b): the prompt, its budget, the call, the answer.
 
-Batch and online use alike: bulk actors and a serving replica each hold one :class:`PreferenceWriter` over their engine.
+Bulk actors and serving replicas use the same code: each holds a :class:`PreferenceWriter` for its engine.
 """
 
 from __future__ import annotations
@@ -23,33 +23,33 @@ _CHARACTERS_PER_WORD = 20
 _RETRY_TEMPERATURE = 0.7  # greedy decoding would give the same empty answer again
 
 
-class Prompt(NamedTuple):
-    """A prompt within its budget."""
+class PreferencePrompt(NamedTuple):
+    """A prompt that fits the engine's context."""
 
     ids: list[int]
-    dropped: int  # oldest items left out
+    dropped: int  # how many of the oldest items were left out
 
 
-class Step(NamedTuple):
-    """What a step came to."""
+class StepResult(NamedTuple):
+    """The result of a step."""
 
-    preference: str  # "" where nothing at all is known
+    preference: str  # "" if the model answered nothing and there is no previous preference
     prompt_tokens: int
     generated_tokens: int  # of all calls of the step
-    calls: int  # 2 where the first answer was empty
-    dropped: int  # oldest items that found no room in the prompt
-    cut: bool  # the answer ran into max_tokens and was cut after its last whole sentence
-    problem: str | None  # why the previous preference was kept
+    calls: int  # 2 if the first answer was empty
+    dropped: int  # how many of the oldest items did not fit into the prompt
+    cut: bool  # the answer reached max_tokens and was cut after its last whole sentence
+    problem: str | None  # why the previous preference was kept; None: there is a new one
 
 
 class PreferenceWriter:
-    """Advances preferences with one engine; any number of steps may be under way at once.
+    """Makes preferences with one engine; any number of steps may run at once.
 
     Args:
         engine: of the model, from :func:`~notellm2_ray.infer.engine.start_engine`.
-        tokenizer: the same model's.
-        settings, generation, language: as of the stage.
-        seed: of sampling; a step's stream is named by its user and block.
+        tokenizer: of the same model.
+        settings, generation, language: those of the stage.
+        seed: of sampling; each step has a random stream of its own, named by its user and block.
     """
 
     def __init__(
@@ -65,19 +65,19 @@ class PreferenceWriter:
         self.settings, self.language, self.seed = settings, language, seed
         self.room = generation.max_model_len - settings.max_tokens
         self._requests = 0
-        self._name = f"preference-{uuid.uuid4().hex[:8]}"  # of requests, where others share the engine
+        self._name = f"preference-{uuid.uuid4().hex[:8]}"  # begins request ids, as others may share the engine
         if self.room < 1:
             raise ConfigError(
                 f"generation.max_model_len={generation.max_model_len} leaves no room for a prompt beside "
-                f"preferences.max_tokens={settings.max_tokens}: raise the one or lower the other"
+                f"preferences.max_tokens={settings.max_tokens}: raise the first or lower the second"
             )
 
-    async def advance(self, previous: str | None, items: Sequence[Item], *, user: str, block: int) -> Step:
+    async def advance(self, previous: str | None, items: Sequence[Item], *, user: str, block: int) -> StepResult:
         """The preference after a block.
 
         Args:
-            previous: the preference before it; None (or "") for the first block and for the variant ``direct``.
-            items: the block's notes, oldest first; for ``direct`` those of the whole history.
+            previous: the preference before the block; None (or "") for the first one and for the variant ``direct``.
+            items: the block's notes, oldest first; for ``direct`` the notes of the whole history.
             user, block: name the random stream of sampling.
 
         Raises:
@@ -94,22 +94,23 @@ class PreferenceWriter:
             cut = output.finish_reason == "length"
             if text:
                 text = cut_at_sentence(text) if cut else text
-                return Step(text, len(prompt.ids), tokens, attempt + 1, prompt.dropped, cut, None)
+                return StepResult(text, len(prompt.ids), tokens, attempt + 1, prompt.dropped, cut, None)
         kept = "the previous preference was kept" if previous else "there is none to keep"
         problem = f"the model answered nothing, twice; {kept}"
-        return Step(previous or "", len(prompt.ids), tokens, 2, prompt.dropped, False, problem)
+        return StepResult(previous or "", len(prompt.ids), tokens, 2, prompt.dropped, False, problem)
 
-    def prompt(self, previous: str | None, items: Sequence[Item]) -> Prompt:
+    def prompt(self, previous: str | None, items: Sequence[Item]) -> PreferencePrompt:
         """The prompt of a step, cut to the engine's context.
 
-        Titles and summaries are cut to their settings' words. What is still too long loses, for ``direct``, its oldest
-        items; a block instead has its texts cut further, and loses items only where that is not enough.
+        Titles and summaries are cut to the words that the settings allow. If the prompt is still too long, ``direct``
+        leaves out the oldest items. The other variants cut the texts further, and leave out items only if that is not
+        enough.
 
         Raises:
             ConfigError: not even the instruction fits.
         """
         if previous is not None:
-            # Tokenised as text, an answer may take more tokens than it was generated in.
+            # An answer that is tokenised as text may take more tokens than when it was generated.
             previous = self.tokenizer.truncate(previous, max(1, min(self.settings.max_tokens, self.room // 2)))
         keep = min(1, len(items)) if self.settings.variant == "direct" else len(items)
         for scale, least in ((1, keep), (2, keep), (4, keep), (8, keep), (8, 0)):
@@ -117,12 +118,14 @@ class PreferenceWriter:
             if prompt is not None:
                 return prompt
         raise ConfigError(
-            f"the preference prompt has no room for any note: generation.max_model_len less preferences.max_tokens "
-            f"leaves it {self.room} tokens; raise the one, lower the other or shorten preferences.template"
+            f"the preference prompt has no room for any note: generation.max_model_len minus preferences.max_tokens is "
+            f"{self.room} tokens. Raise the first, lower the second or shorten preferences.template"
         )
 
-    def _newest_that_fit(self, previous: str | None, items: Sequence[Item], scale: int, least: int) -> Prompt | None:
-        """A prompt of as many of the newest items as fit, at least ``least``."""
+    def _newest_that_fit(
+        self, previous: str | None, items: Sequence[Item], scale: int, least: int
+    ) -> PreferencePrompt | None:
+        """A prompt of as many of the newest items as fit; None if even ``least`` of them do not."""
 
         def fitting(drop: int) -> list[int] | None:
             ids = self._ids(previous, items[drop:], scale)
@@ -137,7 +140,7 @@ class PreferenceWriter:
                 low = middle + 1
             else:
                 best, high = ids, middle
-        return None if best is None else Prompt(best, high)
+        return None if best is None else PreferencePrompt(best, high)
 
     def _ids(self, previous: str | None, items: Sequence[Item], scale: int) -> list[int]:
         shown = list(shorten(items, self.settings, scale))
@@ -158,12 +161,12 @@ class PreferenceWriter:
             top_p=self.settings.top_p,
             seed=seed if temperature else None,
             stop_token_ids=self.tokenizer.end_ids,
-            detokenize=False,  # token by token it costs more than the engine's own front end; once at the end, nothing
+            detokenize=False,  # token by token it would cost more than all else in the engine's front end
         )
 
 
 def shorten(items: Sequence[Item], settings: PreferenceSettings, scale: int = 1) -> Iterator[Item]:
-    """Items with titles and summaries cut to their settings' words, divided by ``scale``."""
+    """Items with titles and summaries cut to the words that the settings allow, divided by ``scale``."""
     for item in items:
         title = _cut(item.title, settings.max_title_words // scale)
         summary = item.image_summary
@@ -171,6 +174,6 @@ def shorten(items: Sequence[Item], settings: PreferenceSettings, scale: int = 1)
 
 
 def _cut(text: str, words: int) -> str:
-    # Something without any space can be one "word" of any length.
+    # Text without spaces can be a single "word" of any length.
     words = max(1, words)
     return truncate(text, words, "auto")[: words * _CHARACTERS_PER_WORD]

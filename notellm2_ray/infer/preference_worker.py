@@ -1,4 +1,4 @@
-"""The actor that advances users' chains: one vLLM engine, one log, many chains at once."""
+"""The actor that makes users' preferences: one vLLM engine, one log, many chains at once."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from notellm2_ray.infer.preference_plan import Chain
 from notellm2_ray.infer.preference_steps import PreferenceWriter
 
 
-class Job(NamedTuple):
+class PreferenceJob(NamedTuple):
     """What an actor needs to know."""
 
     facts: ModelFacts
@@ -27,15 +27,15 @@ class Job(NamedTuple):
     seed: int
 
 
-class Work(NamedTuple):
-    """A chain, or what is left of it."""
+class PendingChain(NamedTuple):
+    """A chain, or the rest of one whose first steps are finished."""
 
     chain: Chain
     previous: str | None  # the preference before its first step
 
 
-class Done(NamedTuple):
-    """What some chains came to."""
+class ChainCounts(NamedTuple):
+    """Sums over some finished chains."""
 
     steps: int
     prompt_tokens: int
@@ -43,16 +43,16 @@ class Done(NamedTuple):
 
 
 class PreferenceEngine:
-    """A Ray actor of async methods; its chains share the engine's batches, and none waits for another."""
+    """A Ray actor with async methods; its chains share the engine's batches, and none waits for another."""
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: PreferenceJob) -> None:
         self.job = job
         self.slots = asyncio.Semaphore(job.settings.concurrent_calls)
         self.starting = asyncio.Lock()
         self.writer: PreferenceWriter | None = None
 
     async def start(self) -> None:
-        """Load the model, unless it is loaded.
+        """Load the model, unless it is loaded already.
 
         Raises:
             ModelError: vLLM cannot run it.
@@ -60,7 +60,7 @@ class PreferenceEngine:
         async with self.starting:
             if self.writer is not None:
                 return
-            # Where Ray started this process for something else first, its environment is not all there yet.
+            # Ray may have started this process for something else, without these variables.
             os.environ.update(engine_environment(self.job.generation))
             from notellm2_ray.models.chat import ChatTokenizer
 
@@ -70,36 +70,36 @@ class PreferenceEngine:
             self.log = LogWriter(job.logs)
             self.writer = PreferenceWriter(engine, tokenizer, job.settings, job.generation, job.language, job.seed)
 
-    async def run(self, works: Sequence[Work]) -> Done:
-        """Take chains to their ends; every step is in the log before the next of its chain begins.
+    async def run(self, pending: Sequence[PendingChain]) -> ChainCounts:
+        """Make all steps of some chains; each step is in the log before the next one of its chain begins.
 
         Raises:
-            ConfigError: a prompt cannot be made to fit.
+            ConfigError: a prompt does not fit into the context, however short.
             OSError: the log cannot be written.
         """
         await self.start()
         try:
-            results = await asyncio.gather(*(self._chain(work) for work in works))
+            results = await asyncio.gather(*(self._chain(one) for one in pending))
         except Exception as error:
             if type(error).__name__ == "EngineDeadError":
-                os._exit(1)  # vLLM's engine does not come back: another actor has to take over
+                os._exit(1)  # a dead vLLM engine cannot be revived: another actor takes over
             raise
-        return Done(*map(sum, zip(*results, strict=True)))
+        return ChainCounts(*map(sum, zip(*results, strict=True)))
 
     async def stop(self) -> None:
         """End vLLM's processes."""
         if self.writer is not None:
             self.writer.engine.shutdown()
 
-    async def _chain(self, work: Work) -> Done:
+    async def _chain(self, pending: PendingChain) -> ChainCounts:
         assert self.writer is not None
-        previous, prompt_tokens, generated_tokens = work.previous, 0, 0
+        previous, prompt_tokens, generated_tokens = pending.previous, 0, 0
         async with self.slots:
-            for step in work.chain.steps:
-                made = await self.writer.advance(previous, step.items, user=work.chain.user, block=step.block)
-                record: dict[str, Any] = {"key": step.key, "user": work.chain.user, "block": step.block}
+            for step in pending.chain.steps:
+                made = await self.writer.advance(previous, step.items, user=pending.chain.user, block=step.block)
+                record: dict[str, Any] = {"key": step.key, "user": pending.chain.user, "block": step.block}
                 await self.log.append({**record, **made._asdict()})
                 previous = made.preference
                 prompt_tokens += made.prompt_tokens
                 generated_tokens += made.generated_tokens
-        return Done(len(work.chain.steps), prompt_tokens, generated_tokens)
+        return ChainCounts(len(pending.chain.steps), prompt_tokens, generated_tokens)

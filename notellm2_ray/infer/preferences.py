@@ -1,21 +1,19 @@
-"""User summaries: every user's history to a taste in words, block by block, on actors with one vLLM engine each."""
+"""Preferences: every user's history becomes a taste in words, block by block, on actors with one vLLM engine each."""
 
 from __future__ import annotations
 
 import logging
-import os
 import time
-import uuid
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from notellm2_ray.core import errors
-from notellm2_ray.core.config import to_plain
+from notellm2_ray.core.config import shaping
 from notellm2_ray.core.progress import Progress
 from notellm2_ray.core.prompts import Language
 from notellm2_ray.core.recommend_prompts import preference_prompt
@@ -23,17 +21,17 @@ from notellm2_ray.core.run import fingerprint
 from notellm2_ray.core.schema import PREFERENCE_SCHEMA, QUARANTINE_SCHEMA
 from notellm2_ray.core.settings import GenerationSettings, PreferenceSettings
 from notellm2_ray.infer.engine import check_model, engine_arguments
+from notellm2_ray.infer.parts import QUARANTINE, whole_file, write_parquet
 from notellm2_ray.infer.preference_log import LogIndex
-from notellm2_ray.infer.preference_plan import Chain, Chains, describe, plan_chains, read_summaries, read_titles
+from notellm2_ray.infer.preference_plan import Chain, ChainPlan, plan_chains, plan_counts, read_summaries, read_titles
 from notellm2_ray.infer.preference_pool import EnginePool
-from notellm2_ray.infer.preference_worker import Job, Work
+from notellm2_ray.infer.preference_worker import PendingChain, PreferenceJob
 from notellm2_ray.infer.resources import check_engines
 
 log = logging.getLogger("notellm2_ray")
 
 STAGE = "summarize-preferences"
-_NOT_SHAPING = ("concurrent_calls", "model")
-_ENGINE_SHAPING = ("dtype", "max_model_len", "engine_kwargs")
+_ROWS_PER_GROUP = 10_000
 
 
 def summarize_preferences(
@@ -50,27 +48,27 @@ def summarize_preferences(
     needed: Path | None = None,
     logs: Path | None = None,
 ) -> dict[str, Any]:
-    """Summarise users' histories into ``output/preferences.parquet`` (PREFERENCE_SCHEMA, by user and block).
+    """Summarise users' histories in ``output/preferences.parquet`` (PREFERENCE_SCHEMA, ordered by user and block).
 
     MLLM-MSR's user summariser: P_b = LLM(P_{b-1}, block b). Each user's chain advances as soon as its own previous
-    block is done, longest chains first; there is no barrier between users. Each finished step is a line of a log
-    (:mod:`~notellm2_ray.infer.preference_log`) before the next begins. A killed actor or driver thus loses the calls
-    that were in flight, and a later run goes on from the logs. A step is known by a hash of the model, the settings and
-    all text that went into it and into the steps before it: a history that grew by a block costs one call, and a
-    changed one is made anew from where it changed.
+    block is done, the longest chains first; there is no barrier between users. Each finished step is written to a log
+    (:mod:`~notellm2_ray.infer.preference_log`) before the next one begins. A killed actor or driver thus costs only the
+    calls that were running, and a later run continues from the logs. The key of a step is a hash of the model, the
+    settings and all text that went into it and the steps before it. So a history that grew by a block costs one call,
+    and a history that changed is summarised again from the change on.
 
-    Ray must be connected. On several machines the model and ``output`` lie on storage that they all share.
+    Ray must be connected. On several machines the model and ``output`` must be on storage that all share.
 
     Args:
         model: directory or hub name of an LLM or MLLM that vLLM runs.
         blocks: BLOCK_SCHEMA.
         notes: prepared notes (file or directory), or titles by note id.
-        summaries: SUMMARY_SCHEMA; None, or ``no_image_summary``: titles alone.
-        output: directory; exists, or is made.
+        summaries: SUMMARY_SCHEMA; None to show titles alone. Not read for the variant ``no_image_summary``.
+        output: directory; made if it does not exist.
         language: of the prompts.
-        seed: of sampling, where the temperature is above 0.
-        needed: Parquet of (user_id, block) that will be read; see :func:`~.preference_plan.plan_chains`.
-        logs: directory of the logs, ``output`` unless they are to outlive it.
+        seed: of sampling, if the temperature is above 0.
+        needed: Parquet of the (user_id, block) that will be read; see :func:`~.preference_plan.plan_chains`.
+        logs: directory of the logs; ``output`` by default. Give another one if the logs are to outlive ``output``.
 
     Returns:
         Counts for the manifest: users, preferences, reused, calls, cut, quarantined, dropped_items, missing_notes,
@@ -78,15 +76,15 @@ def summarize_preferences(
 
     Raises:
         ConfigError: the engines do not fit into the cluster, or the settings contradict each other.
-        DataError: an input is unfit; names file and row.
+        DataError: an input is unusable; the message names the file and the row.
         ModelError: vLLM cannot run the model, or its engines keep dying.
     """
     output, logs = Path(output).absolute(), Path(logs or output).absolute()
     output.mkdir(parents=True, exist_ok=True)
     facts = check_model(model, images=False)
     engine_arguments(facts, generation)
-    preference_prompt(language, settings.variant, None, [], settings.template)  # a wrong template is known at once
-    made_by = fingerprint(facts.fingerprint, _shaping(settings, generation, language, seed))
+    preference_prompt(language, settings.variant, None, [], settings.template)  # raises now if the template is wrong
+    made_by = fingerprint(facts.fingerprint, _shaped_by(settings, generation, language, seed))
     plan = plan_chains(
         blocks,
         notes if isinstance(notes, Mapping) else read_titles(notes),
@@ -97,120 +95,131 @@ def summarize_preferences(
     )
     index = LogIndex(logs)
     total = sum(len(chain.steps) for chain in plan.chains)
-    work = rest_of(plan.chains, index)
-    reused = total - _steps(work)
-    times = _advance(Job(facts, logs, settings, generation, language, seed), work, index, total, reused)
+    pending = rest_of(plan.chains, index)
+    reused = total - _steps(pending)
+    times = _advance(PreferenceJob(facts, logs, settings, generation, language, seed), pending, index, total, reused)
     counts = _compile(plan, index, output)
-    return {**describe(plan), "reused": reused, **counts, **times}
+    return {**plan_counts(plan), "reused": reused, **counts, **times}
 
 
-def rest_of(chains: Sequence[Chain], index: LogIndex) -> list[Work]:
-    """What no log holds yet, longest chains first: the longest is what everybody waits for in the end."""
+def rest_of(chains: Sequence[Chain], index: LogIndex) -> list[PendingChain]:
+    """The chains' unfinished steps, longest chains first, because the longest one decides when the job ends."""
     index.refresh()
-    works: list[Work] = []
+    pending: list[PendingChain] = []
     for chain in chains:
         done = 0
         while done < len(chain.steps) and chain.steps[done].key in index:
             done += 1
         if done < len(chain.steps):
             previous = index[chain.steps[done - 1].key]["preference"] if done else None
-            works.append(Work(Chain(chain.user, chain.steps[done:]), previous))
-    works.sort(key=lambda work: (-len(work.chain.steps), -sum(len(step.items) for step in work.chain.steps)))
-    return works
+            pending.append(PendingChain(Chain(chain.user, chain.steps[done:]), previous))
+    pending.sort(key=lambda one: (-len(one.chain.steps), -sum(len(step.items) for step in one.chain.steps)))
+    return pending
 
 
-def _advance(job: Job, work: list[Work], index: LogIndex, total: int, reused: int) -> dict[str, float]:
+def _advance(
+    job: PreferenceJob, pending: list[PendingChain], index: LogIndex, total: int, reused: int
+) -> dict[str, float]:
     waits_for = "the engines and the first users"
     with Progress(STAGE, "preferences", total, before=reused, waits_for=waits_for) as progress:
         started = time.monotonic()
         startup = 0.0
-        if work:
+        if pending:
             check_engines(STAGE, job.generation)
             with EnginePool(job) as pool:
                 startup = time.monotonic() - started
-                _drive(pool, deque(work), index, progress)
+                _drive(pool, deque(pending), index, progress)
     return {
         "startup_seconds": round(startup, 3),
         "generate_seconds": round(time.monotonic() - started - startup, 3),
     }
 
 
-def _drive(pool: EnginePool, waiting: deque[Work], index: LogIndex, progress: Progress) -> None:
-    """Keep every engine supplied until nothing waits and nothing is under way."""
+def _drive(pool: EnginePool, waiting: deque[PendingChain], index: LogIndex, progress: Progress) -> None:
+    """Keep every engine supplied until no chain is waiting or running."""
     while waiting or pool.busy:
         while waiting and (room := pool.room()):
             pool.submit([waiting.popleft() for _ in range(min(room, len(waiting)))])
-        for works, done in pool.finished():
+        for pending, done in pool.finished():
             if done is not None:
                 progress.add(done.steps, tokens=done.generated_tokens)
                 continue
-            # Its actor died: what it had logged is not asked for again.
+            # The actor of these chains died. The steps that it logged are not repeated.
             if index.refresh():
                 pool.progressed()
-            again = rest_of([work.chain for work in works], index)
-            progress.add(_steps(works) - _steps(again))
-            # A chain whose first steps are not in the log begins where it began before.
-            began = {work.chain.steps[0].key: work.previous for work in works}
-            waiting.extendleft(
-                work._replace(previous=began.get(work.chain.steps[0].key, work.previous)) for work in again
-            )
+            again = rest_of([one.chain for one in pending], index)
+            progress.add(_steps(pending) - _steps(again))
+            # A chain of which nothing was logged keeps the preference that it began with.
+            began = {one.chain.steps[0].key: one.previous for one in pending}
+            waiting.extendleft(one._replace(previous=began.get(one.chain.steps[0].key, one.previous)) for one in again)
 
 
-def _steps(works: Sequence[Work]) -> int:
-    return sum(len(work.chain.steps) for work in works)
+def _steps(chains: Sequence[PendingChain]) -> int:
+    return sum(len(one.chain.steps) for one in chains)
 
 
-def _compile(plan: Chains, index: LogIndex, output: Path) -> dict[str, int]:
-    """Write preferences.parquet and the quarantine; counts over all preferences, reused ones included."""
+def _compile(plan: ChainPlan, index: LogIndex, output: Path) -> dict[str, int]:
+    """Write preferences.parquet and the quarantine; returns counts over all preferences, reused ones included."""
     index.refresh()
     ordered = sorted((chain.user, step.block, step.key) for chain in plan.chains for step in chain.steps)
     lost = [key for _, _, key in ordered if key not in index]
     if lost:
         raise errors.OutputError(
             f"{len(lost)} preference(s) were made but are not in the logs under {index.directory}: on several machines "
-            "the workspace must lie on storage that all of them share"
+            "the workspace must be on storage that all of them share"
         )
-    counts = dict.fromkeys(("calls", "cut", "dropped_items", "prompt_tokens", "generated_tokens"), 0)
     quarantined = [
-        {
-            "table": "notes",
-            "source": "histories",
-            "key": note_id,
-            "reason": f"in {times} histories, but in no notes table",
-        }
+        _lost("notes", "histories", note_id, f"in {times} histories, but in no notes table")
         for note_id, times in plan.missing_notes.items()
     ]
-    rows: list[dict[str, Any]] = []
-    temporary = output / f".preferences.{uuid.uuid4().hex[:8]}.partial"
-    with open(temporary, "wb") as file:
-        with pq.ParquetWriter(file, PREFERENCE_SCHEMA) as writer:
-            for record in index.read([key for _, _, key in ordered]):
-                rows.append({**record, "user_id": record["user"]})
-                counts["dropped_items"] += record["dropped"]
-                for name in ("calls", "cut", "prompt_tokens", "generated_tokens"):
-                    counts[name] += record[name]
-                if record["problem"]:
-                    source = f"user {record['user']!r}, block {record['block']}"
-                    reason = {"key": record["user"], "reason": record["problem"]}
-                    quarantined.append({"table": "blocks", "source": source, **reason})
-                if len(rows) == 10_000:
-                    writer.write_table(pa.Table.from_pylist(rows, schema=PREFERENCE_SCHEMA))
-                    rows.clear()
-            writer.write_table(pa.Table.from_pylist(rows, schema=PREFERENCE_SCHEMA))
-        file.flush()
-        os.fsync(file.fileno())
-    (output / "quarantine").mkdir(exist_ok=True)
-    pq.write_table(
-        pa.Table.from_pylist(quarantined, schema=QUARANTINE_SCHEMA), output / "quarantine" / "blocks.parquet"
-    )
-    os.replace(temporary, output / "preferences.parquet")
+    with whole_file(output / "preferences.parquet") as file:
+        counts, problems = _write_preferences(file, index.read([key for _, _, key in ordered]))
+        quarantined += problems
+        (output / QUARANTINE).mkdir(exist_ok=True)
+        table = pa.Table.from_pylist(quarantined, schema=QUARANTINE_SCHEMA)
+        write_parquet(output / QUARANTINE / "blocks.parquet", table)
     return {**counts, "quarantined": len(quarantined)}
 
 
-def _shaping(settings: PreferenceSettings, generation: GenerationSettings, language: str, seed: int) -> dict[str, Any]:
-    """Everything but the histories that a preference depends on."""
-    plain = {name: value for name, value in to_plain(settings).items() if name not in _NOT_SHAPING}
-    engine = {name: value for name, value in to_plain(generation).items() if name in _ENGINE_SHAPING}
+def _write_preferences(
+    file: IO[bytes], records: Iterable[dict[str, Any]]
+) -> tuple[dict[str, int], list[dict[str, str]]]:
+    """Write records as PREFERENCE_SCHEMA; returns their sums, and a quarantine row for each record with a problem."""
+    counts = dict.fromkeys(("calls", "cut", "dropped_items", "prompt_tokens", "generated_tokens"), 0)
+    problems: list[dict[str, str]] = []
+    rows: list[dict[str, Any]] = []
+    with pq.ParquetWriter(file, PREFERENCE_SCHEMA) as writer:
+        for record in records:
+            user, block = record["user"], record["block"]
+            rows.append({**record, "user_id": user})
+            counts["dropped_items"] += record["dropped"]
+            for name in ("calls", "cut", "prompt_tokens", "generated_tokens"):
+                counts[name] += record[name]
+            if record["problem"]:
+                problems.append(_lost("blocks", f"user {user!r}, block {block}", user, record["problem"]))
+            if len(rows) == _ROWS_PER_GROUP:
+                writer.write_table(pa.Table.from_pylist(rows, schema=PREFERENCE_SCHEMA))
+                rows.clear()
+        writer.write_table(pa.Table.from_pylist(rows, schema=PREFERENCE_SCHEMA))
+    return counts, problems
+
+
+def _lost(table: str, source: str, key: str, reason: str) -> dict[str, str]:
+    return {"table": table, "source": source, "key": key, "reason": reason}
+
+
+def _shaped_by(
+    settings: PreferenceSettings, generation: GenerationSettings, language: str, seed: int
+) -> dict[str, Any]:
+    """Everything that a preference depends on, except the histories and the model."""
+    # The model itself is in its fingerprint, wherever it lies.
+    shaped_by = {name: value for name, value in shaping(settings).items() if name != "model"}
     words = preference_prompt(language, settings.variant, None, [], settings.template)  # type: ignore[arg-type]
-    # Greedy answers depend on the seed only in the second try after an empty one.
-    return {**plain, **engine, "language": language, "words": repr(words), "seed": seed if settings.temperature else 0}
+    # A greedy answer depends on the seed only if it is the second one, after an empty answer.
+    return {
+        **shaped_by,
+        **shaping(generation),
+        "language": language,
+        "words": repr(words),
+        "seed": seed if settings.temperature else 0,
+    }

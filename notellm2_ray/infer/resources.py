@@ -1,4 +1,4 @@
-"""Whether the actors that were asked for fit into the cluster: Ray itself would wait for ever, without an error."""
+"""Checks that the requested actors fit into the cluster: Ray itself would wait for ever, without an error."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ log = logging.getLogger("notellm2_ray")
 
 
 class Names(NamedTuple):
-    """How a stage's settings call its actors, for the messages."""
+    """The names of a stage's settings, for messages."""
 
     stage: str
     actor: str
@@ -26,12 +26,12 @@ _ENCODERS = Names("embed-notes", "encoder", "embed.actors", "embed.cpus_per_acto
 
 
 def check_resources(actors: int, settings: EmbedSettings) -> None:
-    """Raise :class:`ConfigError` if ``actors`` never fit; warn if they must wait for what others hold now."""
+    """Raise :class:`ConfigError` if ``actors`` can never fit; warn if other work holds what they need now."""
     _check(actors, {"CPU": settings.cpus_per_actor, "GPU": settings.gpus_per_actor}, _ENCODERS)
 
 
 def check_engines(stage: str, settings: GenerationSettings, beside: float = 0.0) -> None:
-    """The same for the engines of a stage that generates; its other actors need ``beside`` CPUs."""
+    """The same for the engines of a stage that generates text and needs ``beside`` CPUs for its other actors."""
     import ray
 
     names = Names(stage, "engine", "generation.engines", "generation.cpus_per_engine", "generation.gpus_per_engine")
@@ -40,8 +40,8 @@ def check_engines(stage: str, settings: GenerationSettings, beside: float = 0.0)
     if settings.engines * settings.cpus_per_engine + beside > total + 1e-6:
         raise ConfigError(
             f"{stage}: {settings.engines} engine(s) with {settings.cpus_per_engine:g} CPU(s) each leave less than the "
-            f"{beside:g} CPU(s) that reading needs, of the cluster's {total:g}: lower generation.cpus_per_engine or "
-            "generation.engines, or raise ray.num_cpus where the cluster is this job's own"
+            f"{beside:g} CPU(s) that reading needs; the cluster has {total:g}. Lower generation.cpus_per_engine or "
+            "generation.engines, or raise ray.num_cpus if the cluster is started by this job"
         )
 
 
@@ -49,20 +49,20 @@ def _check(actors: int, needed: Mapping[str, float], names: Names) -> None:
     import ray
     from ray._private.state import state
 
-    # A cluster that grows on demand may have nothing yet: there Ray knows how large it can get.
+    # A cluster that grows on demand may have nothing yet; Ray then knows how large it can grow.
     if state.get_max_resources_from_cluster_config() is None:
         require_fit([node["Resources"] for node in ray.nodes() if node["Alive"]], needed, actors, names)
     free = ray.available_resources()
     short = [name for name, each in needed.items() if each * actors > free.get(name, 0) + 1e-6]
     if short:
         held = " and ".join(short)
-        log.warning("%s: other work holds the cluster's %s; waiting for it where needed", names.stage, held)
+        log.warning("%s: other work holds the cluster's %s; actors wait until it is free", names.stage, held)
 
 
 def require_fit(
     nodes: Sequence[Mapping[str, float]], needed: Mapping[str, float], actors: int, names: Names = _ENCODERS
 ) -> None:
-    """Raise :class:`ConfigError` unless ``actors``, each within one node, fit on ``nodes``; names what is short."""
+    """Raise :class:`ConfigError` that names what is short, unless each of ``actors`` fits within one of ``nodes``."""
     for resource, each in needed.items():
         if not each:
             continue
@@ -74,7 +74,7 @@ def require_fit(
                 f"{actors} {names.actor} actor(s) with {each:g} {resource}(s) each do not fit into the cluster: its "
                 f"{len(nodes)} node(s) have {have:g} {resource}(s), enough for {fitting}. Lower {names.number} or "
                 f"{setting}"
-                + ("" if resource == "GPU" else ", or raise ray.num_cpus where the cluster is this job's own")
+                + ("" if resource == "GPU" else ", or raise ray.num_cpus if the cluster is started by this job")
             )
     fitting = sum(_times(node, needed) for node in nodes)
     if fitting < actors:

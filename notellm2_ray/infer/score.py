@@ -1,4 +1,4 @@
-"""Scoring: P(yes) of every candidate by one forced token, on a pool of Ray Data actors with a vLLM engine each."""
+"""Scoring: P(yes) of every candidate, from one generated token, on a pool of Ray Data actors with one engine each."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from notellm2_ray.core import errors
 from notellm2_ray.core.candidate_rows import CandidateRows, store_notes
-from notellm2_ray.core.config import to_plain
+from notellm2_ray.core.config import shaping, to_plain
 from notellm2_ray.core.progress import Progress
 from notellm2_ray.core.run import fingerprint
 from notellm2_ray.core.settings import GenerationSettings, RankerSettings
@@ -25,18 +25,17 @@ from notellm2_ray.infer.score_worker import PartScorer, ScoreJob, TableJob
 log = logging.getLogger("notellm2_ray")
 
 STAGE = "score-candidates"
-MAX_BAD_SHARE = 0.05  # of the candidates without a score; a table with more holes compares nothing
-_ENGINE_SHAPING = ("dtype", "max_model_len", "engine_kwargs")
+MAX_BAD_SHARE = 0.05  # of candidates without a score: a table with more gaps allows no comparison
 
 
 class ScoreTable(NamedTuple):
-    """One table of scores to make: who is asked about which candidates, how, and with what exchanged."""
+    """One table of scores to make: which users and candidates, which prompt, and what is exchanged as a control."""
 
     ranker: RankerSettings
     examples: Path  # EXAMPLE_SCHEMA
     candidates: Path  # CANDIDATE_SCHEMA
     preferences: Path | None  # PREFERENCE_SCHEMA; None for ``tallrec``
-    output: Path  # directory; exists, or is made
+    output: Path  # directory; made if it does not exist
     controls: Controls = Controls()
 
 
@@ -57,33 +56,33 @@ class _Planned(NamedTuple):
 def score_candidates(
     model: Path | str, generation: GenerationSettings, notes: Path, tables: Sequence[ScoreTable]
 ) -> list[dict[str, Any]]:
-    """Score candidates with one model into ``scores.parquet`` of each table's output (SCORE_SCHEMA).
+    """Score candidates with one model; writes ``scores.parquet`` into each table's output (SCORE_SCHEMA).
 
-    A score is P(yes) / (P(yes) + P(no)) at the place of the answer's first token. Requests of one example follow each
-    other, so that vLLM computes what they share once; an engine is started once for all tables. Parts of whole examples
-    are committed one by one (``parts`` in the output); a later run of the same job skips those that are there, so that
-    a killed engine or driver costs the parts in hand.
+    A score is P(yes) / (P(yes) + P(no)) at the position of the answer's first token. Requests of one example follow
+    each other, so that vLLM computes their common prefix once. The engines are started once for all tables. Each table
+    is cut into resumable parts of whole examples (:mod:`~notellm2_ray.infer.parts`). A later run of the same job skips
+    the parts that are there, so a killed engine or driver costs only the parts that were being scored.
 
-    Ray must be connected. On several machines all paths lie on storage that they share.
+    Ray must be connected. On several machines all paths must be on storage that all share.
 
     Args:
-        model: directory (or hub name) of a Hugging Face model: a tuned ranker's ``model/``, or an untuned one.
+        model: directory (or hub name) of a Hugging Face model: a tuned ranker's ``model/``, or an untuned model.
         notes: prepared notes, a directory of Parquet files.
         tables: what to score, each with an output of its own.
 
     Returns:
         Counts for each table's manifest: examples, candidates, scored, quarantined, without_preference (examples with a
-        history but no preference, shown as users without a history), parts, parts_reused, prompt_tokens, cached_tokens,
-        computed_tokens; and, of all tables together, startup_seconds, score_seconds, candidates_per_s.
+        history but no preference, treated as users without a history), parts, parts_reused, prompt_tokens,
+        cached_tokens, computed_tokens; and for all tables together startup_seconds, score_seconds, candidates_per_s.
 
     Raises:
         ConfigError: the engines do not fit into the cluster, or the settings contradict each other.
         DataError: a table is unusable, or more than 5% of its candidates got no score.
-        ModelError: the model sees no images, vLLM cannot run it, or its engines keep dying.
+        ModelError: the model reads no images, vLLM cannot run it, or its engines keep dying.
     """
     facts = check_model(model, images=any(table.ranker.variant != "tallrec" for table in tables))
     generation = for_scoring(generation)
-    engine_arguments(facts, generation, images=1)  # fails at once if it must
+    engine_arguments(facts, generation, images=1)  # raises now, before any work is done
     notes = Path(notes).absolute()
     shown_notes = Path(tables[0].output).absolute() / "notes.arrow"
     planned = [_plan(table, notes, shown_notes, facts, generation) for table in tables]
@@ -105,7 +104,7 @@ def score_candidates(
     for one in planned:
         _check_bad_share(one)
     shown_notes.unlink(missing_ok=True)
-    # The first part's arrival ends the start-up; it is not in the time, so neither are its candidates in the rate.
+    # Start-up ends when the first part arrives. Its time is not counted, so its candidates are not either.
     active = progress.seconds - progress.startup_seconds
     together = {
         "startup_seconds": progress.startup_seconds,
@@ -118,19 +117,19 @@ def score_candidates(
 def _plan(
     table: ScoreTable, notes: Path, shown_notes: Path, facts: ModelFacts, generation: GenerationSettings
 ) -> _Planned:
-    """A table cut into parts, with those that are done already."""
+    """A table cut into parts, with the records of the parts that are finished already."""
     examples, candidates, output = (Path(path).absolute() for path in (table.examples, table.candidates, table.output))
     preferences = table.preferences and Path(table.preferences).absolute()
     table = table._replace(examples=examples, candidates=candidates, preferences=preferences, output=output)
-    kept = {name: to_plain(generation)[name] for name in _ENGINE_SHAPING}
+    engine = shaping(generation)
     versions = [_versions(path) for path in (examples, candidates, preferences, notes) if path]
-    made_by = fingerprint(facts.fingerprint, [to_plain(table.ranker), kept, table.controls], versions)
+    made_by = fingerprint(facts.fingerprint, [to_plain(table.ranker), engine, table.controls], versions)
     files = ScoreFiles(examples, candidates, preferences, shown_notes)
     rows = files.rows()
     parts = plan_parts(rows.example_of, 2 * generation.max_sequences, made_by)
     store = part_store(output)
     if removed := store.clear_leftovers([part.part_id for part in parts]):
-        log.warning("%s: removed %d part(s) of another model, other settings or other inputs", STAGE, removed)
+        log.warning("%s: removed %d finished part(s) of another model, other settings or other inputs", STAGE, removed)
     if rows.without_preference:
         log.warning("%s: %d examples have a history but no preference", STAGE, rows.without_preference)
     done = [entry for part in parts if (entry := store.finished(part.part_id))]
@@ -138,7 +137,7 @@ def _plan(
 
 
 def _shown(planned: _Planned) -> set[str]:
-    """The notes that a table's questions show."""
+    """Ids of the notes that a table's questions show."""
     rows, ranker = planned.rows, planned.table.ranker
     return set(rows.note_ids) | (rows.history_ids(ranker.max_history) if ranker.variant == "tallrec" else set())
 
@@ -161,20 +160,20 @@ def _counts(planned: _Planned) -> dict[str, Any]:
 
 
 def for_scoring(generation: GenerationSettings) -> GenerationSettings:
-    """The settings with what scoring asks of an engine beyond them; the user's own ``engine_kwargs`` come first.
+    """The settings plus what scoring needs from an engine; the user's own ``engine_kwargs`` take precedence.
 
-    Logits are computed in float32 whatever the model is: bfloat16 keeps 8 bits of them, which leaves steps of .06 and
-    more between logits of 10 and over, and so ties between many of a user's candidates.
+    Logits are computed in float32 whatever the model's type is. bfloat16 keeps 8 bits: logits above 8 then differ in
+    steps of .06 and more, so that many of a user's candidates tie.
     """
     kwargs: dict[str, Any] = {"hf_overrides": {"head_dtype": "float32"}}
     return generation.model_copy(update={"engine_kwargs": {**kwargs, **generation.engine_kwargs}})
 
 
 def _run(job: ScoreJob, parts: Sequence[CandidatePart]) -> Generator[tuple[Path, ScoredPart]]:
-    """Score parts on the cluster; yields the output of its table and each once it is done, in any order.
+    """Score parts on the cluster; yields each one's output directory and record when it is finished, in any order.
 
     Raises:
-        NoteLLMError, OSError: what stopped a part; the finished parts stay.
+        NoteLLMError, OSError: the error that stopped a part; the finished parts are kept.
     """
     generation = job.generation
     check_engines(STAGE, generation)
@@ -196,11 +195,11 @@ def _check_bad_share(planned: _Planned) -> None:
         raise errors.DataError(
             f"{bad} of the first {seen} candidates ({total} in all) got no score, more than {MAX_BAD_SHARE:.0%}; "
             f"reasons: {'; '.join(store.first_reasons())}. All are in {store.quarantine}. "
-            "Repair the notes, or make the sequences again"
+            "Repair the notes, or run make-sequences again"
         )
 
 
 def _versions(path: Path) -> list[tuple[str, int, int]]:
-    """Name, size and time of a file, or of all Parquet files of a directory."""
+    """Name, size and time of a file, or of all Parquet files in a directory."""
     files = sorted(path.rglob("*.parquet")) if path.is_dir() else [path]
     return [(str(one), one.stat().st_size, one.stat().st_mtime_ns) for one in files if one.exists()]

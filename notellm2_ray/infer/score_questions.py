@@ -1,4 +1,4 @@
-"""What a candidate is shown with when it is scored: as it is, or with another's image or another user's taste."""
+"""What the model is shown of a candidate: its own image and its user's preference, or in a control those of another."""
 
 from __future__ import annotations
 
@@ -34,21 +34,21 @@ class ScoreFiles(NamedTuple):
 
 
 class Controls(NamedTuple):
-    """What is exchanged to see whether it matters; every choice follows from the seed and the candidate."""
+    """What is exchanged to see whether it matters. Every choice depends only on the seed and the candidate."""
 
-    shuffled_image: bool = False  # a candidate with an image is shown that of another random candidate
-    other_preference: bool = False  # a user with a preference gets that of another random user
+    shuffled_image: bool = False  # a candidate with an image is shown with the image of another random candidate
+    other_preference: bool = False  # a user with a preference is given the preference of another random user
     seed: int = 0
 
 
 class Questions:
-    """Candidates to questions."""
+    """Turns candidates into questions."""
 
     def __init__(self, files: ScoreFiles, ranker: RankerSettings, controls: Controls) -> None:
-        """Read everything but texts and images.
+        """Read the tables, but no texts and images yet.
 
         Raises:
-            DataError: a control has nothing to exchange.
+            DataError: there is nothing to exchange for a control.
         """
         self.rows, self._store = files.rows(), NoteStore(files.store, "score-candidates")
         self._ranker, self._controls = ranker, controls
@@ -56,7 +56,7 @@ class Questions:
             candidates = set(self.rows.note_ids)
             self._with_image = sorted(candidates.intersection(self._store.ids_with_image))
             if len(self._with_image) < 2:
-                raise DataError("shuffled_image: fewer than two candidates have an image, there is nothing to exchange")
+                raise DataError("shuffled_image: fewer than two candidates have an image to exchange")
         if controls.other_preference:
             self._users = self.rows.user_ids
             self._with_preference = self.rows.examples_with_preference
@@ -64,7 +64,7 @@ class Questions:
                 raise DataError("other_preference: fewer than two users have a preference to exchange")
 
     def __call__(self, places: Sequence[int]) -> list[tuple[CandidateRow, Question | str]]:
-        """The candidates at some places with what is shown of them, or with the reason why nothing can be."""
+        """The candidates at some places, each with its question or with the reason why it has none."""
         return [self._one(place, row) for place, row in zip(places, self.rows.rows(places), strict=True)]
 
     def _one(self, place: int, row: CandidateRow) -> tuple[CandidateRow, Question | str]:
@@ -90,7 +90,7 @@ class Questions:
         return self._with_image[pick]
 
     def _other_example(self, place: int, row: CandidateRow) -> int:
-        """An example of another user, the same for all of an example's candidates."""
+        """An example of another user; the same one for all candidates of an example."""
         user = self._users[self.rows.example_of[place]]
         pick = _draw(self._controls.seed, "other_preference", len(self._with_preference), row.example_id)
         while self._users[self._with_preference[pick]] == user:

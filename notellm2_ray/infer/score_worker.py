@@ -1,4 +1,4 @@
-"""The actor of scoring: holds one vLLM engine and takes parts of candidates to files of P(yes)."""
+"""The actor of scoring: it holds one vLLM engine and turns parts of candidates into files of P(yes)."""
 
 from __future__ import annotations
 
@@ -37,15 +37,15 @@ class TableJob(NamedTuple):
 
 
 class ScoreJob(NamedTuple):
-    """What every actor of a job is told."""
+    """What every actor of a job needs to know."""
 
     facts: ModelFacts
     generation: GenerationSettings
     tables: tuple[TableJob, ...]
 
 
-class Prompt(NamedTuple):
-    """One request."""
+class ScoreRequest(NamedTuple):
+    """What the engine gets for one candidate."""
 
     row: CandidateRow
     ids: list[int]
@@ -61,8 +61,8 @@ class PartScorer(PartActor[CandidatePart, ScoredPart]):
         self.job, self.engine = job, None
         self.stores = [part_store(table.output) for table in job.tables]
         self.lock = threading.Lock()
-        self.asked: dict[int, tuple[Questions, RankerPrompter]] = {}
-        # vLLM's engine lives in an event loop; Ray Data calls from threads.
+        self.questions: dict[int, tuple[Questions, RankerPrompter]] = {}
+        # vLLM's engine runs in an event loop, while Ray Data calls this object from threads.
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, name="engine", daemon=True).start()
 
@@ -83,21 +83,21 @@ class PartScorer(PartActor[CandidatePart, ScoredPart]):
         with self.lock:
             if self.engine is None:
                 self._load()
-            if part.table not in self.asked:
-                self.asked[part.table] = self._questions(self.job.tables[part.table])
-        questions, prompter = self.asked[part.table]
-        prompts, bad = _prompts(questions, prompter, part.places)
+            if part.table not in self.questions:
+                self.questions[part.table] = self._questions(self.job.tables[part.table])
+        questions, prompter = self.questions[part.table]
+        requests, bad = _requests(questions, prompter, part.places)
         try:
-            asking = ask(self.engine, self.chat, prompts, f"{part.part_id}/{part.table}/{os.getpid()}")
+            asking = ask(self.engine, self.chat, requests, f"{part.part_id}/{part.table}/{os.getpid()}")
             answers = asyncio.run_coroutine_threadsafe(asking, self.loop).result()
         except Exception as error:
             if type(error).__name__ == "EngineDeadError":
-                os._exit(1)  # vLLM's engine does not come back: Ray starts this actor anew
+                os._exit(1)  # a dead vLLM engine cannot be revived: Ray starts this actor again
             raise
-        return self._commit(part, prompts, answers, bad)
+        return self._commit(part, requests, answers, bad)
 
     def _load(self) -> None:
-        # Where Ray started this process for something else first, its environment is not all there yet.
+        # Ray may have started this process for something else, without these variables.
         os.environ.update(engine_environment(self.job.generation))
         from notellm2_ray.models.chat import ChatTokenizer
 
@@ -114,25 +114,25 @@ class PartScorer(PartActor[CandidatePart, ScoredPart]):
         return Questions(table.files, table.ranker, table.controls), RankerPrompter(self.chat, table.ranker)
 
     def _commit(
-        self, part: CandidatePart, prompts: Sequence[Prompt], answers: Sequence[Any], bad: list[tuple[str, str]]
+        self, part: CandidatePart, requests: Sequence[ScoreRequest], answers: Sequence[Any], bad: list[tuple[str, str]]
     ) -> ScoredPart:
         rows, prompt_tokens, cached = [], 0, 0
-        for prompt, answer in zip(prompts, answers, strict=True):
+        for request, answer in zip(requests, answers, strict=True):
             if isinstance(answer, ValueError):
-                bad.append((_key(prompt.row), f"vLLM refuses the prompt: {answer}"))
+                bad.append((_key(request.row), f"vLLM refuses the prompt: {answer}"))
                 continue
             score = yes_share(answer, self.chat)
             if not math.isfinite(score):
-                bad.append((_key(prompt.row), "its score is NaN"))
+                bad.append((_key(request.row), "its score is NaN"))
                 continue
-            row = prompt.row
+            row = request.row
             rows.append({"example_id": row.example_id, "note_id": row.note_id, "label": row.label, "score": score})
             prompt_tokens += len(answer.prompt_token_ids)
             cached += answer.num_cached_tokens or 0
-        if prompts and not rows:
+        if requests and not rows:
             raise ModelError(
-                f"{self.job.facts.model}: none of the {len(prompts)} candidates of part {part.part_id} got a score; "
-                f"the last: {bad[-1][1]}. If prompts are too long, raise generation.max_model_len or lower "
+                f"{self.job.facts.model}: none of the {len(requests)} candidates of part {part.part_id} got a score "
+                f"(the last one: {bad[-1][1]}). If prompts are too long, raise generation.max_model_len or lower "
                 "ranker.max_preference_tokens; if scores are NaN, try generation.dtype=float32"
             )
         done = ScoredPart(
@@ -147,51 +147,51 @@ class PartScorer(PartActor[CandidatePart, ScoredPart]):
         return self.store(part).commit(done, table, quarantine_table("candidates", part.part_id, bad))
 
 
-def _prompts(
+def _requests(
     questions: Questions, prompter: RankerPrompter, places: Sequence[int]
-) -> tuple[list[Prompt], list[tuple[str, str]]]:
-    """Requests for some candidates; key and reason of those that cannot be asked about."""
-    prompts: list[Prompt] = []
+) -> tuple[list[ScoreRequest], list[tuple[str, str]]]:
+    """The requests for some candidates, and (key, reason) of the candidates that have no valid prompt."""
+    requests: list[ScoreRequest] = []
     bad: list[tuple[str, str]] = []
     for row, question in questions(places):
         if isinstance(question, str):
             bad.append((_key(row), question))
             continue
         try:
-            prompts.append(Prompt(row, prompter.prompt(question), prompter.image(question)))
+            requests.append(ScoreRequest(row, prompter.prompt(question), prompter.image(question)))
         except DataError as error:
             bad.append((_key(row), str(error)))
-    return prompts, bad
+    return requests, bad
 
 
-async def ask(engine: Any, chat: ChatTokenizer, prompts: Sequence[Prompt], name: str) -> list[Any]:
-    """vLLM's output for every prompt, or the error that it refused it with.
+async def ask(engine: Any, chat: ChatTokenizer, requests: Sequence[ScoreRequest], name: str) -> list[Any]:
+    """vLLM's output for every request, or a ValueError for a prompt that it refuses.
 
     Args:
         engine: from :func:`~notellm2_ray.infer.engine.start_engine`.
-        name: tells these requests from all others.
+        name: begins the ids of these requests, which must differ from all others.
     """
     from vllm import SamplingParams
     from vllm.exceptions import VLLMValidationError
 
-    # One token is made, for its own sake not at all: what counts are the raw log-probabilities of these two.
+    # One token is generated only to read the raw log-probabilities of Yes and No in its place.
     pair = [chat.yes_id, chat.no_id]
     params = SamplingParams(max_tokens=1, temperature=0.0, logprob_token_ids=pair, detokenize=False)
 
-    async def one(number: int, prompt: Prompt) -> Any:
-        request: dict[str, Any] = {"prompt_token_ids": prompt.ids}
-        if prompt.image is not None:
-            request["multi_modal_data"] = {"image": prompt.image}
+    async def one(number: int, asked: ScoreRequest) -> Any:
+        request: dict[str, Any] = {"prompt_token_ids": asked.ids}
+        if asked.image is not None:
+            request["multi_modal_data"] = {"image": asked.image}
         try:
             return [output async for output in engine.generate(request, params, f"{name}/{number}")][-1]
-        except (ValueError, VLLMValidationError) as error:  # a prompt that it does not take
+        except (ValueError, VLLMValidationError) as error:  # the prompt is refused
             return ValueError(f"{str(error).splitlines()[0]} (generation.max_model_len)")
 
-    return await asyncio.gather(*(one(number, prompt) for number, prompt in enumerate(prompts)))
+    return await asyncio.gather(*(one(number, asked) for number, asked in enumerate(requests)))
 
 
 def yes_share(answer: Any, chat: ChatTokenizer) -> float:
-    """P(yes) / (P(yes) + P(no)) of one of vLLM's outputs; NaN if neither is finite."""
+    """P(yes) / (P(yes) + P(no)) from one of vLLM's outputs; NaN if neither log-probability is finite."""
     found = answer.outputs[0].logprobs[0]
     yes, no = (found[token].logprob for token in (chat.yes_id, chat.no_id))
     if not (math.isfinite(yes) or math.isfinite(no)):

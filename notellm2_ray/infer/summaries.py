@@ -1,4 +1,4 @@
-"""Item summaries: every note's image to a description in words, through Ray Data's own vLLM stage."""
+"""Image summaries: a description in words of every note's image, through Ray Data's own vLLM stage."""
 
 from __future__ import annotations
 
@@ -9,23 +9,20 @@ from pathlib import Path
 from typing import Any
 
 from notellm2_ray.core import errors
-from notellm2_ray.core.config import to_plain
+from notellm2_ray.core.config import shaping
 from notellm2_ray.core.progress import Progress
 from notellm2_ray.core.prompts import Language
 from notellm2_ray.core.recommend_prompts import summary_prompt
 from notellm2_ray.core.run import fingerprint
 from notellm2_ray.core.settings import GenerationSettings, SummarySettings
 from notellm2_ray.infer.answers import cut_at_sentence, is_repetitive, one_paragraph
-from notellm2_ray.infer.blocks import list_files, note_ids, plan_blocks, read_ids
+from notellm2_ray.infer.chunks import list_note_files, note_ids, plan_chunks, read_ids
 from notellm2_ray.infer.engine import ModelFacts, check_model, engine_arguments
 from notellm2_ray.infer.summary_parts import Described, commit, compile_summaries, part_store, read_described
-from notellm2_ray.infer.summary_pipeline import STAGE, Job, run
+from notellm2_ray.infer.summary_pipeline import STAGE, SummaryJob, run
 from notellm2_ray.infer.summary_rows import ERROR, NO_IMAGE
 
 log = logging.getLogger("notellm2_ray")
-
-_SHAPING = ("template", "max_tokens", "min_characters", "temperature", "max_image_pixels")
-_ENGINE_SHAPING = ("dtype", "max_model_len", "engine_kwargs")
 
 
 def summarize_images(
@@ -38,20 +35,20 @@ def summarize_images(
     *,
     only_ids: Path | None = None,
 ) -> dict[str, Any]:
-    """Describe the images of a notes table in ``output/summaries.parquet`` (SUMMARY_SCHEMA, by note id).
+    """Describe the images of a notes table in ``output/summaries.parquet`` (SUMMARY_SCHEMA, in the order of note ids).
 
-    A ``ray.data.llm`` pipeline. The prompt is the same for all images and is tokenised once, so Ray's chat, tokenise
-    and detokenise stages are off and its engine stage alone runs. Each batch that leaves the engine is put on disk at
-    once (``output/parts``); a later run asks for nothing that is there. Thus a killed actor or driver costs the batches
-    in flight. An empty answer, or one that goes round in circles until it is cut off, is asked for once more, then
-    quarantined, as are notes without an image, with a bad one, or that the engine fails on.
+    A ``ray.data.llm`` pipeline. The prompt is the same for all images and is tokenised once, so only Ray's engine stage
+    runs; its chat, tokenise and detokenise stages are off. Each batch that leaves the engine becomes a part on disk at
+    once (``output/parts``), and a later run describes only the rest. A killed actor or driver thus costs the batches
+    that were in the engine. If an answer is empty or repetitive, the model is asked once more; a second such answer is
+    quarantined. So are notes without an image, with an unusable image, or for which the engine fails.
 
-    Ray must be connected. On several machines ``notes``, the model and ``output`` lie on storage that they all share.
+    Ray must be connected. On several machines ``notes``, the model and ``output`` must be on storage that all share.
 
     Args:
         model: directory or hub name of an image-text model that vLLM runs.
         notes: prepared notes: Parquet file, directory, glob or object-store URI.
-        output: directory; exists, or is made.
+        output: directory; made if it does not exist.
         language: of the prompt.
         only_ids: Parquet file with a ``note_id`` column: describe only these.
 
@@ -61,7 +58,7 @@ def summarize_images(
 
     Raises:
         ConfigError: the engines do not fit into the cluster, or the settings contradict each other.
-        DataError: an input is unfit, or more images are quarantined than ``max_bad_share`` allows.
+        DataError: an input is unusable, or more images are quarantined than ``max_bad_share`` allows.
         ModelError: the model reads no images, or vLLM cannot run it.
     """
     output = Path(output).absolute()
@@ -70,13 +67,13 @@ def summarize_images(
     store, versions = part_store(output), set(job.versions.values())
     done, removed = read_described(store, versions)
     if removed:
-        log.warning("%s: removed %d part(s) of another model, prompt, setting or other notes", STAGE, removed)
+        log.warning("%s: removed %d finished part(s) of another model, other settings or other notes", STAGE, removed)
     reused = len(done.ids)
     todo = wanted - done.ids
     with Progress(STAGE, "images", job.total, before=reused, waits_for="the engine") as progress:
         again = _describe(job, todo, 0, done, progress)
         if again:
-            log.info("%s: %d image(s) got no usable answer, asking once more, of new engines", STAGE, len(again))
+            log.info("%s: %d image(s) got no usable answer; asking new engines once more", STAGE, len(again))
             progress.pause()
             _describe(job, again, 1, done, progress)
     _check_bad_share(job, done)
@@ -104,34 +101,34 @@ def _plan(
     generation: GenerationSettings,
     language: Language,
     only_ids: Path | None,
-) -> tuple[Job, set[str], int]:
-    """The job, the ids to describe, and how many ids were asked for in vain."""
+) -> tuple[SummaryJob, set[str], int]:
+    """The job, the ids to describe, and how many of ``only_ids`` are not among the notes."""
     from notellm2_ray.models.chat import ChatTokenizer
 
     engine_arguments(facts, generation, images=1)
     tokenizer = ChatTokenizer.from_pretrained(facts.model)
     prompt = tokenizer.prompt(summary_prompt(language, settings.template))
-    shaping = {name: value for name, value in to_plain(settings).items() if name in _SHAPING}
-    engine = {name: value for name, value in to_plain(generation).items() if name in _ENGINE_SHAPING}
-    made_by = fingerprint(facts.fingerprint, prompt, shaping, engine)
+    # The model itself is in its fingerprint, wherever it lies.
+    shaped_by = {name: value for name, value in shaping(settings).items() if name != "model"}
+    made_by = fingerprint(facts.fingerprint, prompt, shaped_by, shaping(generation))
     text = str(notes)
-    files = list_files(text if "://" in text else Path(text).absolute())
+    files = list_note_files(text if "://" in text else Path(text).absolute())
     only = None if only_ids is None else read_ids(only_ids)
-    plan = plan_blocks(files, settings.batch_rows, made_by, only)  # checks the table, ids included
+    plan = plan_chunks(files, settings.batch_rows, made_by, only)  # for its checks of the table and the ids
     wanted = {note_id for file in files for note_id in note_ids(file).to_pylist()}
     if only is not None:
         wanted &= set(only.to_pylist())
     versions = {file.path: fingerprint(made_by, file.version) for file in files}
-    job = Job(facts, output, files, versions, settings, generation, prompt, tokenizer.end_ids, len(wanted))
+    job = SummaryJob(facts, output, files, versions, settings, generation, prompt, tokenizer.end_ids, len(wanted))
     return job, wanted, len(plan.unknown_ids)
 
 
-def _describe(job: Job, todo: set[str], attempt: int, done: Described, progress: Progress) -> set[str]:
-    """Describe and commit; the ids that are to be asked for once more (none in the last attempt)."""
+def _describe(job: SummaryJob, todo: set[str], attempt: int, done: Described, progress: Progress) -> set[str]:
+    """Describe and commit images; returns the ids to ask for once more (none in the second attempt)."""
     again: set[str] = set()
     if not todo:
         return again
-    with closing(run(job, todo, attempt)) as batches:  # closed at once on an error: it holds the actors
+    with closing(run(job, todo, attempt)) as batches:  # on an error: ends the actors
         for rows in batches:
             good, bad, retry = sort_rows(rows, job.settings, attempt)
             commit(part_store(job.output), job.facts.fingerprint, good, bad)
@@ -147,7 +144,11 @@ def _describe(job: Job, todo: set[str], attempt: int, done: Described, progress:
 def sort_rows(
     rows: Iterable[dict[str, Any]], settings: SummarySettings, attempt: int
 ) -> tuple[list[dict[str, Any]], list[dict[str, Any]], set[str]]:
-    """Answers to (summaries, quarantined, ids to ask for once more)."""
+    """Sort answers into summaries, quarantined rows, and ids to ask for once more.
+
+    Args:
+        attempt: 0, or 1 for the second and last.
+    """
     good: list[dict[str, Any]] = []
     bad: list[dict[str, Any]] = []
     again: set[str] = set()
@@ -155,7 +156,7 @@ def sort_rows(
         text = one_paragraph(row.get("summary") or "")
         passing = False
         if row.get(ERROR):
-            # The image was found bad before, which no second try mends; anything else may have been an accident.
+            # An image that the reader refused stays unusable. Any other error is the engine's and may not come again.
             problem, hopeless = row[ERROR], bool(row.get("error"))
             passing = not hopeless
         else:
@@ -174,13 +175,13 @@ def sort_rows(
 
 def _problem(text: str, cut: bool, settings: SummarySettings) -> str:
     if len(text) < max(1, settings.min_characters):
-        return f"the model's answer was of {len(text)} character(s), twice (summaries.min_characters)"
+        return f"the model's answer had only {len(text)} character(s), twice (summaries.min_characters)"
     if cut and is_repetitive(text):
-        return "the model's answer went round in circles until it was cut off, twice (summaries.max_tokens)"
+        return "the model's answer repeated itself until it was cut off, twice (summaries.max_tokens)"
     return ""
 
 
-def _check_bad_share(job: Job, done: Described) -> None:
+def _check_bad_share(job: SummaryJob, done: Described) -> None:
     bad, seen = len(done.quarantined), len(done.quarantined) + len(done.summaries)
     images = job.total - len(done.without_image)
     if bad > job.settings.max_bad_share * images:
@@ -189,6 +190,6 @@ def _check_bad_share(job: Job, done: Described) -> None:
         raise errors.DataError(
             f"{bad} of the first {seen} images ({images} in all) could not be described, more than "
             f"summaries.max_bad_share={job.settings.max_bad_share:g} allows: {reasons}. "
-            f"All are in {store.quarantine}. Where the engine failed, run the command again, which asks for "
-            "those once more; else repair the notes, or raise summaries.max_bad_share"
+            f"All are in {store.quarantine}. If the engine failed, run the command again: it asks for those once "
+            "more. Otherwise repair the notes, or raise summaries.max_bad_share"
         )

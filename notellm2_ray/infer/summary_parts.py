@@ -1,8 +1,8 @@
-"""What is kept of image summaries: a part for each batch that left the engine.
+"""The parts of image summaries: one for each batch that left the engine.
 
-Unlike the parts of other jobs these are not planned. Which notes share a batch depends on the engine, so a part has a
-random id, and each of its rows says with its ``version`` what it was made from. A later run asks for the notes that no
-row of its own versions covers.
+Unlike the parts of other jobs they are not planned. Which notes share a batch depends on the engine, so a part has a
+random id, and the ``version`` of each row says what it was made from. A later run describes the notes for which there
+is no row of its own versions.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class DescribedPart(FinishedPart):
 
 
 class Described(NamedTuple):
-    """Ids of the notes that need not be asked for any more."""
+    """Ids of the notes that are finished."""
 
     summaries: set[str]
-    quarantined: set[str]  # the image, or the description of it, was bad
+    quarantined: set[str]  # the image or the answer was unusable
     without_image: set[str]
 
     @property

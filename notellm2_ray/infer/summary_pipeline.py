@@ -1,4 +1,4 @@
-"""The Ray Data pipeline of image summaries: read and check, Ray's own vLLM stage, take the answers."""
+"""The Ray Data pipeline of image summaries: read and check images, Ray's own vLLM stage, collect answers."""
 
 from __future__ import annotations
 
@@ -12,24 +12,24 @@ import pyarrow as pa
 
 from notellm2_ray.core import errors
 from notellm2_ray.core.settings import GenerationSettings, SummarySettings
-from notellm2_ray.infer.blocks import NoteFile, plan_blocks
+from notellm2_ray.infer.chunks import NoteFile, plan_chunks
 from notellm2_ray.infer.engine import ModelFacts, engine_arguments, engine_environment, engine_error, last_line
 from notellm2_ray.infer.ray_data import dataset, own_context
 from notellm2_ray.infer.resources import check_engines
 from notellm2_ray.infer.summary_rows import Asking, ImageReader, answer
 
 STAGE = "summarize-images"
-READER_CPUS = 0.25  # beside the engine's CPUs, whole ones for every stage would not fit into a small cluster
-_MAX_RETRIES = 5  # of a batch whose engine died
+READER_CPUS = 0.25  # a whole CPU for every stage beside the engine would not fit into a small cluster
+_MAX_RETRIES = 5  # of a batch during which the engine died
 
 
-class Job(NamedTuple):
-    """What a run is to describe, and how."""
+class SummaryJob(NamedTuple):
+    """What a run describes, and how."""
 
     facts: ModelFacts
     output: Path
     files: list[NoteFile]
-    versions: dict[str, str]  # of each file
+    versions: dict[str, str]  # by file, of all that shapes its notes' summaries
     settings: SummarySettings
     generation: GenerationSettings
     prompt: list[int]
@@ -37,19 +37,19 @@ class Job(NamedTuple):
     total: int  # notes to describe in all
 
 
-def run(job: Job, todo: set[str], attempt: int) -> Generator[list[dict[str, Any]]]:
-    """Rows of batches as they leave the engine.
+def run(job: SummaryJob, todo: set[str], attempt: int) -> Generator[list[dict[str, Any]]]:
+    """Yields the rows of each batch when it leaves the engine.
 
     Raises:
         ModelError: vLLM cannot run the model.
     """
     check_engines(STAGE, job.generation, beside=2 * READER_CPUS)
     only = pa.array(sorted(todo), pa.string())
-    blocks = plan_blocks(job.files, job.settings.batch_rows, "", only).blocks
+    chunks = plan_chunks(job.files, job.settings.batch_rows, "", only).chunks
     with own_context() as context:
         # An encoded image is no Arrow type. Without this setting each worker warns that it falls back to objects.
         context.enable_fallback_to_arrow_object_ext_type = True
-        images = dataset(blocks).map_batches(
+        images = dataset(chunks).map_batches(
             ImageReader(frozenset(todo), job.versions), batch_size=1, batch_format="pyarrow", num_cpus=READER_CPUS
         )
         answered = _processor(job, attempt)(images)
@@ -65,12 +65,12 @@ def run(job: Job, todo: set[str], attempt: int) -> Generator[list[dict[str, Any]
             if not seen:
                 raise engine_error(error, job.facts) from error
             raise errors.ModelError(
-                f"{job.facts.model}: the engine broke down at a batch, {_MAX_RETRIES} retries included; the rest is "
-                f"kept, and the same command goes on from there. Ray says: {last_line(str(error))}"
+                f"{job.facts.model}: the engine failed at a batch and at {_MAX_RETRIES} retries. The finished batches "
+                f"are kept: run the same command again to continue. Ray says: {last_line(str(error))}"
             ) from error
 
 
-def _processor(job: Job, attempt: int) -> Any:
+def _processor(job: SummaryJob, attempt: int) -> Any:
     """Ray's pipeline around the engine."""
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
@@ -92,7 +92,7 @@ def _processor(job: Job, attempt: int) -> Any:
         log_engine_metrics=False,
     )
     ask: Any = Asking(job.prompt, job.settings, job.stop_token_ids, attempt)
-    with _unheard():
+    with _without_log():
         processor = build_processor(
             config,
             preprocess=ask,
@@ -100,15 +100,15 @@ def _processor(job: Job, attempt: int) -> Any:
             preprocess_map_kwargs={"num_cpus": READER_CPUS},
             postprocess_map_kwargs={"num_cpus": READER_CPUS},
         )
-    # Left to itself Ray tries a batch that kills its engine again without end. (In place: an assignment would have the
-    # stage work out its resources once more, from arguments that it has used up.)
+    # By default Ray retries a batch that kills its engine without end. (Changed in place: assigning the arguments would
+    # make the stage compute its resources again, from arguments that it has already consumed.)
     processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs["max_task_retries"] = _MAX_RETRIES
     return processor
 
 
 @contextmanager
-def _unheard() -> Iterator[None]:
-    """Without the log lines of Ray's builder, which connects to Ray once more and turns up its level for good."""
+def _without_log() -> Iterator[None]:
+    """Suppress the log of Ray's builder, which connects to Ray again and leaves Ray's log level raised."""
     ray_log = logging.getLogger("ray")
     level = ray_log.level
     logging.disable(logging.WARNING)

@@ -1,4 +1,4 @@
-"""What Ray's workers do around the engine that describes images: read, check, hand over encoded, take the answer."""
+"""The steps around the engine that describes images: read, check, pass on encoded, ask, keep the answer."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.images import check_image, decode_image
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.settings import SummarySettings
-from notellm2_ray.infer.blocks import Block, read_block
+from notellm2_ray.infer.chunks import Chunk, read_chunk
 
 if TYPE_CHECKING:
     from PIL import Image
 
-ERROR = "__inference_error__"  # Ray's column: a row that has something in it passes the engine by
+ERROR = "__inference_error__"  # Ray's column: a row with an error bypasses the engine
 NO_IMAGE = "the note has no image"
-_RETRY_TEMPERATURE = 0.7  # greedy decoding would only repeat what was wrong
+_RETRY_TEMPERATURE = 0.7  # greedy decoding would repeat the bad answer
 
 IMAGE_ROWS = pa.schema(
     [
@@ -32,14 +32,14 @@ IMAGE_ROWS = pa.schema(
 
 
 class EncodedImage:
-    """An image that travels as its encoded bytes: unpickled, it is the decoded picture.
+    """An image that travels as encoded bytes and is unpickled as the decoded picture.
 
-    Pixels are ten times as large as the JPEG that they come from. They thus exist in the engine's process alone, for
-    the batches that it works on.
+    Pixels take ten times the memory of a JPEG. This way they exist only in the engine's process, for the batches that
+    it is working on.
 
     Args:
-        data: an image that :func:`~notellm2_ray.core.images.check_image` has passed.
-        max_pixels: a larger one is scaled down to this area.
+        data: an image that passed :func:`~notellm2_ray.core.images.check_image`.
+        max_pixels: a larger image is scaled down to this area.
     """
 
     def __init__(self, data: bytes, max_pixels: int) -> None:
@@ -65,52 +65,52 @@ def open_image(data: bytes, max_pixels: int) -> Image.Image:
     if scale >= 1:
         return decode_image(data)
     image = decode_image(data, max(1, int(min(width, height) * scale)))
-    width, height = image.size  # upright, and smaller already where the decoder could do that
+    width, height = image.size  # upright, and already smaller if the decoder could scale
     scale = min(1.0, math.sqrt(max_pixels / (width * height)))
     size = max(1, int(width * scale)), max(1, int(height * scale))
     return image.resize(size, Image.Resampling.BICUBIC)
 
 
 class ImageReader:
-    """Blocks of a notes table to rows of checked images. For ``map_batches`` with Arrow batches of blocks.
+    """Turns chunks of a notes table into rows of checked images; for ``map_batches`` over Arrow batches of chunks.
 
     Args:
-        only: ids that are wanted.
-        versions: of each file, as committed beside its summaries.
+        only: ids of the notes to read.
+        versions: by file, kept beside each summary.
     """
 
     def __init__(self, only: frozenset[str], versions: dict[str, str]) -> None:
         self.only, self.versions = only, versions
 
-    def __call__(self, blocks: pa.Table) -> pa.Table:
+    def __call__(self, chunks: pa.Table) -> pa.Table:
         rows = []
-        for row in blocks.to_pylist():
-            block = Block(**row)
-            for note in read_block(block, self.only):
+        for row in chunks.to_pylist():
+            chunk = Chunk(**row)
+            for note in read_chunk(chunk, self.only):
                 image, error = checked(note.image)
-                version = self.versions[block.file]
+                version = self.versions[chunk.file]
                 rows.append({"note_id": note.note_id, "version": version, "image": image, "error": error})
         return pa.Table.from_pylist(rows, schema=IMAGE_ROWS)
 
 
 def checked(image: bytes | None) -> tuple[bytes | None, str]:
-    """The image if it is usable, and otherwise why not."""
+    """The image, or None and the reason why it is unusable."""
     if image is None:
         return None, NO_IMAGE
     try:
-        check_image(image, max_pixels=None, max_bytes=None)  # prepare had its bounds
+        check_image(image, max_pixels=None, max_bytes=None)  # prepare has checked its size
     except DataError as error:
         return None, f"image {error}"
     return image, ""
 
 
 class Asking(NamedTuple):
-    """How the engine is asked: one prompt for all images. Called with a row, gives what Ray's engine stage reads."""
+    """Turns a row into what Ray's engine stage reads; the prompt is the same for all images."""
 
     prompt: list[int]
     settings: SummarySettings
     stop_token_ids: list[int]
-    attempt: int  # 1: the second, and last
+    attempt: int  # 0, or 1 for the second and last
 
     def __call__(self, row: dict[str, Any]) -> dict[str, Any]:
         image = row.pop("image")
@@ -132,7 +132,7 @@ class Asking(NamedTuple):
 
 
 def answer(row: dict[str, Any]) -> dict[str, Any]:
-    """What is kept of a row that the engine answered."""
+    """The columns that are kept of an answered row."""
     return {
         "note_id": row["note_id"],
         "version": row["version"],

@@ -27,7 +27,7 @@ _CACHED_TEXTS = 4096
 _RENDERING = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
-class Layout(NamedTuple):
+class TemplateWords(NamedTuple):
     """The words that a model's template puts around ours."""
 
     before: str  # before the user's turn, without a system message
@@ -245,11 +245,11 @@ def load_processor(path: str, revision: str | None = None) -> Any:
         ) from error
 
 
-def _plain(image_token: str | None) -> Layout:
-    return Layout("", "", "\n\n", "\n", f"{image_token}\n" if image_token else "", "", "")
+def _plain(image_token: str | None) -> TemplateWords:
+    return TemplateWords("", "", "\n\n", "\n", f"{image_token}\n" if image_token else "", "", "")
 
 
-def _read(tokenizer: PreTrainedTokenizerBase, template: str, image_token: str | None) -> Layout:
+def _read(tokenizer: PreTrainedTokenizerBase, template: str, image_token: str | None) -> TemplateWords:
     """A template's words, cut out of what it renders of stand-ins."""
 
     def render(content: Any, system: str | None = None, answer: str | None = None) -> str:
@@ -267,7 +267,7 @@ def _read(tokenizer: PreTrainedTokenizerBase, template: str, image_token: str | 
     image = _image_words(render, before, image_token)
     before_system, after_system = _system_words(render, content)
     space, end = _answer_words(render, content, before + _USER + after)
-    return Layout(before, before_system, after_system, after, image, space, end)
+    return TemplateWords(before, before_system, after_system, after, image, space, end)
 
 
 def _render(tokenizer: Any, template: str, content: Any, system: str | None, answer: str | None) -> str:
@@ -335,4 +335,4 @@ def _answer_words(render: Any, content: Any, prompt: str) -> tuple[str, str]:
     return (space if not space.strip() else ""), around[1]
 
 
-__all__ = ["IMAGE", "Answers", "ChatTokenizer", "Layout", "Text", "expand_images", "load_processor"]
+__all__ = ["IMAGE", "Answers", "ChatTokenizer", "TemplateWords", "Text", "expand_images", "load_processor"]

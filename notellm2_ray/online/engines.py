@@ -89,10 +89,10 @@ class YesNoScorer:
 
     def _prompt(self, question: Question) -> Any:
         from notellm2_ray.core.candidate_rows import CandidateRow
-        from notellm2_ray.infer.score_worker import Prompt
+        from notellm2_ray.infer.score_worker import ScoreRequest
 
         try:
             image = self.prompter.image(question)
         except DataError:
             return None
-        return Prompt(CandidateRow("", "", 0, None, ()), self.prompter.prompt(question), image)
+        return ScoreRequest(CandidateRow("", "", 0, None, ()), self.prompter.prompt(question), image)

@@ -22,7 +22,7 @@ from notellm2_ray.core.run import MANIFEST, Output, files_fingerprint, read_mani
 from notellm2_ray.core.schema import NOTE_SCHEMA, Note
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.index.table import table_info
-from notellm2_ray.infer.worker import part_store
+from notellm2_ray.infer.embed_worker import part_store
 from notellm2_ray.live import current
 from notellm2_ray.live.durability import VERSIONS, WriterLock, manifests
 from notellm2_ray.live.seed import seed_from_bulk

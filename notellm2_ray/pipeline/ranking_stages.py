@@ -119,7 +119,7 @@ def _needed(settings: Settings, history: str, output: Path) -> Path:
 
 def train_ranker(settings: Settings) -> dict[str, Any]:
     """Examples to a tuned recommender."""
-    from notellm2_ray.train.sft import train_ranker as work
+    from notellm2_ray.train.ranker import train_ranker as work
 
     kind = outputs.PREFERENCES[settings.ranker.variant]
     if kind is not None:

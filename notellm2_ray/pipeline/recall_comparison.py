@@ -59,10 +59,10 @@ def _embedder_ranks(
 ) -> Iterator[MethodRanks]:
     from notellm2_ray.evaluate.recall.results import MethodRanks
     from notellm2_ray.index.table import read_vectors
-    from notellm2_ray.infer.embed import vector_columns
+    from notellm2_ray.infer.embed import inputs_by_column
 
     for name, seeds in rows.items():
-        for column, inputs in vector_columns(tested_inputs(seeds[0])).items():
+        for column, inputs in inputs_by_column(tested_inputs(seeds[0])).items():
             ranks: dict[int | None, np.ndarray] = {
                 each.train.seed: task.embedding_ranks(*read_vectors(test_table(workspace, each), column))
                 for each in seeds

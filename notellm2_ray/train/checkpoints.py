@@ -24,7 +24,7 @@ _PROGRESS = "progress.json"
 _SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
-class State(BaseModel):
+class RunState(BaseModel):
     """Where a run stands. Order, learning rate and dropout follow from the step alone."""
 
     step: int = 0  # updates so far
@@ -106,14 +106,14 @@ def begin_checkpoint(directory: Path) -> None:
     (directory / _PROGRESS).unlink(missing_ok=True)
 
 
-def write_state(directory: Path, state: State) -> None:
+def write_state(directory: Path, state: RunState) -> None:
     """Finish a checkpoint, of which every rank has written its part."""
     write_atomically(directory / _PROGRESS, state.model_dump_json())
 
 
-def read_state(directory: Path) -> State:
+def read_state(directory: Path) -> RunState:
     """What :func:`write_state` wrote."""
-    return State.model_validate_json((directory / _PROGRESS).read_text(encoding="utf-8"))
+    return RunState.model_validate_json((directory / _PROGRESS).read_text(encoding="utf-8"))
 
 
 def publish(files: RunFiles, result: dict[str, Any]) -> dict[str, Any]:

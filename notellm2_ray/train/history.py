@@ -14,7 +14,7 @@ from notellm2_ray.core.errors import ConfigError
 from notellm2_ray.core.run import write_atomically
 
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
-Row = Mapping[str, Any]
+HistoryRow = Mapping[str, Any]
 
 
 def require_logger(name: str) -> None:
@@ -33,7 +33,7 @@ class History:
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed by close()
 
-    def add(self, row: Row) -> None:
+    def add(self, row: HistoryRow) -> None:
         """Append a row."""
         self.rows.append(dict(row))
         self._file.write(json.dumps(row) + "\n")
@@ -86,29 +86,29 @@ class Stopwatch:
 
 
 def open_logger(
-    name: str, directory: Path, settings: Row, step: int
-) -> tuple[Callable[[Row], None], Callable[[], None]]:
+    name: str, directory: Path, settings: Mapping[str, Any], step: int
+) -> tuple[Callable[[HistoryRow], None], Callable[[], None]]:
     """Functions that log a row's numbers to ``train.logger`` and that finish; a resumed run goes on with its curves."""
     return _LOGGERS[name](directory, settings, step)
 
 
-def _no_logger(directory: Path, settings: Row, step: int) -> Any:
+def _no_logger(directory: Path, settings: Mapping[str, Any], step: int) -> Any:
     return lambda row: None, lambda: None
 
 
-def _tensorboard(directory: Path, settings: Row, step: int) -> Any:
+def _tensorboard(directory: Path, settings: Mapping[str, Any], step: int) -> Any:
     from torch.utils.tensorboard import SummaryWriter
 
     writer = SummaryWriter(str(directory / "tensorboard"), purge_step=step + 1)
 
-    def add(row: Row) -> None:
+    def add(row: HistoryRow) -> None:
         for name, value in _numbers(row).items():
             writer.add_scalar(f"train/{name}", value, row["step"])
 
     return add, writer.close
 
 
-def _wandb(directory: Path, settings: Row, step: int) -> Any:
+def _wandb(directory: Path, settings: Mapping[str, Any], step: int) -> Any:
     import wandb
 
     name = f"{directory.parent.parent.name}-{directory.name}"
@@ -123,7 +123,7 @@ def _wandb(directory: Path, settings: Row, step: int) -> Any:
     return lambda row: run.log(_numbers(row), step=row["step"]), run.finish
 
 
-def _mlflow(directory: Path, settings: Row, step: int) -> Any:
+def _mlflow(directory: Path, settings: Mapping[str, Any], step: int) -> Any:
     import mlflow
 
     def create() -> str:
@@ -138,7 +138,7 @@ def _mlflow(directory: Path, settings: Row, step: int) -> Any:
 _LOGGERS = {"none": _no_logger, "tensorboard": _tensorboard, "wandb": _wandb, "mlflow": _mlflow}
 
 
-def _numbers(row: Row) -> dict[str, float]:
+def _numbers(row: HistoryRow) -> dict[str, float]:
     return {name: value for name, value in row.items() if name != "step" and value is not None}
 
 

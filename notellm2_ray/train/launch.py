@@ -65,7 +65,7 @@ def train_embedder(
         "vision_path": absolute(vision_path),
         "output": files.output,
     }
-    return publish(files, run_training(embedder_rank, job, train, files))
+    return publish(files, run_training(embedder_worker, job, train, files))
 
 
 def run_training(
@@ -80,7 +80,7 @@ def run_training(
     Ray must be connected.
 
     Args:
-        rank: gets {"job": job, "resume_from": a checkpoint or None}; calls :func:`train_rank`.
+        rank: gets {"job": job, "resume_from": a checkpoint or None}; calls :func:`run_worker`.
         section: of the settings, for messages.
 
     Returns:
@@ -153,17 +153,17 @@ def _worker_environment(train: TrainSettings) -> dict[str, Any]:
     return {"env_vars": {"GOMP_SPINCOUNT": "1000"}}
 
 
-def embedder_rank(config: dict[str, Any]) -> dict[str, Any]:
+def embedder_worker(config: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker does for an embedder."""
-    from notellm2_ray.train.loop import Job, Trainer
+    from notellm2_ray.train.embedder_run import EmbedderJob, EmbedderRun
 
-    job = Job(**config["job"])
-    return train_rank(
-        lambda device, report: Trainer(job, device, report), RunFiles(job.output), job.train, config["resume_from"]
+    job = EmbedderJob(**config["job"])
+    return run_worker(
+        lambda device, report: EmbedderRun(job, device, report), RunFiles(job.output), job.train, config["resume_from"]
     )
 
 
-def train_rank(
+def run_worker(
     make: Callable[[Any, Callable[[Path, dict[str, Any]], None]], Any],
     files: RunFiles,
     train: TrainSettings,

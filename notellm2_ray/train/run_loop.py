@@ -20,18 +20,18 @@ from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.settings.train import TrainSettings
 from notellm2_ray.train import distributed
 from notellm2_ray.train.batches import prefetched
-from notellm2_ray.train.checkpoints import RunFiles, State, begin_checkpoint, read_state, write_state
+from notellm2_ray.train.checkpoints import RunFiles, RunState, begin_checkpoint, read_state, write_state
 from notellm2_ray.train.engine import Engine
 from notellm2_ray.train.history import History, Stopwatch, open_logger
 from notellm2_ray.train.schedule import learning_rate_factor
 
 log = logging.getLogger("notellm2_ray")
 
-Step = TypeVar("Step")
+Prepared = TypeVar("Prepared")
 Report = Callable[[Path, dict[str, Any]], None]
 
 
-class TrainingRun(ABC, Generic[Step]):
+class TrainingRun(ABC, Generic[Prepared]):
     """One rank of a training run.
 
     A subclass builds ``engine`` and says what a step is; order, learning rate and dropout follow from the step's number
@@ -56,15 +56,15 @@ class TrainingRun(ABC, Generic[Step]):
             report: is told of a checkpoint's directory and figures, on every rank, once all of it is written.
         """
         self.files, self.settings, self.seed, self.device, self._report = files, settings, seed, device, report
-        self.state = State()
-        self._reported: list[State] = []
+        self.state = RunState()
+        self._reported: list[RunState] = []
 
     @abstractmethod
-    def prepare(self, step: int) -> Step:
+    def prepare(self, step: int) -> Prepared:
         """Read what this rank needs for a step (from 0); may be called from a thread."""
 
     @abstractmethod
-    def train(self, step: int, prepared: Step) -> dict[str, Any]:
+    def train(self, step: int, prepared: Prepared) -> dict[str, Any]:
         """Take a step; figures for its row of the history, ``loss`` among them: that of the whole batch before it."""
 
     @abstractmethod
@@ -131,7 +131,7 @@ class TrainingRun(ABC, Generic[Step]):
         self.state = self.state.model_copy(update={"best_step": self.state.step, **best})
         distributed.barrier()
 
-    def _numbered(self, step: int) -> tuple[int, Step]:
+    def _numbered(self, step: int) -> tuple[int, Prepared]:
         return step, self.prepare(step)
 
     def _validation_rows(self) -> list[dict[str, Any]]:

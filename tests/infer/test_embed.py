@@ -16,10 +16,10 @@ from notellm2_ray.core.errors import ConfigError, DataError, ModelError
 from notellm2_ray.core.settings import EmbedSettings
 from notellm2_ray.index.table import read_vectors, table_info
 from notellm2_ray.infer import embed
-from notellm2_ray.infer.blocks import Block
-from notellm2_ray.infer.embed import embed_notes, vector_columns
+from notellm2_ray.infer.chunks import Chunk
+from notellm2_ray.infer.embed import embed_notes, inputs_by_column
+from notellm2_ray.infer.embed_worker import ChunkEmbedder, EmbeddedPart, EmbedJob
 from notellm2_ray.infer.part_actors import finished_of
-from notellm2_ray.infer.worker import BlockEmbedder, EmbeddedPart, Job
 from tests.support import tiny_models
 from tests.support.tiny_models import write_notes
 
@@ -66,15 +66,15 @@ def test_notes_become_a_table_and_a_second_run_computes_nothing(tmp_path: Path, 
 
 @pytest.fixture
 def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks one after another in this process, by the very actor: what needs no cluster is tested without."""
+    """Chunks one after another in this process, by the very actor: what needs no cluster is tested without."""
 
-    def run(job: Job, blocks: list[Block]) -> Generator[EmbeddedPart]:
-        actor = BlockEmbedder(job)
-        for block in blocks:
-            (row,) = actor(pa.Table.from_pylist([block._asdict()])).to_pylist()
+    def run(job: EmbedJob, chunks: list[Chunk]) -> Generator[EmbeddedPart]:
+        actor = ChunkEmbedder(job)
+        for chunk in chunks:
+            (row,) = actor(pa.Table.from_pylist([chunk._asdict()])).to_pylist()
             yield finished_of(row, EmbeddedPart)
 
-    monkeypatch.setattr(embed, "run_blocks", run)
+    monkeypatch.setattr(embed, "run_chunks", run)
 
 
 def test_too_many_bad_notes_stop_the_job(tmp_path: Path, in_process, embedder) -> None:
@@ -123,12 +123,12 @@ def test_actors_that_do_not_fit_are_refused(tmp_path: Path, ray_cluster, embedde
 
 
 def test_vector_columns() -> None:
-    assert vector_columns(("text",)) == {"embedding": "text"}
-    assert list(vector_columns(("text", "image", "multimodal")).items()) == [
+    assert inputs_by_column(("text",)) == {"embedding": "text"}
+    assert list(inputs_by_column(("text", "image", "multimodal")).items()) == [
         ("embedding", "multimodal"),
         ("embedding_image", "image"),
         ("embedding_text", "text"),
     ]
     for wrong in ((), ("text", "text"), ("picture",)):
         with pytest.raises(ConfigError, match="multimodal, image, text"):
-            vector_columns(wrong)
+            inputs_by_column(wrong)

@@ -55,7 +55,7 @@ def test_a_killed_actor_costs_the_blocks_in_hand(
 
     def kill() -> None:
         wait_until(lambda: len(finished_blocks(output)) >= 5)
-        actors = [pid for pid in descendants(os.getpid()) if "BlockEmbedder" in command(pid)]
+        actors = [pid for pid in descendants(os.getpid()) if "ChunkEmbedder" in command(pid)]
         seen["actors"], seen["blocks"] = len(actors), finished_blocks(output)
         for pid in actors:
             os.kill(pid, signal.SIGKILL)

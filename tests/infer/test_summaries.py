@@ -1,4 +1,4 @@
-"""Item summaries through ray.data.llm, with a real vLLM over a random tiny Qwen2-VL."""
+"""Image summaries through ray.data.llm, with a real vLLM over a random tiny Qwen2-VL."""
 
 from __future__ import annotations
 

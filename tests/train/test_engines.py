@@ -89,9 +89,9 @@ def test_plain_engine_resumes_as_if_it_had_not_stopped(trained_on, tmp_path):
 
 
 def _trainer(directory: Path, output: Path, *, pairs: Path | None = None, **changes: Any) -> Any:
-    from notellm2_ray.train.loop import Job, Trainer
+    from notellm2_ray.train.embedder_run import EmbedderJob, EmbedderRun
 
-    job = Job(
+    job = EmbedderJob(
         model=material.model_settings(),
         train=material.train_settings(**changes),
         seed=1,
@@ -100,7 +100,7 @@ def _trainer(directory: Path, output: Path, *, pairs: Path | None = None, **chan
         vision_path=str(directory / "clip"),
         output=output,
     )
-    return Trainer(job, torch.device("cpu"), lambda directory, metrics: None)
+    return EmbedderRun(job, torch.device("cpu"), lambda directory, metrics: None)
 
 
 def test_without_validation_pairs_the_last_weights_are_kept(trained_on, tmp_path):

@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 from notellm2_ray.core.config import build
 from notellm2_ray.core.errors import ConfigError, DataError, ModelError
 from notellm2_ray.core.settings import TrainSettings
-from notellm2_ray.train.checkpoints import RunFiles, State, publish, read_state, write_state
+from notellm2_ray.train.checkpoints import RunFiles, RunState, publish, read_state, write_state
 from notellm2_ray.train.history import History, open_logger, read_history, require_logger
 from notellm2_ray.train.schedule import learning_rate_factor, num_steps
 
@@ -229,7 +229,7 @@ def test_an_error_of_a_rank_reaches_the_driver_as_it_was(tmp_path):
 
 def _checkpoint(files: RunFiles, step: int) -> None:
     files.checkpoint(step).mkdir(parents=True)
-    write_state(files.checkpoint(step), State(step=step))
+    write_state(files.checkpoint(step), RunState(step=step))
 
 
 def _snapshot(files: RunFiles, text: str) -> None:

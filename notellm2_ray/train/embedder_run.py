@@ -26,7 +26,7 @@ from notellm2_ray.train.validation import Score, Validation
 log = logging.getLogger("notellm2_ray")
 
 
-class Job(NamedTuple):
+class EmbedderJob(NamedTuple):
     """What a rank needs to know."""
 
     model: ModelSettings
@@ -38,12 +38,12 @@ class Job(NamedTuple):
     output: Path
 
 
-class Trainer(TrainingRun[tuple[PairBatch, PreparedNotes]]):
+class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
     """One rank of an embedder's training run."""
 
     stage, unit = "train-embedder", "notes"
 
-    def __init__(self, job: Job, device: torch.device, report: Report) -> None:
+    def __init__(self, job: EmbedderJob, device: torch.device, report: Report) -> None:
         """Build everything; the same weights on every rank.
 
         Args:
@@ -124,7 +124,7 @@ class Trainer(TrainingRun[tuple[PairBatch, PreparedNotes]]):
         }
 
 
-def _module(model: Any, job: Job) -> ContrastiveStep:
+def _module(model: Any, job: EmbedderJob) -> ContrastiveStep:
     settings = job.train
     model.set_gradient_checkpointing(settings.gradient_checkpointing)
     # A sharded model whose activations are recomputed must not keep every weight a second time, cast to bfloat16.

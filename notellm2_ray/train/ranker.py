@@ -10,7 +10,7 @@ from typing import Any
 from notellm2_ray.core.settings import RaySettings
 from notellm2_ray.core.settings.ranking import RankerSettings, TuneSettings
 from notellm2_ray.train.checkpoints import RunFiles, publish
-from notellm2_ray.train.launch import absolute, run_training, train_rank
+from notellm2_ray.train.launch import absolute, run_training, run_worker
 
 log = logging.getLogger("notellm2_ray")
 
@@ -49,14 +49,14 @@ def train_ranker(
         ray.train.TrainingFailedError: workers failed more often than ``tune.max_failures``.
     """
     from notellm2_ray.core.cluster import connect
-    from notellm2_ray.train.sft_data import SftFiles, check_rows, gather_notes
-    from notellm2_ray.train.sft_loop import SftJob, mechanics
+    from notellm2_ray.train.ranker_data import RankerFiles, check_rows, gather_notes
+    from notellm2_ray.train.ranker_run import RankerJob, train_settings
 
     connect(RaySettings())
     files = RunFiles(Path(output).absolute(), "adapter")
     if files.result.exists():
         return _finish(files, {}, model_path, tune)
-    data = SftFiles(
+    data = RankerFiles(
         Path(sequences).absolute(),
         None if preferences is None else Path(preferences).absolute(),
         files.root / "notes.arrow",
@@ -64,20 +64,20 @@ def train_ranker(
     gather_notes(data, Path(notes).absolute(), ranker)
     counts = check_rows(data, ranker, tune, files.output)
     log.info("train-ranker: %d prompts, %d to validate on", counts["prompts"], counts["validation_prompts"])
-    job = SftJob(ranker, tune, absolute(model_path), data, files.output)
-    result = run_training(sft_rank, job._asdict(), mechanics(tune), files, section="tune")
+    job = RankerJob(ranker, tune, absolute(model_path), data, files.output)
+    result = run_training(ranker_worker, job._asdict(), train_settings(tune), files, section="tune")
     return _finish(files, {**counts, **result}, model_path, tune)
 
 
-def sft_rank(config: dict[str, Any]) -> dict[str, Any]:
+def ranker_worker(config: dict[str, Any]) -> dict[str, Any]:
     """What each Ray Train worker does."""
-    from notellm2_ray.train.sft_loop import SftJob, SftTrainer, mechanics
+    from notellm2_ray.train.ranker_run import RankerJob, RankerRun, train_settings
 
-    job = SftJob(**config["job"])
-    return train_rank(
-        lambda device, report: SftTrainer(job, device, report),
+    job = RankerJob(**config["job"])
+    return run_worker(
+        lambda device, report: RankerRun(job, device, report),
         RunFiles(job.output, "adapter"),
-        mechanics(job.tune),
+        train_settings(job.tune),
         config["resume_from"],
     )
 

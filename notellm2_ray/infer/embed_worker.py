@@ -1,4 +1,4 @@
-"""The actor of bulk embedding: holds one copy of the model and takes blocks of notes to files of vectors."""
+"""The actor of bulk embedding: it holds one copy of the model and turns chunks of notes into files of vectors."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.memory import keep_freed_memory
 from notellm2_ray.core.schema import Note
 from notellm2_ray.core.settings import EmbedSettings
-from notellm2_ray.infer.blocks import Block, read_block, read_ids
+from notellm2_ray.infer.chunks import Chunk, read_chunk, read_ids
 from notellm2_ray.infer.part_actors import PartActor
 from notellm2_ray.infer.parts import FinishedPart, PartStore, quarantine_table
 
@@ -26,36 +26,36 @@ if TYPE_CHECKING:
     from notellm2_ray.models.embedder.encoder import NoteEncoder
     from notellm2_ray.models.embedder.preprocess import NoteFeatures, NotePreprocessor
 
-    Features = Mapping[str, NoteFeatures]  # vector column to what is shown to the model for it
+    Features = Mapping[str, NoteFeatures]  # by vector column
 
-_NOTES_PER_TASK = 16  # for the preprocessing threads: few enough to spread, many enough to be worth a hand-over
-_SWITCH_SECONDS = 2e-4
+_NOTES_PER_TASK = 16  # of a preprocessing thread: few enough to keep all threads busy, enough to be worth a task
+_SWITCH_SECONDS = 2e-4  # for which a thread may keep the interpreter lock
 
 
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedPart(FinishedPart):
-    """A finished block's counts."""
+    """A finished chunk's counts."""
 
     embedded: int
     quarantined: int
 
     @property
     def notes(self) -> int:
-        """Notes that are done with."""
+        """Notes that were handled."""
         return self.embedded + self.quarantined
 
 
 def part_store(output: Path) -> PartStore[EmbeddedPart]:
-    """The blocks of a job: ``note_id`` and the vector columns of each."""
+    """The parts of a job, one for each chunk: rows of ``note_id`` and the vector columns."""
     return PartStore(output, EmbeddedPart, folder="blocks", compression="none")
 
 
-class Job(NamedTuple):
-    """What every actor of a job is told."""
+class EmbedJob(NamedTuple):
+    """What every actor of a job needs to know."""
 
     model: str
     output: str
-    columns: Mapping[str, str]  # vector column to what of a note is shown to the model for it
+    columns: Mapping[str, str]  # each vector column, with the input that fills it
     only_ids: str | None
     settings: EmbedSettings
 
@@ -66,40 +66,40 @@ class _Loaded(NamedTuple):
     only: frozenset[str] | None
 
 
-class BlockEmbedder(PartActor[Block, EmbeddedPart]):
-    """Loads the model once, then embeds one block a call; two calls may run at once.
+class ChunkEmbedder(PartActor[Chunk, EmbeddedPart]):
+    """Loads the model once, then embeds one chunk a call; two calls may run at once.
 
-    While one call has the model, the other reads, decodes and tokenises its block in ``preprocess_threads`` threads.
-    How a block's notes are put into batches depends on the block alone, so its vectors are the same in every run.
+    While one call uses the model, the other reads, decodes and tokenises its chunk in ``preprocess_threads`` threads.
+    How notes are batched depends only on their chunk, so a chunk's vectors are the same in every run.
     """
 
-    part_type, finished_type = Block, EmbeddedPart
+    part_type, finished_type = Chunk, EmbeddedPart
 
-    def __init__(self, job: Job) -> None:
+    def __init__(self, job: EmbedJob) -> None:
         self.job = job
         self.parts = part_store(Path(job.output))
         self.threads = ThreadPoolExecutor(job.settings.preprocess_threads, thread_name_prefix="preprocess")
-        # All of torch runs in one thread: OpenMP would keep a team of threads for every thread that calls it.
+        # Torch is called from one thread only: OpenMP keeps a team of threads for each thread that calls it.
         self.model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
         self.loading: Future[_Loaded] | None = None
         self.lock = threading.Lock()
         self.local = threading.local()
 
-    def store(self, part: Block) -> PartStore[EmbeddedPart]:
+    def store(self, part: Chunk) -> PartStore[EmbeddedPart]:
         return self.parts
 
-    def describe(self, part: Block) -> str:
+    def describe(self, part: Chunk) -> str:
         remedy = "if memory ran out, lower embed.actors, embed.block_rows or embed.batch_tokens"
         return f"{_rows_of(part)} ({remedy})"
 
-    def make(self, part: Block) -> EmbeddedPart:
-        # Not in the constructor, so that an error while loading is reported like any other error of a block.
+    def make(self, part: Chunk) -> EmbeddedPart:
+        # The model is loaded here and not in the constructor, so that an error is reported like any other of a chunk.
         with self.lock:
             self.loading = self.loading or self.model_thread.submit(_load, self.job)
         return self._embed(part, self.loading.result())
 
-    def _embed(self, block: Block, loaded: _Loaded) -> EmbeddedPart:
-        features, quarantined = self._features(read_block(block, loaded.only), loaded.encoder.preprocessor)
+    def _embed(self, chunk: Chunk, loaded: _Loaded) -> EmbeddedPart:
+        features, quarantined = self._features(read_chunk(chunk, loaded.only), loaded.encoder.preprocessor)
         ids, columns = [note_id for note_id, _ in features], self.job.columns
         by_column = {name: [note[name] for _, note in features] for name in columns}
         vectors = {
@@ -109,18 +109,18 @@ class BlockEmbedder(PartActor[Block, EmbeddedPart]):
         finite = np.all([np.isfinite(matrix).all(axis=1) for matrix in vectors.values()], axis=0)
         if len(ids) > 1 and not finite.any():
             raise ModelError(
-                f"{self.job.model}: all {len(ids)} vectors of block {block.part_id} are NaN or infinite: its weights "
-                f"are damaged, or they overflow in embed.precision={self.job.settings.precision} (try fp32)"
+                f"{self.job.model}: all {len(ids)} vectors of chunk {chunk.part_id} are NaN or infinite: its weights "
+                f"are damaged or overflow in embed.precision={self.job.settings.precision} (try fp32)"
             )
         quarantined += [(ids[row], "its vector is NaN or infinite") for row in np.flatnonzero(~finite)]
         table = _table([ids[row] for row in np.flatnonzero(finite)], {name: v[finite] for name, v in vectors.items()})
         done = EmbeddedPart(
-            part_id=block.part_id,
+            part_id=chunk.part_id,
             model_fingerprint=loaded.model_fingerprint,
             embedded=len(table),
             quarantined=len(quarantined),
         )
-        return self.parts.commit(done, table, quarantine_table("notes", _rows_of(block), quarantined))
+        return self.parts.commit(done, table, quarantine_table("notes", _rows_of(chunk), quarantined))
 
     def _features(
         self, notes: Sequence[Note], preprocessor: NotePreprocessor
@@ -134,7 +134,7 @@ class BlockEmbedder(PartActor[Block, EmbeddedPart]):
         return good, [(note_id, result) for note_id, result in results if isinstance(result, str)]
 
     def _preprocess(self, notes: Sequence[Note], preprocessor: NotePreprocessor) -> list[tuple[str, Features | str]]:
-        # A fast tokenizer must not be used by two threads at once: each thread has its own.
+        # Two threads must not use one fast tokenizer at the same time, so each thread has its own.
         if not hasattr(self.local, "preprocessor"):
             self.local.preprocessor = copy.deepcopy(preprocessor)
         features = self.local.preprocessor.features
@@ -149,19 +149,19 @@ class BlockEmbedder(PartActor[Block, EmbeddedPart]):
         return results
 
 
-def _rows_of(block: Block) -> str:
-    return f"{block.file}, rows {block.start} to {block.start + block.rows}"
+def _rows_of(chunk: Chunk) -> str:
+    return f"{chunk.file}, rows {chunk.start} to {chunk.start + chunk.rows}"
 
 
-def _load(job: Job) -> _Loaded:
+def _load(job: EmbedJob) -> _Loaded:
     import torch
 
     from notellm2_ray.models.embedder.encoder import NoteEncoder
 
     torch.set_num_threads(max(1, int(job.settings.cpus_per_actor)))
     keep_freed_memory()
-    # The model's thread gives up the interpreter at every operator; a preprocessing thread that then kept it for the
-    # usual 5 ms would make a small model many times slower.
+    # The model's thread releases the interpreter lock at every operator. A preprocessing thread would then keep it for
+    # 5 ms by default, which makes a small model many times slower.
     sys.setswitchinterval(_SWITCH_SECONDS)
     device = "cuda" if job.settings.gpus_per_actor else "cpu"
     encoder = NoteEncoder.from_pretrained(job.model, device=device, precision=job.settings.precision)

@@ -19,9 +19,9 @@ import torch
 from notellm2_ray.core.errors import ConfigError, DataError, ModelError
 from notellm2_ray.core.settings import TuneSettings
 from notellm2_ray.train.history import read_history
-from notellm2_ray.train.sft import train_ranker
-from notellm2_ray.train.sft_data import SftFiles, check_rows, gather_notes, length_groups, split_groups
-from notellm2_ray.train.sft_loop import SftJob, SftTrainer, mechanics, pooled_auc
+from notellm2_ray.train.ranker import train_ranker
+from notellm2_ray.train.ranker_data import RankerFiles, check_rows, gather_notes, length_groups, split_groups
+from notellm2_ray.train.ranker_run import RankerJob, RankerRun, pooled_auc, train_settings
 from tests.support import ranker_training as material
 from tests.support.ranks import run_ranks
 
@@ -33,22 +33,22 @@ def directory(tmp_path_factory) -> Path:
     return material.write(tmp_path_factory.mktemp("material"))
 
 
-def _files(directory: Path, output: Path, variant: str = "mllm_msr") -> SftFiles:
+def _files(directory: Path, output: Path, variant: str = "mllm_msr") -> RankerFiles:
     preferences = None if variant == "tallrec" else directory / "preferences.parquet"
-    files = SftFiles(directory / "sequences", preferences, output / "ray_train" / "notes.arrow")
+    files = RankerFiles(directory / "sequences", preferences, output / "ray_train" / "notes.arrow")
     gather_notes(files, directory / "notes", material.ranker_settings(variant=variant))
     return files
 
 
-def _trainer(directory: Path, output: Path, variant: str = "mllm_msr", **changes: Any) -> SftTrainer:
+def _trainer(directory: Path, output: Path, variant: str = "mllm_msr", **changes: Any) -> RankerRun:
     ranker, tune = material.ranker_settings(variant=variant), material.tune_settings(**changes)
-    job = SftJob(ranker, tune, str(directory / "mllm"), _files(directory, output, variant), output)
-    trainer = SftTrainer(job, torch.device("cpu"), lambda directory, metrics: None)
+    job = RankerJob(ranker, tune, str(directory / "mllm"), _files(directory, output, variant), output)
+    trainer = RankerRun(job, torch.device("cpu"), lambda directory, metrics: None)
     trainer.module.train()
     return trainer
 
 
-def _steps(trainer: SftTrainer, steps: range) -> list[float]:
+def _steps(trainer: RankerRun, steps: range) -> list[float]:
     losses = []
     for step in steps:
         torch.manual_seed(step)
@@ -73,7 +73,7 @@ def test_auc_counts_ties_half():
 def test_settings_that_contradict_each_other_are_refused():
     with pytest.raises(ValueError, match="multiple of tune.num_workers"):
         TuneSettings(batch_size=3, num_workers=2)
-    assert mechanics(TuneSettings(engine="plain", zero_stage=2)).engine == "plain"
+    assert train_settings(TuneSettings(engine="plain", zero_stage=2)).engine == "plain"
 
 
 def test_candidates_without_a_note_are_quarantined_and_too_few_refused(directory, tmp_path):

@@ -22,24 +22,24 @@ from notellm2_ray.train import distributed
 from notellm2_ray.train.batches import prefetched
 from notellm2_ray.train.checkpoints import RunFiles
 from notellm2_ray.train.engines import make_engine
+from notellm2_ray.train.ranker_data import QuestionPreparer, RankerFiles, RankerRows, length_groups, split_groups
 from notellm2_ray.train.run_loop import Report, TrainingRun, resolved_precision
 from notellm2_ray.train.sampler import StepSampler
-from notellm2_ray.train.sft_data import SftFiles, SftPreparer, SftRows, length_groups, split_groups
 
 log = logging.getLogger("notellm2_ray")
 
 
-class SftJob(NamedTuple):
+class RankerJob(NamedTuple):
     """What a rank needs to know."""
 
     ranker: RankerSettings
     tune: TuneSettings
     model_path: str
-    files: SftFiles
+    files: RankerFiles
     output: Path
 
 
-class SftStep(nn.Module):
+class RankerStep(nn.Module):
     """The ranker and its loss, as one module that an engine can wrap."""
 
     def __init__(self, model: RankerModel, bf16: bool) -> None:
@@ -54,21 +54,21 @@ class SftStep(nn.Module):
             return answer_probability(self.model, batch, *ids)
 
 
-class SftTrainer(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
+class RankerRun(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
     """One rank of a ranker's tuning."""
 
     stage, unit = "train-ranker", "prompts"
 
-    def __init__(self, job: SftJob, device: torch.device, report: Report) -> None:
+    def __init__(self, job: RankerJob, device: torch.device, report: Report) -> None:
         """Build everything; the same weights on every rank."""
-        tune, settings = job.tune, resolved_precision(mechanics(job.tune), device)
+        tune, settings = job.tune, resolved_precision(train_settings(job.tune), device)
         super().__init__(RunFiles(job.output, "adapter"), settings, tune.seed, device, report)
         self.job, self.per_step = job, tune.batch_size
         bf16 = settings.precision == "bf16"
         # What is frozen need not be more exact than what it is multiplied in.
         network = load_network(job.model_path, torch.bfloat16 if bf16 else torch.float32)
         self.ranker = RankerModel(network, tune)
-        self.module = SftStep(self.ranker, bf16)
+        self.module = RankerStep(self.ranker, bf16)
         self.chat = ChatTokenizer.from_pretrained(job.model_path)
         prompter = RankerPrompter(self.chat, job.ranker)
         self.preprocessor = RankerPreprocessor(prompter, load_processor(job.model_path), tune.loss_on)
@@ -80,11 +80,11 @@ class SftTrainer(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
 
     def _read_data(self) -> None:
         job, tune = self.job, self.job.tune
-        rows, valid = (SftRows(job.files, split, job.ranker) for split in ("train", "valid"))
+        rows, valid = (RankerRows(job.files, split, job.ranker) for split in ("train", "valid"))
         ranks = distributed.rank(), distributed.world_size()
         self.sampler = StepSampler(len(rows), tune.batch_size, tune.seed, *ranks)
-        self._rows, self._prepare = rows, SftPreparer(rows, self.preprocessor)
-        self._prepare_valid = SftPreparer(valid, self.preprocessor)
+        self._rows, self._prepare = rows, QuestionPreparer(rows, self.preprocessor)
+        self._prepare_valid = QuestionPreparer(valid, self.preprocessor)
         self._valid_rows = valid.of_examples(tune.max_validation_examples, tune.seed)
         self._valid_labels = valid.labels[self._valid_rows]
 
@@ -185,7 +185,7 @@ class SftTrainer(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
             yield distributed.gather_rows(own)[0].cpu().numpy()
 
 
-def mechanics(tune: TuneSettings) -> TrainSettings:
+def train_settings(tune: TuneSettings) -> TrainSettings:
     """How an engine, Ray Train and the loop are to run a tuning: their settings are those of embedder training."""
     return TrainSettings(
         engine=tune.engine,

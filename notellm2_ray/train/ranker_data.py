@@ -21,7 +21,7 @@ from notellm2_ray.core.settings.ranking import RankerSettings, TuneSettings
 from notellm2_ray.models.ranker.inputs import Question, RankerFeatures, RankerPreprocessor
 
 
-class SftFiles(NamedTuple):
+class RankerFiles(NamedTuple):
     """What a tuning run reads."""
 
     sequences: Path  # {train,valid}.parquet and candidates/{train,valid}.parquet
@@ -39,14 +39,14 @@ class SftFiles(NamedTuple):
         )
 
 
-class SftRows:
+class RankerRows:
     """The candidates of a split that can be shown.
 
     Attributes:
         missing: (example_id, note_id) of the candidates whose note is not in the store.
     """
 
-    def __init__(self, files: SftFiles, split: str, ranker: RankerSettings) -> None:
+    def __init__(self, files: RankerFiles, split: str, ranker: RankerSettings) -> None:
         self.candidates = files.candidates(split)
         self._store, self._ranker = NoteStore(files.store, "train-ranker"), ranker
         there = np.array([note_id in self._store for note_id in self.candidates.note_ids], bool)
@@ -79,10 +79,10 @@ class SftRows:
         return candidate, Question(note.title, note.image, candidate.preference, titles)
 
 
-class SftPreparer:
+class QuestionPreparer:
     """Rows to features. Called from several threads at once."""
 
-    def __init__(self, rows: SftRows, preprocessor: RankerPreprocessor) -> None:
+    def __init__(self, rows: RankerRows, preprocessor: RankerPreprocessor) -> None:
         self._rows, self._preprocessor = rows, preprocessor
         self._own = threading.local()
 
@@ -133,7 +133,7 @@ def split_groups(groups: Sequence[Sequence[int]], count: int) -> list[list[int]]
     return split
 
 
-def gather_notes(files: SftFiles, notes: Path, ranker: RankerSettings) -> None:
+def gather_notes(files: RankerFiles, notes: Path, ranker: RankerSettings) -> None:
     """Write the store of all notes that a run shows, if an earlier run has not.
 
     Raises:
@@ -151,7 +151,7 @@ def gather_notes(files: SftFiles, notes: Path, ranker: RankerSettings) -> None:
     store_notes(notes, ids, files.store)
 
 
-def check_rows(files: SftFiles, ranker: RankerSettings, tune: TuneSettings, output: Path) -> dict[str, Any]:
+def check_rows(files: RankerFiles, ranker: RankerSettings, tune: TuneSettings, output: Path) -> dict[str, Any]:
     """Look at the examples before anything is started.
 
     Candidates without a note are left out and quarantined.
@@ -162,7 +162,7 @@ def check_rows(files: SftFiles, ranker: RankerSettings, tune: TuneSettings, outp
     Raises:
         DataError: there are fewer prompts than a batch holds, or a table is unusable.
     """
-    train, valid = (SftRows(files, split, ranker) for split in ("train", "valid"))
+    train, valid = (RankerRows(files, split, ranker) for split in ("train", "valid"))
     if len(train) < tune.batch_size:
         raise DataError(
             f"{len(train)} training prompts do not fill one batch of tune.batch_size={tune.batch_size}: lower "

@@ -1,7 +1,7 @@
-"""Cutting a Parquet table of notes into blocks: the units that are embedded, written and, after a kill, redone.
+"""Cutting a Parquet table of notes into chunks: the units that are embedded and, after a kill, embedded again.
 
-A block is a range of rows of one file. The cut follows the row groups in the files' footers, so that a block reads
-little beyond itself, and depends on the files and ``block_rows`` alone: a later run finds the same blocks.
+A chunk is a range of rows of one file. The cut follows the row groups in the files' footers, so that reading a chunk
+reads little else. It depends only on the files and ``chunk_rows``: a later run finds the same chunks.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.run import fingerprint
 from notellm2_ray.core.schema import NOTE_SCHEMA, Note, iter_notes, require_columns
 
-# What the encoder reads; the creation time plays no part in a vector.
+# What the encoder reads: a vector does not depend on the creation time.
 NOTE_COLUMNS = pa.schema([NOTE_SCHEMA.field(name) for name in Note._fields])
 IDS = pa.schema([NOTE_COLUMNS.field("note_id")])
 
@@ -34,96 +34,99 @@ class NoteFile(NamedTuple):
     version: str  # changes with the file's name, size or time of writing
 
 
-class Block(NamedTuple):
+class Chunk(NamedTuple):
     """A range of rows of a notes file."""
 
-    part_id: str
+    part_id: str  # names the resumable part that is made of the chunk
     file: str
     start: int  # first row, within the file
     rows: int
-    wanted: int  # notes to embed among them
+    wanted: int  # how many of the rows are to be embedded
 
 
-class Plan(NamedTuple):
-    """All blocks of a job in the order of the table."""
+class ChunkPlan(NamedTuple):
+    """All chunks of a job, in the order of the table."""
 
-    blocks: tuple[Block, ...]
-    notes: int  # to embed
-    unknown_ids: tuple[str, ...]  # asked for by only_ids, but in no file
+    chunks: tuple[Chunk, ...]
+    notes: int  # to embed, in all
+    unknown_ids: tuple[str, ...]  # requested by only_ids, but in no file
 
 
-def list_files(notes: Path | str) -> list[NoteFile]:
-    """The Parquet files of a directory, a glob, a single file or an object-store URI, by name.
+def list_note_files(notes: Path | str) -> list[NoteFile]:
+    """The Parquet files of a directory, a glob, a single file or an object-store URI, sorted by name.
 
     Raises:
-        DataError: there are none, or one is damaged, lacks a column or has it in another type; names file and column.
+        DataError: there are none, or one is damaged, lacks a column or has a column of another type. The message names
+            the file and the column.
     """
     text = str(notes)
     filesystem, root = _filesystem(text)
     infos = _file_infos(filesystem, root, text)
     if not infos:
-        raise DataError(f"{text}: no Parquet file of notes there (a directory, a file or a glob ending in .parquet)")
+        raise DataError(
+            f"{text}: no Parquet file of notes found (give a directory, a file, or a glob ending in .parquet)"
+        )
     return [_note_file(filesystem, info, text) for info in sorted(infos, key=lambda info: info.path)]
 
 
-def plan_blocks(files: Sequence[NoteFile], block_rows: int, made_by: str, only: pa.Array | None = None) -> Plan:
-    """Cut ``files`` into blocks of at most ``block_rows`` rows.
+def plan_chunks(files: Sequence[NoteFile], chunk_rows: int, made_by: str, only: pa.Array | None = None) -> ChunkPlan:
+    """Cut ``files`` into chunks of at most ``chunk_rows`` rows.
 
-    Reads the footers and the ``note_id`` column, nothing else; memory holds the ids.
+    Only the footers and the ``note_id`` column are read; memory holds the ids.
 
     Args:
-        files: from :func:`list_files`.
-        block_rows: rows in a block at most. Whole row groups are joined up to it, a larger one is divided.
-        made_by: fingerprint of all that shapes a block's vectors besides its rows; part of the block's id.
-        only: ids to embed; None for all. A block without any of them is left out.
+        files: from :func:`list_note_files`.
+        chunk_rows: the most rows in a chunk. Whole row groups are joined up to it; a larger group is divided.
+        made_by: fingerprint of everything that shapes a chunk's vectors besides its rows; it is part of the chunk's id.
+        only: ids to embed; None for all. A chunk without any of them is left out.
 
     Raises:
-        DataError: there are no notes, an id is null, or an id comes more than once (names some with their files).
+        DataError: there are no notes, an id is null, or an id is repeated (the message names some with their files).
     """
     ids = [note_ids(file) for file in files]
     if not sum(map(len, ids)):
-        raise DataError(f"{files[0].path}: no notes to embed, all {len(files)} file(s) are empty")
+        raise DataError(f"{files[0].path}: there are no notes to embed: all {len(files)} file(s) are empty")
     _check_unique(files, ids)
     unknown = () if only is None else tuple(pc.filter(only, pc.invert(_is_in(only, ids))).to_pylist())
-    blocks: list[Block] = []
+    chunks: list[Chunk] = []
     for file, file_ids in zip(files, ids, strict=True):
         wanted = np.ones(len(file_ids), bool) if only is None else np.asarray(pc.is_in(file_ids, value_set=only))
-        for start, rows in _ranges(file.row_groups, block_rows):
+        for start, rows in _ranges(file.row_groups, chunk_rows):
             if count := int(wanted[start : start + rows].sum()):
                 digest = fingerprint(made_by, file.version, start, rows)[:12]
-                blocks.append(Block(f"{len(blocks):06d}-{digest}", file.path, start, rows, count))
-    if not blocks:
+                chunks.append(Chunk(f"{len(chunks):06d}-{digest}", file.path, start, rows, count))
+    if not chunks:
         raise DataError(
-            f"none of the {len(only or ())} ids asked for is among the notes in {files[0].path} and beside it"
+            f"none of the {len(only or ())} requested ids is in the {len(files)} file(s) of notes ({files[0].path})"
         )
-    return Plan(tuple(blocks), sum(block.wanted for block in blocks), unknown)
+    return ChunkPlan(tuple(chunks), sum(chunk.wanted for chunk in chunks), unknown)
 
 
-def read_block(block: Block, only: frozenset[str] | None = None) -> list[Note]:
-    """The notes of a block, in the file's order; of ``only`` those alone.
+def read_chunk(chunk: Chunk, only: frozenset[str] | None = None) -> list[Note]:
+    """The notes of a chunk, in the file's order; with ``only``, just the notes with these ids.
 
     Raises:
-        DataError: the file is gone, damaged, or shorter than when it was planned.
+        DataError: the file is gone, damaged, or shorter than when the chunks were planned.
     """
-    filesystem, path = _filesystem(block.file)
+    filesystem, path = _filesystem(chunk.file)
     notes: list[Note] = []
     try:
         with pq.ParquetFile(path, filesystem=filesystem, memory_map=True) as file:
-            for batch in _rows(file, block.start, block.rows):
+            for batch in _rows(file, chunk.start, chunk.rows):
                 columns = [pc.cast(batch.column(field.name), field.type) for field in NOTE_COLUMNS]
                 notes += iter_notes(pa.RecordBatch.from_arrays(columns, schema=NOTE_COLUMNS))
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{block.file}, rows {block.start} to {block.start + block.rows}: {error}") from error
-    if len(notes) != block.rows:
-        raise DataError(f"{block.file} has changed while it was embedded: it is shorter now; run the command again")
+        raise DataError(f"{chunk.file}, rows {chunk.start} to {chunk.start + chunk.rows}: {error}") from error
+    if len(notes) != chunk.rows:
+        raise DataError(f"{chunk.file} became shorter during the run: run the command again")
     return notes if only is None else [note for note in notes if note.note_id in only]
 
 
 def read_ids(path: Path | str) -> pa.Array:
-    """The ``note_id`` column of a Parquet file (or directory) of ids, each once.
+    """The distinct ids in the ``note_id`` column of a Parquet file (or directory).
 
     Raises:
-        DataError: there is no such file or column, or no id in it.
+        DataError: the file or the column is missing, or holds no id.
     """
     try:
         table = pq.read_table(path)
@@ -132,7 +135,7 @@ def read_ids(path: Path | str) -> pa.Array:
     require_columns(table.schema, IDS, str(path), "give a table of ids with a column note_id")
     ids = pc.unique(table.column("note_id").cast(pa.string())).drop_null()
     if not len(ids):
-        raise DataError(f"{path}: no ids in it, so there is nothing to embed")
+        raise DataError(f"{path} holds no ids, so there is nothing to embed")
     return ids
 
 
@@ -166,28 +169,28 @@ def _note_file(filesystem: pafs.FileSystem, info: pafs.FileInfo, text: str) -> N
             pa.array([], schema.field(field.name).type).cast(field.type)
         except pa.ArrowException:
             found = schema.field(field.name).type
-            raise DataError(f"{path}: column {field.name} is {found}; {field.type} is needed") from None
+            raise DataError(f"{path}: column {field.name} is of type {found}; it must be {field.type}") from None
     groups = tuple(metadata.row_group(index).num_rows for index in range(metadata.num_row_groups))
     return NoteFile(path, groups, fingerprint(info.base_name, info.size, info.mtime_ns))
 
 
-def _ranges(row_groups: Sequence[int], block_rows: int) -> Iterator[tuple[int, int]]:
-    """(start, rows) of the blocks of one file."""
+def _ranges(row_groups: Sequence[int], chunk_rows: int) -> Iterator[tuple[int, int]]:
+    """(start, rows) of the chunks of one file."""
     start = rows = 0
     for group in row_groups:
-        if rows and rows + group > block_rows:
+        if rows and rows + group > chunk_rows:
             yield start, rows
             start, rows = start + rows, 0
         rows += group
-        while rows > block_rows:
-            yield start, block_rows
-            start, rows = start + block_rows, rows - block_rows
+        while rows > chunk_rows:
+            yield start, chunk_rows
+            start, rows = start + chunk_rows, rows - chunk_rows
     if rows:
         yield start, rows
 
 
 def _rows(file: pq.ParquetFile, start: int, rows: int) -> Iterator[pa.RecordBatch]:
-    """Rows ``start`` to ``start + rows``, touching only the row groups that hold them."""
+    """Rows ``start`` to ``start + rows``; only the row groups that hold them are read."""
     groups: list[int] = []
     first = position = 0
     for index in range(file.metadata.num_row_groups):
@@ -209,7 +212,7 @@ def note_ids(file: NoteFile) -> pa.ChunkedArray:
     """The ids of a file, in its order.
 
     Raises:
-        DataError: one is null.
+        DataError: an id is null.
     """
     filesystem, path = _filesystem(file.path)
     ids = pq.read_table(path, filesystem=filesystem, columns=["note_id"]).column(0).cast(pa.string())
@@ -236,7 +239,7 @@ def _check_unique(files: Sequence[NoteFile], ids: Sequence[pa.ChunkedArray]) -> 
         for note_id in repeated[:5].to_pylist()
     ]
     raise DataError(
-        f"{len(repeated)} note_id(s) come more than once: {'; '.join(some)}; ids must be unique, keep one row of each"
+        f"{len(repeated)} note_id(s) are repeated: {'; '.join(some)}. Ids must be unique: keep one row of each"
     )
 
 
