@@ -73,7 +73,7 @@ def planned_tiny(settings: Settings) -> list[Planned]:
 
 def train_embedder(settings: Settings) -> dict[str, Any]:
     """Pairs to the embedder that the settings name."""
-    from notellm2_ray.train.launch import train_embedder as work
+    from notellm2_ray.train.embedder import train_embedder as work
 
     settings = embedders.named(settings)
     llm, vision = embedders.model_paths(settings)

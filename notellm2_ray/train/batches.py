@@ -1,4 +1,4 @@
-"""Notes of a step, read, decoded and tokenised ahead of the model, in groups of like length."""
+"""The notes of a step: read, decoded and tokenised ahead of the model, in groups of similar length."""
 
 from __future__ import annotations
 
@@ -20,11 +20,11 @@ K = TypeVar("K")
 
 
 class PreparedNotes(NamedTuple):
-    """Some notes as the model takes them."""
+    """Some notes, ready for the model."""
 
     note_ids: list[str]  # (n,)
-    groups: list[Batch]  # collated batches that hold the n notes between them, short notes first
-    positions: torch.Tensor  # (n,) int64: where each note stands in the concatenated groups
+    groups: list[Batch]  # collated batches that together hold the n notes, short notes first
+    positions: torch.Tensor  # (n,) int64: each note's position in the concatenated groups
 
     def to(self, device: torch.device) -> PreparedNotes:
         """The same notes on ``device``."""
@@ -33,14 +33,14 @@ class PreparedNotes(NamedTuple):
 
 
 class NotePreparer:
-    """From note ids to the model's input. Called from several threads at once."""
+    """Turns note ids into the model's input. May be called from several threads at once."""
 
     def __init__(self, store: NoteStore, preprocessor: NotePreprocessor, num_groups: int) -> None:
         self._store, self._preprocessor, self._num_groups = store, preprocessor, num_groups
         self._own = threading.local()
 
     def __call__(self, note_ids: Sequence[str]) -> PreparedNotes:
-        """Read and preprocess notes; always the same number of groups for the same number of notes.
+        """Read and preprocess notes. The number of groups depends only on the number of notes.
 
         Raises:
             DataError: a note is not in the store, or its image cannot be decoded.
@@ -55,16 +55,16 @@ class NotePreparer:
         return PreparedNotes(list(note_ids), groups, positions)
 
     def _thread_own(self) -> NotePreprocessor:
-        # A fast tokenizer cannot be used by two threads at a time ("Already borrowed"), so each thread has a copy.
+        # Two threads cannot use one fast tokenizer at a time ("Already borrowed"), so each thread has a copy.
         if not hasattr(self._own, "preprocessor"):
             self._own.preprocessor = copy.deepcopy(self._preprocessor)
         return self._own.preprocessor
 
 
 def prefetched(prepare: Callable[[K], T], keys: Iterable[K], depth: int) -> Iterator[T]:
-    """``prepare(key)`` for every key, in order, up to ``depth`` of them under way in threads while one is in use.
+    """Yields ``prepare(key)`` for every key, in order, and prepares up to ``depth`` more in threads meanwhile.
 
-    An error of ``prepare`` is raised where its result would have come. With ``depth`` 0 there are no threads.
+    An error of ``prepare`` is raised in place of its result. With ``depth`` 0 there are no threads.
     """
     if depth == 0:
         yield from map(prepare, keys)

@@ -1,8 +1,8 @@
-"""A run's own files while it is under way: resumable states, the best weights so far, and what went wrong.
+"""The files of a training run: resumable states, the best weights so far, and an error.
 
-ray_train/run/step-00000500/   one rank's or all ranks' engine state, and progress.json   (Ray Train's checkpoint)
-ray_train/best/500/            what the run keeps: a complete model, or an adapter
-ray_train/error.json           an error of the user's making, which a retry would only repeat
+ray_train/run/step-00000500/   the engine's state and progress.json: a checkpoint of Ray Train
+ray_train/best/500/            the best weights so far: a complete model, or an adapter
+ray_train/error.json           an error that a retry would only repeat
 """
 
 from __future__ import annotations
@@ -25,16 +25,20 @@ _SNAPSHOT = "checkpoint_manager_snapshot.json"
 
 
 class RunState(BaseModel):
-    """Where a run stands. Order, learning rate and dropout follow from the step alone."""
+    """The state of a run beside the engine's. Order, learning rate and dropout depend on the step alone."""
 
     step: int = 0  # updates so far
     best_step: int | None = None
-    best_score: float | None = None  # recall of an embedder, AUC of a ranker
+    best_score: float | None = None  # recall for an embedder, AUC for a ranker
     best_loss: float | None = None
 
 
 class RunFiles:
-    """Paths under an output directory; ``model`` is where the best weights end, by the name of ``kept``."""
+    """Paths under an output directory.
+
+    Args:
+        kept: name of the directory in which the best weights end up.
+    """
 
     def __init__(self, output: Path, kept: str = "model") -> None:
         self.output = output
@@ -45,27 +49,27 @@ class RunFiles:
         self._error = self.root / "error.json"
 
     def checkpoint(self, step: int) -> Path:
-        """Where the state after ``step`` updates goes."""
+        """Directory of the state after ``step`` updates."""
         return self.root / RUN_NAME / f"step-{step:08d}"
 
     def best(self, step: int) -> Path:
-        """Where the weights go that were the best after ``step`` updates."""
+        """Directory of the weights after ``step`` updates, if they were the best so far."""
         return self.root / "best" / str(step)
 
     def keep_best(self, steps: Iterable[int | None]) -> None:
-        """Remove the best weights of all other steps."""
+        """Remove the best weights of all steps but ``steps``."""
         kept = {str(step) for step in steps}
         for directory in (self.root / "best").glob("*"):
             if directory.name not in kept:
                 shutil.rmtree(directory)
 
     def write_error(self, error: NoteLLMError) -> None:
-        """Leave an error for the driver: a retry would end in the same."""
+        """Leave an error for the driver that a retry would only repeat."""
         self.root.mkdir(parents=True, exist_ok=True)
         write_atomically(self._error, json.dumps({"kind": type(error).__name__, "message": str(error)}))
 
     def read_error(self) -> NoteLLMError | None:
-        """The error that a rank left."""
+        """The error that a rank left; None if there is none."""
         try:
             left = json.loads(self._error.read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -73,17 +77,18 @@ class RunFiles:
         return getattr(errors, left["kind"])(left["message"])
 
     def forget_error(self) -> None:
-        """A new attempt begins."""
+        """Remove the error, before a new attempt."""
         self._error.unlink(missing_ok=True)
 
     def repair_snapshot(self) -> Path | None:
-        """Look after what Ray Train remembers of its checkpoints before it reads it.
+        """Repair Ray Train's list of its checkpoints before Ray reads it.
 
-        Ray writes that file in place: a driver killed in the middle of it leaves a part, which Ray refuses to start
-        from. The part is removed then.
+        Ray writes this list in place. A driver that is killed meanwhile leaves half of it, from which Ray refuses to
+        start; such a list is removed. Checkpoints that are not in the list are removed too.
 
         Returns:
-            Where Ray remembers nothing, the newest checkpoint whose progress.json, written last, is there; else None.
+            None if Ray has a list. Otherwise the newest complete checkpoint (one with progress.json, which is written
+            last), if there is one.
         """
         snapshot = self.root / RUN_NAME / _SNAPSHOT
         finished = sorted(path.parent for path in (self.root / RUN_NAME).glob(f"step-*/{_PROGRESS}"))
@@ -102,24 +107,24 @@ class RunFiles:
 
 
 def begin_checkpoint(directory: Path) -> None:
-    """Before any rank writes into ``directory``: what an earlier attempt left there is complete no more."""
+    """Mark a checkpoint of an earlier attempt as incomplete, before any rank writes into ``directory``."""
     (directory / _PROGRESS).unlink(missing_ok=True)
 
 
 def write_state(directory: Path, state: RunState) -> None:
-    """Finish a checkpoint, of which every rank has written its part."""
+    """Complete a checkpoint after every rank has written its part."""
     write_atomically(directory / _PROGRESS, state.model_dump_json())
 
 
 def read_state(directory: Path) -> RunState:
-    """What :func:`write_state` wrote."""
+    """The state that :func:`write_state` wrote."""
     return RunState.model_validate_json((directory / _PROGRESS).read_text(encoding="utf-8"))
 
 
 def publish(files: RunFiles, result: dict[str, Any]) -> dict[str, Any]:
-    """Turn a finished run into its output: the best weights as ``model``, and none of the run's own files.
+    """Turn a finished run into its output: move the best weights to ``files.model`` and remove the run's own files.
 
-    Done again after a kill at any point, it ends in the same.
+    It can be called again after a kill at any point, with the same outcome.
     """
     if not files.result.exists():
         write_atomically(files.result, json.dumps(result))

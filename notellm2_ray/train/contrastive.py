@@ -1,4 +1,4 @@
-"""The objective: from a step's notes to the loss of Eqs. 1, 8 and 9, as one module that an engine can wrap."""
+"""The objective of an embedder: the loss of Eqs. 1, 8 and 9 for a step's notes, as one module for an engine."""
 
 from __future__ import annotations
 
@@ -15,18 +15,17 @@ from notellm2_ray.train.distributed import gather_rows
 
 
 class StepOutput(NamedTuple):
-    """What a training step tells."""
+    """The result of a training step."""
 
-    loss: torch.Tensor  # scalar: this rank's; its mean over ranks is the loss of the batch
+    loss: torch.Tensor  # scalar, of this rank; its mean over ranks is the loss of the batch
     temperature: torch.Tensor  # scalar, tau before the update
     finite: torch.Tensor  # (2b,) bool: notes whose vectors are finite
 
 
 class ContrastiveStep(nn.Module):
-    """The embedder and its loss.
+    """The embedder and its loss in one forward pass, however many groups of notes a step has.
 
-    Both are in one forward pass, because ZeRO-3 and DDP follow a step by the forward passes of what they wrap: a step
-    is one, however many groups of notes it has.
+    ZeRO-3 and DDP expect one forward pass per step of the module that they wrap.
     """
 
     def __init__(
@@ -37,9 +36,9 @@ class ContrastiveStep(nn.Module):
         Args:
             model: the embedder's network.
             alpha: weight of the multimodal over the visual loss (Eq. 9).
-            mask_duplicates: whether another copy of a note in the batch is no negative of it.
-            bf16: whether matrix products are done in bfloat16; weights, similarity and loss are float32 always.
-            cache_casts: keep weights cast to bfloat16 from one group to the next.
+            mask_duplicates: whether other copies of a note in the batch are left out of its negatives.
+            bf16: whether matrix products are computed in bfloat16; weights, similarity and loss are always float32.
+            cache_casts: whether weights that were cast to bfloat16 are kept for the next group.
         """
         super().__init__()
         self.model = model
@@ -48,11 +47,11 @@ class ContrastiveStep(nn.Module):
     def forward(
         self, groups: Sequence[Batch], positions: torch.Tensor, note_keys: torch.Tensor | None = None
     ) -> StepOutput | NoteVectors:
-        """One step's :class:`StepOutput`; or, without keys, the NoteVectors of the notes in their own order.
+        """The :class:`StepOutput` of a step; without ``note_keys`` the NoteVectors of the notes, in their order.
 
         Args:
-            groups: collated batches; ``positions`` (n,) says where in their concatenation each note stands.
-            note_keys: (n,) int64 of b queries and then their b targets, n = 2b.
+            groups: collated batches; ``positions`` (n,) holds each note's position in their concatenation.
+            note_keys: (n,) int64, equal for equal notes: b queries, then their b targets, n = 2b.
         """
         device = positions.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._bf16, cache_enabled=self._bf16 and self._cache):

@@ -1,4 +1,4 @@
-"""What the ranks of one training run say to each other. Without a process group all of it is the identity."""
+"""Communication between the ranks of a training run. Without a process group every function is the identity."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ def barrier() -> None:
 
 
 def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
-    """The rows of all ranks in rank order, with their gradient, and where this rank's begin.
+    """The rows of all ranks in rank order, with gradients, and the place where this rank's rows begin.
 
     Args:
         rows: (n, ...) of any type, the same shape on every rank.
 
     Returns:
-        (world_size * n, ...) and the index of this rank's first row. The backward pass hands every row the sum of what
-        all ranks send to it, so that averaging parameter gradients over ranks gives the gradient of the mean of the
-        ranks' losses: that of one rank which holds the whole batch.
+        (world_size * n, ...) and the index of this rank's first row. In the backward pass each row gets the sum of the
+        gradients from all ranks. Parameter gradients averaged over ranks are then those of the mean of the ranks'
+        losses, as if one rank held the whole batch.
     """
     if world_size() == 1:
         return rows, 0
@@ -53,14 +53,14 @@ class _GatherRows(torch.autograd.Function):
             own = gradient.new_empty(ctx.num_rows, *gradient.shape[1:])
             dist.reduce_scatter_tensor(own, gradient)
             return own
-        # gloo has no reduce-scatter in many of its builds.
+        # Many builds of gloo have no reduce-scatter.
         gradient = gradient.clone()
         dist.all_reduce(gradient)
         return gradient[rank() * ctx.num_rows :][: ctx.num_rows]
 
 
 def _all_gather(rows: torch.Tensor) -> torch.Tensor:
-    if rows.dtype == torch.bool:  # not every backend carries it
+    if rows.dtype == torch.bool:  # not every backend supports bool
         return _all_gather(rows.to(torch.uint8)).bool()
     gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
     dist.all_gather_into_tensor(gathered, rows.detach().contiguous())
@@ -68,7 +68,7 @@ def _all_gather(rows: torch.Tensor) -> torch.Tensor:
 
 
 def mean_over_ranks(value: torch.Tensor) -> float:
-    """Mean of a scalar over the ranks: NaN everywhere as soon as it is NaN on one."""
+    """Mean of a scalar over the ranks; NaN on every rank if it is NaN on one."""
     mean = value.detach().double()
     if world_size() > 1:
         mean = mean.clone()
@@ -77,7 +77,7 @@ def mean_over_ranks(value: torch.Tensor) -> float:
 
 
 def gather_objects(value: Any) -> list[Any]:
-    """One picklable value of each rank, in rank order, on every rank."""
+    """Each rank's picklable value, in rank order, on every rank."""
     if world_size() == 1:
         return [value]
     values: list[Any] = [None] * world_size()

@@ -1,4 +1,4 @@
-"""Training an embedder: the steps of :class:`~notellm2_ray.train.run_loop.TrainingRun` on pairs of notes."""
+"""Training an embedder: a :class:`~notellm2_ray.train.run_loop.TrainingRun` on pairs of notes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from notellm2_ray.train.engines import make_engine
 from notellm2_ray.train.run_loop import Report, TrainingRun, resolved_precision
 from notellm2_ray.train.sampler import PairBatch, Pairs, PairSampler
 from notellm2_ray.train.schedule import num_steps
-from notellm2_ray.train.validation import Score, Validation
+from notellm2_ray.train.validation import Validation, ValidationScore
 
 log = logging.getLogger("notellm2_ray")
 
@@ -44,10 +44,10 @@ class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
     stage, unit = "train-embedder", "notes"
 
     def __init__(self, job: EmbedderJob, device: torch.device, report: Report) -> None:
-        """Build everything; the same weights on every rank.
+        """Build everything, with the same weights on every rank.
 
         Args:
-            report: is told of a checkpoint's directory and figures, on every rank, once all of it is written.
+            report: called on every rank with a checkpoint's directory and figures, when it is complete.
         """
         from notellm2_ray.models.embedder.build import build_encoder
 
@@ -102,7 +102,7 @@ class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
             self.keep(best_score=score.recall, best_loss=score.loss)
         return {"valid_loss": score.loss, "valid_recall": score.recall}
 
-    def _is_better(self, score: Score) -> bool:
+    def _is_better(self, score: ValidationScore) -> bool:
         if self.state.best_step is None:
             return True
         by_recall = (-score.recall, score.loss) < (-(self.state.best_score or 0.0), self.state.best_loss)
@@ -127,7 +127,7 @@ class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
 def _module(model: Any, job: EmbedderJob) -> ContrastiveStep:
     settings = job.train
     model.set_gradient_checkpointing(settings.gradient_checkpointing)
-    # A sharded model whose activations are recomputed must not keep every weight a second time, cast to bfloat16.
+    # A sharded model with recomputed activations must not keep a second copy of every weight, cast to bfloat16.
     lean = settings.engine == "deepspeed" and settings.zero_stage == 3 and settings.gradient_checkpointing
     return ContrastiveStep(
         model,

@@ -1,4 +1,4 @@
-"""What takes a step: the interface of the engines, and the optimizer that they share."""
+"""The interface of training engines, and the optimizer that they share."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from notellm2_ray.core.settings.train import TrainSettings
 class StepModule(Protocol):
     """What an engine wraps: a module whose forward pass ends in a loss.
 
-    ``model`` inside it is what is trained and kept; its ``is_fresh(name)`` tells parameters that start random.
+    Its ``model`` is trained and saved; ``model.is_fresh(name)`` says whether a parameter starts from random values.
     """
 
     model: Any
@@ -29,13 +29,13 @@ class Engine(Protocol):
     module: Any
 
     def __call__(self, *inputs: Any) -> Any:
-        """The forward pass of a step, or of a part of one."""
+        """The forward pass of a step, or of a part of a step."""
 
     def accumulate(self, loss: torch.Tensor) -> None:
-        """Backward of a part of a step that others follow; as many on every rank."""
+        """Backward pass of a part of a step, except the last one; every rank must have as many parts."""
 
     def update(self, loss: torch.Tensor, factor: float) -> None:
-        """Backward of a step (or of its last part), average over ranks, clip, and step.
+        """Backward pass of a step (or of its last part), then average over ranks, clip, and update the weights.
 
         The learning rates are ``factor`` times their peaks.
         """
@@ -44,16 +44,16 @@ class Engine(Protocol):
         """Write this rank's state into ``directory``; every rank must call it."""
 
     def load(self, directory: Path) -> None:
-        """Take up what :meth:`save` wrote with as many ranks; every rank must call it."""
+        """Restore the state that :meth:`save` wrote with the same number of ranks; every rank must call it."""
 
     def state_dict(self, trained_only: bool = False) -> Mapping[str, torch.Tensor] | None:
-        """The model's weights, all or those that are trained, on rank 0, None elsewhere; every rank must call it."""
+        """The model's weights, all or only trained ones, on rank 0 and None elsewhere; every rank must call it."""
 
 
 def parameter_groups(module: StepModule, settings: TrainSettings) -> list[dict[str, Any]]:
-    """Trainable parameters by peak learning rate and weight decay; ``peak`` in a group is its peak learning rate.
+    """Trainable parameters in groups of equal peak learning rate (``peak``) and weight decay.
 
-    What has fewer than two dimensions (biases, norms, the temperature) does not decay.
+    Parameters of fewer than two dimensions (biases, norms, the temperature) have no weight decay.
     """
     peaks = (settings.learning_rate, settings.connector_learning_rate or settings.learning_rate)
     groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
@@ -72,11 +72,11 @@ def parameter_groups(module: StepModule, settings: TrainSettings) -> list[dict[s
 
 
 def adamw(groups: list[dict[str, Any]], settings: TrainSettings) -> torch.optim.AdamW:
-    """AdamW as PyTorch has it, in its fused form: one kernel on a GPU, nothing to compile on a CPU."""
+    """PyTorch's AdamW in its fused form: one kernel on a GPU, nothing to compile on a CPU."""
     return torch.optim.AdamW(groups, betas=settings.betas, eps=settings.epsilon, fused=True)
 
 
 def set_learning_rates(optimizer: Any, factor: float) -> None:
-    """Every group's learning rate: its peak times ``factor``."""
+    """Set every group's learning rate to its peak times ``factor``."""
     for group in optimizer.param_groups:
         group["lr"] = group["peak"] * factor

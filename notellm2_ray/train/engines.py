@@ -1,4 +1,4 @@
-"""The engines by name."""
+"""The table of training engines."""
 
 from __future__ import annotations
 
@@ -19,5 +19,5 @@ ENGINES: dict[str, Callable[[Any, TrainSettings, torch.device], Engine]] = {
 
 
 def make_engine(module: Any, settings: TrainSettings, device: torch.device) -> Engine:
-    """The engine that the settings name, around ``module``, whose weights are the same on every rank."""
+    """The engine that the settings name. The weights of ``module`` must be the same on every rank."""
     return ENGINES[settings.engine](module, settings, device)

@@ -21,14 +21,14 @@ def require_logger(name: str) -> None:
     """Raise :class:`ConfigError` if the package that ``train.logger`` needs is not installed."""
     package = _PACKAGES.get(name)
     if package and importlib.util.find_spec(package) is None:
-        raise ConfigError(f"train.logger={name} needs the package {package}, which is missing: pip install {package}")
+        raise ConfigError(f"train.logger={name} needs the package {package}: pip install {package}")
 
 
 class History:
     """history.jsonl: one row per step and one per validation, each with its ``step`` (the number of updates so far)."""
 
     def __init__(self, path: Path, step: int) -> None:
-        """Open for appending after ``step``: rows of later steps, left by a stopped run, are dropped."""
+        """Open for appending after ``step``; rows of later steps, which a stopped run left, are dropped."""
         self.rows = [row for row in read_history(path) if row["step"] <= step]
         write_atomically(path, "".join(json.dumps(row) + "\n" for row in self.rows))
         self._file = open(path, "a", encoding="utf-8", buffering=1)  # noqa: SIM115  closed by close()
@@ -43,7 +43,7 @@ class History:
 
 
 def read_history(path: Path) -> list[dict[str, Any]]:
-    """Rows of a history; a last line that a killed run did not finish is left out."""
+    """Rows of a history, without a last line that a kill cut short."""
     try:
         lines = path.read_text(encoding="utf-8").splitlines()
     except FileNotFoundError:
@@ -88,7 +88,7 @@ class Stopwatch:
 def open_logger(
     name: str, directory: Path, settings: Mapping[str, Any], step: int
 ) -> tuple[Callable[[HistoryRow], None], Callable[[], None]]:
-    """Functions that log a row's numbers to ``train.logger`` and that finish; a resumed run goes on with its curves."""
+    """Functions that log a row to ``train.logger`` and that close it; a resumed run continues its curves."""
     return _LOGGERS[name](directory, settings, step)
 
 

@@ -18,7 +18,7 @@ _STATE_FILE = "state.safetensors"
 
 
 class PlainEngine:
-    """PyTorch alone: every rank holds everything, DDP averages the gradients."""
+    """PyTorch alone: every rank holds the whole model, and DDP averages the gradients."""
 
     def __init__(self, module: Any, settings: TrainSettings, device: torch.device) -> None:
         self.module = module.to(device)

@@ -1,4 +1,4 @@
-"""Tuning the ranker as a stage: a Ray Train run from examples to an adapter and the model with it merged in."""
+"""Tuning the ranker as a stage: a Ray Train run from examples to an adapter and a model with the adapter merged in."""
 
 from __future__ import annotations
 
@@ -25,27 +25,28 @@ def train_ranker(
     preferences: Path | None,
     output: Path,
 ) -> dict[str, Any]:
-    """Tune a ranker with LoRA on Ray Train; a run that was stopped in ``output`` goes on.
+    """Tune a ranker with LoRA on Ray Train; continues a run that was stopped in ``output``.
 
     Args:
-        model_path: what ``ranker.model`` stands for.
-        sequences: holds {train,valid}.parquet (EXAMPLE_SCHEMA) and candidates/{train,valid}.parquet
-            (CANDIDATE_SCHEMA), on storage that every worker sees. A candidate is a question; every epoch has the same.
+        model_path: the model that ``ranker.model`` names.
+        sequences: directory with {train,valid}.parquet (EXAMPLE_SCHEMA) and candidates/{train,valid}.parquet
+            (CANDIDATE_SCHEMA), on storage that every worker sees. Each candidate is a question; every epoch has the
+            same questions.
         notes: prepared notes, a directory of Parquet files (NOTE_SCHEMA).
         preferences: PREFERENCE_SCHEMA; None for ``tallrec``.
-        output: gets ``adapter/`` (peft; the weights with the best validation AUC, or the last ones if there is nothing
-            to validate on), ``model/`` (the whole model with it merged in, which vLLM loads), ``history.jsonl``
+        output: gets ``adapter/`` (peft; the weights with the best validation AUC, or the last ones without validation
+            examples), ``model/`` (the whole model with the adapter merged in, which vLLM loads), ``history.jsonl``
             ({step, loss, lr, prompts_per_s} after every step, {step, valid_loss, valid_auc} after every validation)
-            and, where candidates have no note, ``quarantine/``.
+            and, if candidates have no note, ``quarantine/``.
 
     Returns:
         steps, prompts, validation_prompts, quarantined, without_preference (examples with a history but no preference,
-        shown as users without a history), best_step, best_auc, final_loss, trained_parameters, prompts_per_s.
+        treated as users without a history), best_step, best_auc, final_loss, trained_parameters, prompts_per_s.
 
     Raises:
         ConfigError: the cluster is too small.
-        DataError: a table is missing or unusable, or an image is.
-        ModelError: the model cannot be read or shown what the variant shows, or the loss is not finite.
+        DataError: a table or an image is missing or unusable.
+        ModelError: the model cannot be read, or reads no images but is shown some, or the loss is not finite.
         ray.train.TrainingFailedError: workers failed more often than ``tune.max_failures``.
     """
     from notellm2_ray.core.cluster import connect
@@ -70,7 +71,7 @@ def train_ranker(
 
 
 def ranker_worker(config: dict[str, Any]) -> dict[str, Any]:
-    """What each Ray Train worker does."""
+    """What each Ray Train worker runs."""
     from notellm2_ray.train.ranker_run import RankerJob, RankerRun, train_settings
 
     job = RankerJob(**config["job"])
@@ -83,13 +84,13 @@ def ranker_worker(config: dict[str, Any]) -> dict[str, Any]:
 
 
 def _finish(files: RunFiles, result: dict[str, Any], model_path: str, tune: TuneSettings) -> dict[str, Any]:
-    """Publish the adapter and merge it; done again after a kill at any point, it ends in the same."""
+    """Publish the adapter and merge it. It can be called again after a kill at any point, with the same outcome."""
     import ray
 
     result = publish(files, result)
     merged = files.output / "model"
     if not merged.exists():
-        # On whichever machine has the room: the driver's may be a small one.
+        # On any machine with free CPUs: the driver's may be small.
         task = ray.remote(num_cpus=tune.cpus_per_worker, max_retries=1)(_merge)
         ray.get(task.remote(absolute(model_path), files.model, merged))
     return result

@@ -1,4 +1,4 @@
-"""Questions of a tuning run: read, joined with their notes, tokenised ahead of the model, in groups of like length."""
+"""Questions of a tuning run: read, joined with their notes, tokenised, and put into groups of similar length."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ class RankerFiles(NamedTuple):
 
 
 class RankerRows:
-    """The candidates of a split that can be shown.
+    """The candidates of a split whose notes exist.
 
     Attributes:
         missing: (example_id, note_id) of the candidates whose note is not in the store.
@@ -62,14 +62,14 @@ class RankerRows:
         return self.candidates.labels[self._places].astype(bool)
 
     def of_examples(self, max_examples: int, seed: int) -> np.ndarray:
-        """Rows of some examples, chosen at random, all candidates of each; in the order of the table."""
+        """Rows of all candidates of some random examples, in the order of the table."""
         examples = self.candidates.example_of[self._places]
         rng = np.random.default_rng(stream_seed(seed, "train", "validation"))
         chosen = rng.permutation(np.unique(examples))[:max_examples]
         return np.flatnonzero(np.isin(examples, chosen))
 
     def question(self, row: int) -> tuple[CandidateRow, Question]:
-        """One candidate with what is shown of it."""
+        """One candidate with its question."""
         (candidate,) = self.candidates.rows([self._places[row]])
         (note,) = self._store.get([candidate.note_id])
         titles: tuple[str, ...] = ()
@@ -80,14 +80,14 @@ class RankerRows:
 
 
 class QuestionPreparer:
-    """Rows to features. Called from several threads at once."""
+    """Turns rows into features. May be called from several threads at once."""
 
     def __init__(self, rows: RankerRows, preprocessor: RankerPreprocessor) -> None:
         self._rows, self._preprocessor = rows, preprocessor
         self._own = threading.local()
 
     def __call__(self, rows: Sequence[int], *, answered: bool) -> list[RankerFeatures]:
-        """Features of some rows, with their answers and labels or as prompts alone.
+        """Features of some rows, either with answers and labels or as prompts alone.
 
         Raises:
             DataError: an image cannot be decoded; the message names the note.
@@ -102,16 +102,16 @@ class QuestionPreparer:
         return features
 
     def _thread_own(self) -> RankerPreprocessor:
-        # A fast tokenizer cannot be used by two threads at a time, and a processor has one.
+        # Two threads cannot use one fast tokenizer at a time, and a processor contains one.
         if not hasattr(self._own, "preprocessor"):
             self._own.preprocessor = copy.deepcopy(self._preprocessor)
         return self._own.preprocessor
 
 
 def length_groups(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
-    """Places in groups of like length, short ones first, each of at most ``max_tokens`` tokens with its padding.
+    """Places in groups of similar length, short ones first, each of at most ``max_tokens`` tokens with its padding.
 
-    One that is longer than that is a group of its own.
+    A row that is longer than that is a group of its own.
     """
     groups: list[list[int]] = []
     for place in np.argsort(lengths, kind="stable").tolist():
@@ -123,7 +123,7 @@ def length_groups(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 
 
 def split_groups(groups: Sequence[Sequence[int]], count: int) -> list[list[int]]:
-    """The groups, the largest ones halved until there are ``count``."""
+    """The groups, of which the largest are halved until there are ``count``."""
     split = [list(group) for group in groups]
     while len(split) < count:
         largest = max(range(len(split)), key=lambda number: len(split[number]))
@@ -134,7 +134,7 @@ def split_groups(groups: Sequence[Sequence[int]], count: int) -> list[list[int]]
 
 
 def gather_notes(files: RankerFiles, notes: Path, ranker: RankerSettings) -> None:
-    """Write the store of all notes that a run shows, if an earlier run has not.
+    """Write the store of all notes that a run shows, unless an earlier run has written it.
 
     Raises:
         DataError: a table is missing or damaged, or there are no notes.
@@ -152,15 +152,13 @@ def gather_notes(files: RankerFiles, notes: Path, ranker: RankerSettings) -> Non
 
 
 def check_rows(files: RankerFiles, ranker: RankerSettings, tune: TuneSettings, output: Path) -> dict[str, Any]:
-    """Look at the examples before anything is started.
-
-    Candidates without a note are left out and quarantined.
+    """Check the examples before anything is started. Candidates without a note are quarantined.
 
     Returns:
         prompts, validation_prompts, quarantined, without_preference.
 
     Raises:
-        DataError: there are fewer prompts than a batch holds, or a table is unusable.
+        DataError: there are fewer prompts than fill a batch, or a table is unusable.
     """
     train, valid = (RankerRows(files, split, ranker) for split in ("train", "valid"))
     if len(train) < tune.batch_size:

@@ -1,4 +1,4 @@
-"""Tuning the ranker: the steps of :class:`~notellm2_ray.train.run_loop.TrainingRun` on questions and their answers."""
+"""Tuning the ranker: a :class:`~notellm2_ray.train.run_loop.TrainingRun` on questions and their answers."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ class RankerJob(NamedTuple):
 
 
 class RankerStep(nn.Module):
-    """The ranker and its loss, as one module that an engine can wrap."""
+    """The ranker and its loss, as one module for an engine."""
 
     def __init__(self, model: RankerModel, bf16: bool) -> None:
         super().__init__()
         self.model, self._bf16 = model, bf16
 
     def forward(self, batch: RankerBatch, ids: tuple[int, int] | None = None) -> Any:
-        """The loss of :func:`answer_loss`; or with the ids of Yes and No, every row's P(yes) (N,)."""
+        """The loss of :func:`answer_loss`; with the ids of Yes and No, every row's P(yes) (N,) instead."""
         with torch.autocast(batch.input_ids.device.type, torch.bfloat16, enabled=self._bf16):
             if ids is None:
                 return answer_loss(self.model, batch)
@@ -60,12 +60,12 @@ class RankerRun(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
     stage, unit = "train-ranker", "prompts"
 
     def __init__(self, job: RankerJob, device: torch.device, report: Report) -> None:
-        """Build everything; the same weights on every rank."""
+        """Build everything, with the same weights on every rank."""
         tune, settings = job.tune, resolved_precision(train_settings(job.tune), device)
         super().__init__(RunFiles(job.output, "adapter"), settings, tune.seed, device, report)
         self.job, self.per_step = job, tune.batch_size
         bf16 = settings.precision == "bf16"
-        # What is frozen need not be more exact than what it is multiplied in.
+        # Frozen weights need no higher precision than their products.
         network = load_network(job.model_path, torch.bfloat16 if bf16 else torch.float32)
         self.ranker = RankerModel(network, tune)
         self.module = RankerStep(self.ranker, bf16)
@@ -141,7 +141,11 @@ class RankerRun(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
         }
 
     def _not_finite(self, step: int, loss: float, rows: np.ndarray, finite: torch.Tensor) -> ModelError:
-        """The error of a step, naming all ranks' prompts at fault; ``rows`` and ``finite`` are (N,), this rank's."""
+        """The error of a step, which names the prompts at fault on all ranks.
+
+        Args:
+            rows, finite: (N,) of this rank.
+        """
         shown = [self._rows.question(int(row))[0] for row in rows[~finite.cpu().numpy()]]
         mine = [f"note {one.note_id} of example {one.example_id}" for one in shown]
         wrong = sorted({name for part in distributed.gather_objects(mine) for name in part})
@@ -152,12 +156,12 @@ class RankerRun(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
         )
 
     def _needs_blanks(self) -> bool:
-        """Whether the other ranks wait for this one's share of the vision tower in every forward pass."""
+        """Whether every forward pass must use the vision tower, because other ranks wait for this one's shard of it."""
         sharded = self.settings.engine == "deepspeed" and self.settings.zero_stage == 3
         return sharded and distributed.world_size() > 1 and self.job.ranker.variant != "tallrec"
 
     def _groups(self, features: list[RankerFeatures]) -> list[list[int]]:
-        """Places of the features, a forward pass each; as many on every rank."""
+        """Places of the features in groups, one for each forward pass; every rank has as many groups."""
         own = length_groups([len(item.input_ids) for item in features], self.job.tune.max_batch_tokens)
         return split_groups(own, max(distributed.gather_objects(len(own))))
 
@@ -167,7 +171,7 @@ class RankerRun(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
         return self.preprocessor.collate(features).to(self.device)
 
     def _scores(self) -> Iterator[np.ndarray]:
-        """P(yes) of the validation rows in order, some at a time, on every rank; the last row may be repeated."""
+        """P(yes) of the validation rows, in order and batch by batch, on every rank; the last row may be repeated."""
         world_size = distributed.world_size()
         share = max(1, min(self.job.tune.batch_size, len(self._valid_rows)) // world_size)
         begins = range(0, len(self._valid_rows), share * world_size)
@@ -186,7 +190,7 @@ class RankerRun(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
 
 
 def train_settings(tune: TuneSettings) -> TrainSettings:
-    """How an engine, Ray Train and the loop are to run a tuning: their settings are those of embedder training."""
+    """A tuning's settings in the form that the engines, Ray Train and the training loop take."""
     return TrainSettings(
         engine=tune.engine,
         zero_stage=tune.zero_stage,
@@ -208,9 +212,9 @@ def train_settings(tune: TuneSettings) -> TrainSettings:
 
 
 def pooled_auc(scores: np.ndarray, labels: np.ndarray) -> float:
-    """Share of all (positive, negative) pairs of rows in which the positive scores higher, ties half.
+    """Share of all (positive, negative) pairs of rows in which the positive scores higher; ties count half.
 
-    0.5 where there is no pair.
+    0.5 if there is no pair.
     """
     from scipy.stats import rankdata
 
@@ -222,5 +226,5 @@ def pooled_auc(scores: np.ndarray, labels: np.ndarray) -> float:
 
 
 def _log_loss(scores: np.ndarray, labels: np.ndarray) -> float:
-    told = np.where(labels, scores, 1 - scores).astype(np.float64)
-    return float(-np.log(np.maximum(told, 1e-12)).mean())
+    likelihood = np.where(labels, scores, 1 - scores).astype(np.float64)
+    return float(-np.log(np.maximum(likelihood, 1e-12)).mean())

@@ -1,4 +1,4 @@
-"""The training loop that every rank runs, whatever is trained: steps, history, checkpoints, the best weights so far."""
+"""The training loop that every rank runs, for any model: steps, history, checkpoints, the best weights so far."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ Report = Callable[[Path, dict[str, Any]], None]
 class TrainingRun(ABC, Generic[Prepared]):
     """One rank of a training run.
 
-    A subclass builds ``engine`` and says what a step is; order, learning rate and dropout follow from the step's number
-    alone, so that a resumed run does what an undisturbed one does.
+    A subclass builds ``engine`` and defines a step. Order, learning rate and dropout depend only on the step's number,
+    so that a resumed run does the same as an undisturbed one.
 
     Attributes:
-        total: updates of the whole run.
+        total: number of updates of the whole run.
         stage: its name on the command line, for the log.
-        unit, per_step: what a step's speed is counted in, and how many of them a step has.
+        unit, per_step: the unit of the speed, and how many of them a step has.
     """
 
     engine: Engine
@@ -53,7 +53,7 @@ class TrainingRun(ABC, Generic[Prepared]):
         """Begin at step 0.
 
         Args:
-            report: is told of a checkpoint's directory and figures, on every rank, once all of it is written.
+            report: called on every rank with a checkpoint's directory and figures, when it is complete.
         """
         self.files, self.settings, self.seed, self.device, self._report = files, settings, seed, device, report
         self.state = RunState()
@@ -61,34 +61,34 @@ class TrainingRun(ABC, Generic[Prepared]):
 
     @abstractmethod
     def prepare(self, step: int) -> Prepared:
-        """Read what this rank needs for a step (from 0); may be called from a thread."""
+        """Read what this rank needs for a step (counted from 0); may be called from a thread."""
 
     @abstractmethod
     def train(self, step: int, prepared: Prepared) -> dict[str, Any]:
-        """Take a step; figures for its row of the history, ``loss`` among them: that of the whole batch before it."""
+        """Take a step; returns figures for the history, among them ``loss``: of the whole batch, before the update."""
 
     @abstractmethod
     def validate(self) -> dict[str, Any] | None:
-        """Figures of a validation, or None where there is nothing to validate on. May call :meth:`keep`."""
+        """Figures of a validation, or None if there is no validation data. May call :meth:`keep`."""
 
     @abstractmethod
     def write_weights(self, directory: Path) -> None:
-        """Write what the run keeps; every rank calls it, rank 0 writes."""
+        """Write the weights that the run keeps; every rank calls it, and rank 0 writes."""
 
     @abstractmethod
     def figures(self) -> dict[str, Any]:
-        """Figures of the run beyond those that every run has."""
+        """Figures of the run besides those that every run has."""
 
     def resume(self, checkpoint: Path) -> None:
-        """Go on after ``checkpoint``."""
+        """Continue after ``checkpoint``."""
         self.state = read_state(checkpoint)
         self.engine.load(checkpoint)
         self._reported = [self.state]
         if distributed.rank() == 0:
-            log.info("continuing after step %d", self.state.step)
+            log.info("%s: continuing after step %d", self.stage, self.state.step)
 
     def run(self) -> dict[str, Any]:
-        """Train to the end; the run's figures on rank 0."""
+        """Train to the end; returns the run's figures on rank 0."""
         first = distributed.rank() == 0
         history = History(self.files.history, self.state.step) if first else None
         name = self.settings.logger if first else "none"
@@ -99,7 +99,7 @@ class TrainingRun(ABC, Generic[Prepared]):
         steps = prefetched(self._numbered, range(self.state.step, self.total), self.settings.prefetch_batches)
         for step, prepared in steps:
             stopwatch.begin()
-            # Dropout follows from the step, so that a resumed run drops what an undisturbed one does.
+            # Seeded by the step, so that a resumed run has the same dropout as an undisturbed one.
             torch.manual_seed(stream_seed(self.seed, "train", "dropout", step, distributed.rank()))
             figures = self.train(step, prepared)
             self.state = self.state.model_copy(update={"step": step + 1})
@@ -118,15 +118,15 @@ class TrainingRun(ABC, Generic[Prepared]):
         if history is not None:
             history.close()
         if self.state.best_step is None:
-            self.keep()  # without validation the last weights are the best there are
+            self.keep()  # without validation the last weights are kept
         return self._all_figures(history, stopwatch.speed)
 
     def factor(self, step: int) -> float:
-        """What the peak learning rates are multiplied by in ``step``."""
+        """The factor on the peak learning rates in ``step``."""
         return learning_rate_factor(step, self.total, self.settings.warmup_ratio)
 
     def keep(self, **best: float) -> None:
-        """The weights as they are now are the best so far; ``best`` are fields of the state."""
+        """Keep the current weights as the best so far; ``best`` holds fields of the state."""
         self.write_weights(self.files.best(self.state.step))
         self.state = self.state.model_copy(update={"best_step": self.state.step, **best})
         distributed.barrier()
@@ -154,7 +154,7 @@ class TrainingRun(ABC, Generic[Prepared]):
         if distributed.rank() == 0:
             write_state(directory, self.state)
         self._report(directory, {"step": step})
-        # Ray takes note of a checkpoint a little after it is told; a run killed before that resumes from an earlier
+        # Ray records a checkpoint some time after the report. A run that is killed before that resumes from an earlier
         # one, whose best weights must still be there.
         self._reported = [*self._reported[-2:], self.state]
         if distributed.rank() == 0:
@@ -174,7 +174,7 @@ class TrainingRun(ABC, Generic[Prepared]):
 
 
 def resolved_precision(settings: TrainSettings, device: torch.device) -> TrainSettings:
-    """The settings with ``precision=auto`` decided for a device."""
+    """The settings with ``precision=auto`` replaced by what suits the device."""
     from notellm2_ray.models.device import multiplies_bf16
 
     if settings.precision != "auto":
@@ -183,11 +183,11 @@ def resolved_precision(settings: TrainSettings, device: torch.device) -> TrainSe
 
 
 def prepare_process(cpus: float) -> None:
-    """Set up a worker process: threads, search path of compilers, no chatter in the log."""
+    """Set up a worker process: threads, the compilers' search path, and log levels."""
     torch.set_num_threads(max(1, int(cpus)))
     keep_freed_memory()
-    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # ninja lies there
+    os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # for ninja
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    logging.getLogger().setLevel(logging.WARNING)  # Ray Train sets INFO, for every library
+    logging.getLogger().setLevel(logging.WARNING)  # Ray Train sets INFO for every library
     log.setLevel(logging.INFO)
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")

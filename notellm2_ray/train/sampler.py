@@ -1,4 +1,4 @@
-"""Which pairs are in which step: a function of the seed and the step alone, so that resuming needs no state."""
+"""Which pairs are in which step: it depends only on the seed and the step, so that resuming needs no state."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ class PairBatch(NamedTuple):
     """One rank's b pairs of a step, as 2b notes: the queries, then their targets in the same order."""
 
     note_ids: list[str]  # (2b,)
-    note_keys: np.ndarray  # (2b,) int64, equal for equal notes, the same on every rank
+    note_keys: np.ndarray  # (2b,) int64, equal for equal notes and the same on every rank
 
 
 class Pairs:
     """The pairs of one Parquet file.
 
     Attributes:
-        note_ids: every note of the pairs once.
+        note_ids: the distinct notes of the pairs.
         keys: (num_pairs, 2) int64, query and target as positions in ``note_ids``.
     """
 
@@ -59,11 +59,11 @@ class Pairs:
 
 
 class StepSampler:
-    """Deals rows out to steps and ranks.
+    """Assigns rows to steps and ranks.
 
-    Every epoch has an order of its own, drawn from (seed, epoch). A step takes the next ``batch`` of it, and each rank
-    an equal slice of those, so that the rows of a step do not depend on the number of ranks. What is left at the end of
-    an epoch and fills no batch is left out of that epoch.
+    Every epoch has its own random order, drawn from (seed, epoch). A step takes the next ``batch`` rows, and each rank
+    an equal slice of them, so that the rows of a step do not depend on the number of ranks. Rows at the end of an epoch
+    that do not fill a batch are left out of that epoch.
     """
 
     def __init__(self, num_rows: int, batch: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
@@ -73,20 +73,20 @@ class StepSampler:
         self.steps_per_epoch = num_rows // batch
 
     def rows(self, step: int) -> np.ndarray:
-        """This rank's rows in ``step`` (from 0)."""
+        """This rank's rows in ``step`` (counted from 0)."""
         epoch, batch = divmod(step, self.steps_per_epoch)
         begin = batch * self._batch + self._first
         return _order(self.seed, epoch, self._num_rows)[begin : begin + self._share]
 
 
 class PairSampler(StepSampler):
-    """Deals the pairs out to steps and ranks."""
+    """Assigns pairs to steps and ranks."""
 
     def __init__(self, pairs: Pairs, batch_pairs: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
         """A sampler for one rank.
 
         Raises:
-            DataError: there are fewer pairs than a batch holds.
+            DataError: there are fewer pairs than fill a batch.
         """
         super().__init__(len(pairs), batch_pairs, seed, rank, world_size)
         self.pairs = pairs

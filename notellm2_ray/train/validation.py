@@ -20,15 +20,17 @@ from notellm2_ray.train.sampler import Pairs
 CUTOFF = 10
 
 
-class Score(NamedTuple):
-    """Figures of one validation."""
+class ValidationScore(NamedTuple):
+    """The figures of a validation."""
 
-    recall: float  # Recall@10 of the targets among the validation notes, the query excluded, ties against us
-    loss: float  # Eq. 9 over batches as large as those of training
+    recall: (
+        float  # Recall@10 of the targets among the validation notes without the query; ties count against the target
+    )
+    loss: float  # Eq. 9, over batches as large as in training
 
 
 class Validation:
-    """A fixed sample of the validation pairs; every rank encodes its share of their notes."""
+    """A fixed sample of the validation pairs. Every rank encodes its share of their notes."""
 
     def __init__(
         self,
@@ -44,9 +46,9 @@ class Validation:
         """Choose the pairs.
 
         Args:
-            max_pairs: how many at most.
+            max_pairs: the most pairs to use.
             batch_pairs: pairs in a batch of the validation loss; all ranks together encode twice as many notes at once.
-            mask_duplicates: as in training, so that both losses are of one kind.
+            mask_duplicates: as in training, so that both losses are comparable.
         """
         self._prepare, self._prefetch, self._batch_pairs = prepare, prefetch, batch_pairs
         self._mask_duplicates = mask_duplicates
@@ -59,11 +61,11 @@ class Validation:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def score(self, module: ContrastiveStep, alpha: float, device: torch.device) -> Score:
-        """Encode the notes and score them; every rank must call it, and all get the same. Leaves dropout on."""
+    def score(self, module: ContrastiveStep, alpha: float, device: torch.device) -> ValidationScore:
+        """Encode and score the notes; every rank must call it and gets the same. The module ends in training mode."""
         module.eval()
-        # The outermost module alone is left in training, where that only means that a batch without any image still
-        # goes through the sharded tower, which the other ranks are waiting for.
+        # Only the outermost module stays in training mode. There it only makes a batch without images go through the
+        # vision tower as well: if the tower is sharded, the other ranks wait for this.
         module.model.training = True
         with torch.no_grad():
             vectors = self._vectors(module, device)
@@ -79,12 +81,12 @@ class Validation:
             notes = notes.to(device)
             part: NoteVectors = module(notes.groups, notes.positions)
             parts.append(_gathered(part))
-        # Rank r encoded notes r, r + world_size, ... of each block.
+        # Rank r encoded notes r, r + world_size, ... of each round.
         size = self._notes_per_rank()
         rows = np.concatenate(
             [
-                block * size * world_size + np.arange(size * world_size).reshape(world_size, size).T.ravel()
-                for block in range(len(parts))
+                turn * size * world_size + np.arange(size * world_size).reshape(world_size, size).T.ravel()
+                for turn in range(len(parts))
             ]
         )[: len(self._note_ids)]
         return join_vectors(parts, torch.from_numpy(rows))
@@ -93,21 +95,21 @@ class Validation:
         return max(1, min(2 * self._batch_pairs, len(self._note_ids)) // distributed.world_size())
 
     def _shares(self) -> Iterator[list[str]]:
-        """This rank's notes, block by block; as many blocks of as many notes on every rank, the last note repeated."""
+        """This rank's notes of each round, equally many on every rank: the last note is repeated to fill a round."""
         size, world_size = self._notes_per_rank(), distributed.world_size()
         for begin in range(0, len(self._note_ids), size * world_size):
             places = begin + distributed.rank() + world_size * np.arange(size)
             yield [self._note_ids[place] for place in np.minimum(places, len(self._note_ids) - 1)]
 
-    def _score(self, vectors: NoteVectors, alpha: float) -> Score:
+    def _score(self, vectors: NoteVectors, alpha: float) -> ValidationScore:
         losses = [
             embedder_loss(_rows(vectors, keys), keys, alpha=alpha, mask_duplicates=self._mask_duplicates).total
             for keys in self._batches()
         ]
-        return Score(self._recall(vectors.multimodal), float(torch.stack(losses).mean()))
+        return ValidationScore(self._recall(vectors.multimodal), float(torch.stack(losses).mean()))
 
     def _batches(self) -> Iterator[torch.Tensor]:
-        """Keys (2b,) of each batch of pairs, queries first; a last part of a batch counts only where it is all."""
+        """Keys (2b,) of each batch of pairs, queries first. Pairs that do not fill a last batch are left out."""
         size = min(self._batch_pairs, len(self.keys))
         for begin in range(0, len(self.keys) - size + 1, size):
             yield torch.from_numpy(self.keys[begin : begin + size].T.reshape(-1).copy())
@@ -121,12 +123,12 @@ class Validation:
 def _gathered(vectors: NoteVectors) -> NoteVectors:
     """The rows of all ranks, on the CPU."""
 
-    def everybody(rows: torch.Tensor) -> torch.Tensor:
+    def from_all_ranks(rows: torch.Tensor) -> torch.Tensor:
         return distributed.gather_rows(rows)[0].cpu()
 
-    visual = None if vectors.visual is None else everybody(vectors.visual)
+    visual = None if vectors.visual is None else from_all_ranks(vectors.visual)
     temperature = vectors.temperature.detach().float().cpu()
-    return NoteVectors(everybody(vectors.multimodal), visual, everybody(vectors.has_visual), temperature)
+    return NoteVectors(from_all_ranks(vectors.multimodal), visual, from_all_ranks(vectors.has_visual), temperature)
 
 
 def _rows(vectors: NoteVectors, keys: torch.Tensor) -> NoteVectors:

@@ -1,10 +1,10 @@
 """The DeepSpeed engine: ZeRO stages 0 to 3, with or without offload.
 
-Weights stay float32 (bfloat16 is autocast's), so that a rank holds 16 bytes per parameter over the number of ranks, as
-many as with bfloat16 weights beside float32 masters, and both engines do the same arithmetic.
+Weights stay float32 and autocast computes in bfloat16, so that both engines do the same arithmetic. A rank holds 16
+bytes per parameter, divided by the number of ranks: as many as bfloat16 weights with float32 master copies would take.
 
-DeepSpeed reads its checkpoints with pickle. Only those that this run wrote into its own directory are ever read; what
-leaves it is safetensors.
+DeepSpeed reads its checkpoints with pickle. Only checkpoints that this run wrote into its own directory are ever read.
+The models that a run puts out are safetensors.
 """
 
 from __future__ import annotations
@@ -56,13 +56,13 @@ class ZeroEngine:
         self._backward(loss, last=True)
 
     def _backward(self, loss: torch.Tensor, *, last: bool) -> None:
-        # Steps have different numbers of parts; DeepSpeed's own count of them is fixed.
+        # The number of parts differs between steps, while DeepSpeed's own count of them is fixed.
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss)
         self._engine.step()
 
     def save(self, directory: Path) -> None:
-        # What is frozen comes from where it came from; of a large model with an adapter that is nearly all of it.
+        # Frozen weights are read from the base model again; with an adapter they are nearly the whole model.
         self._engine.save_checkpoint(str(directory), tag=_TAG, exclude_frozen_parameters=True)
 
     def load(self, directory: Path) -> None:
@@ -81,13 +81,13 @@ class ZeroEngine:
             whole = {name: self._gather(parameter) for name, parameter in named.items()}
         if rank() != 0:
             return None
-        # Copies: under ZeRO the weights are views of one flat tensor, which no file of single tensors can hold.
+        # Copied, because under ZeRO the weights are views of one flat tensor and cannot be saved as separate tensors.
         kept = named if trained_only else self.module.model.state_dict()
         rest = {k: v.detach().to("cpu", copy=True) for k, v in kept.items() if k not in whole}
         return {**rest, **whole}
 
     def _gather(self, parameter: Any) -> torch.Tensor:
-        """A sharded parameter on the CPU of rank 0, in float32 (DeepSpeed itself gathers matrices in bfloat16)."""
+        """A sharded parameter on the CPU of rank 0, in float32 (DeepSpeed's own gathering returns bfloat16)."""
         shard = parameter.ds_tensor.detach().to(self._device).contiguous()
         parts = shard.new_empty(world_size() * shard.numel())
         dist.all_gather_into_tensor(parts, shard)
@@ -97,10 +97,10 @@ class ZeroEngine:
 
 
 def zero_config(module: Any, settings: TrainSettings) -> dict[str, Any]:
-    """DeepSpeed's own configuration for these settings."""
+    """DeepSpeed's configuration for these settings."""
     pairs = settings.batch_pairs // settings.num_workers
     trained = sum(parameter.numel() for parameter in module.parameters() if parameter.requires_grad)
-    bucket = min(_MAX_BUCKET, -(-trained // 1024) * 1024)  # it must be a multiple of 2
+    bucket = min(_MAX_BUCKET, -(-trained // 1024) * 1024)  # it must be even
     zero: dict[str, Any] = {
         "stage": settings.zero_stage,
         "overlap_comm": settings.gpus_per_worker > 0,
@@ -124,24 +124,23 @@ def zero_config(module: Any, settings: TrainSettings) -> dict[str, Any]:
 
 
 def _cpu_adamw(groups: list[dict[str, Any]], settings: TrainSettings) -> Any:
-    """AdamW for weights that a GPU run keeps in CPU memory: compiled at first use, far faster than PyTorch's."""
+    """AdamW for weights that a GPU run keeps in CPU memory. It is compiled at first use and beats PyTorch's by far."""
     from deepspeed.ops.adam import DeepSpeedCPUAdam
 
     return DeepSpeedCPUAdam(groups, betas=settings.betas, eps=settings.epsilon, adamw_mode=True)
 
 
 def _import_deepspeed(device: torch.device) -> Any:
-    """DeepSpeed, quiet, and on a CPU without its compiled operators."""
+    """Import DeepSpeed with little logging, and on a CPU without its compiled operators."""
     if device.type == "cpu":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # it would take any GPU it sees
+        os.environ["DS_ACCELERATOR"] = "cpu"  # otherwise it uses any GPU that it sees
     import deepspeed
     import deepspeed.comm
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     if device.type == "cpu":
-        # It would compile its shared-memory all-reduce with g++ at the first use (tens of seconds), which training does
-        # not call.
+        # Otherwise it compiles its shared-memory all-reduce with g++ (tens of seconds), which training never calls.
         vars(deepspeed.ops)["__compatible_ops__"] = {}
     if not deepspeed.comm.is_initialized():
         deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)

@@ -85,7 +85,7 @@ def test_an_image_stands_where_it_was_put(chats):
         ids = chat.prompt(["red ", IMAGE, "cat"])
         assert ids.count(chat.image_token_id) == 1
         assert f"red {words}cat" in text_of(chat, ids)
-    with pytest.raises(ModelError, match="sees no images"):
+    with pytest.raises(ModelError, match="reads no images"):
         chats["strings"].prompt([IMAGE])
 
 

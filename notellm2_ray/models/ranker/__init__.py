@@ -1,1 +1,1 @@
-"""The model that says yes or no to a candidate."""
+"""The model that answers yes or no to a candidate."""

@@ -1,4 +1,4 @@
-"""From a user and a candidate to the ranker's input: prompt, budgets, pixels, labels, padding. No weights here."""
+"""The ranker's input for a user and a candidate: prompt, budgets, pixels, labels, padding. No weights are needed."""
 
 from __future__ import annotations
 
@@ -17,27 +17,27 @@ from notellm2_ray.models.chat import ChatTokenizer, expand_images
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-IGNORED = -100  # a label that no loss is taken over
-# What a processor returns besides what the vision tower takes.
+IGNORED = -100  # the label of tokens that do not count in the loss
+# What a processor returns for the language model; the rest is for the vision tower.
 _TEXT_INPUTS = {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"}
 
 
 class Question(NamedTuple):
-    """One candidate before one user."""
+    """One candidate for one user."""
 
     title: str
-    image: bytes | None = None  # encoded; None: the note has none
-    preference: str | None = None  # None: a user without history
+    image: bytes | None = None  # encoded; None: the note has no image
+    preference: str | None = None  # None: the user has no history
     history_titles: tuple[str, ...] = ()  # oldest first
 
 
 class RankerFeatures(NamedTuple):
     """One question, ready to be put into a batch."""
 
-    input_ids: np.ndarray  # (T,) int64; an image stands as often as it has tokens
-    labels: np.ndarray  # (T,) int64, IGNORED where no loss is taken
-    last: int  # the token before the one that tells Yes from No
-    vision: Mapping[str, torch.Tensor]  # what the vision tower takes, (1 or more, ...) each; empty without an image
+    input_ids: np.ndarray  # (T,) int64; an image's placeholder is repeated for each of its tokens
+    labels: np.ndarray  # (T,) int64, IGNORED for tokens that do not count in the loss
+    last: int  # place of the token before the one that tells Yes from No
+    vision: Mapping[str, torch.Tensor]  # inputs of the vision tower, (1 or more, ...) each; empty without an image
 
 
 class RankerBatch(NamedTuple):
@@ -47,8 +47,8 @@ class RankerBatch(NamedTuple):
     attention_mask: torch.Tensor  # (N, T) int64, 0 on padding
     labels: torch.Tensor  # (N, T) int64
     is_image: torch.Tensor  # (N, T) int64, 1 on an image's tokens
-    last: torch.Tensor  # (N,) int64, the token before the one that tells Yes from No
-    vision: Mapping[str, torch.Tensor]  # of all images in order
+    last: torch.Tensor  # (N,) int64, place of the token before the one that tells Yes from No
+    vision: Mapping[str, torch.Tensor]  # of all images, in order
 
     def to(self, device: torch.device | str) -> RankerBatch:
         """The same batch on ``device``."""
@@ -58,25 +58,25 @@ class RankerBatch(NamedTuple):
 
 
 class RankerPrompter:
-    """Questions to token ids; the same for tuning and for scoring. Picklable; may be used from several threads."""
+    """Turns questions into token ids, for tuning and scoring alike. Picklable; may be used from several threads."""
 
     def __init__(self, chat: ChatTokenizer, settings: RankerSettings) -> None:
         """A prompter for one model.
 
         Raises:
-            ModelError: the variant shows images and the model sees none.
+            ModelError: the variant shows images and the model reads none.
         """
         if settings.variant != "tallrec" and chat.image_token_id is None:
             raise ModelError(
-                f"ranker.model is a text-only model, and ranker.variant={settings.variant} shows it images: choose an "
+                f"ranker.model is a text-only model, but ranker.variant={settings.variant} shows images: choose an "
                 "image-text model, or ranker.variant=tallrec"
             )
         self.chat, self.settings = chat, settings
 
     def prompt(self, question: Question) -> list[int]:
-        """Token ids up to the place where Yes or No is told; each image is one placeholder.
+        """Token ids up to the place of the answer; each image is a single placeholder.
 
-        Budgets cut the user's texts before they are quoted, so that neither the question nor the answer is ever lost.
+        Texts are cut to their budgets before they are put into the prompt, so that the question itself is never cut.
         """
         settings, chat = self.settings, self.chat
         preference = question.preference
@@ -95,10 +95,10 @@ class RankerPrompter:
         return [*chat.prompt(parts), *chat.answers.common]
 
     def image(self, question: Question) -> Image | None:
-        """The candidate's image as the model is shown it; None where it has none, or where none is shown.
+        """The candidate's image as the model sees it; None if it has none, or if the variant shows none.
 
         Raises:
-            DataError: it cannot be decoded.
+            DataError: the image cannot be decoded.
         """
         if question.image is None or self.settings.variant == "tallrec":
             return None
@@ -109,10 +109,10 @@ class RankerPrompter:
 
 
 def scaled_image(data: bytes, max_pixels: int) -> Image:
-    """An image, scaled down with its proportions to an area of at most ``max_pixels``.
+    """An image, scaled down in its proportions to an area of at most ``max_pixels``.
 
     Raises:
-        DataError: it cannot be decoded.
+        DataError: the image cannot be decoded.
     """
     from PIL.Image import Resampling
 
@@ -125,12 +125,14 @@ def scaled_image(data: bytes, max_pixels: int) -> Image:
 
 
 class RankerPreprocessor:
-    """Questions to features, features to batches, for a Hugging Face model. Picklable; not for several threads.
+    """Turns questions into features and features into batches, for a Hugging Face model.
+
+    Picklable; not safe in several threads.
 
     Args:
         prompter: makes the prompts.
-        processor: the model's own; its tokenizer must not be the prompter's object, which other threads may be using.
-        loss_on: the tokens that labels are kept for.
+        processor: of the model; its tokenizer must be another object than the prompter's, which other threads may use.
+        loss_on: which tokens get labels, ``answer`` or ``everything``.
     """
 
     def __init__(self, prompter: RankerPrompter, processor: Any, loss_on: str = "answer") -> None:
@@ -142,7 +144,7 @@ class RankerPreprocessor:
         """One question's features.
 
         Args:
-            label: appends the answer, with labels; None: the prompt alone.
+            label: the answer, which is appended with labels; None: the prompt alone.
 
         Raises:
             DataError: the image cannot be decoded.
@@ -160,15 +162,15 @@ class RankerPreprocessor:
         if label is not None:
             begin = 0 if self._loss_on == "everything" else len(ids)
             labels[begin:] = input_ids[begin:]
-            # An image's tokens say nothing that could be learned: they are the same whatever it shows.
+            # An image's tokens are the same whatever it shows, so there is nothing to learn from them.
             labels[input_ids == chat.image_token_id] = IGNORED
         return RankerFeatures(input_ids, labels, len(ids) - 1, vision)
 
     def blank(self) -> RankerFeatures:
-        """A prompt with a small white image that no loss is taken over.
+        """A prompt with a small white image that does not count in the loss.
 
-        A rank whose batch has no image takes it along, where weights are sharded and the others wait for its share of
-        the vision tower.
+        If weights are sharded, a rank adds it to a batch without images, because the other ranks wait for this rank's
+        shard of the vision tower.
         """
         from io import BytesIO
 
@@ -205,17 +207,17 @@ class RankerPreprocessor:
         return image_id
 
     def _vision(self, image: Image) -> tuple[int, dict[str, torch.Tensor]]:
-        """How many tokens an image takes, and what the vision tower takes: both as the model's own processor has it."""
+        """An image's number of tokens and its inputs for the vision tower, both from the model's own processor."""
         token = self.prompter.chat.tokenizer.convert_ids_to_tokens(self._image_id)
         made = self._processor(text=[token], images=[image], return_tensors="pt")
         count = int((made["input_ids"] == self._image_id).sum())
         if not count:
-            raise DataError("the model's processor gives an image no token: it is not the processor of this model")
+            raise DataError("the processor makes no token of an image: it is not the processor of this model")
         return count, {name: tensor for name, tensor in made.items() if name not in _TEXT_INPUTS}
 
 
 def _concatenate(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """Images of a batch one after the other, padded with zeros where they are of different sizes."""
+    """The images of a batch, concatenated, and padded with zeros if their sizes differ."""
     sizes = [max(part.shape[axis] for part in parts) for axis in range(1, parts[0].dim())]
     padded = []
     for part in parts:

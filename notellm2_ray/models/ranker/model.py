@@ -1,9 +1,8 @@
-"""The ranker: any Hugging Face image-text model (or text-only LLM) that says yes or no, with LoRA on its LLM."""
+"""The ranker: any Hugging Face image-text model (or text-only LLM) that answers yes or no, with LoRA on its LLM."""
 
 from __future__ import annotations
 
 import inspect
-from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -23,18 +22,18 @@ from notellm2_ray.models.llm import first_line, require_all_weights
 from notellm2_ray.models.quiet import quiet_loading
 from notellm2_ray.models.ranker.inputs import IGNORED, RankerBatch
 
-_NEEDED = "ranker.model needs a Hugging Face image-text model, or for ranker.variant=tallrec a text-only LLM"
+_NEEDED = "ranker.model must be a Hugging Face image-text model, or for ranker.variant=tallrec a text-only LLM"
 
 
 @quiet_loading()
 def load_network(path: str, dtype: torch.dtype | str = "auto", revision: str | None = None) -> PreTrainedModel:
-    """The pretrained network in a directory or under a hub name; an image-text model wherever it is one.
+    """The pretrained network in a directory or under a hub name: an image-text model if it is one, otherwise an LLM.
 
     Args:
-        dtype: of its weights; ``auto``: the checkpoint's own.
+        dtype: of the weights; ``auto``: the checkpoint's own.
 
     Raises:
-        ModelError: there is none, it is of another kind, or its weights are incomplete or not safetensors.
+        ModelError: there is no model, it is of another kind, or its weights are incomplete or not safetensors.
     """
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
@@ -52,19 +51,19 @@ def load_network(path: str, dtype: torch.dtype | str = "auto", revision: str | N
         )
     except (OSError, ValueError, ImportError, RuntimeError) as error:
         raise ModelError(
-            f"the weights of {path} cannot be loaded: {first_line(error)}. Only safetensors are read"
+            f"the weights of {path} cannot be loaded: {first_line(error)}. They must be safetensors"
         ) from error
     require_all_weights(report, path)
     return network
 
 
 def language_linears(network: PreTrainedModel) -> list[str]:
-    """Full paths of the language model's linear layers; the head and everything of the vision tower left out.
+    """Full paths of the language model's linear layers, without the head and the vision tower.
 
-    By path, not by the last part of a name: vision towers have a ``q_proj`` too.
+    Full paths, because the last part of a name is not unique: vision towers have a ``q_proj`` too.
 
     Raises:
-        ModelError: none is found.
+        ModelError: there is no such layer.
     """
     decoder = network.get_decoder()
     inside = {id(module) for module in decoder.modules()}
@@ -75,12 +74,12 @@ def language_linears(network: PreTrainedModel) -> list[str]:
 
 
 class RankerModel(nn.Module):
-    """The network with LoRA matrices beside its language model's linear layers; all else is frozen."""
+    """The network with LoRA matrices on its language model's linear layers; everything else is frozen."""
 
     def __init__(self, network: PreTrainedModel, tune: TuneSettings) -> None:
         """Add LoRA.
 
-        The matrices are float32 whatever the network is; their start depends on ``tune.seed`` alone.
+        The matrices are float32 whatever the network's type is. Their initial values depend only on ``tune.seed``.
         """
         from peft import LoraConfig, get_peft_model
         from peft.tuners.tuners_utils import BaseTunerLayer
@@ -99,7 +98,7 @@ class RankerModel(nn.Module):
             self.peft = get_peft_model(network, config)
         layers: list[Any] = [module for module in self.peft.modules() if isinstance(module, BaseTunerLayer)]
         for layer in layers:
-            # Autocast gives the matrices what they take; peft would copy every input to float32 first.
+            # Autocast casts as needed; by default peft would first copy every input to float32.
             layer.cast_input_dtype_enabled = False
         self.set_gradient_checkpointing(tune.gradient_checkpointing)
 
@@ -112,14 +111,14 @@ class RankerModel(nn.Module):
         network: Any = self.peft.get_base_model()
         if enabled:
             network.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-            # The library makes what all embeddings return carry gradients, for reentrant checkpoints, which these are
-            # not: the frozen vision tower would get a backward pass.
+            # For reentrant checkpoints the library lets the outputs of embeddings require gradients. These are not
+            # reentrant, and the frozen vision tower would get a backward pass.
             network.disable_input_require_grads()
         else:
             network.gradient_checkpointing_disable()
 
     def is_fresh(self, name: str) -> bool:
-        """LoRA's matrices all learn at the same rate."""
+        """Never: all LoRA matrices learn at the same rate."""
         return False
 
     def save_adapter(self, directory: Path, weights: dict[str, torch.Tensor], base: str) -> None:
@@ -153,9 +152,9 @@ def answer_loss(model: RankerModel, batch: RankerBatch) -> tuple[torch.Tensor, t
     """Cross-entropy of the labelled tokens.
 
     Returns:
-        its sum in nats, float32, and for each row whether it is finite (N,).
+        Its sum in nats (float32), and for each row whether it is finite (N,).
     """
-    wanted = batch.labels[:, 1:] != IGNORED  # a token is told at the place before it
+    wanted = batch.labels[:, 1:] != IGNORED  # a token is predicted at the place before it
     places = wanted.any(dim=0).nonzero().squeeze(-1)
     logits = model(batch, places).float()
     labels = batch.labels[:, places + 1]
@@ -179,7 +178,7 @@ def answer_probability(model: Any, batch: RankerBatch, yes_id: int, no_id: int) 
 
 @quiet_loading()
 def merge_adapter(base: str, adapter: Path, directory: Path) -> None:
-    """Write the base model with an adapter added to its weights, as a complete model that anything can load.
+    """Write the base model with an adapter merged into its weights, as a complete model.
 
     The weights keep the checkpoint's own type.
     """
@@ -190,11 +189,6 @@ def merge_adapter(base: str, adapter: Path, directory: Path) -> None:
     merged.config.use_cache = True
     merged.save_pretrained(str(directory))
     load_processor(base).save_pretrained(str(directory))
-
-
-def trained_names(model: nn.Module) -> Sequence[str]:
-    """Names of the parameters that are trained."""
-    return [name for name, parameter in model.named_parameters() if parameter.requires_grad]
 
 
 def _adapter_file(directory: Path) -> Path:

@@ -24,7 +24,6 @@ from notellm2_ray.models.ranker.model import (
     language_linears,
     load_network,
     merge_adapter,
-    trained_names,
     yes_probability,
 )
 from tests.support import tiny_models
@@ -55,6 +54,10 @@ def make(model, chat):
 def adapted(model: str, **changes: Any) -> RankerModel:
     tune = TuneSettings(**{"lora_rank": 4, "lora_dropout": 0.0, **changes})
     return RankerModel(load_network(model, torch.float32), tune)
+
+
+def trained_names(network: torch.nn.Module) -> list[str]:
+    return [name for name, parameter in network.named_parameters() if parameter.requires_grad]
 
 
 def words(preprocessor: RankerPreprocessor, question: Question) -> str:
@@ -276,7 +279,7 @@ def test_eight_examples_are_memorised_and_merging_changes_nothing(model, make, c
         said = answer_probability(lambda b, p: forward_logits(merged, b, p), batch, chat.yes_id, chat.no_id)
     torch.testing.assert_close(said, tuned, atol=1e-4, rtol=1e-4)
     again = ChatTokenizer.from_pretrained(str(tmp_path / "model"))
-    assert again.layout == chat.layout and again.yes_id == chat.yes_id
+    assert again.template == chat.template and again.yes_id == chat.yes_id
     assert (Path(tmp_path) / "model" / "preprocessor_config.json").exists() or (
         Path(tmp_path) / "model" / "processor_config.json"
     ).exists()
@@ -292,5 +295,5 @@ def test_a_yes_is_told_in_float32():
 def test_what_is_no_model_is_named(tmp_path):
     with pytest.raises(ModelError, match="cannot be read as a model"):
         load_network(str(tmp_path / "absent"))
-    with pytest.raises(ModelError, match="ranker.model needs"):
+    with pytest.raises(ModelError, match="ranker.model must be"):
         load_network(tiny_models.save_clip(tmp_path / "clip"))

@@ -1,0 +1,123 @@
+"""The words that a model's chat template puts around a prompt, read off the rendered template."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from jinja2 import TemplateError
+from transformers import PreTrainedTokenizerBase
+
+from notellm2_ray.core.errors import ModelError
+from notellm2_ray.models.llm import first_line
+
+_SYSTEM, _USER = "0SYSTEM0WORDS0", "0USER0WORDS0"  # stand-ins that no template alters
+# How a template fails on messages or lists that it was not written for: it refuses them, or raises an error of Python.
+_RENDERING = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+
+
+class TemplateWords(NamedTuple):
+    """The words that a template puts around a prompt and its answer."""
+
+    before: str  # before the user's turn, if there is no system message
+    before_system: str | None  # before the system message; None: the template takes no system message
+    after_system: str  # between the system message and the user's turn
+    after: str  # after the user's turn, up to the place of the answer
+    image: str  # stands for one image; empty: the model reads none
+    answer_space: str  # white space before the answer in a finished conversation
+    answer_end: str  # after the answer
+
+
+def read_template(tokenizer: PreTrainedTokenizerBase, template: str | None, image_token: str | None) -> TemplateWords:
+    """A template's words, cut out of a rendering of stand-ins for the system message, the user's text and the answer.
+
+    Args:
+        template: None for a model without one, which gets a plain layout.
+        image_token: the model's placeholder for an image; None for a text-only model.
+
+    Raises:
+        ModelError: the template cannot be rendered.
+    """
+    if template is None:
+        return TemplateWords("", "", "\n\n", "\n", f"{image_token}\n" if image_token else "", "", "")
+
+    def render(content: Any, system: str | None = None, answer: str | None = None) -> str:
+        return _render(tokenizer, template, content, system, answer)
+
+    content: Any = [{"type": "text", "text": _USER}]
+    try:
+        around = _cut(render(content), _USER)
+        if around is None or "'type'" in around[0] or '"type"' in around[0]:
+            raise ValueError("it does not take lists")
+    except Exception:  # templates can raise any error; those of text models may take strings only
+        content = _USER
+        around = _cut_or_fail(lambda: render(content))
+    before, after = around
+    image = _image_words(render, before, image_token)
+    before_system, after_system = _system_words(render, content)
+    space, end = _answer_words(render, content, before + _USER + after)
+    return TemplateWords(before, before_system, after_system, after, image, space, end)
+
+
+def _render(tokenizer: Any, template: str, content: Any, system: str | None, answer: str | None) -> str:
+    messages: list[dict[str, Any]] = [{"role": "user", "content": content}]
+    in_lists = isinstance(content, list)
+    if system is not None:
+        text = [{"type": "text", "text": system}] if in_lists else system
+        messages.insert(0, {"role": "system", "content": text})
+    if answer is not None:
+        text = [{"type": "text", "text": answer}] if in_lists else answer
+        messages.append({"role": "assistant", "content": text})
+    # Without a fixed date the prompts would change every day. A model that can write out its thinking is told not to.
+    fixed = {"date_string": "26 Jul 2024", "enable_thinking": False}
+    return tokenizer.apply_chat_template(
+        messages, chat_template=template, tokenize=False, add_generation_prompt=answer is None, **fixed
+    )
+
+
+def _cut(text: str, stand_in: str) -> tuple[str, str] | None:
+    pieces = text.split(stand_in)
+    return (pieces[0], pieces[1]) if len(pieces) == 2 else None
+
+
+def _cut_or_fail(render: Any) -> tuple[str, str]:
+    try:
+        around = _cut(render(), _USER)
+    except _RENDERING as error:
+        raise ModelError(f"the model's chat template cannot be rendered: {first_line(error)}") from error
+    if around is None:
+        raise ModelError("the model's chat template must contain the user's text exactly once, and it does not")
+    return around
+
+
+def _image_words(render: Any, before: str, image_token: str | None) -> str:
+    """The words that stand for an image. It is rendered before the text, as some templates put all images first."""
+    if image_token is None:
+        return ""
+    try:
+        around = _cut(render([{"type": "image"}, {"type": "text", "text": _USER}]), _USER)
+    except _RENDERING:
+        around = None
+    if around is None or not around[0].startswith(before) or around[0].count(image_token) != 1:
+        return f"{image_token}\n"
+    return around[0][len(before) :]
+
+
+def _system_words(render: Any, content: Any) -> tuple[str | None, str]:
+    try:
+        around = _cut(render(content, _SYSTEM), _SYSTEM)
+    except _RENDERING:  # the templates of Mistral and Gemma refuse a system message
+        return None, ""
+    between = None if around is None else _cut(around[1], _USER)
+    return (None, "") if around is None or between is None else (around[0], between[0])
+
+
+def _answer_words(render: Any, content: Any, prompt: str) -> tuple[str, str]:
+    """The words between prompt and answer in a finished conversation, and the words after the answer."""
+    try:
+        around = _cut(render(content, None, _SYSTEM), _SYSTEM)
+    except _RENDERING:
+        around = None
+    if around is None:
+        return "", ""
+    space = around[0][len(prompt) :] if around[0].startswith(prompt) else ""
+    return (space if not space.strip() else ""), around[1]
