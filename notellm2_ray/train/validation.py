@@ -109,7 +109,7 @@ class Validation:
         return ValidationScore(self._recall(vectors.multimodal), float(torch.stack(losses).mean()))
 
     def _batches(self) -> Iterator[torch.Tensor]:
-        """Keys (2b,) of each batch of pairs, queries first. Pairs that do not fill a last batch are left out."""
+        """Keys (2b,) of each batch of pairs, queries first. Pairs beyond the last full batch are left out."""
         size = min(self._batch_pairs, len(self.keys))
         for begin in range(0, len(self.keys) - size + 1, size):
             yield torch.from_numpy(self.keys[begin : begin + size].T.reshape(-1).copy())
