@@ -88,7 +88,7 @@ def test_too_many_bad_notes_stop_the_job(tmp_path: Path, in_process, embedder) -
     assert (counts["blocks_reused"], counts["embedded"], counts["quarantined"]) == (1, 20, 20)
 
 
-def test_a_block_without_any_good_note_leaves_a_gap_only(tmp_path: Path, in_process, embedder) -> None:
+def test_a_chunk_without_any_usable_note_only_leaves_a_gap(tmp_path: Path, in_process, embedder) -> None:
     notes = [note._replace(image=b"bad") if i < 10 else note for i, note in enumerate(tiny_models.notes(30))]
     path = write_notes(tmp_path / "n.parquet", notes)
     patient = SETTINGS.model_copy(update={"max_bad_share": 1.0})
@@ -99,11 +99,11 @@ def test_a_block_without_any_good_note_leaves_a_gap_only(tmp_path: Path, in_proc
         embed_notes(embedder.path, path, tmp_path / "none", patient)
 
 
-def test_blocks_of_another_model_are_not_taken_for_ours(tmp_path: Path, in_process, embedder) -> None:
+def test_parts_of_another_model_are_not_reused(tmp_path: Path, in_process, embedder) -> None:
     path = write_notes(tmp_path / "n.parquet", tiny_models.notes(20))
     copy = shutil.copytree(embedder.path, tmp_path / "model")
     embed_notes(copy, path, tmp_path / "out", SETTINGS)
-    os.utime(copy / "config.json", ns=(1, 1))  # as if it had been trained anew
+    os.utime(copy / "config.json", ns=(1, 1))  # as if it had been trained again
     counts = embed_notes(copy, path, tmp_path / "out", SETTINGS)
     assert counts["blocks_reused"] == 0
     assert len(list((tmp_path / "out" / "blocks").iterdir())) == counts["blocks"] == 2
@@ -122,7 +122,7 @@ def test_actors_that_do_not_fit_are_refused(tmp_path: Path, ray_cluster, embedde
         embed_notes(embedder.path, path, tmp_path / "out", greedy)
 
 
-def test_vector_columns() -> None:
+def test_each_vector_column_has_its_input() -> None:
     assert inputs_by_column(("text",)) == {"embedding": "text"}
     assert list(inputs_by_column(("text", "image", "multimodal")).items()) == [
         ("embedding", "multimodal"),

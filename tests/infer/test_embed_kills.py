@@ -1,4 +1,4 @@
-"""Killing the processes of a running job: the finished blocks stay, and the table is that of an undisturbed run."""
+"""Killing the processes of a running job: the finished parts stay, and the table equals that of an undisturbed run."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory, ray_cluster, embedder,
 
 
 @pytest.mark.slow
-def test_a_killed_actor_costs_the_blocks_in_hand(
+def test_a_killed_actor_costs_only_the_chunks_being_embedded(
     tmp_path: Path, ray_cluster, embedder, notes: Path, undisturbed: Path
 ) -> None:
     output, seen = tmp_path / "out", {}

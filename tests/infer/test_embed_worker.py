@@ -1,4 +1,4 @@
-"""The encoder actor, called in this process: its vectors are the encoder's own, and what it cannot embed it says."""
+"""The encoder actor, called in this process: its vectors are the encoder's own, and failures are reported."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_nothing_but_nan_is_the_models_fault(tmp_path: Path, job: EmbedJob, monk
     assert not path.exists()
 
 
-def test_a_finished_block_is_not_done_again(tmp_path: Path, job: EmbedJob) -> None:
+def test_a_finished_chunk_is_not_embedded_again(tmp_path: Path, job: EmbedJob) -> None:
     notes = write_notes(tmp_path / "n.parquet", tiny_models.notes(6))
     first, path = report(ChunkEmbedder(job), notes)
     before = path.stat()
@@ -108,7 +108,7 @@ def test_a_finished_block_is_not_done_again(tmp_path: Path, job: EmbedJob) -> No
     assert (path.stat().st_ino, path.stat().st_mtime_ns) == (before.st_ino, before.st_mtime_ns)
 
 
-def test_a_block_that_keeps_killing_its_actor_ends_the_job(tmp_path: Path, job: EmbedJob) -> None:
+def test_a_chunk_that_keeps_killing_its_actor_ends_the_job(tmp_path: Path, job: EmbedJob) -> None:
     path = write_notes(tmp_path / "n.parquet", tiny_models.notes(6))
     chunk = plan_chunks(list_note_files(path), 1000, "m").chunks[0]
     for attempt in range(MAX_ATTEMPTS):

@@ -1,4 +1,4 @@
-"""Killing engines and drivers while they generate: what was committed stays, is not asked for again, all is equal."""
+"""Killing engines and drivers while they generate: finished work is kept, not repeated, and the result is the same."""
 
 from __future__ import annotations
 

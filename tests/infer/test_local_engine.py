@@ -1,6 +1,6 @@
-"""The engine in its caller's process, when requests are refused or given up and when it fails.
+"""The engine in its caller's process: refused and cancelled requests, and its failure.
 
-What it answers is tested where it is used: scores against the model's own, preferences on a real engine.
+Its answers are tested where they are used: scores against the model's own, preferences on a real engine.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def test_a_refused_request_fails_alone(stand: Stand) -> None:
     assert isinstance(refused, ValueError) and "maximum model length" in str(refused)
 
 
-def test_what_nobody_waits_for_any_more_is_given_up(stand: Stand) -> None:
+def test_requests_that_were_cancelled_are_aborted(stand: Stand) -> None:
     async def ask() -> list[str]:
         engine = local_engine.LocalEngine({}, 1)
         stand.go.clear()
@@ -84,7 +84,7 @@ def test_what_nobody_waits_for_any_more_is_given_up(stand: Stand) -> None:
         while "slow" not in stand.left:
             await asyncio.sleep(0.001)
         slow.cancel()
-        unborn = asyncio.create_task(answers(engine, "unborn", 2))  # given up before the engine has heard of it
+        unborn = asyncio.create_task(answers(engine, "unborn", 2))  # cancelled before the engine has received it
         await asyncio.sleep(0)
         unborn.cancel()
         await asyncio.gather(slow, unborn, return_exceptions=True)

@@ -1,4 +1,4 @@
-"""User summaries: chains, logs and engines, with a real vLLM over a random tiny Qwen2-VL."""
+"""Preferences: chains, logs and engines, with a real vLLM over a random tiny Qwen2-VL."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ HISTORIES = {
 }
 
 
-def test_a_chain_ends_where_nobody_reads_on(tmp_path: Path) -> None:
+def test_a_chain_ends_at_the_last_needed_block(tmp_path: Path) -> None:
     blocks = write_blocks(tmp_path / "blocks.parquet", {"a": [["n1"], ["n2"], ["n3"]], "b": [["n1"]], "c": [["n2"]]})
     needed = write_needed(tmp_path / "needed.parquet", [("a", 1), ("b", 0), ("a", 0), ("c", -1)])
     plan = plan_chains(blocks, TITLES, None, SETTINGS, "m", needed)
@@ -99,7 +99,7 @@ def test_histories_with_a_gap_and_missing_notes(tmp_path: Path) -> None:
         plan_chains(tmp_path / "bad.parquet", TITLES, None, SETTINGS, "m")
 
 
-def test_logs_survive_torn_lines_and_repeats(tmp_path: Path) -> None:
+def test_logs_survive_lines_that_were_cut_short_and_repeats(tmp_path: Path) -> None:
     import asyncio
 
     async def write() -> None:
@@ -186,7 +186,7 @@ def test_chains_on_a_real_engine(tmp_path: Path, ray_cluster, mllm: str) -> None
     assert keys == sorted((user, block) for user, history in HISTORIES.items() for block in range(len(history)))
     # run again: nothing to do, no engine started
     assert (again := run())["reused"] == total and again["startup_seconds"] == 0
-    # one more block for one user and a changed one of another: only what follows is asked for
+    # one user has one more block and another has a changed one: only the steps from there on are made
     grown = {**HISTORIES, "u0": [*HISTORIES["u0"], ["n1"]], "u4": [*HISTORIES["u4"][:3], ["n9"], *HISTORIES["u4"][4:]]}
     counts = run(path=write_blocks(tmp_path / "grown.parquet", grown))
     assert (counts["preferences"], counts["reused"]) == (total + 1, total + 1 - 3)

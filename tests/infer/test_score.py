@@ -1,4 +1,4 @@
-"""Scores: vLLM's are the model's own, controls exchange what they say, and a kill costs only the parts in hand."""
+"""Scores: vLLM's equal the model's own, controls exchange one thing, and a kill costs only the parts being scored."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def undisturbed(ray_cluster, directory, tmp_path_factory) -> tuple[Path, list[di
 
 @pytest.mark.slow
 @pytest.mark.parametrize("layout", LAYOUTS)
-def test_vllm_says_what_the_model_says(undisturbed, directory, tmp_path, layout):
+def test_vllm_scores_as_the_model_itself_does(undisturbed, directory, tmp_path, layout):
     output, counts = undisturbed[0] / layout, undisturbed[1][LAYOUTS.index(layout)]
     found, own = _table(output), _own_scores(directory, tmp_path / "notes.arrow", layout)
     assert found.keys() == own.keys() and counts["scored"] == counts["candidates"] == 108
@@ -213,7 +213,7 @@ def _same(output: Path, reference: Path) -> None:
 
 
 @pytest.mark.slow
-def test_a_killed_engine_and_then_a_killed_driver_cost_the_parts_in_hand(undisturbed, directory, tmp_path):
+def test_a_killed_engine_and_driver_cost_only_the_parts_being_scored(undisturbed, directory, tmp_path):
     program = "import sys; from pathlib import Path; from tests.infer.test_score import _driver; _driver(*sys.argv[1:])"
     output = tmp_path / "shared_prefix"
     with open(tmp_path / "log", "w") as log:

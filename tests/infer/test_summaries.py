@@ -21,7 +21,7 @@ from notellm2_ray.infer.summary_rows import ERROR, NO_IMAGE, EncodedImage, check
 from tests.support.tiny_mllm import picture, save_mllm
 from tests.support.tiny_models import write_notes
 
-# Sampled: a random model's greedy answers go round in circles.
+# Sampled, because a random model's greedy answers repeat themselves.
 SETTINGS = SummarySettings(max_tokens=16, batch_rows=8, temperature=1.0, min_characters=0, max_bad_share=0.2)
 GENERATION = GenerationSettings(dtype="float32", max_model_len=512, max_sequences=16)
 
@@ -55,7 +55,7 @@ def test_answers_are_cut_cleaned_and_judged() -> None:
     )
 
 
-def test_rows_are_sorted_into_good_bad_and_once_more() -> None:
+def test_rows_are_sorted_into_good_bad_and_to_ask_again() -> None:
     settings = SummarySettings(max_tokens=10)
 
     def row(note_id: str, summary: str = "", tokens: int = 5, **more: str) -> dict:
@@ -76,7 +76,7 @@ def test_rows_are_sorted_into_good_bad_and_once_more() -> None:
     assert [one["note_id"] for one in bad] == ["empty", "circles", "failed", "broken"] and not again
 
 
-def test_parts_of_earlier_runs_are_taken_up_where_they_are_valid(tmp_path: Path) -> None:
+def test_valid_parts_of_earlier_runs_are_reused(tmp_path: Path) -> None:
     store = part_store(tmp_path)
 
     def good(note_id: str, version: str = "v1") -> dict:
@@ -133,7 +133,7 @@ def test_images_become_summaries(tmp_path: Path, ray_cluster, mllm: str) -> None
         return summarize_images(mllm, tmp_path / "notes", tmp_path / "out", SETTINGS, GENERATION, "en", only_ids=only)
 
     counts = run(tmp_path / "only.parquet")
-    # A random model may answer nothing, or nonsense, twice.
+    # A random model may give an unusable answer twice.
     empty = counts["quarantined"] - 1
     assert (counts["notes"], counts["without_image"], counts["summaries"]) == (55, 1, 53 - empty) and empty < 8
     table = pq.read_table(tmp_path / "out" / "summaries.parquet")
@@ -149,7 +149,7 @@ def test_images_become_summaries(tmp_path: Path, ray_cluster, mllm: str) -> None
     again = run(tmp_path / "only.parquet")
     assert again["reused"] == 55 and again["startup_seconds"] == 0
     assert pq.read_table(tmp_path / "out" / "summaries.parquet").equals(table)
-    # more is asked for, with a strict share: five more are described, and the broken one is still too many
+    # all notes, with a strict share: five more are described, and one broken image is too many
     with pytest.raises(DataError, match=r"of the first \d+ images .*max_bad_share=0.01.*note n0"):
         strict = SETTINGS.model_copy(update={"max_bad_share": 0.01})
         summarize_images(mllm, tmp_path / "notes", tmp_path / "out", strict, GENERATION, "en")

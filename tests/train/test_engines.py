@@ -1,4 +1,4 @@
-"""Equalities of training: ranks, engines, groups of notes and resumption change nothing but the speed."""
+"""Training gives the same whatever the number of ranks, the engine, the groups of notes, and wherever it is stopped."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def alone(trained_on) -> Callable[[str], Trained]:
     return train
 
 
-def test_groups_of_like_length_change_nothing(trained_on):
+def test_groups_of_similar_length_change_nothing(trained_on):
     outputs = []
     for chunks in (1, 4):
         run = material.Run(trained_on, material.train_settings(length_chunks=chunks))

@@ -1,4 +1,4 @@
-"""Whole runs through Ray Train: what they leave, and that killing a worker or the driver changes nothing of it."""
+"""Whole runs through Ray Train: their output, and that killing a worker or the driver does not change it."""
 
 from __future__ import annotations
 

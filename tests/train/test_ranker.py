@@ -56,7 +56,7 @@ def _steps(trainer: RankerRun, steps: range) -> list[float]:
     return losses
 
 
-def test_groups_are_of_like_length_and_keep_to_the_limit():
+def test_groups_are_of_similar_length_and_keep_to_the_limit():
     lengths = [10, 50, 11, 12, 49]
     groups = length_groups(lengths, 100)
     assert groups == [[0, 2, 3], [4, 1]]
@@ -144,7 +144,7 @@ CASES: dict[str, dict[str, Any]] = {
 
 
 def _trained(directory: str, scratch: str, name: str) -> dict[str, Any]:
-    # So few tokens that ranks have groups without an image, and different numbers of groups of their own.
+    # So few tokens per group that some groups have no image, and that ranks differ in their number of groups.
     changes = {"num_workers": 2, "max_batch_tokens": 140, **CASES[name]}
     output = Path(scratch) / f"rank{torch.distributed.get_rank()}" / name
     trainer = _trainer(Path(directory), output, **changes)
