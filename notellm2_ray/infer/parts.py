@@ -55,8 +55,8 @@ class PartStore(Generic[F]):
 
     Args:
         output: the job's directory.
-        kind: of the records of finished parts.
-        folder: where under ``output`` the files of rows lie.
+        kind: the class of the records of finished parts.
+        folder: name of the directory of the files of rows.
         compression: of the files of rows, as ``pyarrow.parquet`` names it.
     """
 
@@ -85,6 +85,8 @@ class PartStore(Generic[F]):
         """
         if quarantined is not None and len(quarantined):
             write_parquet(self.quarantine_path(finished.part_id), quarantined)
+        else:
+            self.quarantine_path(finished.part_id).unlink(missing_ok=True)  # of an attempt that was killed
         footer = {f"{_FOOTER}{name}": str(getattr(finished, name)) for name in recorded_fields(self._kind)}
         write_parquet(self.path(finished.part_id), rows.replace_schema_metadata(footer), self._compression)
         self._attempts(finished.part_id).unlink(missing_ok=True)

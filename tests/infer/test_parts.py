@@ -56,6 +56,9 @@ def test_a_part_is_absent_until_it_is_committed_and_then_read_back(store: PartSt
     assert store.first_reasons("{reason}", limit=1, leave_out="too large") == ["empty"]
     store.commit(record("000001"), ROWS.slice(0, 1), BAD.slice(0, 0))
     assert store.quarantined("000001") is None, "an empty quarantine leaves no file"
+    store.commit(record("000001"), ROWS.slice(0, 1), BAD)
+    store.commit(record("000001"), ROWS.slice(0, 1))
+    assert store.quarantined("000001") is None, "nothing is left of an earlier attempt"
     assert [len(table) for table in store.tables(["000001", "000000"])] == [1, 3]
 
 
