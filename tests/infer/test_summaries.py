@@ -97,6 +97,7 @@ def test_valid_parts_of_earlier_runs_are_reused(tmp_path: Path) -> None:
     commit(store, "m", [good("a")], [])
     assert compile_summaries(store, {"v1"})["note_id"].to_pylist() == ["a", "b"]
     assert pq.read_schema(tmp_path / "summaries.parquet").equals(SUMMARY_SCHEMA)
+    (tmp_path / "empty").mkdir()
     assert len(compile_summaries(part_store(tmp_path / "empty"), {"v1"})) == 0
     assert read_described(store, {"v2"})[1] == 3 and store.part_ids() == []
 
