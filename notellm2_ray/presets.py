@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from notellm2_ray.baselines.ranking.table import RANKING_BASELINES
+from notellm2_ray.baselines.recall.table import RECALL_BASELINES
 from notellm2_ray.core.config import apply_overrides, build, load_yaml, merge
 from notellm2_ray.core.errors import ConfigError
 from notellm2_ray.core.settings import Settings
@@ -176,10 +178,13 @@ def load_settings(config: str | None, preset_name: str | None, overrides: Sequen
     """Defaults, then preset, then YAML, then overrides, checked together.
 
     Raises:
-        ConfigError: naming every wrong key.
+        ConfigError: naming every wrong key, or an unknown baseline.
     """
     values = load_yaml(config) if config else {}
     name = preset_name or values.pop("preset", None)
     values.pop("preset", None)
     base: dict[str, Any] = preset(name) if name else {}
-    return build(Settings, apply_overrides(merge(base, values), overrides))
+    settings: Settings = build(Settings, apply_overrides(merge(base, values), overrides))
+    RECALL_BASELINES.check("evaluate.baselines", settings.evaluate.baselines)
+    RANKING_BASELINES.check("ranking.baselines", settings.ranking.baselines)
+    return settings

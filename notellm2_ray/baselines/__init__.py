@@ -1,1 +1,1 @@
-"""Methods to compare with: one file each."""
+"""The systems that embedders and rankers are compared with; adding one is one file and one row of a table."""

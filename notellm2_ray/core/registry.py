@@ -7,7 +7,7 @@ A row comes from one of three places: the table itself, the entry points of othe
 from __future__ import annotations
 
 import difflib
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from importlib import import_module
 from importlib.metadata import EntryPoint, entry_points
 from typing import Generic, TypeVar
@@ -51,6 +51,16 @@ class Registry(Generic[Row]):
     def names(self) -> list[str]:
         """The names of all rows: ours first, then those of other packages, then those added in this process."""
         return list(dict.fromkeys([*self.rows, *self._declared(), *self._added]))
+
+    def check(self, setting: str, names: Iterable[str]) -> None:
+        """Check the names that a setting gives, without loading their rows.
+
+        Raises:
+            ConfigError: one is unknown; the message names the setting, and the nearest name.
+        """
+        for name in names:
+            if name not in self.names():
+                raise ConfigError(f"setting {setting!r}: {self._unknown(name)}")
 
     def get(self, name: str) -> Row:
         """The row called ``name``.

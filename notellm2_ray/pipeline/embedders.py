@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from notellm2_ray.baselines.ranking.table import needs
 from notellm2_ray.core.config import build, merge, to_plain
 from notellm2_ray.core.run import files_fingerprint
 from notellm2_ray.core.settings import Settings
@@ -101,9 +102,9 @@ def is_tiny(settings: Settings, part: str) -> bool:
 
 def baseline_parts(settings: Settings) -> tuple[str, ...]:
     """Which of the embedder's pretrained models the ranking baselines take their features from."""
-    baselines = settings.ranking.baselines
-    by_image = "gru4rec_image" in baselines and not settings.ranking.image_tower
-    return (*(("llm",) if "gru4rec_summary" in baselines else ()), *(("vision",) if by_image else ()))
+    needed = needs(settings)
+    by_image = "image_tower" in needed and not settings.ranking.image_tower
+    return (*(("llm",) if "llm" in needed else ()), *(("vision",) if by_image else ()))
 
 
 def tiny_parts(settings: Settings) -> list[str]:

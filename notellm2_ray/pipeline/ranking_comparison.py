@@ -1,9 +1,9 @@
-"""Every ranker, control and baseline on the same candidates, and the report of it."""
+"""Compares every ranker, control and baseline on the same candidates, and writes the report."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,18 +15,16 @@ from notellm2_ray.core.config import to_plain
 from notellm2_ray.core.run import write_atomically
 from notellm2_ray.core.schema import Note, iter_notes
 from notellm2_ray.core.settings import Settings
-from notellm2_ray.core.settings.ranking import ProtocolName
 from notellm2_ray.core.workspace import Workspace
 from notellm2_ray.pipeline.embedders import model_paths
 from notellm2_ray.pipeline.ranking_outputs import PREFERENCES, Scored
 from notellm2_ray.pipeline.stage import workspace_of
 
 if TYPE_CHECKING:
-    from notellm2_ray.baselines.ranking.rows import Baselines, Protocol
+    from notellm2_ray.baselines.ranking.data import ProtocolData, RankingData
     from notellm2_ray.evaluate.ranking.results import Kind, MethodScores
 
 CONTROL_NAMES = {"shuffled_image": "shuffled image", "other_preference": "another user's preference"}
-_UNTUNED = ("untuned", "untuned_text")
 
 
 def compare_ranking(
@@ -36,32 +34,39 @@ def compare_ranking(
 
     Args:
         settings: those of the run; ``ranking`` says which baselines, cutoffs and seeds.
-        workspace: where sequences/, prepared/, image_summaries/, preferences/ and rankers/ lie.
-        scores: the tables of scores (SCORE_SCHEMA) of rankers, controls and untuned models.
+        scores: files of the score tables (SCORE_SCHEMA) of rankers, controls and untuned models.
         output: an existing directory.
 
     Returns:
-        counts for the manifest, and each ranker's AUC. results.json holds ``{"protocols": {name: results of
+        Counts for the manifest, and each ranker's AUC. results.json holds ``{"protocols": {name: results of
         evaluate_protocol}, "remarks": [...]}``.
 
     Raises:
-        DataError: scores or sequences do not belong together; ModelError: a baseline's weights are not there.
+        DataError: scores and sequences do not belong together.
+        ModelError: a baseline's weights are missing.
     """
-    from notellm2_ray.baselines.ranking.rows import Baselines, read_protocol
+    from notellm2_ray.baselines.ranking.data import RankingData, read_protocol
+    from notellm2_ray.baselines.ranking.table import with_role
     from notellm2_ray.evaluate.ranking.results import evaluate_protocol
     from notellm2_ray.evaluate.ranking.tables import printed
 
     llm, vision = model_paths(settings)
-    protocols = {name: read_protocol(workspace, name) for name in settings.candidates.protocols}
-    baselines = Baselines(settings, workspace, protocols.values(), llm=llm, vision=vision)
-    results: dict[str, Any] = {"protocols": {}, "remarks": _remarks(settings, llm, vision)}
-    methods = {}
-    for name, protocol in protocols.items():
-        methods[name] = list(_methods(settings, baselines, protocol, scores))
-        results["protocols"][name] = evaluate_protocol(protocol.task, methods[name], settings.ranking, settings.seed)
+    protocols = [read_protocol(workspace, name) for name in settings.candidates.protocols]
+    data = RankingData(settings, workspace, protocols, llm, settings.ranking.image_tower or vision)
+    methods = {protocol.task.protocol: list(_methods(data, protocol, scores)) for protocol in protocols}
+    results: dict[str, Any] = {"protocols": {}, "remarks": _remarks(data)}
+    for protocol in protocols:
+        results["protocols"][protocol.task.protocol] = evaluate_protocol(
+            protocol.task,
+            methods[protocol.task.protocol],
+            settings.ranking,
+            settings.seed,
+            references=with_role(settings, "reference"),
+            untested=with_role(settings, "chance"),
+        )
     write_atomically(output / "results.json", json.dumps(results, indent=1))
     write_atomically(output / "table.txt", printed(results))
-    _report(settings, workspace, protocols, methods, results, output)
+    _report(data, methods, results, output)
     return _brief(results)
 
 
@@ -74,23 +79,22 @@ def _brief(results: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _methods(
-    settings: Settings, baselines: Baselines, protocol: Protocol, scores: Mapping[Scored, Path]
-) -> Iterable[MethodScores]:
-    """Rows in the tables' order: baselines as the settings name them, rankers, controls."""
+def _methods(data: RankingData, protocol: ProtocolData, scores: Mapping[Scored, Path]) -> Iterator[MethodScores]:
+    """Rows in the order of the tables: baselines as the settings name them, rankers, controls."""
+    from notellm2_ray.baselines.ranking.table import named
     from notellm2_ray.evaluate.ranking.results import MethodScores
 
     tables = _by_method(protocol, scores)
-    for name in settings.ranking.baselines:
-        if name not in _UNTUNED:
-            yield MethodScores(name, "baseline", baselines.scores(name, protocol))
+    for name, row in named(data.settings).items():
+        if row.scores is not None:
+            yield MethodScores(name, "baseline", row.scores(data, protocol))
         elif name in tables:
             yield tables.pop(name)
     yield from sorted(tables.values(), key=lambda method: method.kind == "control")
 
 
-def _by_method(protocol: Protocol, scores: Mapping[Scored, Path]) -> dict[str, MethodScores]:
-    """The tables of a protocol, those of one method and different seeds together."""
+def _by_method(protocol: ProtocolData, scores: Mapping[Scored, Path]) -> dict[str, MethodScores]:
+    """The score tables of a protocol; those of one method with several seeds are put together."""
     from notellm2_ray.evaluate.ranking.results import MethodScores
 
     found: dict[str, tuple[Kind, dict[int | None, np.ndarray]]] = {}
@@ -104,58 +108,46 @@ def _by_method(protocol: Protocol, scores: Mapping[Scored, Path]) -> dict[str, M
 
 
 def row_name(table: Scored) -> tuple[str, Kind]:
-    """A table's name in the results, and what kind of row it is."""
+    """A score table's name in the results, and the kind of its row."""
     if table.control is not None:
         return f"{table.method}, {CONTROL_NAMES[table.control]}", "control"
     return table.method, "untuned" if table.seed is None else "ranker"
 
 
-def _remarks(settings: Settings, llm: str, vision: str) -> list[str]:
+def _remarks(data: RankingData) -> list[str]:
+    from notellm2_ray.baselines.ranking.table import in_table_order
+
     remarks = [
         "Cold and warm are by what may be known of a target's clicks. Sequential baselines are trained on the training "
         "users' sequences and on what came before other users' targets, and stop by their AUC on validation targets; "
         "a note that they never saw scores as one class that was never a target."
     ]
-    if "gru4rec_image" in settings.ranking.baselines:
-        remarks.append(f"gru4rec_image: pooled vectors of {settings.ranking.image_tower or vision}.")
-    if "gru4rec_summary" in settings.ranking.baselines:
-        remarks.append(f"gru4rec_summary: mean of the last states of {llm} over the image summary.")
-    return remarks
+    return [*remarks, *(row.remark(data) for row in in_table_order(data.settings).values() if row.remark is not None)]
 
 
 def _report(
-    settings: Settings,
-    workspace: Workspace,
-    protocols: Mapping[ProtocolName, Protocol],
-    methods: Mapping[ProtocolName, Sequence[MethodScores]],
-    results: Mapping[str, Any],
-    output: Path,
+    data: RankingData, methods: Mapping[str, Sequence[MethodScores]], results: Mapping[str, Any], output: Path
 ) -> None:
-    from notellm2_ray.baselines.ranking.rows import read_statistics
     from notellm2_ray.evaluate.ranking.report import write_ranking_report
 
     write_ranking_report(
         output,
         results=results,
-        statistics=read_statistics(workspace),
-        histories=_histories(workspace, settings),
-        samples=_samples(settings, workspace, protocols, methods),
-        settings=to_plain(settings),
-        sweeps=_sweeps(workspace),
+        statistics=json.loads(data.workspace.sequence_statistics.read_text(encoding="utf-8")),
+        histories=_histories(data.workspace, data.settings),
+        samples=_samples(data, methods),
+        settings=to_plain(data.settings),
+        sweeps=_sweeps(data.workspace),
     )
 
 
-def _samples(
-    settings: Settings,
-    workspace: Workspace,
-    protocols: Mapping[ProtocolName, Protocol],
-    methods: Mapping[ProtocolName, Sequence[MethodScores]],
-) -> list[dict[str, Any]]:
-    """Users of the first protocol, as the first ranker ranks their candidates with its first seed."""
-    from notellm2_ray.baselines.ranking.rows import read_summaries
+def _samples(data: RankingData, methods: Mapping[str, Sequence[MethodScores]]) -> list[dict[str, Any]]:
+    """Users of the first protocol, with the ranking of the first ranker's first seed."""
+    from notellm2_ray.baselines.ranking.data import read_summaries
     from notellm2_ray.evaluate.ranking.samples import sample_users
 
-    name, protocol = next(iter(protocols.items()))
+    settings, workspace, protocol = data.settings, data.workspace, data.protocols[0]
+    name = protocol.task.protocol
     shown = next((method for method in methods[name] if method.kind == "ranker"), None)
     if shown is None or not settings.ranking.sample_users:
         return []
@@ -179,11 +171,11 @@ def _notes(workspace: Workspace, ids: Sequence[str]) -> dict[str, Note]:
 
 
 def _preferences(settings: Settings, ranker: str, protocol: str) -> dict[tuple[str, int], str]:
-    """(user, block) to preference; empty for a ranker that reads none."""
+    """(user, block) to preference; empty if the ranker reads no preferences."""
     variant = next((kind for name, kind in PREFERENCES.items() if name == ranker), None)
     if variant is None:
         return {}
-    # the published protocol's histories differ, and so do the preferences after them
+    # The published protocol has histories of its own, and so preferences of its own.
     history = "published" if protocol == "published" else ""
     path = workspace_of(settings).preference_table(variant, history)
     if not path.is_file():
@@ -193,7 +185,7 @@ def _preferences(settings: Settings, ranker: str, protocol: str) -> dict[tuple[s
 
 
 def _histories(workspace: Workspace, settings: Settings) -> dict[str, list[dict[str, Any]]]:
-    """The logged steps of every ranker that has any."""
+    """The logged training steps of every ranker that has a log."""
     found = {}
     for variant in settings.ranking.rankers:
         for seed in settings.ranking.seeds:
@@ -205,5 +197,5 @@ def _histories(workspace: Workspace, settings: Settings) -> dict[str, list[dict[
 
 
 def _sweeps(workspace: Workspace) -> list[dict[str, Any]]:
-    """What `notellm2 sweep` found in this workspace."""
+    """Results of `notellm2 sweep` in this workspace."""
     return [json.loads(path.read_text(encoding="utf-8")) for path in workspace.sweep_results()]

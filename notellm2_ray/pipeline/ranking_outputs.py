@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
+from notellm2_ray.baselines.ranking.table import needs, untuned_rows
 from notellm2_ray.core.config import shaping
 from notellm2_ray.core.run import files_fingerprint, fingerprint
 from notellm2_ray.core.settings import Settings
@@ -21,7 +22,6 @@ PREFERENCES: dict[RankerVariant, PreferenceVariant | None] = {
     "no_image_summary": "no_image_summary",
     "tallrec": None,
 }
-_UNTUNED: dict[str, RankerVariant] = {"untuned": "mllm_msr", "untuned_text": "tallrec"}
 
 
 class Scored(NamedTuple):
@@ -65,23 +65,22 @@ def for_preferences(settings: Settings, variant: PreferenceVariant) -> Settings:
 def preference_variants(settings: Settings) -> list[PreferenceVariant]:
     """Every variant that the compared rankers, tuned and untuned, need; that of the rows' order."""
     needed = [PREFERENCES[variant] for variant in settings.ranking.rankers]
-    needed += [PREFERENCES[_UNTUNED[name]] for name in settings.ranking.baselines if name in _UNTUNED]
+    needed += [PREFERENCES[variant] for variant in untuned_rows(settings).values()]
     return list(dict.fromkeys(variant for variant in needed if variant is not None))
 
 
 def needs_image_summaries(settings: Settings) -> bool:
     """Whether anything that is compared reads them."""
     by_preferences = any(variant != "no_image_summary" for variant in preference_variants(settings))
-    return by_preferences or "gru4rec_summary" in settings.ranking.baselines
+    return by_preferences or "image_summaries" in needs(settings)
 
 
 def scored(settings: Settings) -> list[Scored]:
     """Every table of scores that the evaluation compares."""
     found: list[Scored] = []
     for protocol in settings.candidates.protocols:
-        for name in settings.ranking.baselines:
-            if name in _UNTUNED:
-                found.append(Scored(name, _UNTUNED[name], None, None, protocol))
+        for name, variant in untuned_rows(settings).items():
+            found.append(Scored(name, variant, None, None, protocol))
         for variant in settings.ranking.rankers:
             found += [Scored(variant, variant, seed, None, protocol) for seed in settings.ranking.seeds]
         for control in settings.ranking.controls if protocol == settings.candidates.protocols[0] else ():
@@ -109,9 +108,9 @@ def uses_tiny_mllm(settings: Settings) -> bool:
 
 def needs_tiny_embedder_parts(settings: Settings) -> bool:
     """Whether a baseline's features come from the tiny models that the other half trains."""
-    baselines = settings.ranking.baselines
-    by_image = "gru4rec_image" in baselines and (settings.ranking.image_tower or settings.model.vision) == "tiny"
-    return by_image or ("gru4rec_summary" in baselines and settings.model.llm == "tiny")
+    needed = needs(settings)
+    by_image = "image_tower" in needed and (settings.ranking.image_tower or settings.model.vision) == "tiny"
+    return by_image or ("llm" in needed and settings.model.llm == "tiny")
 
 
 def _model_reads(settings: Settings, name: str) -> dict[str, Path]:
@@ -232,13 +231,15 @@ def ranking_evaluation(settings: Settings) -> Planned:
     }
     reads |= {"sequences": workspace.sequences, "prepared": workspace.prepared}
     versions: dict[str, str] = {}
-    baselines = set(settings.ranking.baselines)
+    needed = needs(settings)
     shaped = {"ranking": shaping(settings.ranking), "seed": settings.seed}
-    if "gru4rec_summary" in baselines:
-        reads |= {"image_summaries": workspace.image_summaries, **model_reads(settings, ["llm"])}
+    if "image_summaries" in needed:
+        reads["image_summaries"] = workspace.image_summaries
+    if "llm" in needed:
+        reads |= model_reads(settings, ["llm"])
         versions |= model_versions(settings, ["llm"])
         shaped["llm"] = settings.model.llm
-    if "gru4rec_image" in baselines:
+    if "image_tower" in needed:
         if settings.ranking.image_tower:
             versions["image_tower"] = files_fingerprint(settings.ranking.image_tower)
         else:

@@ -1,4 +1,4 @@
-"""Every trained embedder and every baseline on the same test pairs, and the report of it."""
+"""Compares every embedder and every baseline on the same test pairs, and writes the report."""
 
 from __future__ import annotations
 
@@ -30,13 +30,13 @@ def compare(
     """Recall of all methods on the test pairs, written as results.json, table.txt and the report.
 
     Args:
-        settings: those of the chosen embedder, whose index figures and sample neighbours the report shows.
-        compared: those of every embedder to compare; its embedding table of the test pool must be there.
-        tokenizer: directory or name of the LLM whose tokens make a note short or long.
+        settings: those of the chosen embedder, whose index the report describes.
+        compared: those of every embedder to compare; each must have its embedding table of the test pool.
+        tokenizer: directory or hub name of the LLM whose tokens are counted to tell short notes from long ones.
         output: directory to write into.
 
     Returns:
-        what :func:`notellm2_ray.evaluate.recall.results.evaluate` does.
+        The results of :func:`notellm2_ray.evaluate.recall.results.evaluate`.
     """
     from notellm2_ray.evaluate.recall.results import evaluate
     from notellm2_ray.evaluate.recall.task import RetrievalTask
@@ -118,7 +118,7 @@ def _index_figures(workspace: Workspace, settings: Settings) -> dict[str, Any]:
 
 
 def by_row(compared: Sequence[Settings]) -> dict[str, list[Settings]]:
-    """The embedders of each row of the table: one for each seed."""
+    """The embedders of each row of the table, one per seed."""
     rows: dict[str, list[Settings]] = {}
     for each in compared:
         rows.setdefault(each.embedder_row, []).append(each)
@@ -131,7 +131,7 @@ def test_table(workspace: Workspace, each: Settings) -> Path:
 
 
 def read_test_notes(workspace: Workspace) -> dict[str, Note]:
-    """The notes of the test pool, by id, in the pool's order."""
+    """Note id to note of the test pool, in the pool's order."""
     pool = pq.read_table(workspace.test_pool).column("note_id")
     table = ds.dataset(workspace.notes).to_table(filter=ds.field("note_id").isin(pool))
     found = {note.note_id: note for note in iter_notes(table)}
@@ -139,7 +139,7 @@ def read_test_notes(workspace: Workspace) -> dict[str, Note]:
 
 
 def token_counts(settings: Settings, tokenizer: str, notes: Mapping[str, Note]) -> dict[str, int]:
-    """Tokens of text of each note, nothing cut."""
+    """Number of text tokens of each note, before any truncation."""
     from notellm2_ray.models.embedder.preprocess import NotePreprocessor
     from notellm2_ray.models.llm import load_tokenizer
 
@@ -151,28 +151,18 @@ def token_counts(settings: Settings, tokenizer: str, notes: Mapping[str, Note]) 
 def _baseline_ranks(
     settings: Settings, workspace: Workspace, task: RetrievalTask, notes: Mapping[str, Note]
 ) -> Iterator[MethodRanks]:
+    from notellm2_ray.baselines.recall.baseline import RecallData
+    from notellm2_ray.baselines.recall.table import RECALL_BASELINES
     from notellm2_ray.evaluate.recall.results import MethodRanks
 
+    data = RecallData(task, notes, workspace, settings.evaluate.seeds)
     for name in settings.evaluate.baselines:
-        if name == "bm25":
-            from notellm2_ray.baselines.recall.bm25 import Bm25
-            from notellm2_ray.core.words import note_text
-
-            index = Bm25(note_text(notes[note_id]) for note_id in task.pool_ids)
-            queries = [note_text(notes[note_id]) for note_id in task.query_ids]
-            ranks = index.ranks(queries, task.query_rows, task.target_rows)
-            yield MethodRanks(name, "text", {None: ranks}, baseline=True)
-        elif name == "popularity":
-            table = pq.read_table(workspace.pair_popularity)
-            clicks = dict(zip(table.column("note_id").to_pylist(), table.column("clicks").to_pylist(), strict=True))
-            yield MethodRanks(name, "-", {None: task.popularity_ranks(clicks)}, baseline=True)
-        else:
-            seeds: dict[int | None, np.ndarray] = {seed: task.random_ranks(seed) for seed in settings.evaluate.seeds}
-            yield MethodRanks(name, "-", seeds, baseline=True)
+        row = RECALL_BASELINES.get(name)
+        yield MethodRanks(name, row.inputs, row.ranks(data), baseline=True)
 
 
 def _histories(workspace: Workspace, rows: Mapping[str, Sequence[Settings]]) -> dict[str, list[dict[str, Any]]]:
-    """The logged steps of every embedder."""
+    """The logged training steps of every embedder."""
     found = {}
     for each in (one for seeds in rows.values() for one in seeds):
         lines = workspace.embedder_history(each.embedder_name).read_text(encoding="utf-8").splitlines()

@@ -22,7 +22,6 @@ ABOUT_TORCH = (
     "notellm2_ray.train",
     "notellm2_ray.infer",
     "notellm2_ray.evaluate.saliency",
-    "notellm2_ray.baselines.ranking.features",
     "notellm2_ray.baselines.ranking.sequential",
 )
 NEVER = ("ray", "vllm", "deepspeed", "faiss", "lance", "matplotlib", "bm25s")

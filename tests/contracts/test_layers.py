@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "serve": {"core", "models", "index", "live", "users"},
     "pipeline": {"core", "data", "models", "index", "evaluate", "baselines", "lessons", "train", "infer"},
     "online": {"core", "models", "index", "live", "users", "evaluate", "infer", "serve", "pipeline", "presets"},
-    "presets": {"core"},
+    "presets": {"core", "baselines"},
     "environment": set(),
     "cli": {"core", "presets", "environment", "pipeline", "online", "serve.doctor"},
     "": {"core.schema", "models.embedder.encoder"},  # what users import, when it is asked for

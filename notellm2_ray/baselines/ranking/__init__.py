@@ -1,1 +1,1 @@
-"""Baselines of the ranking tables."""
+"""Ranking baselines: one file each, the table of them, and the sequential models that several share."""

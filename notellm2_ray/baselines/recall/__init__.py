@@ -1,1 +1,1 @@
-"""Baselines of the recall table."""
+"""Recall baselines: one file each, and the table of them."""

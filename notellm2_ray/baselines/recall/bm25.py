@@ -1,4 +1,4 @@
-"""BM25 over title, topics and content: the text baseline. Words are cut by :mod:`notellm2_ray.core.words`."""
+"""BM25 over title, topics and content: the text baseline. :mod:`notellm2_ray.core.words` splits texts into words."""
 
 from __future__ import annotations
 
@@ -8,8 +8,9 @@ from collections.abc import Iterable, Sequence
 
 import numpy as np
 
+from notellm2_ray.baselines.recall.baseline import Ranks, RecallBaseline, RecallData
 from notellm2_ray.core.errors import DataError
-from notellm2_ray.core.words import tokenize
+from notellm2_ray.core.words import note_text, tokenize
 
 
 class Bm25:
@@ -38,12 +39,12 @@ class Bm25:
         self._index.index((documents, self._words), create_empty_token=False, show_progress=False)
 
     def scores(self, query_text: str) -> np.ndarray:
-        """(P,) float32 scores of all notes of the pool; a repeated word of the query counts as often as it stands."""
+        """(P,) float32 scores of the pool's notes; a word that the query repeats counts each time."""
         known = [self._words[word] for word in tokenize(query_text) if word in self._words]
         return self._index.get_scores_from_ids(known) if known else np.zeros(self.num_notes, dtype=np.float32)
 
     def ranks(self, query_texts: Sequence[str], query_rows: np.ndarray, target_rows: np.ndarray) -> np.ndarray:
-        """Rank of each pair's target among the pool, the query note left out, ties counted against us.
+        """Rank of each pair's target among the pool; the query note is left out, ties count against the target.
 
         Args:
             query_texts: (Q,) text of each pair's query.
@@ -51,12 +52,12 @@ class Bm25:
             target_rows: (Q,) row of the target note in the pool.
 
         Returns:
-            (Q,) int64, 1 the best; all notes without a word of the query tie with each other.
+            (Q,) int64, 1 is best. Notes that share no word with the query all tie.
         """
         ranks = np.empty(len(query_texts), dtype=np.int64)
         last, scores = None, np.empty(0)
         for pair, (text, query, target) in enumerate(zip(query_texts, query_rows, target_rows, strict=True)):
-            if text != last:  # pairs of one query usually follow each other
+            if text != last:  # the pairs of a query usually follow each other
                 last, scores = text, self.scores(text)
             above = np.count_nonzero(scores >= scores[target])  # the target itself is the 1 of its rank
             ranks[pair] = above - (query >= 0 and scores[query] >= scores[target])
@@ -64,3 +65,12 @@ class Bm25:
 
     def _ids(self, text: str) -> list[int]:
         return [self._words.setdefault(word, len(self._words)) for word in tokenize(text)]
+
+
+def _ranks(data: RecallData) -> Ranks:
+    index = Bm25(note_text(data.notes[note_id]) for note_id in data.task.pool_ids)
+    queries = [note_text(data.notes[note_id]) for note_id in data.task.query_ids]
+    return {None: index.ranks(queries, data.task.query_rows, data.task.target_rows)}
+
+
+BASELINE = RecallBaseline("text", _ranks)

@@ -9,7 +9,7 @@ Used as::
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -23,7 +23,6 @@ from notellm2_ray.evaluate.significance import LEVEL, mean_and_deviation, seeds_
 from notellm2_ray.evaluate.user_tests import bootstrap_p, interval, permutation_tests, resampled_weights
 
 Kind = Literal["baseline", "untuned", "ranker", "control"]
-REFERENCES = ("popularity", "gru4rec", "sasrec", "untuned", "untuned_text")
 
 
 @dataclass(frozen=True)
@@ -55,7 +54,13 @@ class _Measured(NamedTuple):
 
 
 def evaluate_protocol(
-    task: RankingTask, methods: Sequence[MethodScores], settings: RankEvaluateSettings, seed: int
+    task: RankingTask,
+    methods: Sequence[MethodScores],
+    settings: RankEvaluateSettings,
+    seed: int,
+    *,
+    references: Sequence[str] = (),
+    untested: Collection[str] = (),
 ) -> dict[str, Any]:
     """Every figure of every method with its interval over users, and the tests between methods, as JSON values.
 
@@ -64,6 +69,9 @@ def evaluate_protocol(
         methods: in the tables' order.
         settings: cutoffs and level of the intervals.
         seed: of resamples and permutations.
+        references: methods that every other method is tested against, in the order of the tests; those that are not
+            among ``methods`` are ignored.
+        untested: methods that are not tested against the references.
 
     Returns:
         ``protocol``, ``examples`` and ``users`` (per stratum), ``candidates`` (per example, least and most),
@@ -81,11 +89,12 @@ def evaluate_protocol(
         for one in methods
     ]
     tests: list[dict[str, Any]] = []
+    matches = _matches(methods, references, untested)
     for stratum in STRATA:
         measured = _measure(task, methods, task.mask(stratum), settings, seed)
         for row, one in zip(rows, measured, strict=True):
             row["figures"][stratum] = one and _figures(one, row["seeds"], settings.confidence)
-        tests += _tests(task, methods, measured, stratum, seed)
+        tests += _tests(task, methods, matches, measured, stratum, seed)
     sizes = np.bincount(task.groups)
     return {
         "protocol": task.protocol,
@@ -139,9 +148,13 @@ def _figures(measured: _Measured, seeds: Sequence[int], confidence: float) -> di
 
 
 def _tests(
-    task: RankingTask, methods: Sequence[MethodScores], measured: Sequence[_Measured | None], stratum: str, seed: int
+    task: RankingTask,
+    methods: Sequence[MethodScores],
+    matches: Sequence[tuple[int, int, str]],
+    measured: Sequence[_Measured | None],
+    stratum: str,
+    seed: int,
 ) -> list[dict[str, Any]]:
-    matches = _matches(methods)
     pairs = [(mine, theirs) for one, other, _ in matches if (mine := measured[one]) and (theirs := measured[other])]
     if not pairs:
         return []
@@ -175,16 +188,18 @@ def _verdict(
     }
 
 
-def _matches(methods: Sequence[MethodScores]) -> list[tuple[int, int, str]]:
-    """Who is tested against whom: everything against the references, the main ranker against its variants."""
+def _matches(
+    methods: Sequence[MethodScores], references: Sequence[str], untested: Collection[str]
+) -> list[tuple[int, int, str]]:
+    """Which methods are compared: every one with the references, the main ranker also with its variants."""
     place = {method.method: at for at, method in enumerate(methods)}
-    references = [place[name] for name in REFERENCES if name in place]
+    present = [place[name] for name in references if name in place]
     main = next((at for at, method in enumerate(methods) if method.kind == "ranker"), None)
     matches = [
         (at, reference, "reference")
         for at, method in enumerate(methods)
-        for reference in references
-        if at != reference and method.method != "random" and not (at in references and at < reference)
+        for reference in present
+        if at != reference and method.method not in untested and not (at in present and at < reference)
     ]
     if main is not None:
         roles = {"ranker": "ablation", "control": "control"}

@@ -78,21 +78,21 @@ def ranks_in_scores(
     return np.array(counts, dtype=np.int64)  # the target itself is the 1
 
 
-def popularity_ranks(clicks: np.ndarray, query_rows: np.ndarray, target_rows: np.ndarray) -> np.ndarray:
-    """Ranks by one score for all queries, such as the clicks that each note had.
+def ranks_by_note(scores: np.ndarray, query_rows: np.ndarray, target_rows: np.ndarray) -> np.ndarray:
+    """Ranks by one score per note that is the same for all queries, such as its clicks.
 
     Args:
-        clicks: (P,) of each note of the pool.
+        scores: (P,) one per note of the pool.
         query_rows: (Q,) row of the query in the pool or -1.
         target_rows: (Q,) row of the target.
 
     Returns:
         (Q,) int64 ranks.
     """
-    _check_rows(len(clicks), query_rows, target_rows)
-    own = clicks[target_rows]
-    at_least = len(clicks) - np.searchsorted(np.sort(clicks), own, side="left")
-    query_counted = (query_rows >= 0) & (clicks[query_rows] >= own)
+    _check_rows(len(scores), query_rows, target_rows)
+    own = scores[target_rows]
+    at_least = len(scores) - np.searchsorted(np.sort(scores), own, side="left")
+    query_counted = (query_rows >= 0) & (scores[query_rows] >= own)
     return (at_least - query_counted).astype(np.int64)
 
 

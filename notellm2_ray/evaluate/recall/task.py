@@ -129,10 +129,10 @@ class RetrievalTask:
         ranks[known] = found + missing
         return ranks
 
-    def popularity_ranks(self, clicks: Mapping[str, int]) -> np.ndarray:
-        """(Q,) ranks by clicks, of test notes those in the test log itself; a note that is not listed had none."""
-        counts = np.array([clicks.get(note, 0) for note in self.pool_ids], dtype=np.int64)
-        return metrics.popularity_ranks(counts, self.query_rows, self.target_rows)
+    def ranks_by_note(self, values: Mapping[str, float]) -> np.ndarray:
+        """(Q,) ranks by one value per note, the same for all queries, such as its clicks; a note without one has 0."""
+        scores = np.array([values.get(note, 0) for note in self.pool_ids], dtype=np.float64)
+        return metrics.ranks_by_note(scores, self.query_rows, self.target_rows)
 
     def random_ranks(self, seed: int) -> np.ndarray:
         """(Q,) ranks under random scores."""

@@ -60,7 +60,8 @@ def test_strata_and_figures(task):
         MethodScores("direct", "ranker", {seed: noisy(task, 0.5, seed + 9) for seed in (1, 2, 3)}),
         MethodScores("mllm_msr, shuffled image", "control", {1: noisy(task, 0.0, 5)}),
     ]
-    results = evaluate_protocol(task, methods, SETTINGS, seed=42)
+    compared = {"references": ("popularity",), "untested": ("random",)}
+    results = evaluate_protocol(task, methods, SETTINGS, seed=42, **compared)
     assert json.loads(json.dumps(results)) == results
     assert results["examples"] == {"all": 60, "warm": 50, "cold": 10}
     by_name = {row["method"]: row["figures"] for row in results["rows"]}
@@ -85,7 +86,7 @@ def test_strata_and_figures(task):
     }
     assert found["mllm_msr", "direct", "ablation"]["significant"]
     assert found["mllm_msr", "direct", "ablation"]["seeds_test"] == "Welch's t-test"
-    assert evaluate_protocol(task, methods, SETTINGS, seed=42) == results
+    assert evaluate_protocol(task, methods, SETTINGS, seed=42, **compared) == results
 
 
 def test_no_cold_targets_leave_the_stratum_empty():

@@ -38,11 +38,11 @@ def test_ranks_equal_the_full_sort_in_blocks_of_any_size(task, block_rows):
 
 
 @settings(max_examples=50, deadline=None)
-@given(task=tasks(), clicks=st.lists(st.integers(0, 3), min_size=12, max_size=12))
-def test_popularity_is_the_rank_under_one_score_for_all(task, clicks):
+@given(task=tasks(), values=st.lists(st.integers(0, 3), min_size=12, max_size=12))
+def test_ranks_by_note_are_those_under_one_score_for_all_queries(task, values):
     _, pool, rows, targets = task
-    scores = np.array(clicks[: len(pool)])
-    ranks = metrics.popularity_ranks(scores, rows, targets)
+    scores = np.array(values[: len(pool)])
+    ranks = metrics.ranks_by_note(scores, rows, targets)
     assert ranks.tolist() == [twin(scores, row, target) for row, target in zip(rows, targets, strict=True)]
 
 

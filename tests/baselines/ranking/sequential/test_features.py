@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from notellm2_ray.baselines.ranking.features import image_features, text_features
+from notellm2_ray.baselines.ranking.sequential.features import image_features, text_features
 from notellm2_ray.core.errors import DataError, ModelError
 from tests.support.tiny_models import picture, save_clip, save_llm
 
@@ -26,15 +26,15 @@ def test_vgg19_without_its_weights_is_an_error(tmp_path, monkeypatch):
         raise OSError("no network")
 
     monkeypatch.setattr("huggingface_hub.hf_hub_download", nothing)
-    with pytest.raises(ModelError, match=r"weights of vgg19 cannot be had \(no network\): download"):
+    with pytest.raises(ModelError, match=r"weights of vgg19 are not available \(no network\): download"):
         image_features([("a", picture(1))], "vgg19")
     (tmp_path / "damaged").write_bytes(b"something else")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: str(tmp_path / "damaged"))
-    with pytest.raises(ModelError, match="weights of vgg19 cannot be had"):
+    with pytest.raises(ModelError, match="weights of vgg19 are not available"):
         image_features([("a", picture(1))], "vgg19")
     save_file({"features.0.weight": torch.zeros(2)}, tmp_path / "other")
     monkeypatch.setattr("huggingface_hub.hf_hub_download", lambda *_: str(tmp_path / "other"))
-    with pytest.raises(ModelError, match="other weights than vgg19's"):
+    with pytest.raises(ModelError, match="not those of vgg19"):
         image_features([("a", picture(1))], "vgg19")
 
 

@@ -1,7 +1,7 @@
-"""GRU4Rec and SASRec as modules: a user's notes in, at each place a vector that is near the next note's.
+"""GRU4Rec and SASRec as modules: from a user's notes to a vector at each position that predicts the next note.
 
-Sizes are RecBole's defaults (recbole/properties/model/{GRU4Rec,SASRec}.yaml). Items are numbered: 0 pads, 1 is every
-note that nothing is known of, notes follow from 2. Sequences are padded on the right.
+Sizes are RecBole's defaults (recbole/properties/model/{GRU4Rec,SASRec}.yaml). Items are numbered: 0 is padding, 1 is
+any unknown note, and known notes start at 2. Sequences are padded on the right.
 """
 
 from __future__ import annotations
@@ -32,19 +32,20 @@ class IdEmbedding(nn.Module):
 
 
 class FeatureEmbedding(nn.Module):
-    """A frozen feature vector per note and a learned linear map of it; padding and the unknown have learned vectors."""
+    """A learned linear map of a frozen feature vector per note; padding and the unknown note have learned vectors."""
 
     features: torch.Tensor
 
     def __init__(self, features: torch.Tensor, width: int = WIDTH) -> None:
-        """Args: (N, F) float32 of the notes from FIRST_NOTE on, standardised here over them."""
+        """Take the (N, F) float32 features of notes FIRST_NOTE, FIRST_NOTE + 1, ...; they are standardised here."""
         super().__init__()
         spread, mean = torch.std_mean(features, dim=0, correction=0)
         standard = (features - mean) / spread.clamp_min(1e-6)
         blank = torch.zeros(FIRST_NOTE, features.shape[1])
         self.register_buffer("features", torch.cat([blank, standard]), persistent=False)
         self.linear = nn.Linear(features.shape[1], width)
-        nn.init.normal_(self.linear.weight, std=0.1 / features.shape[1] ** 0.5)  # vectors start as small as ids'
+        # The vectors start as small as those of IdEmbedding.
+        nn.init.normal_(self.linear.weight, std=0.1 / features.shape[1] ** 0.5)
         nn.init.zeros_(self.linear.bias)
         self.special = nn.Embedding(FIRST_NOTE, width, padding_idx=PAD)
         nn.init.normal_(self.special.weight, std=0.02)
@@ -64,7 +65,7 @@ class SequentialModel(nn.Module):
         self.encoder = _Gru() if architecture == "gru4rec" else _CausalAttention(max_length)
 
     def forward(self, items: torch.Tensor) -> torch.Tensor:
-        """States (B, L, D) after each of the items (B, L); a state depends on no later item."""
+        """(B, L) items to (B, L, D) states; a state depends on no later item."""
         return self.encoder(self.embedding(items))
 
 
@@ -83,7 +84,7 @@ class _Gru(nn.Module):
 
 
 class _CausalAttention(nn.Module):
-    """SASRec: learned places, two layers of two heads, inner width 256, GELU, dropout .5."""
+    """SASRec: learned positions, two layers of two heads, inner width 256, GELU, dropout .5."""
 
     def __init__(
         self,
@@ -95,15 +96,15 @@ class _CausalAttention(nn.Module):
         dropout: float = 0.5,
     ) -> None:
         super().__init__()
-        self.places = nn.Embedding(max_length, width)
-        nn.init.normal_(self.places.weight, std=0.02)
+        self.positions = nn.Embedding(max_length, width)
+        nn.init.normal_(self.positions.weight, std=0.02)
         self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(dropout)
         layer = nn.TransformerEncoderLayer(width, heads, inner, dropout, activation="gelu", batch_first=True)
         self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
         length = vectors.shape[1]
-        states = vectors + self.places(torch.arange(length, device=vectors.device))
-        # Padding stands behind the notes, so that the causal mask alone keeps it out of their states.
+        states = vectors + self.positions(torch.arange(length, device=vectors.device))
+        # Padding follows the notes, so the causal mask is enough to keep it out of their states.
         mask = nn.Transformer.generate_square_subsequent_mask(length, device=vectors.device)
         return self.layers(self.dropout(self.norm(states)), mask=mask, is_causal=True)

@@ -1,4 +1,4 @@
-"""Frozen feature vectors of notes for the sequential baselines: of their images, and of texts about them."""
+"""Frozen vectors that the sequential baselines can read instead of note ids: of images, and of texts about them."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from notellm2_ray.baselines.ranking.sequential import NoteFeatures
+from notellm2_ray.baselines.ranking.sequential.recommender import NoteFeatures
 from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.images import decode_image
 from notellm2_ray.models.vision.pixels import ImageSettings
@@ -30,11 +30,11 @@ def image_features(images: Iterable[tuple[str, bytes | None]], tower: str, batch
 
     Args:
         images: note id and encoded image; a note without an image, or with one that cannot be read, gets no vector.
-        tower: as ``model.vision``; or ``vgg19``: the second fully connected layer (4,096) of torchvision's, as a
-            stand-in for the paper's VGG19 row.
+        tower: a vision tower as in ``model.vision``, or ``vgg19``: the second fully connected layer (4,096 wide) of
+            torchvision's VGG19, which stands in for the paper's VGG19 row.
 
     Raises:
-        ModelError: the tower's weights are not there. Random ones are never taken instead.
+        ModelError: the tower's weights are missing; random weights never stand in for them.
         DataError: no image can be read.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -47,7 +47,7 @@ def image_features(images: Iterable[tuple[str, bytes | None]], tower: str, batch
         with torch.no_grad():
             found.append(forward(pixels).float().cpu().numpy())
     if not found:
-        raise DataError(f"no note has a readable image: leave gru4rec_image out of ranking.baselines (tower {tower})")
+        raise DataError(f"no note has a readable image: leave gru4rec_image out of ranking.baselines (tower: {tower})")
     return NoteFeatures(ids, np.concatenate(found))
 
 
@@ -57,11 +57,11 @@ def text_features(
     """The mean of a causal LM's last hidden states over each text's tokens.
 
     Args:
-        texts: note id to text; an empty one gets no vector. At most 256 tokens of each are read.
+        texts: note id to text. An empty text gets no vector; only the first 256 tokens of a text are read.
         llm: directory or hub name.
 
     Raises:
-        ModelError: as :func:`notellm2_ray.models.llm.load_llm`.
+        ModelError: see :func:`notellm2_ray.models.llm.load_llm`.
         DataError: all texts are empty.
     """
     from transformers import AutoTokenizer
@@ -69,7 +69,7 @@ def text_features(
     from notellm2_ray.models.llm import load_config, load_llm
     from notellm2_ray.models.user_text import UserTextEncoder
 
-    load_config(llm, revision)  # says what is wrong with the path before the tokenizer does
+    load_config(llm, revision)  # its message on a bad path is clearer than the tokenizer's
     encoder = UserTextEncoder(AutoTokenizer.from_pretrained(llm, revision=revision, trust_remote_code=False))
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = load_llm(llm, attention, revision=revision).eval().to(device)
@@ -83,7 +83,7 @@ def text_features(
 
 @torch.no_grad()
 def _mean_states(model: torch.nn.Module, rows: list[list[int]], device: torch.device) -> np.ndarray:
-    """(B, H): right padding, so that causal attention keeps it out of the tokens' states."""
+    """(B, H) mean state of each row; padding stands on the right, where causal attention never sees it."""
     lengths = torch.tensor([len(row) for row in rows], device=device)
     longest = int(lengths.max())
     ids = torch.tensor([[*row, *[0] * (longest - len(row))] for row in rows], device=device)
@@ -100,12 +100,12 @@ def _tower(name: str, device: torch.device) -> tuple[ImageSettings, Callable[[to
 def _vgg19(device: torch.device) -> tuple[ImageSettings, Callable[[torch.Tensor], torch.Tensor]]:
     import timm
 
-    state = _vgg19_weights()  # before the 140 million random weights are drawn
-    model = timm.create_model("vgg19", pretrained=False, num_classes=0)  # ends after the second ReLU
+    state = _vgg19_weights()  # first, since creating the model draws 140 million random weights
+    model = timm.create_model("vgg19", pretrained=False, num_classes=0)  # the output is that of the second ReLU
     try:
         model.load_state_dict({name: value for name, value in state.items() if not name.startswith("head.fc.")})
     except RuntimeError as error:
-        raise ModelError(f"{_VGG19_REPOSITORY} holds other weights than vgg19's: {error}") from error
+        raise ModelError(f"the weights in {_VGG19_REPOSITORY} are not those of vgg19: {error}") from error
     model.eval().requires_grad_(False).to(device)
     settings = ImageSettings(224, _IMAGENET_MEAN, _IMAGENET_STD, resize_to=256, resample=2)
     mean, std = (torch.tensor(values, device=device)[:, None, None] for values in (_IMAGENET_MEAN, _IMAGENET_STD))
@@ -123,8 +123,8 @@ def _vgg19_weights() -> dict[str, torch.Tensor]:
         return load_file(hf_hub_download(_VGG19_REPOSITORY, "model.safetensors"))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, SafetensorError, OSError) as error:
         raise ModelError(
-            f"the weights of vgg19 cannot be had ({error}): download model.safetensors of {_VGG19_REPOSITORY} into the "
-            "hub's cache, or set ranking.image_tower to another vision tower"
+            f"the weights of vgg19 are not available ({error}): download model.safetensors of {_VGG19_REPOSITORY} into "
+            "the hub's cache, or set ranking.image_tower to another vision tower"
         ) from error
 
 
@@ -140,7 +140,7 @@ def _readable(images: Iterable[tuple[str, bytes | None]], settings: ImageSetting
             continue
         yield note_id, settings.pixels(image)
     if left_out:
-        log.warning("%d notes without a readable image are unknown notes to gru4rec_image", left_out)
+        log.warning("%d notes have no readable image: gru4rec_image treats them as unknown notes", left_out)
 
 
 def _batches(rows: Iterator[T], size: int) -> Iterator[list[T]]:

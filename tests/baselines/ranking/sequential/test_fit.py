@@ -6,12 +6,13 @@ import numpy as np
 import pytest
 import torch
 
-from notellm2_ray.baselines.ranking.sequential import NoteFeatures, SequentialSettings, fit
-from notellm2_ray.baselines.ranking.sequential_model import (
+from notellm2_ray.baselines.ranking.sequential.fit import SequentialSettings, fit
+from notellm2_ray.baselines.ranking.sequential.model import (
     FeatureEmbedding,
     IdEmbedding,
     SequentialModel,
 )
+from notellm2_ray.baselines.ranking.sequential.recommender import NoteFeatures
 from notellm2_ray.core.errors import DataError
 
 ARCHITECTURES = ("gru4rec", "sasrec")
