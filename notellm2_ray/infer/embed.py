@@ -16,7 +16,7 @@ from notellm2_ray.core.run import fingerprint
 from notellm2_ray.core.settings import EmbedSettings
 from notellm2_ray.core.settings.retrieval import Inputs
 from notellm2_ray.infer.chunks import Chunk, ChunkPlan, list_note_files, plan_chunks, read_ids
-from notellm2_ray.infer.embed_worker import ChunkEmbedder, EmbeddedPart, EmbedJob, part_store
+from notellm2_ray.infer.embed_worker import ChunkEmbedder, EmbeddedPart, EmbedJob, embedded_parts
 from notellm2_ray.infer.part_actors import make_parts
 from notellm2_ray.infer.parts import PartStore, require_one_model
 from notellm2_ray.infer.resources import check_resources
@@ -74,7 +74,7 @@ def embed_notes(
     columns = inputs_by_column(inputs)
     job = EmbedJob(str(Path(model).absolute()), str(output), columns, _absolute(only_ids), settings)
     plan = plan_job(job, notes)
-    store, part_ids = part_store(output), [chunk.part_id for chunk in plan.chunks]
+    store, part_ids = embedded_parts(output), [chunk.part_id for chunk in plan.chunks]
     if removed := store.clear_leftovers(part_ids):
         log.warning("embed-notes: removed %d finished part(s) of another model, other settings or other notes", removed)
     finished = {part_id: store.finished(part_id) for part_id in part_ids}

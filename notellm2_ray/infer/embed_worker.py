@@ -45,7 +45,7 @@ class EmbeddedPart(FinishedPart):
         return self.embedded + self.quarantined
 
 
-def part_store(output: Path) -> PartStore[EmbeddedPart]:
+def embedded_parts(output: Path) -> PartStore[EmbeddedPart]:
     """The parts of a job, one for each chunk: rows of ``note_id`` and the vector columns."""
     return PartStore(output, EmbeddedPart, folder="blocks", compression="none")
 
@@ -77,7 +77,7 @@ class ChunkEmbedder(PartActor[Chunk, EmbeddedPart]):
 
     def __init__(self, job: EmbedJob) -> None:
         self.job = job
-        self.parts = part_store(Path(job.output))
+        self.parts = embedded_parts(Path(job.output))
         self.threads = ThreadPoolExecutor(job.settings.preprocess_threads, thread_name_prefix="preprocess")
         # Torch is called from one thread only: OpenMP keeps a team of threads for each thread that calls it.
         self.model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")

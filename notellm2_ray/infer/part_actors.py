@@ -13,7 +13,7 @@ import pyarrow as pa
 from notellm2_ray.core import errors
 from notellm2_ray.core.errors import ModelError, NoteLLMError
 from notellm2_ray.infer.parts import MAX_ATTEMPTS, F, PartStore, recorded_fields
-from notellm2_ray.infer.ray_data import dataset, own_context
+from notellm2_ray.infer.ray_data import dataset_of, own_context
 
 CALLS_AT_ONCE = 2  # one part is with the model while the next is being read and tokenised
 P = TypeVar("P")  # a part: a NamedTuple, whose part_id names it
@@ -100,7 +100,7 @@ def make_parts(
     if environment:
         remote["runtime_env"] = {"env_vars": dict(environment)}
     with own_context():
-        reports = dataset(parts).map_batches(
+        reports = dataset_of(parts).map_batches(
             actor,
             fn_constructor_args=(job,),
             batch_size=1,

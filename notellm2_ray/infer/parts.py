@@ -84,11 +84,11 @@ class PartStore(Generic[F]):
             OSError: the files cannot be written, for instance because the disk is full. The part is then not finished.
         """
         if quarantined is not None and len(quarantined):
-            write_parquet(self.quarantine_path(finished.part_id), quarantined)
+            write_whole_parquet(self.quarantine_path(finished.part_id), quarantined)
         else:
             self.quarantine_path(finished.part_id).unlink(missing_ok=True)  # of an attempt that was killed
         footer = {f"{_FOOTER}{name}": str(getattr(finished, name)) for name in recorded_fields(self._kind)}
-        write_parquet(self.path(finished.part_id), rows.replace_schema_metadata(footer), self._compression)
+        write_whole_parquet(self.path(finished.part_id), rows.replace_schema_metadata(footer), self._compression)
         self._attempts(finished.part_id).unlink(missing_ok=True)
         return finished
 
@@ -196,7 +196,7 @@ def require_one_model(parts: Sequence[FinishedPart], output: Path) -> str:
     return models.pop()
 
 
-def write_parquet(path: Path, table: pa.Table, compression: str = "snappy") -> None:
+def write_whole_parquet(path: Path, table: pa.Table, compression: str = "snappy") -> None:
     """Write a Parquet file with :func:`whole_file`."""
     with whole_file(path) as file:
         pq.write_table(table, file, compression=compression)

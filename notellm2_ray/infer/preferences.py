@@ -21,7 +21,7 @@ from notellm2_ray.core.run import fingerprint
 from notellm2_ray.core.schema import PREFERENCE_SCHEMA, QUARANTINE_SCHEMA
 from notellm2_ray.core.settings import GenerationSettings, PreferenceSettings
 from notellm2_ray.infer.engine import check_model, engine_arguments
-from notellm2_ray.infer.parts import QUARANTINE, whole_file, write_parquet
+from notellm2_ray.infer.parts import QUARANTINE, whole_file, write_whole_parquet
 from notellm2_ray.infer.preference_log import LogIndex
 from notellm2_ray.infer.preference_plan import Chain, ChainPlan, plan_chains, plan_counts, read_summaries, read_titles
 from notellm2_ray.infer.preference_pool import EnginePool
@@ -177,7 +177,7 @@ def _compile(plan: ChainPlan, index: LogIndex, output: Path) -> dict[str, int]:
         quarantined += problems
         (output / QUARANTINE).mkdir(exist_ok=True)
         table = pa.Table.from_pylist(quarantined, schema=QUARANTINE_SCHEMA)
-        write_parquet(output / QUARANTINE / "blocks.parquet", table)
+        write_whole_parquet(output / QUARANTINE / "blocks.parquet", table)
     return {**counts, "quarantined": len(quarantined)}
 
 

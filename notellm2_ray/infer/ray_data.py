@@ -24,7 +24,7 @@ def own_context() -> Iterator[Any]:
         yield context
 
 
-def dataset(rows: Sequence[Any]) -> Any:
+def dataset_of(rows: Sequence[Any]) -> Any:
     """A dataset of NamedTuples, one row each, in as many blocks as there are rows (up to a limit)."""
     import ray
 

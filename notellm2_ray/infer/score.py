@@ -18,7 +18,7 @@ from notellm2_ray.infer.engine import ModelFacts, check_model, engine_arguments,
 from notellm2_ray.infer.part_actors import make_parts
 from notellm2_ray.infer.parts import PartStore
 from notellm2_ray.infer.resources import check_engines
-from notellm2_ray.infer.score_parts import CandidatePart, ScoredPart, compile_scores, part_store, plan_parts
+from notellm2_ray.infer.score_parts import CandidatePart, ScoredPart, compile_scores, plan_parts, scored_parts
 from notellm2_ray.infer.score_questions import Controls, ScoreFiles
 from notellm2_ray.infer.score_worker import PartScorer, ScoreJob, TableJob
 
@@ -127,7 +127,7 @@ def _plan(
     files = ScoreFiles(examples, candidates, preferences, shown_notes)
     rows = files.rows()
     parts = plan_parts(rows.example_of, 2 * generation.max_sequences, made_by)
-    store = part_store(output)
+    store = scored_parts(output)
     if removed := store.clear_leftovers([part.part_id for part in parts]):
         log.warning("%s: removed %d finished part(s) of another model, other settings or other inputs", STAGE, removed)
     if rows.without_preference:

@@ -12,7 +12,7 @@ import pyarrow as pa
 
 from notellm2_ray.core.run import fingerprint
 from notellm2_ray.core.schema import SCORE_SCHEMA
-from notellm2_ray.infer.parts import FinishedPart, PartStore, write_parquet
+from notellm2_ray.infer.parts import FinishedPart, PartStore, write_whole_parquet
 
 
 class CandidatePart(NamedTuple):
@@ -38,7 +38,7 @@ class ScoredPart(FinishedPart):
         return self.scored + self.quarantined
 
 
-def part_store(output: Path) -> PartStore[ScoredPart]:
+def scored_parts(output: Path) -> PartStore[ScoredPart]:
     """The parts of a table of scores: rows of SCORE_SCHEMA."""
     return PartStore(output, ScoredPart)
 
@@ -67,5 +67,5 @@ def compile_scores(store: PartStore[ScoredPart], parts: Sequence[CandidatePart])
     """Write ``scores.parquet``, the parts one after the other; returns the number of rows."""
     tables = list(store.tables(part.part_id for part in parts))
     table = pa.concat_tables(tables) if tables else SCORE_SCHEMA.empty_table()
-    write_parquet(store.output / "scores.parquet", table)
+    write_whole_parquet(store.output / "scores.parquet", table)
     return len(table)

@@ -19,7 +19,7 @@ from notellm2_ray.core.settings import GenerationSettings, RankerSettings
 from notellm2_ray.infer.engine import ModelFacts, engine_environment, start_engine
 from notellm2_ray.infer.part_actors import PartActor
 from notellm2_ray.infer.parts import PartStore, quarantine_table
-from notellm2_ray.infer.score_parts import CandidatePart, ScoredPart, part_store
+from notellm2_ray.infer.score_parts import CandidatePart, ScoredPart, scored_parts
 from notellm2_ray.infer.score_questions import Controls, Questions, ScoreFiles
 
 if TYPE_CHECKING:
@@ -59,7 +59,7 @@ class PartScorer(PartActor[CandidatePart, ScoredPart]):
 
     def __init__(self, job: ScoreJob) -> None:
         self.job, self.engine = job, None
-        self.stores = [part_store(table.output) for table in job.tables]
+        self.stores = [scored_parts(table.output) for table in job.tables]
         self.lock = threading.Lock()
         self.questions: dict[int, tuple[Questions, RankerPrompter]] = {}
         # vLLM's engine runs in an event loop, while Ray Data calls this object from threads.

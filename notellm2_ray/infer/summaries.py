@@ -18,7 +18,7 @@ from notellm2_ray.core.settings import GenerationSettings, SummarySettings
 from notellm2_ray.infer.answers import cut_at_sentence, is_repetitive, one_paragraph
 from notellm2_ray.infer.chunks import list_note_files, note_ids, plan_chunks, read_ids
 from notellm2_ray.infer.engine import ModelFacts, check_model, engine_arguments
-from notellm2_ray.infer.summary_parts import Described, commit, compile_summaries, part_store, read_described
+from notellm2_ray.infer.summary_parts import Described, commit, compile_summaries, described_parts, read_described
 from notellm2_ray.infer.summary_pipeline import STAGE, SummaryJob, run
 from notellm2_ray.infer.summary_rows import ERROR, NO_IMAGE
 
@@ -64,7 +64,7 @@ def summarize_images(
     output = Path(output).absolute()
     facts = check_model(model, images=True)
     job, wanted, unknown = _plan(facts, notes, output, settings, generation, language, only_ids)
-    store, versions = part_store(output), set(job.versions.values())
+    store, versions = described_parts(output), set(job.versions.values())
     done, removed = read_described(store, versions)
     if removed:
         log.warning("%s: removed %d finished part(s) of another model, other settings or other notes", STAGE, removed)
@@ -131,7 +131,7 @@ def _describe(job: SummaryJob, todo: set[str], attempt: int, done: Described, pr
     with closing(run(job, todo, attempt)) as batches:  # on an error: ends the actors
         for rows in batches:
             good, bad, retry = sort_rows(rows, job.settings, attempt)
-            commit(part_store(job.output), job.facts.fingerprint, good, bad)
+            commit(described_parts(job.output), job.facts.fingerprint, good, bad)
             done.summaries.update(row["note_id"] for row in good)
             for row in bad:
                 (done.without_image if row["reason"] == NO_IMAGE else done.quarantined).add(row["note_id"])
@@ -185,7 +185,7 @@ def _check_bad_share(job: SummaryJob, done: Described) -> None:
     bad, seen = len(done.quarantined), len(done.quarantined) + len(done.summaries)
     images = job.total - len(done.without_image)
     if bad > job.settings.max_bad_share * images:
-        store = part_store(job.output)
+        store = described_parts(job.output)
         reasons = "; ".join(store.first_reasons("note {key}: {reason}", leave_out=NO_IMAGE))
         raise errors.DataError(
             f"{bad} of the first {seen} images ({images} in all) could not be described, more than "

@@ -17,14 +17,13 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from notellm2_ray.core.schema import SUMMARY_SCHEMA
-from notellm2_ray.infer.parts import FinishedPart, PartStore, quarantine_table, write_parquet
+from notellm2_ray.infer.parts import FinishedPart, PartStore, quarantine_table, write_whole_parquet
 from notellm2_ray.infer.summary_rows import NO_IMAGE
 
 _VERSION = pa.field("version", pa.string(), nullable=False)  # of the model, prompt, settings and notes file together
 _ROWS = SUMMARY_SCHEMA.append(_VERSION)
 # In the quarantine: whether the engine failed rather than the image, so that the next run is to ask again.
 _PASSING = pa.field("passing", pa.bool_(), nullable=False)
-Rows = Sequence[dict[str, Any]]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -47,7 +46,7 @@ class Described(NamedTuple):
         return self.summaries | self.quarantined | self.without_image
 
 
-def part_store(output: Path) -> PartStore[DescribedPart]:
+def described_parts(output: Path) -> PartStore[DescribedPart]:
     """The parts of a job: rows of SUMMARY_SCHEMA and ``version``."""
     return PartStore(output, DescribedPart)
 
@@ -68,7 +67,7 @@ def read_described(store: PartStore[DescribedPart], versions: Collection[str]) -
         if len(bad):
             lasting = bad.filter(pc.invert(bad.column("passing")))
             if len(lasting) < len(bad):
-                write_parquet(store.quarantine_path(part_id), lasting)
+                write_whole_parquet(store.quarantine_path(part_id), lasting)
             bad = lasting
         if len(rows) or len(bad):
             kept.append(part_id)
@@ -108,7 +107,7 @@ def compile_summaries(store: PartStore[DescribedPart], versions: Collection[str]
     tables = [_of(versions, table) for table in store.tables(store.part_ids())]
     table = pa.concat_tables([_ROWS.empty_table(), *tables]).select(SUMMARY_SCHEMA.names)
     table = table.take(pc.sort_indices(table, sort_keys=[("note_id", "ascending")])).cast(SUMMARY_SCHEMA)
-    write_parquet(store.output / "summaries.parquet", table)
+    write_whole_parquet(store.output / "summaries.parquet", table)
     return table
 
 

@@ -14,7 +14,7 @@ from notellm2_ray.core import errors
 from notellm2_ray.core.settings import GenerationSettings, SummarySettings
 from notellm2_ray.infer.chunks import NoteFile, plan_chunks
 from notellm2_ray.infer.engine import ModelFacts, engine_arguments, engine_environment, engine_error, last_line
-from notellm2_ray.infer.ray_data import dataset, own_context
+from notellm2_ray.infer.ray_data import dataset_of, own_context
 from notellm2_ray.infer.resources import check_engines
 from notellm2_ray.infer.summary_rows import Asking, ImageReader, answer
 
@@ -49,7 +49,7 @@ def run(job: SummaryJob, todo: set[str], attempt: int) -> Generator[list[dict[st
     with own_context() as context:
         # An encoded image is no Arrow type. Without this setting each worker warns that it falls back to objects.
         context.enable_fallback_to_arrow_object_ext_type = True
-        images = dataset(chunks).map_batches(
+        images = dataset_of(chunks).map_batches(
             ImageReader(frozenset(todo), job.versions), batch_size=1, batch_format="pyarrow", num_cpus=READER_CPUS
         )
         answered = _processor(job, attempt)(images)

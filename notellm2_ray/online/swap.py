@@ -22,7 +22,7 @@ from notellm2_ray.core.run import MANIFEST, Output, files_fingerprint, read_mani
 from notellm2_ray.core.schema import NOTE_SCHEMA, Note
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.index.table import table_info
-from notellm2_ray.infer.embed_worker import part_store
+from notellm2_ray.infer.embed_worker import embedded_parts
 from notellm2_ray.live import current
 from notellm2_ray.live.durability import VERSIONS, WriterLock, manifests
 from notellm2_ray.live.seed import seed_from_bulk
@@ -190,7 +190,7 @@ def _fill(
         shutil.rmtree(table)
     seeded = seed_from_bulk(work / "notes" / "notes.parquet", work / "embeddings.lance", table, seq=seq)
     if seeded.without_vector:
-        reasons = "; ".join(part_store(work / "embeddings").first_reasons("{reason}"))
+        reasons = "; ".join(embedded_parts(work / "embeddings").first_reasons("{reason}"))
         log.warning("%d note(s) have no vector of the new model and are left out: %s", seeded.without_vector, reasons)
     if current.current(directory).table != served.table:
         raise OutputError(f"{served.table} is served no more: run this again")

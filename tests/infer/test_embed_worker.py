@@ -14,7 +14,7 @@ import torch
 from notellm2_ray.core.settings import EmbedSettings
 from notellm2_ray.infer import embed_worker
 from notellm2_ray.infer.chunks import list_note_files, plan_chunks
-from notellm2_ray.infer.embed_worker import ChunkEmbedder, EmbedJob, encode, part_store
+from notellm2_ray.infer.embed_worker import ChunkEmbedder, EmbedJob, embedded_parts, encode
 from notellm2_ray.infer.parts import MAX_ATTEMPTS, QUARANTINE
 from tests.support import tiny_models
 from tests.support.tiny_models import write_notes
@@ -24,7 +24,7 @@ SETTINGS = EmbedSettings(batch_tokens=512, max_batch_notes=7, preprocess_threads
 
 @pytest.fixture
 def job(tmp_path: Path, embedder) -> EmbedJob:
-    part_store(tmp_path / "out").clear_leftovers([])  # makes the directories
+    embedded_parts(tmp_path / "out").clear_leftovers([])  # makes the directories
     return EmbedJob(str(embedder.path), str(tmp_path / "out"), {"embedding": "multimodal"}, None, SETTINGS)
 
 
@@ -112,7 +112,7 @@ def test_a_chunk_that_keeps_killing_its_actor_ends_the_job(tmp_path: Path, job: 
     path = write_notes(tmp_path / "n.parquet", tiny_models.notes(6))
     chunk = plan_chunks(list_note_files(path), 1000, "m").chunks[0]
     for attempt in range(MAX_ATTEMPTS):
-        assert part_store(tmp_path / "out").begin_attempt(chunk.part_id) == attempt + 1
+        assert embedded_parts(tmp_path / "out").begin_attempt(chunk.part_id) == attempt + 1
     row, _ = report(ChunkEmbedder(job), path)
     assert row["error"] == "ModelError" and "actors died" in row["message"]
 
@@ -130,4 +130,4 @@ def test_errors_of_the_set_up_come_back_by_name(tmp_path: Path, job: EmbedJob, m
     row, path = report(ChunkEmbedder(job), notes)
     assert (row["error"], row["errno"]) == ("OSError", errno.ENOSPC)
     assert not path.exists() and not list(path.parent.glob("*.partial"))
-    assert part_store(tmp_path / "out").finished(row["part_id"]) is None
+    assert embedded_parts(tmp_path / "out").finished(row["part_id"]) is None

@@ -23,7 +23,7 @@ from notellm2_ray.core.schema import SCORE_SCHEMA
 from notellm2_ray.core.settings import GenerationSettings
 from notellm2_ray.infer.parts import quarantine_table
 from notellm2_ray.infer.score import ScoreTable, score_candidates
-from notellm2_ray.infer.score_parts import CandidatePart, ScoredPart, compile_scores, part_store, plan_parts
+from notellm2_ray.infer.score_parts import CandidatePart, ScoredPart, compile_scores, plan_parts, scored_parts
 from notellm2_ray.infer.score_questions import Controls, Questions, ScoreFiles
 from tests.support import ROOT
 from tests.support import ranker_training as material
@@ -56,7 +56,7 @@ def test_parts_hold_whole_examples():
 
 
 def test_parts_are_compiled_in_the_order_of_the_plan(tmp_path):
-    store, parts = part_store(tmp_path), [CandidatePart("000000-abc", [0]), CandidatePart("000001-def", [1])]
+    store, parts = scored_parts(tmp_path), [CandidatePart("000000-abc", [0]), CandidatePart("000001-def", [1])]
     store.clear_leftovers([])
     for part in reversed(parts):
         row = {"example_id": part.part_id, "note_id": "n", "label": 1, "score": 0.5}

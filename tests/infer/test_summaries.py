@@ -16,7 +16,7 @@ from notellm2_ray.core.schema import SUMMARY_SCHEMA, Note
 from notellm2_ray.core.settings import GenerationSettings, SummarySettings
 from notellm2_ray.infer.answers import cut_at_sentence, is_repetitive, one_paragraph
 from notellm2_ray.infer.summaries import sort_rows, summarize_images
-from notellm2_ray.infer.summary_parts import commit, compile_summaries, part_store, read_described
+from notellm2_ray.infer.summary_parts import commit, compile_summaries, described_parts, read_described
 from notellm2_ray.infer.summary_rows import ERROR, NO_IMAGE, EncodedImage, checked
 from tests.support.tiny_mllm import picture, save_mllm
 from tests.support.tiny_models import write_notes
@@ -77,7 +77,7 @@ def test_rows_are_sorted_into_good_bad_and_to_ask_again() -> None:
 
 
 def test_valid_parts_of_earlier_runs_are_reused(tmp_path: Path) -> None:
-    store = part_store(tmp_path)
+    store = described_parts(tmp_path)
 
     def good(note_id: str, version: str = "v1") -> dict:
         return {"note_id": note_id, "summary": "s", "prompt_tokens": 1, "generated_tokens": 1, "version": version}
@@ -98,7 +98,7 @@ def test_valid_parts_of_earlier_runs_are_reused(tmp_path: Path) -> None:
     assert compile_summaries(store, {"v1"})["note_id"].to_pylist() == ["a", "b"]
     assert pq.read_schema(tmp_path / "summaries.parquet").equals(SUMMARY_SCHEMA)
     (tmp_path / "empty").mkdir()
-    assert len(compile_summaries(part_store(tmp_path / "empty"), {"v1"})) == 0
+    assert len(compile_summaries(described_parts(tmp_path / "empty"), {"v1"})) == 0
     assert read_described(store, {"v2"})[1] == 3 and store.part_ids() == []
 
 
