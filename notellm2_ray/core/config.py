@@ -24,7 +24,7 @@ class Frozen(BaseModel):
 
 
 class Kinds(Frozen):
-    """Base of settings whose class follows from their ``kind``; the class that defines :meth:`kinds` stands for all."""
+    """Base of settings whose class depends on their ``kind``. A field of the class that defines :meth:`kinds` takes all."""
 
     kind: str
 
@@ -128,7 +128,7 @@ def _explain(model: type[BaseModel], entry: Mapping[str, Any]) -> str:
     return f"{place}: {entry['msg'].removeprefix('Value error, ')}{shown}"
 
 
-# Settings that had another name once: old name to new name.
+# Old names of settings -> new names.
 RENAMED = {
     "evaluate.variants": "evaluate.embedders",
     "sequences.actions": "sequences.positive_actions",

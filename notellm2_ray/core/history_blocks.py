@@ -1,7 +1,7 @@
 """How a user's history is cut into blocks: one rule, applied in two ways.
 
 Offline the histories of many users are cut at once (:func:`number_blocks`); online one user's waiting notes are cut
-whenever something was added (:func:`cut_history`). A property test holds the two equal.
+whenever something was added (:func:`cut_history`). A property test checks that both give the same blocks.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class BlockRule(NamedTuple):
     """
 
     size: int = 3
-    session_gap: int | None = None  # microseconds; None: by size alone
+    session_gap: int | None = None  # microseconds; None: blocks end only by size
 
     @classmethod
     def from_settings(cls, settings: SequenceSettings) -> BlockRule:
@@ -46,7 +46,7 @@ class BlockRule(NamedTuple):
         return cls(settings.block_size, int(settings.session_gap_minutes * MINUTE))
 
     def is_pause(self, start: int, end: int) -> bool:
-        """Whether so much time ends a session, where session ids do not tell."""
+        """Whether a pause between these times ends a session, where session ids are missing."""
         return self.session_gap is not None and end - start > self.session_gap
 
     def ends_session(self, last: LikedNote, following: LikedNote) -> bool:

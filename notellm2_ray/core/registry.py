@@ -23,7 +23,7 @@ class Registry(Generic[Row]):
     Attributes:
         what: what a row is, for messages, as in "source".
         group: entry-point group in which other packages declare rows, each as ``name = "module:attribute"``.
-        rows: our own rows, name -> "module:attribute". A string, so that naming a row imports nothing.
+        rows: our own rows, name -> "module:attribute". Strings, so that naming a row imports nothing.
     """
 
     def __init__(self, what: str, group: str, rows: Mapping[str, str]) -> None:
@@ -31,7 +31,7 @@ class Registry(Generic[Row]):
         self._added: dict[str, Row] = {}
 
     def add(self, name: str, row: Row) -> None:
-        """Add a row to this process. Other processes do not see it; use an entry point where they must.
+        """Add a row in this process. Other processes do not see it: use an entry point where they must.
 
         Raises:
             ConfigError: another row has that name.
@@ -66,7 +66,7 @@ class Registry(Generic[Row]):
         """The row called ``name``.
 
         Raises:
-            ConfigError: there is none, and which name is nearest; or its module cannot be loaded.
+            ConfigError: there is none (the message names the nearest), or its module cannot be loaded.
         """
         if name in self._added:
             return self._added[name]

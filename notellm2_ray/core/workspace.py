@@ -148,7 +148,7 @@ class Workspace:
 
     @property
     def summary_table(self) -> Path:
-        """Note id to image summary."""
+        """Note id and image summary."""
         return self.image_summaries / "summaries.parquet"
 
     def preferences(self, variant: str, history: str = "") -> Path:
@@ -201,7 +201,7 @@ class Workspace:
         return self.root / "sweeps"
 
     def sweep_results(self) -> list[Path]:
-        """What finished sweeps have written."""
+        """The results of finished sweeps."""
         return sorted(self.sweeps.glob("*/sweep.json"))
 
     @property

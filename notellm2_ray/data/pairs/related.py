@@ -46,7 +46,7 @@ log = logging.getLogger("notellm2_ray")
 
 
 class MinedPairs(NamedTuple):
-    """Pairs of related notes, and counts of the shared.
+    """Pairs of related notes, and counts of the mining.
 
     Attributes:
         pairs: PAIR_SCHEMA, sorted by query, descending score, and target; scores are rounded to 8 decimals.

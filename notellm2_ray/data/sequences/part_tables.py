@@ -54,7 +54,7 @@ class PartTables:
         """Make all tables.
 
         Args:
-            histories: whole histories. The events that ``sequences.max_events`` leaves out are no negatives either.
+            histories: whole histories. Notes that ``sequences.max_events`` leaves out are not negatives either.
             vocabulary: all note ids, ascending.
         """
         self.vocabulary, self.notes, self.seed = vocabulary, notes, seed
