@@ -24,7 +24,7 @@ class Frozen(BaseModel):
 
 
 class Kinds(Frozen):
-    """Base of settings whose class depends on their ``kind``. A field of the class that defines :meth:`kinds` takes all."""
+    """Base of settings whose class depends on their ``kind``. The class that defines :meth:`kinds` takes all."""
 
     kind: str
 
