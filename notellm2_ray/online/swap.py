@@ -28,7 +28,7 @@ from notellm2_ray.live.durability import VERSIONS, WriterLock, manifests
 from notellm2_ray.live.seed import seed_from_bulk
 from notellm2_ray.live.store import LiveStore
 from notellm2_ray.live.table import LiveTable, newest_if_gone
-from notellm2_ray.pipeline.embedders import named
+from notellm2_ray.pipeline.embedders import resolved
 from notellm2_ray.pipeline.stage import fingerprint_of, run_stage, workspace_of
 from notellm2_ray.serve.deployments.loaded_model import INPUTS, LoadedModel, Vectors, Workers
 from notellm2_ray.serve.deployments.successor import Successor
@@ -57,7 +57,7 @@ def swap_embedder(settings: Settings) -> str:
             service does not take the table over within ``serve.ready_seconds``.
         DataError, ModelError: as of bulk embedding.
     """
-    settings = named(settings)
+    settings = resolved(settings)
     directory = workspace_of(settings).serving
     model = workspace_of(settings).embedder_model(settings.embedder_name)
     read_manifest(model.parent)  # finished, not half-way

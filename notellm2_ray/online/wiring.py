@@ -19,7 +19,7 @@ from notellm2_ray.core.settings import Settings
 from notellm2_ray.live.current import current
 from notellm2_ray.live.durability import manifests
 from notellm2_ray.pipeline import ranking_outputs
-from notellm2_ray.pipeline.embedders import named
+from notellm2_ray.pipeline.embedders import resolved
 from notellm2_ray.pipeline.stage import workspace_of
 from notellm2_ray.serve.plan import Plan
 
@@ -82,7 +82,7 @@ def make_plan(settings: Settings) -> Plan:
         ConfigError: see :func:`_engines`.
         OutputError: the embedder is not trained or the notes are not embedded; a ranker is asked for that is not there.
     """
-    settings = named(settings)
+    settings = resolved(settings)
     workspace, directory = workspace_of(settings), _directory(settings)
     model = workspace.embedder_model(settings.embedder_name)
     embeddings = workspace.embedding_table(settings.embedder_name, "all")

@@ -9,51 +9,46 @@ from notellm2_ray.baselines.ranking.table import needs
 from notellm2_ray.core.config import build, merge, to_plain
 from notellm2_ray.core.run import files_fingerprint
 from notellm2_ray.core.settings import Settings
-from notellm2_ray.models.embedder.variants import VARIANTS
+from notellm2_ray.models.embedder.kinds import kind_of
 from notellm2_ray.pipeline.stage import workspace_of
 
 
-def for_embedder(settings: Settings, name: str, seed: int) -> Settings:
-    """The settings that train one of the compared embedders.
+def select(settings: Settings, name: str, seed: int) -> Settings:
+    """The settings with another embedder named: a variant of ``model``, or one that ``embedders`` defines."""
+    train = settings.train.model_copy(update={"seed": seed})
+    return settings.model_copy(update={"train": train, "embedder": name})
 
-    Args:
-        name: a variant of ``model``, or an embedder that the section ``embedders`` defines.
+
+def resolved(settings: Settings) -> Settings:
+    """The settings with ``model`` and ``train`` as they are for the embedder that is named.
+
+    Others can no longer be selected from the result: what is different for this one would be taken for theirs.
     """
+    name = settings.embedder_row
     own = settings.embedders.get(name)
     if own is None:
         model = settings.model.model_copy(update={"variant": name})
-        train = settings.train.model_copy(update={"seed": seed})
-        return settings.model_copy(update={"model": model, "train": train, "embedder": None})
-    changed = {"embedder": name, "model": own.model, "train": {**own.train, "seed": seed}}
+        return settings.model_copy(update={"model": model, "embedder": None})
+    changed = {"model": own.model, "train": {**own.train, "seed": settings.train.seed}}
     return build(Settings, merge(to_plain(settings), changed))
 
 
-def named(settings: Settings) -> Settings:
-    """The settings with what ``embedders`` says of the embedder that they name."""
-    return for_embedder(settings, settings.embedder_row, settings.train.seed)
-
-
 def compared_embedders(settings: Settings) -> list[Settings]:
-    """Settings of every embedder that ``evaluate`` names: each with each seed."""
-    return [
-        for_embedder(settings, name, seed) for name in settings.evaluate.embedders for seed in _seeds(settings, name)
-    ]
-
-
-def _seeds(settings: Settings, name: str) -> Sequence[int]:
-    own = settings.embedders.get(name)
-    return settings.evaluate.seeds if own is None or own.trained else settings.evaluate.seeds[:1]
+    """Settings of every embedder that ``evaluate`` names, resolved: each with each seed, an untrained one with one."""
+    chosen = [select(settings, name, seed) for name in settings.evaluate.embedders for seed in settings.evaluate.seeds]
+    first = settings.evaluate.seeds[0]
+    return [resolved(each) for each in chosen if is_trained(each) or each.train.seed == first]
 
 
 def chosen_embedder(settings: Settings) -> Settings:
-    """Settings of the embedder that a whole run embeds all notes with, indexes and serves."""
-    return for_embedder(settings, settings.embedder_row, settings.evaluate.seeds[0])
+    """Settings that name the embedder that a whole run embeds all notes with, indexes and serves."""
+    return select(settings, settings.embedder_row, settings.evaluate.seeds[0])
 
 
 def trained_embedders(settings: Settings) -> Iterator[Settings]:
-    """Settings of every embedder that a whole run trains: those it compares, and the chosen one."""
+    """Settings, resolved, of every embedder that a whole run trains: those it compares, and the chosen one."""
     seen = set()
-    for each in (*compared_embedders(settings), chosen_embedder(settings)):
+    for each in (*compared_embedders(settings), resolved(chosen_embedder(settings))):
         if each.embedder_name not in seen:
             seen.add(each.embedder_name)
             yield each
@@ -67,8 +62,7 @@ def is_trained(settings: Settings) -> bool:
 
 def natural_inputs(settings: Settings) -> str:
     """What the embedder of these settings is meant to be given."""
-    kind = VARIANTS[settings.model.variant]
-    return "image" if kind.prompt is None else "multimodal" if kind.sees_images else "text"
+    return kind_of(settings.model).natural_inputs(settings.model)
 
 
 def tested_inputs(settings: Settings) -> tuple[str, ...]:
@@ -91,8 +85,8 @@ def shown_inputs(settings: Settings, pool: str) -> tuple[str, ...]:
 
 
 def parts_of(settings: Settings) -> tuple[str, ...]:
-    """Which pretrained models the embedder of these settings is built from; every variant needs the LLM's tokenizer."""
-    return ("llm", "vision") if VARIANTS[settings.model.variant].sees_images else ("llm",)
+    """Which pretrained models the embedder of these settings is built from: ``llm``, ``vision``."""
+    return kind_of(settings.model).parts(settings.model)
 
 
 def is_tiny(settings: Settings, part: str) -> bool:

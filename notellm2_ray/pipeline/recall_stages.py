@@ -75,7 +75,7 @@ def train_embedder(settings: Settings) -> dict[str, Any]:
     """Pairs to the embedder that the settings name."""
     from notellm2_ray.train.embedder import train_embedder as work
 
-    settings = embedders.named(settings)
+    settings = embedders.resolved(settings)
     llm, vision = embedders.model_paths(settings)
 
     def run(output: Path) -> dict[str, Any]:
@@ -102,16 +102,16 @@ def train_embedder(settings: Settings) -> dict[str, Any]:
 
 
 def planned_embedder(settings: Settings) -> list[Planned]:
-    return [outputs.embedder(embedders.named(settings))]
+    return [outputs.embedder(embedders.resolved(settings))]
 
 
 def embed_notes(settings: Settings) -> dict[str, Any]:
     """Every note to a vector in the embedding table."""
-    return _embed(embedders.named(settings), "all")
+    return _embed(embedders.resolved(settings), "all")
 
 
 def planned_embeddings(settings: Settings) -> list[Planned]:
-    return [outputs.embeddings(embedders.named(settings), "all")]
+    return [outputs.embeddings(embedders.resolved(settings), "all")]
 
 
 def _embed(settings: Settings, pool: str) -> dict[str, Any]:
@@ -138,7 +138,7 @@ def build_index(settings: Settings) -> dict[str, Any]:
     from notellm2_ray.index.ann import AnnIndex
     from notellm2_ray.index.table import read_vectors
 
-    settings = embedders.named(settings)
+    settings = embedders.resolved(settings)
 
     def run(output: Path) -> dict[str, Any]:
         ids, vectors = read_vectors(workspace_of(settings).embedding_table(settings.embedder_name, "all"))
@@ -150,15 +150,15 @@ def build_index(settings: Settings) -> dict[str, Any]:
 
 
 def planned_index(settings: Settings) -> list[Planned]:
-    return [outputs.ann_index(embedders.named(settings))]
+    return [outputs.ann_index(embedders.resolved(settings))]
 
 
 def eval_retrieval(settings: Settings) -> dict[str, Any]:
     """Recall of every embedder that is trained, beside the baselines; prints the table and writes the report."""
     from notellm2_ray.evaluate.front_page import write_front_page
 
-    settings = embedders.named(settings)
     compared = embedders.compared_embedders(settings)
+    settings = embedders.resolved(settings)
     trained = [each for each in compared if outputs.embedder(each).complete]
     missing = [each.embedder_name for each in compared if each not in trained]
     if not trained:
@@ -186,8 +186,8 @@ def eval_retrieval(settings: Settings) -> dict[str, Any]:
 
 def planned_evaluation(settings: Settings) -> list[Planned]:
     """The embeddings of the test pool by every compared embedder, and the report."""
-    settings = embedders.named(settings)
     compared = embedders.compared_embedders(settings)
+    settings = embedders.resolved(settings)
     return [*(outputs.embeddings(each, "test") for each in compared), outputs.evaluation(settings, compared)]
 
 

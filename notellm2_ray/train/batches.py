@@ -7,13 +7,13 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
 
 from notellm2_ray.core.note_store import NoteStore
-from notellm2_ray.models.embedder.preprocess import Batch, NotePreprocessor
+from notellm2_ray.models.embedder.kinds import Preprocessor
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -23,7 +23,7 @@ class PreparedNotes(NamedTuple):
     """Some notes, ready for the model."""
 
     note_ids: list[str]  # (n,)
-    groups: list[Batch]  # collated batches that together hold the n notes, short notes first
+    groups: list[Any]  # collated batches that together hold the n notes, short notes first
     positions: torch.Tensor  # (n,) int64: each note's position in the concatenated groups
 
     def to(self, device: torch.device) -> PreparedNotes:
@@ -35,7 +35,7 @@ class PreparedNotes(NamedTuple):
 class NotePreparer:
     """Turns note ids into the model's input. May be called from several threads at once."""
 
-    def __init__(self, store: NoteStore, preprocessor: NotePreprocessor, num_groups: int) -> None:
+    def __init__(self, store: NoteStore, preprocessor: Preprocessor, num_groups: int) -> None:
         self._store, self._preprocessor, self._num_groups = store, preprocessor, num_groups
         self._own = threading.local()
 
@@ -54,7 +54,7 @@ class NotePreparer:
         positions[torch.from_numpy(order)] = torch.arange(len(order))
         return PreparedNotes(list(note_ids), groups, positions)
 
-    def _thread_own(self) -> NotePreprocessor:
+    def _thread_own(self) -> Preprocessor:
         # Two threads cannot use one fast tokenizer at a time ("Already borrowed"), so each thread has a copy.
         if not hasattr(self._own, "preprocessor"):
             self._own.preprocessor = copy.deepcopy(self._preprocessor)

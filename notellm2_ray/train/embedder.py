@@ -8,6 +8,7 @@ from typing import Any
 from notellm2_ray.core.settings import ModelSettings, RaySettings, TrainSettings
 from notellm2_ray.train.checkpoints import RunFiles, publish
 from notellm2_ray.train.history import require_logger
+from notellm2_ray.train.objectives import OBJECTIVES
 from notellm2_ray.train.launch import absolute, run_training, run_worker
 from notellm2_ray.train.sampler import Pairs, PairSampler
 
@@ -48,6 +49,7 @@ def train_embedder(
     if files.result.exists():
         return publish(files, {})
     require_logger(train.logger)
+    OBJECTIVES.get(train.objective)  # fails at once if it must
     PairSampler(Pairs(Path(pairs) / "train.parquet"), train.batch_pairs, seed)  # raises now if there are too few
     connect(RaySettings())
     job = {

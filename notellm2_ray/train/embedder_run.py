@@ -16,11 +16,12 @@ from notellm2_ray.core.settings.train import TrainSettings
 from notellm2_ray.train import distributed
 from notellm2_ray.train.batches import NotePreparer, PreparedNotes
 from notellm2_ray.train.checkpoints import RunFiles
-from notellm2_ray.train.contrastive import ContrastiveStep, StepOutput
 from notellm2_ray.train.engines import make_engine
+from notellm2_ray.train.objectives import Loss, loss_of
 from notellm2_ray.train.run_loop import Report, TrainingRun, resolved_precision
 from notellm2_ray.train.sampler import PairBatch, Pairs, PairSampler
 from notellm2_ray.train.schedule import num_steps
+from notellm2_ray.train.step import EmbedderStep, StepOutput
 from notellm2_ray.train.validation import Validation, ValidationScore
 
 log = logging.getLogger("notellm2_ray")
@@ -55,7 +56,8 @@ class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
         super().__init__(RunFiles(job.output), job.train, job.seed, device, report)
         self.job = job
         self.encoder = build_encoder(job.model, job.seed, llm_path=job.llm_path, vision_path=job.vision_path)
-        self.module = _module(self.encoder.model, job)
+        self.loss = loss_of(job.model, job.train)
+        self.module = _module(self.encoder.model, self.loss, job)
         self.engine = make_engine(self.module, job.train, device)
         self._read_data()
         self.total = num_steps(job.train, self.sampler.steps_per_epoch)
@@ -72,7 +74,7 @@ class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
             self.prepare_notes,
             max_pairs=settings.max_validation_pairs,
             batch_pairs=settings.batch_pairs,
-            mask_duplicates=settings.mask_duplicates,
+            loss=self.loss,
             seed=seed,
             prefetch=settings.prefetch_batches,
         )
@@ -93,7 +95,7 @@ class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
     def validate(self) -> dict[str, Any] | None:
         if not len(self.validation):
             return None
-        score = self.validation.score(self.module, self.job.model.alpha, self.device)
+        score = self.validation.score(self.module, self.device)
         if distributed.rank() == 0:
             step = self.state.step
             figures = f"recall@10 {score.recall:.4f}, loss {score.loss:.4f}"
@@ -124,18 +126,12 @@ class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
         }
 
 
-def _module(model: Any, job: EmbedderJob) -> ContrastiveStep:
+def _module(model: Any, loss: Loss, job: EmbedderJob) -> EmbedderStep:
     settings = job.train
     model.set_gradient_checkpointing(settings.gradient_checkpointing)
     # A sharded model with recomputed activations must not keep a second copy of every weight, cast to bfloat16.
     lean = settings.engine == "deepspeed" and settings.zero_stage == 3 and settings.gradient_checkpointing
-    return ContrastiveStep(
-        model,
-        alpha=job.model.alpha,
-        mask_duplicates=settings.mask_duplicates,
-        bf16=settings.precision == "bf16",
-        cache_casts=not lean,
-    )
+    return EmbedderStep(model, loss=loss, bf16=settings.precision == "bf16", cache_casts=not lean)
 
 
 def _not_finite(step: int, loss: float, out: StepOutput, notes: PreparedNotes) -> ModelError:

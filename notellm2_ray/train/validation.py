@@ -10,12 +10,12 @@ import torch
 
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.evaluate.recall.metrics import target_ranks
-from notellm2_ray.models.embedder.losses import embedder_loss
-from notellm2_ray.models.embedder.mlrm import NoteVectors, join_vectors
+from notellm2_ray.models.embedder.vectors import NoteVectors, join_vectors
 from notellm2_ray.train import distributed
 from notellm2_ray.train.batches import NotePreparer, prefetched
-from notellm2_ray.train.contrastive import ContrastiveStep
+from notellm2_ray.train.objectives import Loss
 from notellm2_ray.train.sampler import Pairs
+from notellm2_ray.train.step import EmbedderStep
 
 CUTOFF = 10
 
@@ -39,7 +39,7 @@ class Validation:
         *,
         max_pairs: int,
         batch_pairs: int,
-        mask_duplicates: bool,
+        loss: Loss,
         seed: int,
         prefetch: int,
     ) -> None:
@@ -48,10 +48,10 @@ class Validation:
         Args:
             max_pairs: the most pairs to use.
             batch_pairs: pairs in a batch of the validation loss; all ranks together encode twice as many notes at once.
-            mask_duplicates: as in training, so that both losses are comparable.
+            loss: the one that training minimises.
         """
         self._prepare, self._prefetch, self._batch_pairs = prepare, prefetch, batch_pairs
-        self._mask_duplicates = mask_duplicates
+        self._loss = loss
         rng = np.random.default_rng(stream_seed(seed, "train", "validation"))
         order = rng.permutation(len(pairs))[:max_pairs]
         used, keys = np.unique(pairs.keys[order], return_inverse=True)
@@ -61,7 +61,7 @@ class Validation:
     def __len__(self) -> int:
         return len(self.keys)
 
-    def score(self, module: ContrastiveStep, alpha: float, device: torch.device) -> ValidationScore:
+    def score(self, module: EmbedderStep, device: torch.device) -> ValidationScore:
         """Encode and score the notes; every rank must call it and gets the same. The module ends in training mode."""
         module.eval()
         # Only the outermost module stays in training mode. There it only makes a batch without images go through the
@@ -69,11 +69,11 @@ class Validation:
         module.model.training = True
         with torch.no_grad():
             vectors = self._vectors(module, device)
-            score = self._score(vectors, alpha) if distributed.rank() == 0 else None
+            score = self._score(vectors) if distributed.rank() == 0 else None
         module.train()
         return distributed.from_rank_zero(score)
 
-    def _vectors(self, module: ContrastiveStep, device: torch.device) -> NoteVectors:
+    def _vectors(self, module: EmbedderStep, device: torch.device) -> NoteVectors:
         """Vectors of all validation notes, in order, on every rank's CPU."""
         mine, world_size = self._shares(), distributed.world_size()
         parts = []
@@ -101,11 +101,8 @@ class Validation:
             places = begin + distributed.rank() + world_size * np.arange(size)
             yield [self._note_ids[place] for place in np.minimum(places, len(self._note_ids) - 1)]
 
-    def _score(self, vectors: NoteVectors, alpha: float) -> ValidationScore:
-        losses = [
-            embedder_loss(_rows(vectors, keys), keys, alpha=alpha, mask_duplicates=self._mask_duplicates).total
-            for keys in self._batches()
-        ]
+    def _score(self, vectors: NoteVectors) -> ValidationScore:
+        losses = [self._loss(vectors.rows(keys), keys) for keys in self._batches()]
         return ValidationScore(self._recall(vectors.multimodal), float(torch.stack(losses).mean()))
 
     def _batches(self) -> Iterator[torch.Tensor]:
@@ -126,11 +123,6 @@ def _gathered(vectors: NoteVectors) -> NoteVectors:
     def from_all_ranks(rows: torch.Tensor) -> torch.Tensor:
         return distributed.gather_rows(rows)[0].cpu()
 
-    visual = None if vectors.visual is None else from_all_ranks(vectors.visual)
-    temperature = vectors.temperature.detach().float().cpu()
-    return NoteVectors(from_all_ranks(vectors.multimodal), visual, from_all_ranks(vectors.has_visual), temperature)
-
-
-def _rows(vectors: NoteVectors, keys: torch.Tensor) -> NoteVectors:
-    visual = None if vectors.visual is None else vectors.visual[keys]
-    return NoteVectors(vectors.multimodal[keys], visual, vectors.has_visual[keys], vectors.temperature)
+    named = {name: from_all_ranks(values) for name, values in vectors.named.items()}
+    present = {name: from_all_ranks(values) for name, values in vectors.present.items()}
+    return NoteVectors(named, present, vectors.temperature.detach().float().cpu())

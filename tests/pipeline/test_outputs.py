@@ -233,9 +233,9 @@ def test_embedders_of_ones_own_stand_in_one_table(tmp_path):
     )
     names = [each.embedder_name for each in embedders.compared_embedders(settings)]
     assert names == ["basic-seed42", "basic-seed43", "small-seed42", "small-seed43", "as_it_comes-seed42"]
-    small = embedders.for_embedder(settings, "small", 43)
+    small = embedders.resolved(embedders.select(settings, "small", 43))
     assert (small.model.embedding_dim, small.train.epochs, small.train.seed) == (16, 5, 43)
-    assert embedders.named(small) == small
+    assert embedders.resolved(small) == small
     assert embedders.shown_inputs(small, "test") == ("text",)
     trained = [one.name for stage, one in planned("run-retrieval", settings) if stage.verb == "train-embedder"]
     assert trained == [*names, "notellm2-seed42"]

@@ -74,9 +74,10 @@ class Run:
         from notellm2_ray.models.embedder.build import build_encoder
         from notellm2_ray.train import distributed
         from notellm2_ray.train.batches import NotePreparer
-        from notellm2_ray.train.contrastive import ContrastiveStep
         from notellm2_ray.train.engines import make_engine
+        from notellm2_ray.train.objectives import loss_of
         from notellm2_ray.train.sampler import Pairs, PairSampler
+        from notellm2_ray.train.step import EmbedderStep
 
         self.settings, model = settings, model or model_settings()
         encoder = build_encoder(model, 1, llm_path=str(directory / "llm"), vision_path=str(directory / "clip"))
@@ -84,7 +85,8 @@ class Run:
         self.sampler = PairSampler(pairs, settings.batch_pairs, 1, distributed.rank(), distributed.world_size())
         store = NoteStore(directory / "pairs" / "train_notes.arrow")
         self.prepare = NotePreparer(store, encoder.preprocessor, settings.length_chunks)
-        self.module = ContrastiveStep(encoder.model, alpha=9.0, mask_duplicates=True, bf16=settings.precision == "bf16")
+        self.loss = loss_of(model, settings)
+        self.module = EmbedderStep(encoder.model, loss=self.loss, bf16=settings.precision == "bf16")
         self.module.train()
         self.engine = make_engine(self.module, settings, torch.device("cpu"))
 

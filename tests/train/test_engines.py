@@ -217,10 +217,8 @@ def _score(directory: str, case: dict[str, Any], num_workers: int) -> list[float
 
     run = material.Run(Path(directory), material.train_settings(num_workers=num_workers, **case))
     valid = Pairs(Path(directory) / "pairs" / "valid.parquet")
-    validation = Validation(
-        valid, run.prepare, max_pairs=9, batch_pairs=num_workers, mask_duplicates=True, seed=1, prefetch=1
-    )
-    return [*validation.score(run.module, 9.0, torch.device("cpu")), len(validation)]
+    validation = Validation(valid, run.prepare, max_pairs=9, batch_pairs=num_workers, loss=run.loss, seed=1, prefetch=1)
+    return [*validation.score(run.module, torch.device("cpu")), len(validation)]
 
 
 def _all_cases(directory: str, scratch: str) -> dict[str, Any]:

@@ -84,6 +84,8 @@ class EmbedderSettings(Frozen):
 class ModelSettings(Frozen):
     """The embedder: NoteLLM-2, sections 2.2 and 3."""
 
+    kind: str = Field("notellm2", description="kind of embedder: notellm2, or one that another package declares")
+    options: dict[str, Any] = Field({}, description="settings of another kind of embedder, as it names them")
     variant: VariantName = Field("notellm2", description="row of the variants table (Tables 2 and 4)")
     llm: str = Field("tiny", description="Hugging Face name or directory of a causal LM; tiny: trained on your notes")
     vision: str = Field(
@@ -127,7 +129,9 @@ class ModelSettings(Frozen):
     attention: Literal["sdpa", "eager", "flash_attention_2"] = Field("sdpa", description="attention implementation")
 
     @model_validator(mode="after")
-    def _heads(self) -> ModelSettings:
+    def _consistent(self) -> ModelSettings:
+        if self.options and self.kind == "notellm2":
+            raise ValueError(f"model.options is for other kinds of embedder: {list(self.options)} would be ignored")
         if self.qformer.hidden_size % self.qformer.num_heads:
             raise ValueError(
                 f"model.qformer.hidden_size ({self.qformer.hidden_size}) must be a multiple of "

@@ -21,6 +21,7 @@ class TrainSettings(Frozen):
     num_workers: int = Field(1, ge=1, description="ranks, one Ray Train worker each")
     cpus_per_worker: float = resource(1, gt=0, description="CPUs reserved for a rank")
     gpus_per_worker: float = resource(0, ge=0, description="GPUs reserved for a rank")
+    objective: str = Field("contrastive", description="what is minimised: contrastive, or one of another package")
     batch_pairs: int = Field(128, ge=1, description="pairs in a global batch (B); a batch holds 2B notes")
     epochs: int = Field(1, ge=1, description="passes over the training pairs")
     max_steps: int | None = Field(None, ge=1, description="stop after so many steps; null: when the epochs are over")

@@ -18,18 +18,14 @@ from notellm2_ray.core.config import to_plain
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.schema import Note
 from notellm2_ray.core.settings.model import ModelSettings
-from notellm2_ray.models.embedder.mlrm import NoteModel
-from notellm2_ray.models.embedder.network import make_preprocessor, model_from_configs
-from notellm2_ray.models.embedder.preprocess import Inputs, NoteFeatures, NotePreprocessor
+from notellm2_ray.models.embedder.kinds import Features, Inputs, kind_of
 from notellm2_ray.models.embedder.storage import (
     CONFIG_FILE,
     FORMAT,
-    MODEL_TYPE,
     load_weights,
-    read_description,
+    read_config,
     save_weights,
 )
-from notellm2_ray.models.llm import load_tokenizer
 
 _QUEUED_BATCHES = 8  # on a GPU, before the oldest one's vectors are fetched
 
@@ -38,11 +34,11 @@ class NoteEncoder:
     """A trained embedder.
 
     Attributes:
-        model: the network (:class:`~notellm2_ray.models.embedder.mlrm.NoteModel`).
-        preprocessor: notes to features and batches; picklable, holds no weights.
+        model: the network, a module that is a :class:`~notellm2_ray.models.embedder.kinds.Network`.
+        preprocessor: notes to features and batches (:class:`~notellm2_ray.models.embedder.kinds.Preprocessor`).
     """
 
-    def __init__(self, model: NoteModel, preprocessor: NotePreprocessor) -> None:
+    def __init__(self, model: Any, preprocessor: Any) -> None:
         self.model = model
         self.preprocessor = preprocessor
 
@@ -101,7 +97,7 @@ class NoteEncoder:
         return vectors
 
     def encode_features(
-        self, features: Sequence[NoteFeatures], *, batch_tokens: int = 16_384, max_batch_notes: int = 256
+        self, features: Sequence[Features], *, batch_tokens: int = 16_384, max_batch_notes: int = 256
     ) -> np.ndarray:
         """As :meth:`encode`, for notes that went through the preprocessor already.
 
@@ -139,22 +135,18 @@ class NoteEncoder:
         """Write all of the directory but the weights, for a caller that gathers those from elsewhere."""
         directory = Path(path)
         directory.mkdir(parents=True, exist_ok=True)
-        self.preprocessor.tokenizer.save_pretrained(directory)
-        if self.preprocessor.image is not None:
-            self.preprocessor.image.save(directory)
+        kind_of(self.settings).describe(self.model, self.preprocessor, directory)
         (directory / CONFIG_FILE).write_text(
             json.dumps(self._config(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
 
     def _config(self) -> dict[str, Any]:
-        llm, tower = self.model.llm, self.model.tower
         return {
-            "model_type": MODEL_TYPE,
+            "model_type": self.settings.kind,
             "architectures": [type(self.model).__name__],
             "format": FORMAT,
             "settings": to_plain(self.settings),
-            "llm_config": llm.config.to_dict() if llm is not None else None,
-            "vision_config": tower.config.to_dict() if tower is not None else None,
+            **kind_of(self.settings).config(self.model),
         }
 
     @classmethod
@@ -170,15 +162,14 @@ class NoteEncoder:
         Raises:
             ModelError: the directory is missing, of another kind or incomplete.
         """
-        description = read_description(path)
-        trained_with = description.settings.attention
+        settings, values = read_config(path)
+        trained_with = settings.attention
         attention = attention or ("sdpa" if trained_with == "flash_attention_2" and device == "cpu" else trained_with)
         with no_init_weights():
-            model = model_from_configs(*description, attention=attention)
+            model, preprocessor = kind_of(settings).load(settings, values, Path(path), attention)
         load_weights(model, Path(path), device)
         model = model.to(device).to_precision(precision).eval()
-        tokenizer = load_tokenizer(str(path))
-        return cls(model, make_preprocessor(description.settings, tokenizer, model.tower, description.llm_config))
+        return cls(model, preprocessor)
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int, max_notes: int) -> Iterator[np.ndarray]:

@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 import torch.nn.functional as F
 
-from notellm2_ray.models.embedder.mlrm import NoteVectors
+from notellm2_ray.models.embedder.vectors import NoteVectors
 
 Gather = Callable[[torch.Tensor], tuple[torch.Tensor, int]]
 """Rows of this rank (2b, ...) to the rows of all ranks in rank order (world * 2b, ...), and where this rank's begin.

@@ -10,9 +10,6 @@ vector = P n                      to 64 numbers, P shared by both
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import NamedTuple
-
 import torch
 from torch import nn
 from transformers import PreTrainedModel
@@ -22,31 +19,8 @@ from notellm2_ray.models.embedder.fusion import LateFusion
 from notellm2_ray.models.embedder.preprocess import Batch
 from notellm2_ray.models.embedder.qformer import Connector
 from notellm2_ray.models.embedder.variants import VARIANTS
+from notellm2_ray.models.embedder.vectors import NOTE, VISUAL, NoteVectors
 from notellm2_ray.models.vision.tower import Views, VisionTower
-
-
-class NoteVectors(NamedTuple):
-    """What the model makes of N notes. Not of unit length: the loss and the encoder normalise."""
-
-    multimodal: torch.Tensor  # (N, D) float32
-    visual: torch.Tensor | None  # (N, D) float32, zero where has_visual is not; None if the variant has no such vector
-    has_visual: torch.Tensor  # (N,) bool
-    temperature: torch.Tensor  # () float32, tau; here because a sharded parameter is whole only inside forward
-
-
-def join_vectors(parts: Sequence[NoteVectors], order: torch.Tensor | None = None) -> NoteVectors:
-    """Vectors of several batches as those of one.
-
-    Args:
-        order: (N,) int64; row i of the result is row ``order[i]`` of the concatenated parts.
-    """
-
-    def rows(name: str) -> torch.Tensor:
-        joined = torch.cat([getattr(part, name) for part in parts])
-        return joined if order is None else joined[order]
-
-    visual = None if parts[0].visual is None else rows("visual")
-    return NoteVectors(rows("multimodal"), visual, rows("has_visual"), parts[-1].temperature)
 
 
 class NoteModel(nn.Module):
@@ -113,12 +87,14 @@ class NoteModel(nn.Module):
     def _vectors(self, multimodal: torch.Tensor, visual: torch.Tensor | None, batch: Batch, dummy: bool) -> NoteVectors:
         """Project; the K visual vectors go to the rows of their notes."""
         multimodal = self.projection(multimodal).float()
+        temperature = self.temperature.float().squeeze().clone()
+        if visual is None:
+            return NoteVectors({NOTE: multimodal}, {}, temperature)
         has_visual = torch.zeros(len(multimodal), dtype=torch.bool, device=multimodal.device)
-        if visual is not None:
-            if not dummy:
-                has_visual[batch.image_rows] = True
-            visual = _put(torch.zeros_like(multimodal), (batch.image_rows,), self.projection(visual), dummy)
-        return NoteVectors(multimodal, visual, has_visual, self.temperature.float().squeeze().clone())
+        if not dummy:
+            has_visual[batch.image_rows] = True
+        visual = _put(torch.zeros_like(multimodal), (batch.image_rows,), self.projection(visual), dummy)
+        return NoteVectors({NOTE: multimodal, VISUAL: visual}, {VISUAL: has_visual}, temperature)
 
     def to_precision(self, precision: str) -> NoteModel:
         """Weights in float32 (``fp32``) or bfloat16 (``bf16``); the temperature stays float32."""

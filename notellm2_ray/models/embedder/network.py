@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from transformers import PretrainedConfig
 
 from notellm2_ray.core.errors import ModelError
@@ -60,3 +61,12 @@ def make_preprocessor(
 def freezes_vision(settings: ModelSettings) -> bool:
     """Whether the tower stays as it is: by default yes, except where it is all there is (Table 2's CLIP ViT-B)."""
     return settings.variant != "image_only" if settings.freeze_vision is None else settings.freeze_vision
+
+
+def meta_encoder(
+    settings: ModelSettings, llm_config: PretrainedConfig | None, vision_config: PretrainedConfig | None
+) -> NoteModel:
+    """The network without weights, to count its parameters."""
+    image = ImageSettings(vision_config.image_size) if vision_config is not None else None
+    with torch.device("meta"):
+        return model_from_configs(settings, llm_config, vision_config.to_dict() if vision_config else None, image)

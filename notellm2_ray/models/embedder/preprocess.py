@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -13,12 +13,12 @@ from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.prompts import PromptKind, Slot, join_topics, note_prompt, quote, truncate
 from notellm2_ray.core.schema import Note
 from notellm2_ray.core.settings.model import ModelSettings
+from notellm2_ray.models.embedder.kinds import Inputs
 from notellm2_ray.models.embedder.variants import VARIANTS
 from notellm2_ray.models.llm import IMAGE_TOKEN, VISUAL_MARK_TOKEN
 from notellm2_ray.models.user_text import UserTextEncoder, leading_ids
 from notellm2_ray.models.vision.pixels import ImageSettings
 
-Inputs = Literal["multimodal", "image", "text"]
 _MIN_TEXT_TOKENS = 8
 
 

@@ -5,35 +5,24 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
-from transformers import CONFIG_MAPPING, PretrainedConfig
 
 from notellm2_ray.core.config import build
 from notellm2_ray.core.errors import ConfigError, ModelError
 from notellm2_ray.core.settings.model import ModelSettings
-from notellm2_ray.models.vision.pixels import PREPROCESSOR_FILE, ImageSettings, from_processor
+from notellm2_ray.models.embedder.kinds import EMBEDDERS
 
-MODEL_TYPE = "notellm2"
 FORMAT = 1
 CONFIG_FILE = "config.json"
 _INDEX_FILE = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
 
 
-class Description(NamedTuple):
-    """What a directory says of its network."""
-
-    settings: ModelSettings
-    llm_config: PretrainedConfig | None
-    vision_config: Mapping[str, Any] | None
-    image: ImageSettings | None
-
-
-def read_description(path: str | Path) -> Description:
-    """The configuration of the embedder in a directory.
+def read_config(path: str | Path) -> tuple[ModelSettings, dict[str, Any]]:
+    """The settings of the embedder in a directory, and all that its config.json says.
 
     Raises:
         ModelError: there is no embedder, or one of a later format.
@@ -49,33 +38,18 @@ def read_description(path: str | Path) -> Description:
     except (OSError, ValueError) as error:
         raise ModelError(f"{directory / CONFIG_FILE} cannot be read: {error}") from error
     kind = values.get("model_type") if isinstance(values, dict) else None
-    if kind != MODEL_TYPE:
+    if kind not in EMBEDDERS.names():
         raise ModelError(
-            f"{directory} holds a model of kind {kind!r}, not an embedder of this package ({MODEL_TYPE!r}); "
+            f"{directory} holds a model of kind {kind!r}, not an embedder of this package "
+            f"({', '.join(map(repr, EMBEDDERS.names()))}); "
             "such a model can be model.llm or model.vision of a new embedder"
         )
     if values.get("format") != FORMAT:
         raise ModelError(f"{directory} has format {values.get('format')!r}; this version reads format {FORMAT}")
     try:
-        settings = build(ModelSettings, values["settings"])
-        image = _read_image(directory, values["vision_config"])
-        return Description(settings, _llm_config(values["llm_config"]), values["vision_config"], image)
+        return build(ModelSettings, values["settings"]), values
     except (ConfigError, KeyError) as error:
         raise ModelError(f"{directory / CONFIG_FILE} does not describe an embedder: {error}") from error
-
-
-def _llm_config(values: Mapping[str, Any] | None) -> PretrainedConfig | None:
-    return None if values is None else CONFIG_MAPPING[values["model_type"]].from_dict(dict(values))
-
-
-def _read_image(directory: Path, vision_config: Mapping[str, Any] | None) -> ImageSettings | None:
-    if vision_config is None:
-        return None
-    try:
-        values = json.loads((directory / PREPROCESSOR_FILE).read_text(encoding="utf-8"))
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{directory / PREPROCESSOR_FILE} cannot be read: {error}") from error
-    return from_processor(values, values["crop_size"]["height"], str(directory))
 
 
 def save_weights(state: Mapping[str, torch.Tensor], directory: Path, max_shard_size: str = "5GB") -> None:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 
 from notellm2_ray.models.embedder.architectures import ARCHITECTURES, clip_vit_b, openclip_bigg
-from notellm2_ray.models.embedder.build import count_parameters, meta_encoder
+from notellm2_ray.models.embedder.build import count_parameters
+from notellm2_ray.models.embedder.network import meta_encoder
 
 # Table 7, in millions: vision encoder, connector (queries and Q-Former), LLM, total of NoteLLM-2.
 TABLE_7 = {

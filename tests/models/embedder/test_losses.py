@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from notellm2_ray.models.embedder.losses import contrastive_loss, embedder_loss
-from notellm2_ray.models.embedder.mlrm import NoteVectors
+from notellm2_ray.models.embedder.vectors import NOTE, VISUAL, NoteVectors
 
 TAU = torch.tensor(1.3, dtype=torch.float64)
 
@@ -108,7 +108,7 @@ def test_ranks_together_equal_one_rank(world, visual):
     temperature = TAU.clone().requires_grad_()
 
     def loss(rows: list[int], gather=None) -> torch.Tensor:
-        part = NoteVectors(both[rows, :5], both[rows, 5:], present[rows], temperature)
+        part = NoteVectors({NOTE: both[rows, :5], VISUAL: both[rows, 5:]}, {VISUAL: present[rows]}, temperature)
         return embedder_loss(part, keys[rows], alpha=9.0, gather=gather).total
 
     whole = loss(list(range(16)))
@@ -131,10 +131,10 @@ def test_gradients_by_finite_differences():
 def test_the_final_loss_is_equation_9():
     multimodal, visual = vectors(6).float(), vectors(6, 1).float()
     present, keys, tau = torch.ones(6, dtype=torch.bool), torch.arange(6), TAU.float()
-    loss = embedder_loss(NoteVectors(multimodal, visual, present, tau), keys, alpha=3.0)
+    loss = embedder_loss(NoteVectors({NOTE: multimodal, VISUAL: visual}, {VISUAL: present}, tau), keys, alpha=3.0)
     assert loss.total.item() == pytest.approx((loss.visual.item() + 3 * loss.multimodal.item()) / 4, rel=1e-6)
     assert loss.visual.item() == pytest.approx(twin(visual.tolist(), TAU.item(), range(6)), rel=1e-5)
-    alone = embedder_loss(NoteVectors(multimodal, None, present, tau), keys, alpha=3.0)
+    alone = embedder_loss(NoteVectors({NOTE: multimodal}, {}, tau), keys, alpha=3.0)
     assert alone.visual is None
     assert alone.total.item() == loss.multimodal.item()
 

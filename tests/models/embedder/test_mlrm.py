@@ -9,8 +9,8 @@ from notellm2_ray.core.schema import Note
 from notellm2_ray.models.embedder.build import build_encoder
 from notellm2_ray.models.embedder.fusion import LateFusion
 from notellm2_ray.models.embedder.losses import embedder_loss
-from notellm2_ray.models.embedder.mlrm import NoteVectors, join_vectors
 from notellm2_ray.models.embedder.variants import VARIANTS
+from notellm2_ray.models.embedder.vectors import NoteVectors, join_vectors
 from tests.support import tiny_models
 
 WITH_IMAGES = [name for name, variant in VARIANTS.items() if variant.sees_images]

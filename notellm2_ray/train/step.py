@@ -1,17 +1,16 @@
-"""The objective of an embedder: the loss of Eqs. 1, 8 and 9 for a step's notes, as one module for an engine."""
+"""One training step: from a step's notes to the loss, as one module that an engine can wrap."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import nn
 
-from notellm2_ray.models.embedder.losses import embedder_loss
-from notellm2_ray.models.embedder.mlrm import NoteModel, NoteVectors, join_vectors
-from notellm2_ray.models.embedder.preprocess import Batch
+from notellm2_ray.models.embedder.vectors import NoteVectors, join_vectors
 from notellm2_ray.train.distributed import gather_rows
+from notellm2_ray.train.objectives import Loss
 
 
 class StepOutput(NamedTuple):
@@ -22,30 +21,27 @@ class StepOutput(NamedTuple):
     finite: torch.Tensor  # (2b,) bool: notes whose vectors are finite
 
 
-class ContrastiveStep(nn.Module):
-    """The embedder and its loss in one forward pass, however many groups of notes a step has.
+class EmbedderStep(nn.Module):
+    """An embedder's network and its loss in one forward pass, however many groups of notes a step has.
 
     ZeRO-3 and DDP expect one forward pass per step of the module that they wrap.
     """
 
-    def __init__(
-        self, model: NoteModel, *, alpha: float, mask_duplicates: bool, bf16: bool, cache_casts: bool = True
-    ) -> None:
+    def __init__(self, model: Any, *, loss: Loss, bf16: bool, cache_casts: bool = True) -> None:
         """Wrap ``model``.
 
         Args:
-            model: the embedder's network.
-            alpha: weight of the multimodal over the visual loss (Eq. 9).
-            mask_duplicates: whether other copies of a note in the batch are left out of its negatives.
+            model: a :class:`~notellm2_ray.models.embedder.kinds.Network`.
+            loss: what is minimised.
             bf16: whether matrix products are computed in bfloat16; weights, similarity and loss are always float32.
             cache_casts: whether weights that were cast to bfloat16 are kept for the next group.
         """
         super().__init__()
         self.model = model
-        self._alpha, self._mask_duplicates, self._bf16, self._cache = alpha, mask_duplicates, bf16, cache_casts
+        self._loss, self._bf16, self._cache = loss, bf16, cache_casts
 
     def forward(
-        self, groups: Sequence[Batch], positions: torch.Tensor, note_keys: torch.Tensor | None = None
+        self, groups: Sequence[Any], positions: torch.Tensor, note_keys: torch.Tensor | None = None
     ) -> StepOutput | NoteVectors:
         """The :class:`StepOutput` of a step; without ``note_keys`` the NoteVectors of the notes, in their order.
 
@@ -60,8 +56,6 @@ class ContrastiveStep(nn.Module):
         if note_keys is None:
             return vectors
         with torch.autocast(device, enabled=False):
-            loss = embedder_loss(
-                vectors, note_keys, alpha=self._alpha, gather=gather_rows, mask_duplicates=self._mask_duplicates
-            )
+            loss = self._loss(vectors, note_keys, gather_rows)
         finite = torch.isfinite(vectors.multimodal).all(dim=-1)
-        return StepOutput(loss.total, vectors.temperature.detach().float().clone(), finite)
+        return StepOutput(loss, vectors.temperature.detach().float().clone(), finite)

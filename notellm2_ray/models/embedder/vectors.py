@@ -1,0 +1,52 @@
+"""What an embedder makes of notes: named vectors, some of which not every note has."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+
+NOTE = "multimodal"  # the vector that notes are searched by
+VISUAL = "visual"  # the vector of the visual half of an mICL prompt
+
+
+class NoteVectors(NamedTuple):
+    """Vectors of N notes. Not of unit length: the loss and the encoder normalise."""
+
+    named: dict[str, torch.Tensor]  # name to (N, D) float32; :data:`NOTE` is always there
+    present: dict[str, torch.Tensor]  # name to (N,) bool, for vectors that not every note has; zero where it has none
+    temperature: torch.Tensor  # () float32, tau; here because a sharded parameter is whole only inside forward
+
+    @property
+    def multimodal(self) -> torch.Tensor:
+        """(N, D), the vector that notes are searched by."""
+        return self.named[NOTE]
+
+    @property
+    def visual(self) -> torch.Tensor | None:
+        """(N, D), or None where the embedder has no such vector."""
+        return self.named.get(VISUAL)
+
+    @property
+    def has_visual(self) -> torch.Tensor:
+        """(N,) bool, the notes with a visual vector."""
+        none = torch.zeros(len(self.multimodal), dtype=torch.bool, device=self.multimodal.device)
+        return self.present.get(VISUAL, none)
+
+    def rows(self, rows: torch.Tensor) -> NoteVectors:
+        """The vectors of some of the notes: (M,) int64."""
+        named = {name: values[rows] for name, values in self.named.items()}
+        return NoteVectors(named, {name: values[rows] for name, values in self.present.items()}, self.temperature)
+
+
+def join_vectors(parts: Sequence[NoteVectors], order: torch.Tensor | None = None) -> NoteVectors:
+    """Vectors of several batches as those of one.
+
+    Args:
+        order: (N,) int64; row i of the result is row ``order[i]`` of the concatenated parts.
+    """
+    named = {name: torch.cat([part.named[name] for part in parts]) for name in parts[0].named}
+    present = {name: torch.cat([part.present[name] for part in parts]) for name in parts[0].present}
+    joined = NoteVectors(named, present, parts[-1].temperature)
+    return joined if order is None else joined.rows(order)

@@ -1,0 +1,60 @@
+"""The table of objectives: what training an embedder minimises. An objective is one file or function, and a row here.
+
+Another package adds one through the entry-point group ``notellm2_ray.objectives``, which every process sees that Ray
+starts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Protocol
+
+import torch
+
+from notellm2_ray.core.registry import Registry
+from notellm2_ray.core.settings.model import ModelSettings
+from notellm2_ray.core.settings.train import TrainSettings
+from notellm2_ray.models.embedder.losses import Gather, embedder_loss
+from notellm2_ray.models.embedder.vectors import NoteVectors
+
+
+class Loss(Protocol):
+    """The loss of a step."""
+
+    def __call__(self, vectors: NoteVectors, note_keys: torch.Tensor, gather: Gather | None = None) -> torch.Tensor:
+        """A scalar in float32, whose mean over ranks is the loss of the whole batch.
+
+        Args:
+            vectors: of 2b notes, the b queries first and then their b targets.
+            note_keys: (2b,) int64, equal for equal notes.
+            gather: gives the rows of all ranks; None on a single rank.
+        """
+        ...
+
+
+Objective = Callable[[ModelSettings, TrainSettings], Loss]
+
+
+def contrastive(model: ModelSettings, train: TrainSettings) -> Loss:
+    """NoteLLM-2's loss over in-batch negatives (Eqs. 1, 8 and 9)."""
+
+    def loss(vectors: NoteVectors, note_keys: torch.Tensor, gather: Gather | None = None) -> torch.Tensor:
+        return embedder_loss(
+            vectors, note_keys, alpha=model.alpha, gather=gather, mask_duplicates=train.mask_duplicates
+        ).total
+
+    return loss
+
+
+OBJECTIVES: Registry[Objective] = Registry(
+    "objective", "notellm2_ray.objectives", {"contrastive": "notellm2_ray.train.objectives:contrastive"}
+)
+
+
+def loss_of(model: ModelSettings, train: TrainSettings) -> Loss:
+    """The loss that ``train.objective`` names.
+
+    Raises:
+        ConfigError: there is no such objective.
+    """
+    return OBJECTIVES.get(train.objective)(model, train)
