@@ -8,8 +8,8 @@ from typing import Any
 from notellm2_ray.core.settings import ModelSettings, RaySettings, TrainSettings
 from notellm2_ray.train.checkpoints import RunFiles, publish
 from notellm2_ray.train.history import require_logger
-from notellm2_ray.train.objectives import OBJECTIVES
 from notellm2_ray.train.launch import absolute, run_training, run_worker
+from notellm2_ray.train.objectives import OBJECTIVES
 from notellm2_ray.train.sampler import Pairs, PairSampler
 
 

@@ -76,23 +76,27 @@ def test_too_few_pairs_for_a_batch_say_so():
 def test_validation_masks_duplicates_as_training_does():
     import torch
 
+    from notellm2_ray.core.settings import ModelSettings, TrainSettings
     from notellm2_ray.models.embedder.losses import embedder_loss
-    from notellm2_ray.models.embedder.mlrm import NoteVectors
+    from notellm2_ray.models.embedder.vectors import NOTE, VISUAL, NoteVectors
+    from notellm2_ray.train.objectives import loss_of
     from notellm2_ray.train.validation import Validation
 
     class Repeated(FakePairs):  # the first note is in every pair
         keys = np.array([[0, 1], [0, 2], [0, 3]])
         note_ids = ("a", "b", "c", "d")
 
-    vectors = NoteVectors(torch.randn(4, 8), torch.randn(4, 8), torch.ones(4, dtype=torch.bool), torch.tensor(1.0))
+    vectors = NoteVectors(
+        {NOTE: torch.randn(4, 8), VISUAL: torch.randn(4, 8)},
+        {VISUAL: torch.ones(4, dtype=torch.bool)},
+        torch.tensor(1.0),
+    )
     losses = []
     for masked in (True, False):
-        validation = Validation(
-            Repeated(3), None, max_pairs=9, batch_pairs=3, mask_duplicates=masked, seed=0, prefetch=0
-        )
+        loss = loss_of(ModelSettings(), TrainSettings(mask_duplicates=masked))
+        validation = Validation(Repeated(3), None, max_pairs=9, batch_pairs=3, loss=loss, seed=0, prefetch=0)
         keys = torch.from_numpy(validation.keys.T.reshape(-1).copy())
-        rows = NoteVectors(*(column[keys] for column in vectors[:3]), vectors.temperature)
-        expected = embedder_loss(rows, keys, alpha=9.0, mask_duplicates=masked).total
-        losses.append(validation._score(vectors, 9.0).loss)
+        expected = embedder_loss(vectors.rows(keys), keys, alpha=9.0, mask_duplicates=masked).total
+        losses.append(validation._score(vectors).loss)
         assert losses[-1] == pytest.approx(float(expected))
     assert losses[0] < losses[1]
