@@ -229,8 +229,10 @@ def read_settings(workspace: Path) -> Settings:
     if sequences["candidates"]["protocols"][0] == "published":
         raise ConfigError(f"{workspace}: the published protocol has histories of its own; name another one first")
     world = {name: prepared[name] for name in ("source", "seed")}
-    language = {"prompt_language": summaries["language"]}
-    return build(Settings, {"workspace": workspace, "candidates": sequences["candidates"], "ranker": language, **world})
+    language = {"language": summaries["language"]}
+    return build(
+        Settings, {"workspace": workspace, "candidates": sequences["candidates"], "prompts": language, **world}
+    )
 
 
 def main() -> None:

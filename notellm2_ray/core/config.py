@@ -130,6 +130,7 @@ def _explain(model: type[BaseModel], entry: Mapping[str, Any]) -> str:
 
 # Old names of settings -> new names.
 RENAMED = {
+    "ranker.prompt_language": "prompts.language",
     "evaluate.variants": "evaluate.embedders",
     "sequences.actions": "sequences.positive_actions",
 }

@@ -14,6 +14,7 @@ from notellm2_ray.core.config import shaping, to_plain
 from notellm2_ray.core.progress import Progress
 from notellm2_ray.core.run import fingerprint
 from notellm2_ray.core.settings import GenerationSettings, RankerSettings
+from notellm2_ray.core.settings.ranking import PromptLanguage
 from notellm2_ray.infer.engine import ModelFacts, check_model, engine_arguments, engine_environment
 from notellm2_ray.infer.part_actors import make_parts
 from notellm2_ray.infer.parts import PartStore
@@ -37,6 +38,7 @@ class ScoreTable(NamedTuple):
     preferences: Path | None  # PREFERENCE_SCHEMA; None for ``tallrec``
     output: Path  # directory; made if it does not exist
     controls: Controls = Controls()
+    language: PromptLanguage = "en"  # of the prompts
 
 
 class _Planned(NamedTuple):
@@ -86,7 +88,10 @@ def score_candidates(
     notes = Path(notes).absolute()
     shown_notes = Path(tables[0].output).absolute() / "notes.arrow"
     planned = [_plan(table, notes, shown_notes, facts, generation) for table in tables]
-    jobs = tuple(TableJob(one.table.ranker, one.files, one.table.controls, one.table.output) for one in planned)
+    jobs = tuple(
+        TableJob(one.table.ranker, one.files, one.table.controls, one.table.output, one.table.language)
+        for one in planned
+    )
     todo = [part._replace(table=number) for number, one in enumerate(planned) for part in one.todo]
     total, known = sum(len(one.rows) for one in planned), sum(part.candidates for one in planned for part in one.done)
     by_output = {one.table.output: one for one in planned}
@@ -123,7 +128,7 @@ def _plan(
     table = table._replace(examples=examples, candidates=candidates, preferences=preferences, output=output)
     engine = shaping(generation)
     versions = [_versions(path) for path in (examples, candidates, preferences, notes) if path]
-    made_by = fingerprint(facts.fingerprint, [to_plain(table.ranker), engine, table.controls], versions)
+    made_by = fingerprint(facts.fingerprint, [to_plain(table.ranker), table.language, engine, table.controls], versions)
     files = ScoreFiles(examples, candidates, preferences, shown_notes)
     rows = files.rows()
     parts = plan_parts(rows.example_of, 2 * generation.max_sequences, made_by)

@@ -16,6 +16,7 @@ from notellm2_ray.core.candidate_rows import CandidateRow
 from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.schema import SCORE_SCHEMA
 from notellm2_ray.core.settings import GenerationSettings, RankerSettings
+from notellm2_ray.core.settings.ranking import PromptLanguage
 from notellm2_ray.infer.engine import ModelFacts, engine_environment, start_engine
 from notellm2_ray.infer.part_actors import PartActor
 from notellm2_ray.infer.parts import PartStore, quarantine_table
@@ -34,6 +35,7 @@ class TableJob(NamedTuple):
     files: ScoreFiles
     controls: Controls
     output: Path
+    language: PromptLanguage
 
 
 class ScoreJob(NamedTuple):
@@ -111,7 +113,9 @@ class PartScorer(PartActor[CandidatePart, ScoredPart]):
     def _questions(self, table: TableJob) -> tuple[Questions, RankerPrompter]:
         from notellm2_ray.models.ranker.inputs import RankerPrompter
 
-        return Questions(table.files, table.ranker, table.controls), RankerPrompter(self.chat, table.ranker)
+        return Questions(table.files, table.ranker, table.controls), RankerPrompter(
+            self.chat, table.ranker, table.language
+        )
 
     def _commit(
         self, part: CandidatePart, requests: Sequence[ScoreRequest], answers: Sequence[Any], bad: list[tuple[str, str]]

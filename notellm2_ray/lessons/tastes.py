@@ -124,7 +124,7 @@ class Teacher:
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        self.language = settings.ranker.prompt_language
+        self.language = settings.prompts.language
         source = settings.source
         self.world = source if isinstance(source, WorldSettings) else WorldSettings(language=self.language)
         self.words: Lexicon = lexicon(self.world.language)

@@ -30,7 +30,7 @@ def preference_writer(model: str, settings: Settings) -> Any:
     facts = check_model(model, images=False)
     tokenizer = ChatTokenizer.from_pretrained(facts.model)
     engine = start_engine(facts, settings.generation)
-    language = settings.ranker.prompt_language
+    language = settings.prompts.language
     return PreferenceWriter(engine, tokenizer, settings.preferences, settings.generation, language, settings.seed)
 
 
@@ -49,7 +49,7 @@ def yes_no_scorer(model: str, settings: Settings) -> YesNoScorer:
     os.environ.update(engine_environment(generation))
     shows_images = settings.ranker.variant != "tallrec"
     facts = check_model(model, images=shows_images)
-    prompter = RankerPrompter(ChatTokenizer.from_pretrained(facts.model), settings.ranker)
+    prompter = RankerPrompter(ChatTokenizer.from_pretrained(facts.model), settings.ranker, settings.prompts.language)
     return YesNoScorer(start_engine(facts, generation, images=int(shows_images)), prompter)
 
 

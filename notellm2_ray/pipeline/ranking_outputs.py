@@ -138,7 +138,7 @@ def tiny_mllm(settings: Settings) -> Planned:
     shaped = {
         "tiny": {name: value for name, value in shaping(settings.tiny).items() if re.match("mllm_|vocab_size", name)},
         "seed": settings.seed,
-        "prompt_language": settings.ranker.prompt_language,
+        "prompt_language": settings.prompts.language,
         "templates": [settings.summaries.template, settings.preferences.template],
     }
     return Planned("build-tiny-mllm", workspace.tiny_mllm, shaped, {"prepared": workspace.prepared})
@@ -148,7 +148,7 @@ def image_summaries(settings: Settings) -> Planned:
     workspace, model = workspace_of(settings), settings.summaries.model
     shaped = {
         "summaries": shaping(settings.summaries),
-        "language": settings.ranker.prompt_language,
+        "language": settings.prompts.language,
         "generation": shaping(settings.generation),
     }
     reads = {"prepared": workspace.prepared, **_model_reads(settings, model)}
@@ -160,7 +160,7 @@ def preferences(settings: Settings, history: str = "") -> Planned:
     workspace, variant, model = workspace_of(settings), settings.preferences.variant, settings.preferences.model
     shaped = {
         "preferences": shaping(settings.preferences),
-        "language": settings.ranker.prompt_language,
+        "language": settings.prompts.language,
         "generation": shaping(settings.generation),
         "seed": settings.seed,
         "history": history,
@@ -183,7 +183,7 @@ def ranker(settings: Settings) -> Planned:
     return Planned(
         "train-ranker",
         workspace.ranker(name),
-        {"ranker": shaping(settings.ranker), "tune": shaping(settings.tune)},
+        {"ranker": shaping(settings.ranker), "tune": shaping(settings.tune), "language": settings.prompts.language},
         {
             "sequences": workspace.sequences,
             **_preference_reads(settings, settings.ranker.variant),
@@ -204,6 +204,7 @@ def scores(settings: Settings, table: Scored) -> Planned:
     shaped = {
         "ranker": shaping(settings.ranker.model_copy(update={"variant": table.ranker})),
         "table": table._asdict(),
+        "language": settings.prompts.language,
         "generation": shaping(settings.generation),
         "seed": settings.seed,
     }

@@ -69,7 +69,7 @@ def summarize_images(settings: Settings) -> dict[str, Any]:
             output,
             settings.summaries,
             settings.generation,
-            settings.ranker.prompt_language,
+            settings.prompts.language,
         )
 
     return run_stage(outputs.image_summaries(settings), run)
@@ -96,7 +96,7 @@ def _summarize(settings: Settings, history: str) -> dict[str, Any]:
             output,
             settings.preferences,
             settings.generation,
-            settings.ranker.prompt_language,
+            settings.prompts.language,
             seed=settings.seed,
             needed=_needed(settings, history, output) if settings.preferences.variant == "direct" else None,
             logs=workspace.preference_logs(settings.preferences.variant, history),
@@ -136,6 +136,7 @@ def train_ranker(settings: Settings) -> dict[str, Any]:
             notes=workspace_of(settings).notes,
             preferences=_preferences(settings, settings.ranker.variant),
             output=output,
+            language=settings.prompts.language,
         )
 
     return run_stage(outputs.ranker(settings), run)
@@ -189,6 +190,7 @@ def _score(
                 _preferences(settings, table.ranker, table.history),
                 directory,
                 Controls(table.control == "shuffled_image", table.control == "other_preference", settings.seed),
+                settings.prompts.language,
             )
         )
     return work(model, settings.generation, workspace.notes, asked)

@@ -103,7 +103,7 @@ STAGES: list[Stage] = [
     Stage(
         "summarize-images",
         "turn every note's image into text with an MLLM",
-        ("summaries", "generation", "ranker"),
+        ("summaries", "generation", "prompts"),
         needs=("prepare", "build-tiny-mllm"),
         outputs=ranking.planned_image_summaries,
         work=ranking.summarize_images,
@@ -113,7 +113,7 @@ STAGES: list[Stage] = [
     Stage(
         "summarize-preferences",
         "state each user's taste in words, block by block",
-        ("preferences", "generation", "ranker"),
+        ("preferences", "generation", "prompts"),
         needs=("make-sequences", "build-tiny-mllm", "summarize-images"),
         outputs=ranking.planned_preferences,
         work=ranking.summarize_preferences,
@@ -123,7 +123,7 @@ STAGES: list[Stage] = [
     Stage(
         "train-ranker",
         "fine-tune the MLLM that says yes or no to a candidate",
-        ("ranker", "tune"),
+        ("ranker", "tune", "prompts"),
         needs=("make-sequences", "build-tiny-mllm", "summarize-preferences"),
         outputs=ranking.planned_ranker,
         work=ranking.train_ranker,
@@ -133,7 +133,7 @@ STAGES: list[Stage] = [
     Stage(
         "score-candidates",
         "let the tuned and untuned models score the test candidates",
-        ("ranker", "generation"),
+        ("ranker", "generation", "prompts"),
         needs=("make-sequences", "build-tiny-mllm", "summarize-preferences", "train-ranker"),
         outputs=ranking.planned_scores,
         work=ranking.score_candidates,

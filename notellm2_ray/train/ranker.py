@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from notellm2_ray.core.settings import RaySettings
-from notellm2_ray.core.settings.ranking import RankerSettings, TuneSettings
+from notellm2_ray.core.settings.ranking import PromptLanguage, RankerSettings, TuneSettings
 from notellm2_ray.train.checkpoints import RunFiles, publish
 from notellm2_ray.train.launch import absolute, run_training, run_worker
 
@@ -24,6 +24,7 @@ def train_ranker(
     notes: Path,
     preferences: Path | None,
     output: Path,
+    language: PromptLanguage = "en",
 ) -> dict[str, Any]:
     """Tune a ranker with LoRA on Ray Train; continues a run that was stopped in ``output``.
 
@@ -38,6 +39,7 @@ def train_ranker(
             examples), ``model/`` (the whole model with the adapter merged in, which vLLM loads), ``history.jsonl``
             ({step, loss, lr, prompts_per_s} after every step, {step, valid_loss, valid_auc} after every validation)
             and, if candidates have no note, ``quarantine/``.
+        language: of the prompts.
 
     Returns:
         steps, prompts, validation_prompts, quarantined, without_preference (examples with a history but no preference,
@@ -65,7 +67,7 @@ def train_ranker(
     gather_notes(data, Path(notes).absolute(), ranker)
     counts = check_rows(data, ranker, tune, files.output)
     log.info("train-ranker: %d prompts, %d to validate on", counts["prompts"], counts["validation_prompts"])
-    job = RankerJob(ranker, tune, absolute(model_path), data, files.output)
+    job = RankerJob(ranker, tune, absolute(model_path), data, files.output, language)
     result = run_training(ranker_worker, job._asdict(), train_settings(tune), files, section="tune")
     return _finish(files, {**counts, **result}, model_path, tune)
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from notellm2_ray.core.errors import ModelError
-from notellm2_ray.core.settings.ranking import RankerSettings, TuneSettings
+from notellm2_ray.core.settings.ranking import PromptLanguage, RankerSettings, TuneSettings
 from notellm2_ray.core.settings.train import TrainSettings
 from notellm2_ray.models.chat import ChatTokenizer, load_processor
 from notellm2_ray.models.ranker.inputs import IGNORED, RankerBatch, RankerFeatures, RankerPreprocessor, RankerPrompter
@@ -37,6 +37,7 @@ class RankerJob(NamedTuple):
     model_path: str
     files: RankerFiles
     output: Path
+    language: PromptLanguage = "en"
 
 
 class RankerStep(nn.Module):
@@ -70,7 +71,7 @@ class RankerRun(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
         self.ranker = RankerModel(network, tune)
         self.module = RankerStep(self.ranker, bf16)
         self.chat = ChatTokenizer.from_pretrained(job.model_path)
-        prompter = RankerPrompter(self.chat, job.ranker)
+        prompter = RankerPrompter(self.chat, job.ranker, job.language)
         self.preprocessor = RankerPreprocessor(prompter, load_processor(job.model_path), tune.loss_on)
         self._blank = self.preprocessor.blank() if self._needs_blanks() else None
         self.engine = make_engine(self.module, settings, device)

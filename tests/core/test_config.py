@@ -20,6 +20,7 @@ def resolve(*overrides: str) -> Settings:
         ("train.step=3", "unknown setting 'train.step'; did you mean 'train."),
         ("zero_stage=1", "did you mean 'train.zero_stage'"),
         ("evaluate.variants=[basic]", "setting 'evaluate.variants' is now called 'evaluate.embedders'"),
+        ("ranker.prompt_language=zh", "setting 'ranker.prompt_language' is now called 'prompts.language'"),
         ("sequences.actions=[click]", "setting 'sequences.actions' is now called 'sequences.positive_actions'"),
         ("evaluate.embedders=[basik]", "there is no embedder 'basik'; did you mean 'basic'?"),
         ("embedder=mine", "there is no embedder 'mine'"),

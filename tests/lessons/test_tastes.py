@@ -72,7 +72,7 @@ def test_a_taste_reads_as_a_sentence():
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_lessons_depend_only_on_the_settings(source, language):
     split = {"by": "notes"} if source.get("kind") else {}
-    settings = _settings(source=source, split=split, ranker={"prompt_language": language})
+    settings = _settings(source=source, split=split, prompts={"language": language})
     made = lessons(settings)
     assert made == lessons(settings)
     assert made != lessons(settings.model_copy(update={"seed": 7}))

@@ -28,6 +28,7 @@ from notellm2_ray.core.settings.ranking import (
     CandidateSettings,
     GenerationSettings,
     PreferenceSettings,
+    PromptSettings,
     RankerSettings,
     RankEvaluateSettings,
     SequenceSettings,
@@ -50,6 +51,7 @@ __all__ = [
     "PairSettings",
     "PreferenceSettings",
     "PrepareSettings",
+    "PromptSettings",
     "QFormerSettings",
     "RankEvaluateSettings",
     "RankerSettings",
@@ -96,6 +98,7 @@ class Settings(Frozen):
     sequences: SequenceSettings = Field(SequenceSettings(), description="users' histories and their blocks")
     candidates: CandidateSettings = Field(CandidateSettings(), description="targets, negatives, splits of users")
     generation: GenerationSettings = Field(GenerationSettings(), description="vLLM engines")
+    prompts: PromptSettings = Field(PromptSettings(), description="the recommender's prompts")
     summaries: SummarySettings = Field(SummarySettings(), description="image summaries")
     preferences: PreferenceSettings = Field(PreferenceSettings(), description="users' tastes in words")
     ranker: RankerSettings = Field(RankerSettings(), description="the recommender")

@@ -11,7 +11,14 @@ from notellm2_ray.core.config import Frozen, resource
 PreferenceVariant = Literal["recurrent", "direct", "no_image_summary"]
 RankerVariant = Literal["mllm_msr", "direct", "no_image_summary", "tallrec"]
 ProtocolName = Literal["uniform", "popular", "published"]
+PromptLanguage = Literal["zh", "en"]
 Control = Literal["shuffled_image", "other_preference"]
+
+
+class PromptSettings(Frozen):
+    """What all prompts of the recommender have in common: image summaries, preferences and the ranker's question."""
+
+    language: PromptLanguage = Field("en", description="language of the recommender's prompts")
 
 
 class SequenceSettings(Frozen):
@@ -106,7 +113,7 @@ class SummarySettings(Frozen):
     """Images to text (MLLM-MSR, item summariser)."""
 
     model: str = Field("tiny", description="MLLM that vLLM can run, by name or directory; tiny: trained on drawings")
-    template: str | None = Field(None, description="instruction to the model; null: ours, in prompt_language")
+    template: str | None = Field(None, description="instruction to the model; null: ours, in prompts.language")
     max_tokens: int = Field(200, ge=1, description="tokens of a summary at most (the published code's 200)")
     min_characters: int = Field(2, ge=0, description="a shorter summary is asked for once more, then quarantined")
     temperature: float = Field(0.0, ge=0, description="0: greedy")
@@ -127,7 +134,7 @@ class PreferenceSettings(Frozen):
         description="recurrent: P_b from P_{b-1} and block b; direct: one call on the whole history; no_image_summary: "
         "recurrent, from titles alone",
     )
-    template: str | None = Field(None, description="instruction to the model; null: ours, in prompt_language")
+    template: str | None = Field(None, description="instruction to the model; null: ours, in prompts.language")
     max_tokens: int = Field(
         256,
         ge=1,
@@ -156,7 +163,6 @@ class RankerSettings(Frozen):
         description="shared_prefix: instruction and preference before the candidate, so that a user's candidates share "
         "their prefix; image_first: the paper's order",
     )
-    prompt_language: Literal["zh", "en"] = Field("en", description="language of every recommender prompt")
     max_preference_tokens: int = Field(256, ge=8, description="a preference is cut after so many tokens")
     max_title_tokens: int = Field(64, ge=4, description="a title is cut after so many tokens")
     max_history: int = Field(10, ge=1, description="tallrec: titles of so many last notes")

@@ -11,7 +11,7 @@ import torch
 from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.images import decode_image
 from notellm2_ray.core.recommend_prompts import ranker_prompt
-from notellm2_ray.core.settings.ranking import RankerSettings
+from notellm2_ray.core.settings.ranking import PromptLanguage, RankerSettings
 from notellm2_ray.models.chat import ChatTokenizer, expand_images
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ class RankerBatch(NamedTuple):
 class RankerPrompter:
     """Turns questions into token ids, for tuning and scoring alike. Picklable; may be used from several threads."""
 
-    def __init__(self, chat: ChatTokenizer, settings: RankerSettings) -> None:
+    def __init__(self, chat: ChatTokenizer, settings: RankerSettings, language: PromptLanguage = "en") -> None:
         """A prompter for one model.
 
         Raises:
@@ -71,7 +71,7 @@ class RankerPrompter:
                 f"ranker.model is a text-only model, but ranker.variant={settings.variant} shows images: choose an "
                 "image-text model, or ranker.variant=tallrec"
             )
-        self.chat, self.settings = chat, settings
+        self.chat, self.settings, self.language = chat, settings, language
 
     def prompt(self, question: Question) -> list[int]:
         """Token ids up to the place of the answer; each image is a single placeholder.
@@ -84,7 +84,7 @@ class RankerPrompter:
             preference = chat.truncate(preference, settings.max_preference_tokens)
         history = [self._title(title) for title in question.history_titles[-settings.max_history :]]
         parts = ranker_prompt(
-            settings.prompt_language,
+            self.language,
             settings.variant,
             settings.layout,
             preference,

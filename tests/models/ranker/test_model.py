@@ -44,8 +44,8 @@ def chat(model) -> ChatTokenizer:
 
 @pytest.fixture
 def make(model, chat):
-    def build(loss_on: str = "answer", **changes: Any) -> RankerPreprocessor:
-        prompter = RankerPrompter(chat, RankerSettings(**changes))
+    def build(loss_on: str = "answer", language: str = "en", **changes: Any) -> RankerPreprocessor:
+        prompter = RankerPrompter(chat, RankerSettings(**changes), language)
         return RankerPreprocessor(prompter, load_processor(model), loss_on)
 
     return build
@@ -71,7 +71,7 @@ def test_the_prompt_in_both_layouts(make):
     first = words(make(layout="image_first"), PLAIN)
     assert first.index("IMAGE") < first.index("likes cats") < first.index("red cat")
     assert shared.endswith("<|im_start|>assistant\n")
-    assert "用户的偏好" in words(make(prompt_language="zh"), PLAIN)
+    assert "用户的偏好" in words(make(language="zh"), PLAIN)
 
 
 def test_what_is_missing_is_said_or_left_out(make):
