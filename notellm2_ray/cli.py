@@ -17,7 +17,7 @@ import yaml
 from pydantic import BaseModel
 
 from notellm2_ray import __version__
-from notellm2_ray.core.config import nested_models, to_plain
+from notellm2_ray.core.config import below, nested_models, to_plain
 from notellm2_ray.core.errors import NoteLLMError
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.pipeline.sweep_verb import SWEEP_HELP, SWEEP_VERB
@@ -39,7 +39,9 @@ def describe(model: type[BaseModel], prefix: str, own: BaseModel | None = None) 
                 lines += [f"  {prefix}{name} = null", *_wrapped(field.description)]
             for inner in nested:
                 lines += describe(
-                    inner, f"{prefix}{name}.", field.default if isinstance(field.default, inner) else None
+                    inner,
+                    f"{prefix}{below(name, field.annotation)}",
+                    field.default if isinstance(field.default, inner) else None,
                 )
         else:
             value = field.default if own is None else getattr(own, name)
@@ -58,6 +60,8 @@ def _wrapped(text: str | None) -> list[str]:
 def _plain(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_plain(part) for part in value]
+    if isinstance(value, dict):
+        return {key: _plain(part) for key, part in value.items()}
     return value if value is None or isinstance(value, (bool, int, float)) else str(value)
 
 
@@ -71,7 +75,11 @@ def knobs(sections: Sequence[str]) -> str:
         if not models:
             lines += [f"  {name} = {field.default}", f"      {field.description}"]
         for model in models:
-            lines += ["", f"{name}: {(model.__doc__ or '').strip().splitlines()[0]}", *describe(model, f"{name}.")]
+            lines += [
+                "",
+                f"{name}: {(model.__doc__ or '').strip().splitlines()[0]}",
+                *describe(model, below(name, field.annotation)),
+            ]
     return "\n".join(lines)
 
 

@@ -9,7 +9,7 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, get_origin
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
@@ -166,8 +166,13 @@ def _known_keys(model: type[BaseModel], prefix: str = "") -> list[str]:
     for name, field in model.model_fields.items():
         keys.append(prefix + name)
         for nested in nested_models(field.annotation):
-            keys += _known_keys(nested, f"{prefix}{name}.")
+            keys += _known_keys(nested, f"{prefix}{below(name, field.annotation)}")
     return list(dict.fromkeys(keys))
+
+
+def below(name: str, annotation: Any) -> str:
+    """How the keys inside a field begin: ``name.``, or ``name.NAME.`` where the user names each entry."""
+    return f"{name}.NAME." if get_origin(annotation) is dict else f"{name}."
 
 
 def nested_models(annotation: Any) -> list[type[BaseModel]]:

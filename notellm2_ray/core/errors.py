@@ -22,3 +22,15 @@ class ModelError(NoteLLMError):
 
 class OutputError(NoteLLMError):
     """An output directory cannot be written, or holds files of another program."""
+
+
+class MissingOutputError(OutputError):
+    """An output that a step reads is not finished.
+
+    Attributes:
+        directory: where it should be, a path.
+    """
+
+    def __init__(self, message: str, directory: object) -> None:
+        super().__init__(message)
+        self.directory = directory

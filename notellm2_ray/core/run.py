@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from notellm2_ray.core.errors import OutputError
+from notellm2_ray.core.errors import MissingOutputError, OutputError
 
 MANIFEST = "manifest.json"
 PARTIAL = "partial.json"
@@ -64,15 +64,15 @@ def read_manifest(directory: str | Path) -> dict[str, Any]:
     """The manifest of a finished output.
 
     Raises:
-        OutputError: the directory holds no finished output.
+        MissingOutputError: the directory holds no finished output.
+        OutputError: its manifest is damaged.
     """
     path = Path(directory) / MANIFEST
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise OutputError(
-            f"{directory} holds no finished output ({MANIFEST} is missing): run its stage first"
-        ) from None
+        message = f"{directory} holds no finished output ({MANIFEST} is missing): run its stage first"
+        raise MissingOutputError(message, directory) from None
     except ValueError as error:
         raise OutputError(f"{path} is damaged ({error}): delete {directory} and run its stage again") from error
 

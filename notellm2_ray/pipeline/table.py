@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.pipeline import embedders, ranking_outputs, recall_outputs
@@ -218,6 +219,15 @@ def planned(verb: str, settings: Settings) -> Iterator[tuple[Stage, Planned]]:
         for each in stage.in_a_run(settings) if whole else (settings,):
             for one in stage.outputs(each):
                 yield stage, one
+
+
+def writer_of(directory: Path, settings: Settings) -> str | None:
+    """The verb of the stage that writes a directory in a run of these settings."""
+    for stage in STAGES:
+        for each in stage.in_a_run(settings):
+            if any(one.directory == directory for one in stage.outputs(each)):
+                return stage.verb
+    return None
 
 
 def do(verb: str, settings: Settings, *, leave_out: Sequence[str] = ()) -> None:

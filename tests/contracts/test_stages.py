@@ -59,7 +59,7 @@ def test_a_stage_from_outside_runs_as_the_others_do(with_toy, tmp_path, capsys, 
     arguments = [f"workspace={tmp_path}", "source.num_notes=40", "source.num_users=10"]
     cli.main(["count-notes", "--dry-run", *arguments])
     assert "to do, after the stages before it" in capsys.readouterr().out
-    with pytest.raises(SystemExit, match="run its stage first"):
+    with pytest.raises(SystemExit, match="run `notellm2 prepare` first"):
         cli.main(["count-notes", *arguments])
     cli.main(["prepare", *arguments])
     cli.main(["count-notes", *arguments])

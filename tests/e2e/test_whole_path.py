@@ -56,5 +56,5 @@ def test_a_mistyped_setting_ends_with_one_line_and_no_traceback(tmp_path):
 def test_a_stage_out_of_order_says_what_to_run_first(tmp_path):
     done = notellm2("mine-pairs", tmp_path)
     assert done.returncode == 1
-    assert "run its stage first" in done.stderr
+    assert "run `notellm2 prepare` first" in done.stderr
     assert "Traceback" not in done.stderr

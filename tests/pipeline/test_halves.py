@@ -29,5 +29,5 @@ def test_a_half_that_fails_stops_no_other_and_is_named(monkeypatch, tmp_path, ca
     with pytest.raises(OutputError, match="mine-pairs failed, for the reason given above"):
         halves.run_halves(settings, tmp_path)
     printed = capfd.readouterr()
-    assert "run its stage first" in printed.err
+    assert "run `notellm2 prepare` first" in printed.err
     assert f"workspace: {tmp_path}" in printed.out
