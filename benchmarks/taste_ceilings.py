@@ -39,7 +39,7 @@ from notellm2_ray.data.world.settings import WorldSettings
 from notellm2_ray.data.world.users import _click_rate, catalogue, tastes, week_of
 from notellm2_ray.evaluate.ranking.metrics import PooledAuc
 from notellm2_ray.evaluate.ranking.task import RankingTask
-from notellm2_ray.evaluate.recall.tables import Table
+from notellm2_ray.evaluate.tables import Table
 from notellm2_ray.infer.preference_plan import read_summaries
 from notellm2_ray.lessons.tastes import Taste, Teacher, Told, say, taste_of
 

@@ -1,1 +1,1 @@
-"""Recall metrics, significance tests and the report."""
+"""Metrics, tests of significance, tables and reports, for recall and for ranking."""

@@ -9,36 +9,45 @@ from pathlib import Path
 from typing import Any
 
 from notellm2_ray.core.errors import OutputError
-from notellm2_ray.core.run import write_atomically
+from notellm2_ray.evaluate.pages import Section, write_pages
 from notellm2_ray.evaluate.ranking import tables as ranking_tables
-from notellm2_ray.evaluate.ranking.page import FRONT_PAGE
-from notellm2_ray.evaluate.recall.report import Section, render, section_markdown
-from notellm2_ray.evaluate.recall.tables import recall_table
+from notellm2_ray.evaluate.recall import tables as recall_tables
+from notellm2_ray.evaluate.templates import DONE, EACH, END, HEAD_END, SECTION, START, TABLE, TITLE
 
-TITLE = "NoteLLM-2 and MLLM-MSR: report"
 _LEAD = "Recall of related notes by embeddings, and ranking of candidates by what is known of a user."
+_STYLE = """
+.links a { margin-right: 1.2rem; }
+a { color: inherit; }
+"""
+_LINKS = """{% if part.links %}<p class="links">{% for name, target in part.links %}
+<a href="{{ target }}">{{ name }}</a>{% endfor %}</p>{% endif %}
+"""
+_PAGE = START + _STYLE + HEAD_END + TABLE + TITLE + EACH + SECTION + _LINKS + DONE + END
 
 
 @dataclass(frozen=True)
 class _Half(Section):
     links: Sequence[tuple[str, str]] = ()
 
+    def more_markdown(self) -> list[str]:
+        return [" · ".join(f"[{name}]({target})" for name, target in self.links)]
+
 
 def write_front_page(report: Path) -> None:
-    """Write ``index.html`` and ``index.md`` over the halves that are there.
+    """Write ``index.html`` and ``report.md`` over the halves that are there.
 
     Args:
-        report: the directory with ``retrieval/`` and ``ranking/``, each as its evaluation wrote it.
+        report: the directory that holds ``retrieval/`` and ``ranking/``, as their evaluations wrote them.
 
     Raises:
-        OutputError: neither is there, or one is damaged.
+        OutputError: neither half is there, or one is damaged.
     """
     report = Path(report)
     halves = []
     retrieval, ranking = _results(report / "retrieval"), _results(report / "ranking")
     if retrieval is not None:
-        text = f"{retrieval['pairs']['all']:,} test pairs over a pool of {retrieval['pool_notes']:,} notes."
-        halves.append(_Half("Recall", text, [recall_table(retrieval)], links=_links(report, "retrieval")))
+        shown = [recall_tables.recall_table(retrieval)]
+        halves.append(_Half("Recall", recall_tables.lead(retrieval), shown, links=_links(report, "retrieval")))
     if ranking is not None:
         for name, one in ranking["protocols"].items():
             title = f"Ranking: {ranking_tables.PROTOCOL_NAMES.get(name, name).lower()}"
@@ -46,8 +55,7 @@ def write_front_page(report: Path) -> None:
             halves.append(_Half(title, ranking_tables.lead(one), shown, links=_links(report, "ranking")))
     if not halves:
         raise OutputError(f"{report} holds no evaluation: run eval-retrieval or eval-ranking first")
-    write_atomically(report / "index.html", render(FRONT_PAGE, TITLE, _LEAD, halves))
-    write_atomically(report / "index.md", _markdown(halves))
+    write_pages(report, _PAGE, "NoteLLM-2 and MLLM-MSR: report", _LEAD, halves)
 
 
 def _results(directory: Path) -> Mapping[str, Any] | None:
@@ -61,14 +69,6 @@ def _results(directory: Path) -> Mapping[str, Any] | None:
 
 
 def _links(report: Path, half: str) -> list[tuple[str, str]]:
-    """Relative links to what that half wrote."""
-    names = {"index.html": "Full report", "report.md": "as Markdown", "index.md": "as Markdown", "table.txt": "as text"}
+    """Relative links to the files of that half."""
+    names = {"index.html": "Full report", "report.md": "as Markdown", "table.txt": "as text"}
     return [(name, f"{half}/{file}") for file, name in names.items() if (report / half / file).is_file()]
-
-
-def _markdown(halves: Sequence[_Half]) -> str:
-    lines = [f"# {TITLE}", _LEAD]
-    for half in halves:
-        lines += section_markdown(half)
-        lines.append(" · ".join(f"[{name}]({target})" for name, target in half.links))
-    return "\n\n".join(lines) + "\n"

@@ -1,4 +1,4 @@
-"""Whether one arm of an experiment is clicked more than another: lift of the click-through rate, with its interval."""
+"""Is one arm of an experiment clicked more than another: the lift of its click-through rate, with an interval."""
 
 from __future__ import annotations
 
@@ -7,17 +7,18 @@ from typing import NamedTuple
 import numpy as np
 
 from notellm2_ray.core.errors import DataError
+from notellm2_ray.evaluate.statistics import bootstrap_p, interval, resampled_counts
 
 
 class Lift(NamedTuple):
-    """An arm against another.
+    """An arm compared with the base arm.
 
     Attributes:
-        rate, base_rate: clicks over exposures of either arm.
+        rate, base_rate: clicks over exposures of the arm and of the base arm.
         lift: rate / base_rate - 1.
-        low, high: bounds of its interval at the given confidence.
-        p_value: two-sided, of no difference.
-        users, base_users: that were shown anything.
+        low, high: interval of the lift at the given confidence.
+        p_value: two-sided, of "no difference".
+        users, base_users: users who were shown anything.
     """
 
     rate: float
@@ -40,17 +41,17 @@ def click_lift(
     resamples: int = 2000,
     seed: int = 42,
 ) -> Lift:
-    """Lift of one arm over a base arm, its interval by bootstrap over users.
+    """Lift of an arm over a base arm, tested by a bootstrap over users.
 
-    Users are what was drawn into the arms, and one user's exposures are alike; an interval over exposures would be far
-    too narrow. A normal approximation would need many users; this does not.
+    Users were drawn into the arms, and exposures of one user are alike, so an interval over exposures would be far too
+    narrow. A bootstrap, unlike a normal approximation, does not need many users.
 
     Args:
-        shown: (U,) exposures of each user of the arm; all above 0.
-        clicked: (U,) clicked ones among them.
-        base_shown, base_clicked: (V,) the same of the base arm.
+        shown: (U,) exposures of each user of the arm, all above 0.
+        clicked: (U,) how many of them were clicked.
+        base_shown, base_clicked: (V,) the same for the base arm.
         confidence: of the interval.
-        resamples: bootstrap samples of either arm's users.
+        resamples: bootstrap resamples of the users of each arm.
         seed: of the resampling.
 
     Raises:
@@ -59,30 +60,25 @@ def click_lift(
     rng = np.random.default_rng(seed)
     rate, rates = _rates("the arm", shown, clicked, resamples, rng)
     base, bases = _rates("the base arm", base_shown, base_clicked, resamples, rng)
-    # Of the logarithms: a ratio's own distribution is skewed, and a resample without a click would divide by zero.
+    # Logarithms, since a ratio's own distribution is skewed; the bound keeps resamples without a click finite.
     logs = np.log(np.maximum(rates, 1e-12)) - np.log(np.maximum(bases, 1e-12))
-    low, high = np.quantile(logs, [(1 - confidence) / 2, (1 + confidence) / 2])
-    beyond = min(np.mean(logs <= 0), np.mean(logs >= 0))
-    p_value = min(1.0, 2 * max(float(beyond), 1 / resamples))
-    return Lift(
-        rate, base, rate / base - 1, float(np.expm1(low)), float(np.expm1(high)), p_value, len(shown), len(base_shown)
-    )
+    bounds, p_value = interval(logs, confidence), bootstrap_p(logs)
+    assert bounds is not None and p_value is not None
+    low, high = np.expm1(bounds)
+    return Lift(rate, base, rate / base - 1, float(low), float(high), p_value, len(shown), len(base_shown))
 
 
 def _rates(
     name: str, shown: np.ndarray, clicked: np.ndarray, resamples: int, rng: np.random.Generator
 ) -> tuple[float, np.ndarray]:
-    """The click rate, and (resamples,) rates of users drawn with replacement."""
+    """The click rate, and (resamples,) click rates of the users drawn in each resample."""
     shown, clicked = np.asarray(shown, np.float64), np.asarray(clicked, np.float64)
     if len(shown) < 2 or shown.shape != clicked.shape:
-        raise DataError(f"{name} needs at least two users, with exposures and clicks of each; got {len(shown)}")
+        raise DataError(f"{name} needs exposures and clicks of at least two users, got {len(shown)}")
     if (shown <= 0).any() or (clicked < 0).any() or (clicked > shown).any():
-        raise DataError(f"{name}: every user needs an exposure, and clicks between none and the exposures")
+        raise DataError(f"{name}: every user needs an exposure, and no more clicks than exposures")
     if not clicked.sum():
-        raise DataError(f"{name} was never clicked: there is no rate to compare yet")
-    # How often each user is drawn: the same as drawing them, without a (resamples, users) table of indices.
-    rates = np.empty(resamples)
-    for row in range(resamples):
-        times = np.bincount(rng.integers(0, len(shown), len(shown)), minlength=len(shown))
-        rates[row] = times @ clicked / (times @ shown)
+        raise DataError(f"{name} was never clicked, so there is no rate to compare yet")
+    counts = resampled_counts(len(shown), resamples, rng)
+    rates = np.array([times @ clicked / (times @ shown) for times in counts])
     return float(clicked.sum() / shown.sum()), rates

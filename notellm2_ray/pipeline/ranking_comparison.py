@@ -128,9 +128,9 @@ def _remarks(data: RankingData) -> list[str]:
 def _report(
     data: RankingData, methods: Mapping[str, Sequence[MethodScores]], results: Mapping[str, Any], output: Path
 ) -> None:
-    from notellm2_ray.evaluate.ranking.report import write_ranking_report
+    from notellm2_ray.evaluate.ranking.report import write_report
 
-    write_ranking_report(
+    write_report(
         output,
         results=results,
         statistics=json.loads(data.workspace.sequence_statistics.read_text(encoding="utf-8")),

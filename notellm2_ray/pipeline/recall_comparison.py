@@ -39,6 +39,7 @@ def compare(
         The results of :func:`notellm2_ray.evaluate.recall.results.evaluate`.
     """
     from notellm2_ray.evaluate.recall.results import evaluate
+    from notellm2_ray.evaluate.recall.tables import printed
     from notellm2_ray.evaluate.recall.task import RetrievalTask
 
     notes = read_test_notes(workspace)
@@ -49,7 +50,7 @@ def compare(
     rankings = [*_embedder_ranks(workspace, task, rows), *_baseline_ranks(settings, workspace, task, notes)]
     results = evaluate(task, rankings, reference="basic" if "basic" in rows else None)
     write_atomically(output / "results.json", json.dumps(results, indent=1))
-    write_atomically(output / "table.txt", _printed(results))
+    write_atomically(output / "table.txt", printed(results))
     _report(settings, workspace, rows, task, results, notes, output)
     return results
 
@@ -68,12 +69,6 @@ def _embedder_ranks(
                 for each in seeds
             }
             yield MethodRanks(name, inputs, ranks)
-
-
-def _printed(results: Mapping[str, Any]) -> str:
-    from notellm2_ray.evaluate.recall.tables import recall_table
-
-    return f"{recall_table(results)}\n\n{recall_table(results, inputs=True)}\n"
 
 
 def _report(

@@ -103,6 +103,20 @@ def test_imports_point_one_way(package):
     assert [line for module, path in modules.items() for line in _violations(module, path)] == []
 
 
+@pytest.mark.parametrize("package", ["evaluate", "baselines"])
+def test_recall_and_ranking_import_nothing_of_each_other(package):
+    halves = {"recall": "ranking", "ranking": "recall"}
+    found = [
+        f"{path.relative_to(ROOT)}:{line} imports {name}"
+        for module, path in MODULES.items()
+        for half, other in halves.items()
+        if _within(module, f"{package}.{half}")
+        for line, name in _imports(path, module)
+        if _within(name, f"{NAME}.{package}.{other}")
+    ]
+    assert found == []
+
+
 def test_models_run_on_any_machine_with_torch():
     found = [
         f"{path.relative_to(ROOT)}:{line} imports {name}"

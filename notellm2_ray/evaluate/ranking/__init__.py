@@ -1,1 +1,1 @@
-"""Ranking of a user's candidates: task, metrics, results, tables, report."""
+"""Ranking of candidates: task, metrics, results, tables, plots, samples and report."""

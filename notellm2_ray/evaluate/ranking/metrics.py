@@ -1,8 +1,8 @@
 """How well scores put each target above its own negatives: ranks, AUC, HR, MRR and NDCG.
 
-Rows are candidates; ``groups`` says which example each belongs to, numbered from 0. Every example has one target
-(label true) and at least one negative. A candidate that scores as high as the target counts as above it in a rank, and
-as half won in an AUC.
+Rows are candidates; ``groups`` gives the example of each row, numbered from 0. Every example has one target (label
+true) and at least one negative. A negative that scores as high as the target counts as above it in a rank, and as half
+a win in an AUC.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def target_ranks(groups: np.ndarray, labels: np.ndarray, scores: np.ndarray, num
     Args:
         groups: (R,) int, the example of each row.
         labels: (R,) bool, true for targets.
-        scores: (R,) float; infinite is allowed, NaN is not.
+        scores: (R,) float; may be infinite, but not NaN.
         num_examples: E.
 
     Returns:
@@ -45,7 +45,7 @@ def target_ranks(groups: np.ndarray, labels: np.ndarray, scores: np.ndarray, num
 
 
 def example_auc(groups: np.ndarray, labels: np.ndarray, scores: np.ndarray, num_examples: int) -> np.ndarray:
-    """(E,) share of each example's negatives that its target scores above, ties half."""
+    """(E,) share of each example's negatives that score below its target; a tie counts half."""
     own = _target_scores(groups, labels, scores, num_examples)
     won = np.where(scores < own[groups], 1.0, np.where(scores == own[groups], 0.5, 0.0))
     num_negatives = np.bincount(groups[~labels], minlength=num_examples)
@@ -70,7 +70,7 @@ def ndcg_at(ranks: np.ndarray, k: int) -> np.ndarray:
 def example_figures(
     groups: np.ndarray, labels: np.ndarray, scores: np.ndarray, num_examples: int, cutoffs: Sequence[int]
 ) -> dict[str, np.ndarray]:
-    """Each figure but the pooled AUC as (E,) float64, one value per example, so that a mean of them is the figure."""
+    """All figures but the pooled AUC: name to (E,) float64, one value per example, whose mean is the figure."""
     ranks = target_ranks(groups, labels, scores, num_examples)
     found = {"user_auc": example_auc(groups, labels, scores, num_examples)}
     for name, at in (("hr", hit_at), ("mrr", reciprocal_rank_at), ("ndcg", ndcg_at)):
@@ -81,23 +81,23 @@ def example_figures(
 class PooledAuc:
     """The area under the ROC curve over all rows at once, as the paper and its published code report it.
 
-    It is the share of all (target, negative) pairs, across users too, in which the target scores higher, ties half; so
-    it also asks whether the scores of different users are comparable. Sorted once, it can be had many times under
-    different weights of the examples, as a bootstrap needs it.
+    It is the share of all (target, negative) pairs, across users too, in which the target scores higher; a tie counts
+    half. So it also measures whether scores of different users are comparable. The scores are sorted once; then the
+    area can be computed for many weightings of the examples, as a bootstrap needs.
     """
 
     def __init__(self, groups: np.ndarray, labels: np.ndarray, scores: np.ndarray) -> None:
-        """Args: (R,) int example of each row, (R,) bool, (R,) float."""
+        """Take the (R,) int example, (R,) bool label and (R,) float score of each row."""
         values, codes = np.unique(scores, return_inverse=True)
         self._num_values = len(values)
         self._target_groups, self._target_codes = groups[labels], codes[labels]
         self._negative_groups, self._negative_codes = groups[~labels], codes[~labels]
 
     def __call__(self, weights: np.ndarray | None = None) -> float:
-        """The area, each row counted as often as its example's weight says; NaN where no target or negative counts.
+        """The area with each row weighted like its example; NaN if all targets or all negatives have the weight 0.
 
         Args:
-            weights: (E,) float of the examples, or None for one each.
+            weights: (E,) float, how often each example counts; None: once each.
         """
         if weights is None:
             negative: np.ndarray = np.bincount(self._negative_codes, minlength=self._num_values).astype(np.float64)
@@ -107,7 +107,7 @@ class PooledAuc:
                 self._negative_codes, weights=weights[self._negative_groups], minlength=self._num_values
             )
             target = weights[self._target_groups]
-        below = np.cumsum(negative) - 0.5 * negative  # all lower ones, and half of the equal ones
+        below = np.cumsum(negative) - 0.5 * negative  # the lower ones and half of the equal ones
         pairs = target.sum() * negative.sum()
         return float(target @ below[self._target_codes] / pairs) if pairs else float("nan")
 

@@ -1,6 +1,6 @@
-"""The ranking report's HTML and the front page's: no script, nothing fetched. Jinja escapes every value."""
+"""The HTML of the ranking report: users with their history, preferences and ranking beside what every report has."""
 
-from notellm2_ray.evaluate.recall.page import END, HEAD_END, LISTING, PART, START, TABLE, TITLE
+from notellm2_ray.evaluate.templates import DONE, EACH, END, HEAD_END, LISTING, SECTION, START, TABLE, TITLE
 
 _STYLE = """
 .user { border-top: 1px solid var(--line); padding: .9rem 0; }
@@ -9,8 +9,6 @@ _STYLE = """
 .preference { margin: .5rem 0; padding: .5rem .7rem; background: var(--page); border-radius: .4rem;
               overflow-wrap: anywhere; }
 .summary { color: var(--muted); }
-.links a { margin-right: 1.2rem; }
-a { color: inherit; }
 """
 
 _NOTE = """{% macro card(note) %}
@@ -46,12 +44,4 @@ _USERS = """{% for user in part.users %}
 {% endfor %}
 """
 
-_LINKS = """{% if part.links %}<p class="links">{% for name, target in part.links %}
-<a href="{{ target }}">{{ name }}</a>{% endfor %}</p>{% endif %}
-"""
-
-_EACH, _DONE = "{% for part in sections %}\n", "</section>\n{% endfor %}\n"
-_TOP = START + _STYLE + HEAD_END + TABLE
-
-RANKING_PAGE = _TOP + _NOTE + TITLE + _EACH + PART + _USERS + LISTING + _DONE + END
-FRONT_PAGE = _TOP + TITLE + _EACH + PART + _LINKS + _DONE + END
+PAGE = START + _STYLE + HEAD_END + TABLE + _NOTE + TITLE + EACH + SECTION + _USERS + LISTING + DONE + END

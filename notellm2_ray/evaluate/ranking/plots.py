@@ -1,4 +1,4 @@
-"""Plots of the ranking report, once for light and once for dark pages."""
+"""Plots of the ranking report."""
 
 from __future__ import annotations
 
@@ -6,18 +6,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from notellm2_ray.evaluate.plots import Theme, save_figure
 from notellm2_ray.evaluate.ranking.tables import PROTOCOL_NAMES, figure_label
-from notellm2_ray.evaluate.recall.plots import Theme, save_figure
 
 
 def interval_plot(results: Mapping[str, Any], directory: Path, figure: str = "auc") -> Path:
-    """A point per method with its interval over users; a colour per kind of method, chance dotted.
+    """A point per method with its interval over users; a colour per kind of method; chance is a dotted line.
 
     Args:
         results: of :func:`notellm2_ray.evaluate.ranking.results.evaluate_protocol`.
 
     Returns:
-        the light PNG; the dark one lies beside it.
+        The light PNG; the dark one lies beside it.
     """
     rows = [(row["method"], row["kind"], row["figures"]["all"][figure]) for row in results["rows"]]
     kinds = list(dict.fromkeys(kind for _, kind, _ in rows))
@@ -42,7 +42,7 @@ def interval_plot(results: Mapping[str, Any], directory: Path, figure: str = "au
 
 
 def sweep_plot(sweep: Mapping[str, Any], directory: Path) -> Path | None:
-    """The figures against the swept setting; None where no trial succeeded."""
+    """The figures against the swept setting; None if no trial succeeded."""
     points = [point for point in sweep["points"] if point["metrics"]]
     names = list(dict.fromkeys(name for point in points for name in point["metrics"]))
     if not points:

@@ -1,4 +1,4 @@
-"""The report of the ranking evaluation: ``index.html`` (one file, pictures inside), ``index.md`` and plots as PNG."""
+"""The report of ranking: ``index.html`` (one file, pictures inside), ``report.md``, and the plots as PNG."""
 
 from __future__ import annotations
 
@@ -9,20 +9,16 @@ from typing import Any
 
 import yaml
 
-from notellm2_ray.core.run import write_atomically
-from notellm2_ray.evaluate.ranking import plots as ranking_plots
-from notellm2_ray.evaluate.ranking import tables
-from notellm2_ray.evaluate.ranking.page import RANKING_PAGE
-from notellm2_ray.evaluate.recall import plots
-from notellm2_ray.evaluate.recall.report import Section, listing_markdown, render, section_markdown, thumbnail
-from notellm2_ray.evaluate.recall.tables import escape_markdown, statistics_table
-
-TITLE = "Ranking report"
+from notellm2_ray.evaluate.pages import Section, with_thumbnail, write_pages
+from notellm2_ray.evaluate.plots import history_curves
+from notellm2_ray.evaluate.ranking import plots, tables
+from notellm2_ray.evaluate.ranking.page import PAGE
+from notellm2_ray.evaluate.tables import escape_markdown, statistics_table
 
 
 @dataclass(frozen=True)
 class RankingSection(Section):
-    """A part of the ranking report."""
+    """A section of the ranking report."""
 
     users: Sequence[Mapping[str, Any]] = ()
 
@@ -30,8 +26,11 @@ class RankingSection(Section):
     def empty(self) -> bool:
         return super().empty and not self.users
 
+    def more_markdown(self) -> list[str]:
+        return [line for user in self.users for line in _user_markdown(user)]
 
-def write_ranking_report(
+
+def write_report(
     output: Path,
     *,
     results: Mapping[str, Any],
@@ -41,15 +40,15 @@ def write_ranking_report(
     settings: Mapping[str, Any],
     sweeps: Sequence[Mapping[str, Any]] = (),
 ) -> None:
-    """Write ``index.html``, ``index.md`` and the plots into an existing directory.
+    """Write ``index.html``, ``report.md`` and the plots into an existing directory.
 
     All text of notes, models and settings is escaped; the page has no script and fetches nothing.
 
     Args:
         output: the directory.
-        results: ``{"protocols": {name: results of evaluate_protocol}}``, and ``remarks``: lines on how rows were made.
-        statistics: of the sequences stage: name to figure, or to several by name.
-        histories: run name to its logged steps, each with ``step``, ``loss`` and, now and then, ``valid_auc``.
+        results: ``protocols``: name to results of evaluate_protocol; ``remarks``: sentences on how rows were made.
+        statistics: of the sequences stage: name to a figure, or to several figures by name.
+        histories: run name to its logged training steps, each with ``step``, ``loss`` and, at some, ``valid_auc``.
         samples: of :func:`notellm2_ray.evaluate.ranking.samples.sample_users`.
         settings: the resolved settings.
         sweeps: of :func:`notellm2_ray.pipeline.sweep.run_sweep`.
@@ -64,10 +63,7 @@ def write_ranking_report(
         _users(samples),
         RankingSection("Settings", listing=yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)),
     ]
-    sections = [section for section in sections if not section.empty]
-    lead = " ".join(results.get("remarks", ()))
-    write_atomically(output / "index.html", render(RANKING_PAGE, TITLE, lead, sections))
-    write_atomically(output / "index.md", _markdown(sections, lead))
+    write_pages(output, PAGE, "Ranking report", " ".join(results.get("remarks", ())), sections)
 
 
 def _protocol(results: Mapping[str, Any], output: Path) -> RankingSection:
@@ -86,7 +82,7 @@ def _protocol(results: Mapping[str, Any], output: Path) -> RankingSection:
         tables.lead(results),
         [tables.ranking_table(results), tables.strata_table(results)],
         folded,
-        [ranking_plots.interval_plot(results, output)],
+        [plots.interval_plot(results, output)],
     )
 
 
@@ -100,12 +96,12 @@ def _tests(results: Mapping[str, Any]) -> RankingSection:
         if (roles := ("reference", "ablation", "control")) and results["examples"][stratum]
     ]
     shown = [table for table in (mine, references) if table.rows]
-    text = "The first ranker against its ablations and controls, then every method against the reference rows."
+    text = "The first ranker against its ablations and controls; then every method against the reference rows."
     return RankingSection(f"Significance: {name.lower()}", text, shown, folded if shown else [])
 
 
 def _sweep(sweep: Mapping[str, Any], output: Path) -> RankingSection:
-    drawn = ranking_plots.sweep_plot(sweep, output)
+    drawn = plots.sweep_plot(sweep, output)
     return RankingSection(
         f"Sweep of {sweep['parameter']}",
         sweep.get("text", ""),
@@ -115,14 +111,14 @@ def _sweep(sweep: Mapping[str, Any], output: Path) -> RankingSection:
 
 
 def _training(histories: Mapping[str, Sequence[Mapping[str, Any]]], output: Path) -> RankingSection:
-    drawn = [plots.history_curves(histories, output, figure) for figure in ("loss", "auc")]
+    drawn = [history_curves(histories, output, figure) for figure in ("loss", "auc")]
     return RankingSection("Training", plots=[path for path in drawn if path])
 
 
 def _users(samples: Sequence[Mapping[str, Any]]) -> RankingSection:
     text = (
-        "The history block by block, with the preference that was read out of it after each block, then the candidates "
-        "by P(yes); the note that the user really took next is marked."
+        "The history block by block, each block with the preference that was written after it; then the candidates by "
+        "P(yes). The note that the user took next is marked."
     )
     return RankingSection("Users", text, users=[_with_pictures(user) for user in samples])
 
@@ -133,18 +129,7 @@ def _with_pictures(user: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _card(note: Mapping[str, Any]) -> dict[str, Any]:
-    uri, why = thumbnail(note["image"])
-    return {"rank": 0, "is_target": False, **note, "image": None, "thumbnail": uri, "why_blank": why}
-
-
-def _markdown(sections: Sequence[RankingSection], lead: str) -> str:
-    lines = [f"# {TITLE}", *([escape_markdown(lead)] if lead else [])]
-    for section in sections:
-        lines += section_markdown(section)
-        for user in section.users:
-            lines += _user_markdown(user)
-        lines += listing_markdown(section)
-    return "\n\n".join(lines) + "\n"
+    return {"rank": 0, "is_target": False, **with_thumbnail(note)}
 
 
 def _user_markdown(user: Mapping[str, Any]) -> list[str]:

@@ -1,4 +1,4 @@
-"""The comparison of rankers on one protocol's candidates: plain results that tables and report are made from.
+"""Compares rankers on one protocol's candidates; tables and report are made from the results.
 
 Used as::
 
@@ -19,8 +19,15 @@ from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.settings import RankEvaluateSettings
 from notellm2_ray.evaluate.ranking.metrics import PooledAuc, example_figures
 from notellm2_ray.evaluate.ranking.task import STRATA, RankingTask
-from notellm2_ray.evaluate.significance import LEVEL, mean_and_deviation, seeds_test
-from notellm2_ray.evaluate.user_tests import bootstrap_p, interval, permutation_tests, resampled_weights
+from notellm2_ray.evaluate.statistics import (
+    LEVEL,
+    bootstrap_p,
+    interval,
+    mean_and_deviation,
+    permutation_tests,
+    resampled_weights,
+    seeds_test,
+)
 
 Kind = Literal["baseline", "untuned", "ranker", "control"]
 
@@ -31,8 +38,8 @@ class MethodScores:
 
     Attributes:
         method: its name in the tables.
-        kind: "ranker" for what was trained here; the first of them is the main one, which is tested against the others
-            and against its controls.
+        kind: "ranker" for a tuned ranker. The first one is the main ranker, which is compared with the others and with
+            its controls.
         scores: training seed to (R,) scores; a deterministic method has the one seed None.
     """
 
@@ -46,10 +53,10 @@ class MethodScores:
 
 
 class _Measured(NamedTuple):
-    """A method on one stratum; E examples, S seeds, B resamples."""
+    """A method's figures on one stratum of E examples, for S seeds and B resamples."""
 
     per_seed: dict[str, list[float]]  # figure to (S,)
-    per_example: dict[str, np.ndarray]  # figure but auc to (E,), mean over seeds
+    per_example: dict[str, np.ndarray]  # figure, without auc, to (E,), mean over seeds
     resampled: dict[str, np.ndarray]  # figure to (B,)
 
 
@@ -66,22 +73,22 @@ def evaluate_protocol(
 
     Args:
         task: the candidates.
-        methods: in the tables' order.
+        methods: in the order of the tables.
         settings: cutoffs and level of the intervals.
-        seed: of resamples and permutations.
+        seed: of the resamples and permutations.
         references: methods that every other method is tested against, in the order of the tests; those that are not
             among ``methods`` are ignored.
         untested: methods that are not tested against the references.
 
     Returns:
-        ``protocol``, ``examples`` and ``users`` (per stratum), ``candidates`` (per example, least and most),
+        ``protocol``, ``examples`` and ``users`` (per stratum), ``candidates`` (fewest and most of an example),
         ``cutoffs``, ``confidence``, ``level``; ``rows``: method, kind, seeds, ``figures[stratum][figure] = {mean,
-        deviation, low, high, seeds}`` (None where the stratum is empty); ``tests``: method, against, role
+        deviation, low, high, seeds}`` (None if the stratum is empty); ``tests``: method, against, role
         ("reference", "ablation" or "control"), stratum, figure, difference, p_seeds, seeds_test, p_users (paired
-        over users: bootstrap for ``auc``, permutations else), significant. Shares are from 0 to 1.
+        over users: a bootstrap for ``auc``, permutations for the other figures), significant. Shares are from 0 to 1.
 
     Raises:
-        DataError: a method given twice, or scores of another number of candidates.
+        DataError: a method is given twice, or the number of scores is not that of the candidates.
     """
     _check(task, methods)
     rows: list[dict[str, Any]] = [
@@ -158,7 +165,7 @@ def _tests(
     pairs = [(mine, theirs) for one, other, _ in matches if (mine := measured[one]) and (theirs := measured[other])]
     if not pairs:
         return []
-    summed = list(pairs[0][0].per_example)  # all figures but auc, which is no sum over users
+    summed = list(pairs[0][0].per_example)  # every figure but auc, which is not a sum over users
     gains = [mine.per_example[name] - theirs.per_example[name] for mine, theirs in pairs for name in summed]
     users = task.user_groups[task.mask(stratum)]
     permuted = permutation_tests(np.stack(gains, axis=1), users, seed).reshape(len(pairs), len(summed))
@@ -177,7 +184,7 @@ def _tests(
 def _verdict(
     values: Sequence[float], others: Sequence[float], by_seeds: tuple[float | None, str], p_users: float | None
 ) -> dict[str, Any]:
-    """Both tests must reject "no difference" where both exist: other seeds would say the same, and other users."""
+    """Significant only if each test that exists rejects "no difference": over users, and over seeds."""
     p_seeds, seeds_name = by_seeds
     return {
         "difference": float(np.mean(values) - np.mean(others)),
@@ -212,7 +219,7 @@ def _matches(
 def _check(task: RankingTask, methods: Sequence[MethodScores]) -> None:
     names = [method.method for method in methods]
     if len(set(names)) != len(names):
-        raise DataError(f"a method stands twice among {names}")
+        raise DataError(f"a method is given twice among {names}")
     for method in methods:
         for seed, scores in method.scores.items():
             if len(scores) != len(task.groups):

@@ -1,4 +1,4 @@
-"""Test users as the report shows them: what they liked, the taste made of it in words, and the candidates ranked."""
+"""Test users as the report shows them: their history, their preference in words, and their candidates as ranked."""
 
 from __future__ import annotations
 
@@ -32,18 +32,18 @@ def sample_users(
         task: the candidates.
         scores: (R,) of the method shown.
         examples: EXAMPLE_SCHEMA of the task.
-        blocks: BLOCK_SCHEMA; a history that is not in it is shown as one block.
-        get_notes: note ids to those notes that there are, all at once.
-        summaries: note id to image summary, where there is one.
-        preferences: (user, block) to the preference after that block; empty for a method that reads none.
-        method: name shown beside them.
-        count: users wanted; fewer where there are fewer.
-        seed: of the choice, the same for every method.
+        blocks: BLOCK_SCHEMA; a history whose blocks are not there is shown as one block.
+        get_notes: note ids to notes by id; notes that do not exist may be missing. It is called once.
+        summaries: note id to image summary, for notes that have one.
+        preferences: (user, block) to the preference after that block; empty if the method reads no preferences.
+        method: name of the method, as shown.
+        count: number of users, if there are that many.
+        seed: of the choice of users.
 
     Returns:
-        per user ``method``, ``user_id``, ``target_rank`` (ties against), ``blocks``: number, notes, preference (or
-        None); ``candidates``, best first: a note with rank, score, is_target. A note has note_id, title, image (encoded
-        or None), summary (or None).
+        For each user ``method``, ``user_id``, ``target_rank`` (ties count against the target); ``blocks``: number,
+        notes, preference (or None); ``candidates``, best first: notes with rank, score and is_target. A note has
+        note_id, title, image (encoded or None) and summary (or None).
     """
     rng = np.random.default_rng(stream_seed(seed, "report users"))
     chosen = np.sort(rng.choice(task.num_examples, size=min(count, task.num_examples), replace=False))
@@ -84,7 +84,7 @@ def sample_users(
 
 
 def _ranked(task: RankingTask, scores: np.ndarray, example: int) -> list[tuple[int, dict[str, Any]]]:
-    """Rows of an example, best first, the target after what ties with it."""
+    """Rows of an example, best first; the target comes after the candidates that tie with it."""
     rows = task.candidates_of(example)
     order = rows[np.lexsort((task.labels[rows], -scores[rows]))]
     return [
@@ -102,7 +102,7 @@ def _blocks_by_user(blocks: pa.Table, users: set[str]) -> dict[str, list[tuple[i
 
 
 def _history(row: Mapping[str, Any], blocks: Sequence[tuple[int, list[str]]]) -> list[tuple[int, list[str]]]:
-    """Blocks up to the example's own; its plain history where they are not its."""
+    """Blocks up to the example's own; if they do not make up its history, the history as one block."""
     mine = [(number, notes) for number, notes in blocks if number <= row["block"]]
     if [note for _, notes in mine for note in notes] == row["history_ids"]:
         return mine

@@ -1,11 +1,11 @@
-"""A protocol's results as tables, printed as text, Markdown or HTML."""
+"""Ranking results as tables."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from notellm2_ray.evaluate.recall.tables import NO_PAIRS, SATURATED, Table
+from notellm2_ray.evaluate.tables import NOT_MEASURED, Table, p_value, percent
 
 PROTOCOL_NAMES = {
     "uniform": "Uniform negatives",
@@ -13,35 +13,34 @@ PROTOCOL_NAMES = {
     "published": "Published construction (leaks popularity)",
 }
 STRATUM_NAMES = {"all": "All targets", "warm": "Warm targets", "cold": "Cold targets"}
-NOT_MEASURED = SATURATED
 
 
 def figure_label(figure: str) -> str:
-    """A figure's name over its column."""
+    """A figure's name in the header of its column."""
     name, _, k = figure.partition("@")
     names = {"auc": "AUC", "user_auc": "AUC per user"}
     return names.get(figure, f"{name.upper()}@{k}")
 
 
 def main_figures(results: Mapping[str, Any]) -> list[str]:
-    """The paper's figures, at k = 5 where that was measured, and the AUC within users and NDCG beside them."""
+    """The paper's figures, at k = 5 if that was measured, with the AUC per user and NDCG."""
     k = 5 if 5 in results["cutoffs"] else results["cutoffs"][0]
     return ["auc", "user_auc", f"hr@{k}", f"mrr@{k}", f"ndcg@{k}"]
 
 
 def ranking_table(results: Mapping[str, Any], figures: Sequence[str] | None = None) -> Table:
-    """All methods on all targets in percent: mean, deviation over seeds, the AUC with its interval over users.
+    """All methods on all targets, in percent: mean and deviation over seeds; the first figure with its interval.
 
     Args:
         results: of :func:`notellm2_ray.evaluate.ranking.results.evaluate_protocol`.
-        figures: columns; None: the main ones.
+        figures: columns; None: the main figures.
     """
     chosen = list(figures or main_figures(results))
     marks = _marks(results)
     cells = []
     for row in results["rows"]:
         values = row["figures"]["all"]
-        marked = [_figure(values[name]) + marks.get((row["method"], name), "") for name in chosen]
+        marked = [percent(values[name]) + marks.get((row["method"], name), "") for name in chosen]
         cells.append([row["method"], str(len(row["seeds"]) or 1), marked[0], _interval(values[chosen[0]]), *marked[1:]])
     labels = [figure_label(name) for name in chosen]
     level = f"{100 * results['confidence']:g}%"
@@ -51,14 +50,14 @@ def ranking_table(results: Mapping[str, Any], figures: Sequence[str] | None = No
 
 
 def strata_table(results: Mapping[str, Any]) -> Table:
-    """Warm and cold targets apart: the main figures of each."""
+    """The first three main figures of warm and of cold targets."""
     strata = [name for name in ("warm", "cold") if results["examples"][name]]
     auc, user_auc, hits, *_ = main_figures(results)
     chosen = [auc, user_auc, hits]
     cells = []
     for row in results["rows"]:
         values = [row["figures"][stratum] for stratum in strata]
-        cells.append([row["method"], *(_figure(value[name]) for value in values for name in chosen)])
+        cells.append([row["method"], *(percent(value[name]) for value in values for name in chosen)])
     groups = [("", 1), *((f"{STRATUM_NAMES[name]} ({results['examples'][name]:,})", len(chosen)) for name in strata)]
     notes = ("In %. A target is cold when nobody clicked it, the clicks that are to be foretold not counted.",)
     columns = ("Method", *[figure_label(name) for name in chosen] * len(strata))
@@ -71,7 +70,7 @@ def interval_table(results: Mapping[str, Any], stratum: str = "all") -> Table:
     cells = []
     for row in results["rows"]:
         values = row["figures"][stratum] or {}
-        cells.append([row["method"], *(f"{_figure(values[name])} {_interval(values[name])}" for name in figures)])
+        cells.append([row["method"], *(f"{percent(values[name])} {_interval(values[name])}" for name in figures)])
     return Table(("Method", *map(figure_label, figures)), cells)
 
 
@@ -137,7 +136,7 @@ def printed(results: Mapping[str, Any]) -> str:
 
 
 def lead(results: Mapping[str, Any]) -> str:
-    """What a protocol asks, in one line."""
+    """The size of a protocol's task, in one line."""
     least, most = results["candidates"]
     many = f"{least}" if least == most else f"{least} to {most}"
     return (
@@ -146,13 +145,8 @@ def lead(results: Mapping[str, Any]) -> str:
     )
 
 
-def p_value(value: float | None) -> str:
-    """A p-value as printed."""
-    return NOT_MEASURED if value is None else "<0.0001" if value < 1e-4 else f"{value:.4f}"
-
-
 def _marks(results: Mapping[str, Any]) -> dict[tuple[str, str], str]:
-    """A star where a method is significantly above every reference that it was tested against."""
+    """A star if a ranker is significantly above every reference that it was tested against."""
     verdicts: dict[tuple[str, str], list[bool]] = {}
     for test in results["tests"]:
         if test["role"] == "reference" and test["stratum"] == "all":
@@ -179,13 +173,6 @@ def _notes(results: Mapping[str, Any], cells: Sequence[Sequence[str]]) -> list[s
         against = list(dict.fromkeys(test["against"] for test in results["tests"] if test["role"] == "reference"))
         notes.append(f"*: above every reference row ({', '.join(against)}), p < {results['level']}.")
     return notes
-
-
-def _figure(figure: Mapping[str, Any] | None) -> str:
-    if figure is None:
-        return NO_PAIRS
-    deviation = "" if figure["deviation"] is None else f" ±{100 * figure['deviation']:.2f}"
-    return f"{100 * figure['mean']:.2f}{deviation}"
 
 
 def _interval(figure: Mapping[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The test candidates of one protocol as arrays, and any table of scores laid over them."""
+"""The test candidates of one protocol as arrays, and tables of scores brought into their order."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ class RankingTask:
         note_ids: (R,) object array of candidates.
         groups: (R,) int64, the example of each row.
         labels: (R,) bool, true for targets.
-        user_groups: (E,) int64, the user of each example: users are what is resampled.
-        cold: (E,) bool: whether nobody had clicked the target before, validation and test targets not counted.
+        user_groups: (E,) int64, the user of each example; the statistics resample users.
+        cold: (E,) bool: whether the target has no clicks besides those that are validation or test targets.
     """
 
     protocol: str
@@ -43,16 +43,17 @@ class RankingTask:
 
     @classmethod
     def build(cls, protocol: str, candidates: pa.Table, examples: pa.Table, clicks: Mapping[str, int]) -> RankingTask:
-        """Lay out a protocol's candidates.
+        """The arrays of a protocol's candidates.
 
         Args:
             protocol: its name, for messages and tables.
             candidates: CANDIDATE_SCHEMA.
-            examples: EXAMPLE_SCHEMA, which holds every example that the candidates name.
-            clicks: positive events of each note without validation and test targets; a note that is not listed has 0.
+            examples: EXAMPLE_SCHEMA, with every example that the candidates name.
+            clicks: number of positive events of each note, without validation and test targets; 0 if not listed.
 
         Raises:
-            DataError: no candidates, an unknown example, or an example without exactly one target and some negatives.
+            DataError: there are no candidates, an example is unknown, or an example does not have exactly one target
+                and at least one negative.
         """
         require_columns(candidates.schema, CANDIDATE_SCHEMA, f"candidates of {protocol}")
         require_columns(examples.schema, EXAMPLE_SCHEMA, f"examples of {protocol}")
@@ -72,23 +73,23 @@ class RankingTask:
         groups = np.array([number[name] for name in names], dtype=np.int64)
         labels = candidates.column("label").to_numpy().astype(bool)
         check_groups(groups, labels, len(number))
-        notes = _objects(candidates.column("note_id").to_pylist())
+        notes = np.array(candidates.column("note_id").to_pylist(), dtype=object)
         cold = np.zeros(len(number), dtype=bool)
         cold[groups[labels]] = [clicks.get(note, 0) == 0 for note in notes[labels]]
         user_number = {user: at for at, user in enumerate(dict.fromkeys(users[name] for name in number))}
         user_groups = np.array([user_number[users[name]] for name in number], dtype=np.int64)
-        return cls(protocol, _objects(list(number)), notes, groups, labels, user_groups, cold)
+        return cls(protocol, np.array(list(number), dtype=object), notes, groups, labels, user_groups, cold)
 
     @property
     def num_examples(self) -> int:
         return len(self.example_ids)
 
     def mask(self, stratum: str) -> np.ndarray:
-        """(E,) bool: the examples of a stratum; warm and cold are the target's."""
+        """(E,) bool: the examples of a stratum: all, or those with a warm or a cold target."""
         return {"all": np.ones(self.num_examples, dtype=bool), "warm": ~self.cold, "cold": self.cold}[stratum]
 
     def subset(self, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Rows and users of some examples: (R',) bool rows, (R',) groups numbered anew, (E',) user groups anew."""
+        """Some examples: (R,) bool mask of their rows, and their groups (R',) and user groups (E',), renumbered."""
         rows = mask[self.groups]
         renumbered = np.cumsum(mask) - 1
         users = np.unique(self.user_groups[mask], return_inverse=True)[1]
@@ -101,15 +102,16 @@ class RankingTask:
     def align(self, scores: pa.Table, where: str) -> np.ndarray:
         """(R,) float64 scores in the task's order.
 
-        A candidate without a score (quarantined while scoring) counts against the method: a target then stands below
-        everything, a negative above.
+        A candidate without a score (quarantined while scoring) counts against the method: such a target is ranked below
+        everything, such a negative above everything.
 
         Args:
             scores: SCORE_SCHEMA, in any order.
-            where: what the scores are of, for messages.
+            where: where the scores come from, for messages.
 
         Raises:
-            DataError: rows twice, labels that differ, NaN, or more than half of the candidates without a score.
+            DataError: a row is there twice, a label differs, a score is NaN, or more than half of the candidates have
+                no score.
         """
         require_columns(scores.schema, SCORE_SCHEMA, where)
         keys = list(zip(scores.column("example_id").to_pylist(), scores.column("note_id").to_pylist(), strict=True))
@@ -133,7 +135,7 @@ class RankingTask:
                 "belong to these sequences? Score again"
             )
         if missing:
-            log.warning("%s: %d candidates without a score are counted against it", where, missing)
+            log.warning("%s: %d candidates have no score and count against the method", where, missing)
         labels = scores.column("label").to_numpy().astype(bool)[places[found]]
         if not np.array_equal(labels, self.labels[found]):
             raise DataError(f"{where}: labels differ from those of the candidates of {self.protocol}: score again")
@@ -141,15 +143,9 @@ class RankingTask:
             raise DataError(f"{where}: NaN among the scores")
 
     def scores_by_note(self, values: Mapping[str, int]) -> np.ndarray:
-        """(R,) what is known of each candidate by itself, as its clicks; 0 where nothing is."""
+        """(R,) one value per note, such as its clicks; a note without one has 0."""
         return np.array([values.get(note, 0) for note in self.note_ids], dtype=np.float64)
 
     def random_scores(self, seed: int) -> np.ndarray:
-        """(R,) uniform draws of the seed."""
+        """(R,) uniform random scores."""
         return np.random.default_rng(stream_seed(seed, "random scores", self.protocol)).random(len(self.groups))
-
-
-def _objects(values: list[str]) -> np.ndarray:
-    array = np.empty(len(values), dtype=object)
-    array[:] = values
-    return array

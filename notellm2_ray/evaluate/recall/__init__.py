@@ -1,1 +1,1 @@
-"""Recall of related notes: task, metrics, results, tables, report."""
+"""Recall of related notes: task, metrics, results, tables, plots, samples and report."""

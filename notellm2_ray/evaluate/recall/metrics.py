@@ -1,7 +1,7 @@
-"""Where the target stands among all other notes: exact ranks, ties counted against us, and what is computed from them.
+"""Exact ranks of the targets among all notes of a pool, and the figures computed from them.
 
-A rank is 1 + the number of other notes that score at least as high as the target; the query note is left out. Rows are
-positions in the pool; a query that is not in the pool has the row -1.
+A rank is 1 + the number of other notes that score at least as high as the target, so ties count against the method. The
+query note is left out. Rows are positions in the pool; a query outside the pool has the row -1.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ import numpy as np
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.run import stream_seed
 
-# Cosines nearer than this are one value as far as float32 can tell: equal vectors in different places of a matrix
-# product, or embedded in different batches, differ by some 1e-7, and such a difference must not decide a rank.
+# Cosines closer than this are equal in float32: the same vector in another place of a matrix product, or embedded in
+# another batch, differs by about 1e-7, and such a difference must not decide a rank.
 TIE = 1e-6
 BLOCK_BYTES = 64 << 20
 
@@ -30,21 +30,21 @@ def target_ranks(
 ) -> np.ndarray:
     """Rank of each pair's target by the dot product with its query (section 4.1 of the paper; cosine for unit vectors).
 
-    The product is made in blocks of queries against the whole pool, so that memory stays near ``block_bytes``.
+    Blocks of queries are multiplied with the whole pool, so that memory stays near ``block_bytes``.
 
     Args:
         queries: (Q, D) float32, one row per pair.
         pool: (P, D) float32.
-        query_rows: (Q,) where the query note stands in the pool, -1 where it does not.
-        target_rows: (Q,) where the target note stands in the pool.
-        tie: scores this near below the target's count as ties.
-        block_bytes: size of a block of scores, at least one query.
+        query_rows: (Q,) row of the query note in the pool, or -1.
+        target_rows: (Q,) row of the target note in the pool.
+        tie: a score that is lower than the target's by at most this counts as a tie.
+        block_bytes: size of a block of scores; a block has at least one query.
 
     Returns:
-        (Q,) int64 ranks, 1 the best.
+        (Q,) int64 ranks, 1 is best.
 
     Raises:
-        DataError: the pool is empty, a pair's query is its target, or a vector holds NaN or infinite values.
+        DataError: the pool is empty, a pair's query is its target, or a vector has NaN or infinite values.
     """
     _check_rows(len(pool), query_rows, target_rows)
     if queries.ndim != 2 or pool.ndim != 2 or queries.shape[1] != pool.shape[1] or len(queries) != len(query_rows):
@@ -53,7 +53,7 @@ def target_ranks(
         )
     if not (np.isfinite(queries).all() and np.isfinite(pool).all()):
         raise DataError(
-            "NaN or infinite values among the vectors to be ranked; they would count as not above the target"
+            "NaN or infinite values among the vectors to be ranked; they would never count as above the target"
         )
     queries, pool = np.asarray(queries, dtype=np.float32), np.asarray(pool, dtype=np.float32)
     ranks = np.empty(len(queries), dtype=np.int64)
@@ -68,14 +68,14 @@ def target_ranks(
 def ranks_in_scores(
     scores: np.ndarray, query_rows: np.ndarray, target_rows: np.ndarray, *, tie: float = 0.0
 ) -> np.ndarray:
-    """(B,) int64 ranks of the targets in a (B, P) matrix of scores, which is changed."""
+    """(B,) int64 ranks of the targets in a (B, P) matrix of scores, which is modified in place."""
     here = np.arange(len(scores))
     thresholds = scores[here, target_rows] - np.float32(tie)
     inside = query_rows >= 0
     scores[here[inside], query_rows[inside]] = -np.inf
-    # row by row: counting in one dimension is several times faster than along an axis
+    # Counting row by row is several times faster than counting along an axis.
     counts = [np.count_nonzero(row >= threshold) for row, threshold in zip(scores, thresholds, strict=True)]
-    return np.array(counts, dtype=np.int64)  # the target itself is the 1
+    return np.array(counts, dtype=np.int64)  # the target counts itself
 
 
 def ranks_by_note(scores: np.ndarray, query_rows: np.ndarray, target_rows: np.ndarray) -> np.ndarray:
@@ -97,29 +97,29 @@ def ranks_by_note(scores: np.ndarray, query_rows: np.ndarray, target_rows: np.nd
 
 
 def random_ranks(num_notes: int, query_rows: np.ndarray, seed: int) -> np.ndarray:
-    """(Q,) int64 ranks under scores drawn at random: uniform from 1 to the number of notes that are ranked."""
+    """(Q,) int64 ranks under random scores: uniform from 1 to the number of notes ranked."""
     rng = np.random.default_rng(stream_seed(seed, "random ranks"))
     return rng.integers(1, num_candidates(num_notes, query_rows), endpoint=True)
 
 
 def num_candidates(num_notes: int, query_rows: np.ndarray) -> np.ndarray:
-    """(Q,) int64 number of notes that each query ranks: the pool without the query itself."""
+    """(Q,) int64 number of notes ranked for each query: the pool without the query itself."""
     return num_notes - (np.asarray(query_rows) >= 0).astype(np.int64)
 
 
 def recall_at(ranks: np.ndarray, cutoffs: Sequence[int]) -> dict[int, float]:
-    """Recall@k: the share of pairs whose target is among the first k; NaN where there are no pairs."""
+    """Recall@k: the share of pairs whose target is among the first k; NaN if there are no pairs."""
     return {k: float(np.mean(ranks <= k)) if len(ranks) else float("nan") for k in cutoffs}
 
 
 def chance_at(num_notes: int, query_rows: np.ndarray, cutoffs: Sequence[int]) -> dict[int, float]:
-    """The Recall@k that random scores are expected to reach."""
+    """The expected Recall@k of random scores."""
     candidates = num_candidates(num_notes, query_rows)
     return {k: float(np.mean(np.minimum(k / candidates, 1))) if len(candidates) else float("nan") for k in cutoffs}
 
 
 def mean_reciprocal_rank(ranks: np.ndarray) -> float:
-    """Mean of 1 / rank; NaN where there are no pairs."""
+    """Mean of 1 / rank; NaN if there are no pairs."""
     return float(np.mean(1 / ranks)) if len(ranks) else float("nan")
 
 

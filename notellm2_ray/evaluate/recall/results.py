@@ -1,4 +1,4 @@
-"""The comparison of methods on the test pairs: the results that tables and report are made from.
+"""Compares methods on the test pairs; tables and report are made from the results.
 
 Used as::
 
@@ -19,7 +19,7 @@ import numpy as np
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.evaluate.recall import metrics
 from notellm2_ray.evaluate.recall.task import RetrievalTask
-from notellm2_ray.evaluate.significance import LEVEL, compare, mean_and_deviation
+from notellm2_ray.evaluate.statistics import LEVEL, compare, mean_and_deviation
 
 CURVE_STRATA = ("all", "short_query")
 CURVE_POINTS = 40
@@ -31,9 +31,10 @@ class MethodRanks:
 
     Attributes:
         method: its name in the tables.
-        inputs: what it was tested with, "multimodal", "image", "text" or "-"; a method's first entry is its main one.
+        inputs: what it was tested with: "multimodal", "image", "text" or "-". A method may be given several times with
+            different inputs, its main ones first.
         ranks: training seed to (Q,) ranks; a deterministic method has the one seed None.
-        baseline: whether the others are tested against it.
+        baseline: whether embedders are tested against it.
     """
 
     method: str
@@ -46,17 +47,17 @@ class MethodRanks:
         return set(self.ranks) == {None}
 
     def hits(self, k: int, mask: np.ndarray) -> np.ndarray:
-        """(S, M) bool: per seed and pair of the stratum, whether the target is among the first k."""
+        """(S, M) bool: for each seed and pair of the stratum, whether the target is among the first k."""
         return np.stack([ranks[mask] <= k for ranks in self.ranks.values()])
 
 
 def evaluate(task: RetrievalTask, rankings: Sequence[MethodRanks], reference: str | None = None) -> dict[str, Any]:
-    """Recall of every method, and the tests between them, as JSON values.
+    """Recall of every method, and the tests between methods, as JSON values.
 
     Args:
         task: the pairs.
-        rankings: the methods' ranks; the order is the tables'.
-        reference: a method (its main inputs) that all others are tested against too, such as "basic".
+        rankings: the methods' ranks, in the order of the tables.
+        reference: a method, such as "basic", that all others are tested against as well, with its main inputs.
 
     Returns:
         ``pool_notes``, ``pairs`` (per stratum), ``cutoffs``, ``saturated``, ``chance`` (per cutoff) and
@@ -64,10 +65,10 @@ def evaluate(task: RetrievalTask, rankings: Sequence[MethodRanks], reference: st
         ``mrr[stratum]``, ``curve[stratum] = {k, recall}``;
         ``tests``: method, inputs, against, against_inputs, role ("best baseline" or "reference"), stratum, cutoff,
         difference, p_seeds, seeds_test, p_queries, deciding, significant.
-        Figures are shares from 0 to 1; None where there are no pairs.
+        Figures are shares from 0 to 1, or None if there are no pairs.
 
     Raises:
-        DataError: ranks for another number of pairs, or a method and inputs given twice.
+        DataError: the number of ranks is not that of the pairs, or a method is given twice with the same inputs.
     """
     _check(task, rankings, reference)
     seen: set[str] = set()
@@ -115,7 +116,7 @@ def _spread(ranking: MethodRanks, mask: np.ndarray, figure: Any) -> dict[str, An
 
 
 def _curve(task: RetrievalTask, ranking: MethodRanks, mask: np.ndarray) -> dict[str, list[float]] | None:
-    """Recall over k from 1 to the whole pool, mean over seeds."""
+    """Recall for k from 1 to the whole pool, mean over seeds."""
     if not mask.any():
         return None
     ks = np.unique(np.geomspace(1, max(len(task.pool_ids) - 1, 1), CURVE_POINTS).round().astype(int))
@@ -148,7 +149,7 @@ def _tests(
 def _matches(
     rankings: Sequence[MethodRanks], rows: Sequence[dict[str, Any]], stratum: str, k: int, reference: str | None
 ) -> list[tuple[MethodRanks, MethodRanks, str]]:
-    """Who is tested against whom: each method against the best baseline of this very cell, and the reference."""
+    """Which methods are compared: each one with the best baseline of this stratum and k, and with the reference."""
     means = [row["recall"][stratum][str(k)]["mean"] for row in rows]
     baselines = [at for at, ranking in enumerate(rankings) if ranking.baseline]
     best = max(baselines, key=lambda at: means[at], default=None)
@@ -165,7 +166,7 @@ def _matches(
 def _check(task: RetrievalTask, rankings: Sequence[MethodRanks], reference: str | None) -> None:
     keys = [(ranking.method, ranking.inputs) for ranking in rankings]
     if len(set(keys)) != len(keys):
-        raise DataError(f"a method stands twice with the same inputs among {keys}")
+        raise DataError(f"a method is given twice with the same inputs among {keys}")
     if reference is not None and reference not in {method for method, _ in keys}:
         raise DataError(f"the reference {reference!r} is not among the methods {keys}")
     for ranking in rankings:

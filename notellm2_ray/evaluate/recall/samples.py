@@ -1,4 +1,4 @@
-"""Query notes with their nearest notes, for the eye: what the report's last section shows."""
+"""Query notes with their nearest notes, which the report shows."""
 
 from __future__ import annotations
 
@@ -23,23 +23,24 @@ def sample_neighbors(
     k: int = 8,
     seed: int = 42,
 ) -> list[dict[str, Any]]:
-    """Some query notes, their ``k`` nearest notes of the pool, and where their true targets are.
+    """Some query notes with their ``k`` nearest notes of the pool and their true targets.
 
-    The same seed picks the same queries for every method, so that methods can be compared by looking.
+    A seed picks the same queries for every method, so that a reader can compare methods.
 
     Args:
         task: the test pairs.
         ids: (N,) note ids of the embedding table.
         vectors: (N, D) float32, unit length.
-        get_notes: note ids to notes, as ``NoteStore.get``.
-        method: name shown beside them.
-        count: query notes wanted; fewer where there are fewer.
-        k: neighbours shown.
-        seed: of the choice.
+        get_notes: note ids to notes, like ``NoteStore.get``.
+        method: name of the method, as shown.
+        count: number of query notes, if there are that many.
+        k: number of neighbours.
+        seed: of the choice of queries.
 
     Returns:
-        per query ``method``, ``query`` (note_id, title, image) and ``neighbors``, nearest first: note_id, title, image
-        (encoded bytes or None), score, rank (1 the nearest) and is_target. Targets beyond the ``k`` nearest follow.
+        For each query ``method``, ``query`` (note_id, title, image) and ``neighbors``, nearest first: note_id, title,
+        image (encoded bytes or None), score, rank (1 is nearest) and is_target. Targets beyond the ``k`` nearest
+        follow.
     """
     row_of = {note_id: row for row, note_id in enumerate(ids)}
     pool = [note_id for note_id in task.pool_ids if note_id in row_of]

@@ -1,4 +1,4 @@
-"""The test pairs laid over the pool: strata, the published filter, and the ranks of anything that scores notes."""
+"""The test pairs and the pool of notes as arrays: strata, the published filter, and ranks of whatever scores notes."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ STRATA = ("all", "short_query", "short_target", "long_query", "long_target")
 
 @dataclass(frozen=True)
 class RetrievalTask:
-    """The test pairs over the pool, as rows.
+    """The test pairs, with their notes as rows of the pool.
 
     Attributes:
         pool_ids: (P,) object array of the notes that are ranked.
         query_ids: (Q,) object array, one per pair.
         target_ids: (Q,) object array.
-        query_rows: (Q,) int64 row of the query in the pool, -1 where it is not in it.
+        query_rows: (Q,) int64 row of the query in the pool, or -1 if it is not there.
         target_rows: (Q,) int64 row of the target in the pool.
         strata: name to (Q,) bool mask.
         cutoffs: k of Recall@k.
@@ -45,16 +45,17 @@ class RetrievalTask:
     def build(
         cls, pairs: pa.Table, pool_ids: Sequence[str], token_counts: Mapping[str, int], settings: EvaluateSettings
     ) -> RetrievalTask:
-        """Lay the pairs over the pool and find the strata.
+        """Find the pairs' notes in the pool, and the strata.
 
         Args:
-            pairs: PAIR_SCHEMA, in the order in which ``one_pair_per_note`` takes them.
-            pool_ids: the notes of the test period, all different.
-            token_counts: tokens of text of each query and target note.
+            pairs: PAIR_SCHEMA; ``one_pair_per_note`` takes them in this order.
+            pool_ids: the notes of the test period, without duplicates.
+            token_counts: number of text tokens of each query and target note.
             settings: cutoffs, bounds of the strata, ``one_pair_per_note``.
 
         Raises:
-            DataError: no pairs, an empty pool, a target outside the pool, or a note without a token count.
+            DataError: there are no pairs, the pool is empty, a target is outside the pool, or a note has no token
+                count.
         """
         queries, targets = pairs.column("query_id").to_pylist(), pairs.column("target_id").to_pylist()
         pool = list(pool_ids)
@@ -72,9 +73,9 @@ class RetrievalTask:
         if uncounted:
             raise DataError(f"no token count for note {name_some(uncounted)}: count the tokens of all test notes")
         return cls(
-            _objects(pool),
-            _objects(queries),
-            _objects(targets),
+            np.array(pool, dtype=object),
+            np.array(queries, dtype=object),
+            np.array(targets, dtype=object),
             np.array([row_of.get(note, -1) for note in queries], dtype=np.int64),
             np.array([row_of[note] for note in targets], dtype=np.int64),
             _strata([token_counts[note] for note in queries], [token_counts[note] for note in targets], settings),
@@ -87,15 +88,15 @@ class RetrievalTask:
 
     @property
     def saturated(self) -> tuple[int, ...]:
-        """Cutoffs at which every target is found whatever the method: k is at least the number of notes ranked."""
+        """Cutoffs at which every method finds every target, since k is at least the number of notes ranked."""
         most = int(metrics.num_candidates(len(self.pool_ids), self.query_rows).max())
         return tuple(k for k in self.cutoffs if k >= most)
 
     def embedding_ranks(self, ids: np.ndarray, vectors: np.ndarray) -> np.ndarray:
-        """(Q,) ranks by cosine, from a table of vectors that holds the pool and the queries.
+        """(Q,) ranks by cosine, from a table with the vectors of the pool and the queries.
 
-        A note without a vector (quarantined when it was embedded) counts against the method: as query or target it has
-        the worst rank, and every other missing note stands above the target.
+        A note without a vector (quarantined when it was embedded) counts against the method: a pair with such a query
+        or target gets the worst rank, and any other such note counts as above the target.
 
         Args:
             ids: (N,) note ids of the table.
@@ -115,10 +116,10 @@ class RetrievalTask:
                 "does this embedding table belong to these pairs?"
             )
         if missing:
-            log.warning("%d notes of the pool have no vector and are counted against the method", missing)
+            log.warning("%d notes of the pool have no vector and count against the method", missing)
         ranks = metrics.num_candidates(len(pool), self.query_rows)  # the worst
         known = (queries >= 0) & present[self.target_rows]
-        place = np.cumsum(present) - 1  # row in the pool to row among those present
+        place = np.cumsum(present) - 1  # row in the pool to row among the notes with a vector
         query_rows = self.query_rows[known]
         found = metrics.target_ranks(
             vectors[queries[known]],
@@ -142,12 +143,12 @@ class RetrievalTask:
 def one_pair_per_note(
     queries: Sequence[str], targets: Sequence[str], pool: Sequence[str]
 ) -> tuple[list[str], list[str], list[str]]:
-    """The published code's filter: keep a pair only if neither note was in a kept pair before, in either role.
+    """The published code's filter: a pair is kept if neither of its notes is in a pair kept before, in either role.
 
-    Depends on the order of the pairs. The pool loses the kept queries.
+    The result depends on the order of the pairs. The queries kept are removed from the pool.
 
     Returns:
-        Kept queries, their targets, and the pool.
+        The queries kept, their targets, and the pool.
     """
     used: set[str] = set()
     kept = []
@@ -171,9 +172,3 @@ def _strata(
         targets > settings.long_tokens,
     )
     return dict(zip(STRATA, masks, strict=True))
-
-
-def _objects(values: Sequence[str]) -> np.ndarray:
-    array = np.empty(len(values), dtype=object)
-    array[:] = values
-    return array

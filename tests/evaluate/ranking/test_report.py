@@ -1,23 +1,20 @@
-"""The ranking report and the front page: hostile text stays text, all parts are there, nothing outside is fetched."""
+"""The ranking report: hostile text stays text, all parts are there, nothing outside is fetched."""
 
-import json
 import re
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
-from notellm2_ray.core.errors import OutputError
 from notellm2_ray.core.schema import BLOCK_SCHEMA, Note
 from notellm2_ray.core.settings import RankEvaluateSettings
-from notellm2_ray.evaluate.front_page import write_front_page
-from notellm2_ray.evaluate.ranking.report import write_ranking_report
+from notellm2_ray.evaluate.ranking.report import write_report
 from notellm2_ray.evaluate.ranking.results import MethodScores, evaluate_protocol
 from notellm2_ray.evaluate.ranking.samples import sample_users
 from notellm2_ray.evaluate.ranking.tables import printed, ranking_table, significance_table
 from notellm2_ray.evaluate.ranking.task import RankingTask
-from tests.evaluate.ranking.test_results import clicks, noisy, tables
-from tests.evaluate.recall.test_report import HOSTILE, Tags, picture
+from tests.support.ranking_task import clicks, noisy, tables
+from tests.support.report_pages import HOSTILE, check_page, picture
 
 SETTINGS = RankEvaluateSettings(cutoffs=(1, 5))
 SWEEP = {
@@ -67,7 +64,7 @@ def report(tmp_path_factory):
         seed=1,
     )
     history = [{"step": step, "loss": 1 / (1 + step), "valid_auc": 0.5 + step / 30} for step in range(9)]
-    write_ranking_report(
+    write_report(
         output,
         results=results,
         statistics={"users": 20, "lengths": {"mean": 3.5, "max": 7}},
@@ -76,23 +73,7 @@ def report(tmp_path_factory):
         settings={"workspace": "</pre>" + HOSTILE},
         sweeps=[SWEEP],
     )
-    (output / "results.json").write_text(json.dumps(results), encoding="utf-8")
-    (output / "table.txt").write_text(printed(results), encoding="utf-8")
     return output, samples
-
-
-def check_page(path, allowed):
-    html = path.read_text(encoding="utf-8")
-    page = Tags()
-    page.feed(html.replace("<br>", ""))
-    assert not page.open
-    assert not {"script", "b", "iframe", "link", "object"} & set(page.tags)
-    assert not [name for name, _ in page.attributes if name.startswith("on")]
-    for name, value in page.attributes:
-        if name in ("src", "srcset", "href"):
-            assert value.startswith(allowed), value
-    assert "prefers-color-scheme: dark" in html
-    return html
 
 
 def test_hostile_text_becomes_no_tag_and_nothing_is_fetched(report):
@@ -121,7 +102,7 @@ def test_every_part_is_there(report):
 
 
 def test_markdown_shows_hostile_text_literally(report):
-    text = (report[0] / "index.md").read_text(encoding="utf-8")
+    text = (report[0] / "report.md").read_text(encoding="utf-8")
     outside_of_listing = "\n".join(line for line in text.splitlines() if not line.startswith("    "))
     assert not re.search(r"(?<![\\])<", outside_of_listing)
     assert not re.search(r"(?<![\\!])\[a\]\(", outside_of_listing)
@@ -160,36 +141,3 @@ def test_tables_say_what_was_measured():
     assert r"\<b\>direct" in table.markdown()
     one = {"protocols": {"uniform": results}}
     assert "Uniform negatives: 20 targets of 20 users, each among 6 candidates" in printed(one)
-
-
-def test_the_front_page_links_what_is_there(report, tmp_path):
-    home = report[0].parent
-    write_front_page(home)
-    html = check_page(home / "index.html", ("ranking/", "#"))
-    assert 'href="ranking/index.html"' in html
-    assert "retrieval/" not in html
-    assert "ranking/index.md" in (home / "index.md").read_text(encoding="utf-8")
-    with pytest.raises(OutputError, match="no evaluation"):
-        write_front_page(tmp_path)
-    (tmp_path / "ranking").mkdir()
-    (tmp_path / "ranking" / "results.json").write_text("{")
-    with pytest.raises(OutputError, match="damaged"):
-        write_front_page(tmp_path)
-
-
-def test_the_front_page_shows_recall_too(report, tmp_path):
-    from notellm2_ray.core.settings.retrieval import EvaluateSettings
-    from notellm2_ray.evaluate.recall.results import MethodRanks, evaluate
-    from notellm2_ray.evaluate.recall.task import RetrievalTask
-    from tests.evaluate.recall.test_report import pair_table
-
-    task = RetrievalTask.build(pair_table([("a", "b")]), list("abc"), {"a": 90, "b": 90}, EvaluateSettings())
-    recall = evaluate(task, [MethodRanks("bm25", "text", {None: np.array([1])}, baseline=True)])
-    (tmp_path / "retrieval").mkdir()
-    (tmp_path / "retrieval" / "results.json").write_text(json.dumps(recall))
-    write_front_page(tmp_path)
-    assert "bm25" in (tmp_path / "index.html").read_text(encoding="utf-8")
-    (tmp_path / "ranking").symlink_to(report[0])
-    write_front_page(tmp_path)
-    text = (tmp_path / "index.md").read_text(encoding="utf-8")
-    assert text.index("## Recall") < text.index("## Ranking: uniform negatives")

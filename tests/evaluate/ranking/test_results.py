@@ -5,45 +5,20 @@ import json
 import numpy as np
 import pyarrow as pa
 import pytest
-from scipy import stats
 
 from notellm2_ray.core.errors import DataError
-from notellm2_ray.core.schema import CANDIDATE_SCHEMA, EXAMPLE_SCHEMA, SCORE_SCHEMA
+from notellm2_ray.core.schema import SCORE_SCHEMA
 from notellm2_ray.core.settings import RankEvaluateSettings
 from notellm2_ray.evaluate.ranking.results import MethodScores, evaluate_protocol
 from notellm2_ray.evaluate.ranking.task import RankingTask
-from notellm2_ray.evaluate.user_tests import bootstrap_p, interval, permutation_tests, resampled_weights
+from tests.support.ranking_task import clicks, noisy, tables
 
-NUM_USERS, SIZE = 60, 6
 SETTINGS = RankEvaluateSettings(cutoffs=(1, 3))
-
-
-def tables(num_users=NUM_USERS, size=SIZE):
-    """Candidates and examples: user u's target is t{u}, negatives n{u}-{i}."""
-    candidates, examples = [], []
-    for user in range(num_users):
-        name = f"u{user}/3"
-        examples.append(
-            {"example_id": name, "user_id": f"u{user}", "block": 0, "history_ids": ["h"], "target_id": f"t{user}",
-             "timestamp": 0}
-        )  # fmt: skip
-        notes = [f"t{user}", *(f"n{user}-{i}" for i in range(size - 1))]
-        candidates += [{"example_id": name, "note_id": note, "label": int(note[0] == "t")} for note in notes]
-    return pa.Table.from_pylist(candidates, CANDIDATE_SCHEMA), pa.Table.from_pylist(examples, EXAMPLE_SCHEMA)
-
-
-def clicks(num_users=NUM_USERS):
-    """The targets of the first ten users are cold."""
-    return {f"t{user}": 1 + user % 3 for user in range(10, num_users)} | {"n0-0": 5}
 
 
 @pytest.fixture(scope="module")
 def task():
     return RankingTask.build("uniform", *tables(), clicks())
-
-
-def noisy(task, strength, seed):
-    return np.random.default_rng(seed).normal(size=len(task.groups)) + strength * task.labels
 
 
 def scored(task, scores):
@@ -139,42 +114,3 @@ def test_candidates_of_unknown_examples_are_refused():
         RankingTask.build("uniform", candidates, examples.slice(1), {})
     with pytest.raises(DataError, match="no test candidates"):
         RankingTask.build("uniform", candidates.slice(0, 0), examples, {})
-
-
-def test_users_are_resampled_as_a_whole():
-    users = np.array([0, 0, 1, 2, 2, 2])
-    weights = resampled_weights(users, seed=3, num_resamples=200)
-    assert (weights[:, 0] == weights[:, 1]).all()
-    assert (weights[:, 3] == weights[:, 5]).all()
-    drawn = weights[:, 0] + weights[:, 2] + weights[:, 3]
-    assert (drawn == 3).all()
-    assert weights.mean(axis=0) == pytest.approx(np.ones(6), abs=0.2)
-
-
-def test_the_interval_of_a_mean_is_about_the_normal_one():
-    values = np.random.default_rng(1).normal(size=400)
-    weights = resampled_weights(np.arange(400), seed=1)
-    low, high = interval(weights @ values / weights.sum(axis=1), 0.95)
-    half = 1.96 * values.std(ddof=1) / 20
-    assert (low, high) == pytest.approx((values.mean() - half, values.mean() + half), abs=0.02)
-    assert interval(np.array([np.nan]), 0.95) is None
-
-
-def test_permutations_agree_with_the_t_test_and_count_users_once():
-    gains = np.random.default_rng(4).normal(0.15, 1.0, size=200)
-    (p,) = permutation_tests(gains[:, None], np.arange(200), seed=1)
-    assert p == pytest.approx(stats.ttest_1samp(gains, 0).pvalue, abs=0.02)
-    # ten wins of one user are one observation: half of the swaps are as extreme on each side
-    same, many = (
-        permutation_tests(np.ones((10, 2)), np.zeros(10, dtype=int), 1),
-        permutation_tests(np.ones((10, 1)), np.arange(10), 1),
-    )
-    assert same.tolist() == [1.0, 1.0]
-    assert many[0] == pytest.approx(2 / 1024, abs=0.002)
-    assert permutation_tests(np.zeros((5, 1)), np.arange(5), 1)[0] == 1.0
-
-
-def test_the_bootstrap_p_is_never_nothing():
-    assert bootstrap_p(np.ones(999)) == pytest.approx(2 / 1000)
-    assert bootstrap_p(np.zeros(10)) == 1.0
-    assert bootstrap_p(np.array([])) is None

@@ -1,50 +1,23 @@
 """The report: hostile text stays text, all parts are there, and nothing outside is fetched."""
 
-import io
 import re
-from html.parser import HTMLParser
 
 import numpy as np
 import pyarrow as pa
 import pytest
-from PIL import Image
 
 from notellm2_ray.core.schema import PAIR_SCHEMA, Note
 from notellm2_ray.core.settings.retrieval import EvaluateSettings
-from notellm2_ray.evaluate.recall.report import thumbnail, write_report
+from notellm2_ray.evaluate.recall.report import write_report
 from notellm2_ray.evaluate.recall.results import MethodRanks, evaluate
 from notellm2_ray.evaluate.recall.samples import sample_neighbors
 from notellm2_ray.evaluate.recall.task import RetrievalTask
-
-HOSTILE = "<script>alert(1)</script>\"'><img src=x onerror=alert(2)> | `x` [a](http://evil.example) {{ 7*7 }}"
-
-
-def picture(mode: str = "RGB") -> bytes:
-    buffer = io.BytesIO()
-    Image.new(mode, (300, 200), "red").save(buffer, "PNG")
-    return buffer.getvalue()
+from tests.support.report_pages import HOSTILE, check_page, picture
 
 
 def pair_table(pairs) -> pa.Table:
     columns = {"query_id": [query for query, _ in pairs], "target_id": [target for _, target in pairs]}
     return pa.table({**columns, "score": [1.0] * len(pairs)}, schema=PAIR_SCHEMA)
-
-
-class Tags(HTMLParser):
-    def __init__(self):
-        super().__init__()
-        self.tags: list[str] = []
-        self.attributes: list[tuple[str, str | None]] = []
-        self.open: list[str] = []
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        self.attributes += attrs
-        if tag not in ("meta", "img", "source"):
-            self.open.append(tag)
-
-    def handle_endtag(self, tag):
-        assert self.open.pop() == tag
 
 
 @pytest.fixture(scope="module")
@@ -85,18 +58,9 @@ def report(tmp_path_factory):
 
 
 def test_hostile_text_becomes_no_tag_and_nothing_is_fetched(report):
-    html = (report[0] / "index.html").read_text(encoding="utf-8")
-    page = Tags()
-    page.feed(html)
-    assert not page.open
-    assert not {"script", "b", "iframe", "link", "object"} & set(page.tags)
-    assert not [name for name, _ in page.attributes if name.startswith("on")]
-    for name, value in page.attributes:
-        if name in ("src", "srcset", "href"):
-            assert value.startswith(("data:image/", "#"))
+    html = check_page(report[0] / "index.html", ("data:image/", "#"))
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in html
     assert "{{ 7*7 }}" in html
-    assert "prefers-color-scheme: dark" in html
     assert 'name="viewport"' in html
 
 
@@ -149,10 +113,3 @@ def test_a_report_without_training_or_samples_can_be_written(tmp_path):
     html = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "Training" not in html
     assert "Neighbours" not in html
-
-
-def test_thumbnails_are_small_jpegs():
-    uri, why = thumbnail(picture("RGBA"))
-    assert uri.startswith("data:image/jpeg;base64,")
-    assert len(uri) < 4000
-    assert why == ""

@@ -166,11 +166,3 @@ def test_a_method_given_twice_or_with_too_few_ranks_is_refused():
         evaluate(task, [MethodRanks("x", "text", {1: np.array([1, 2])})])
     with pytest.raises(DataError, match="reference 'y'"):
         evaluate(task, [ranks], reference="y")
-
-
-def test_markdown_cells_cannot_break_the_table():
-    table = tables.Table(("a|b", "value"), [["<img src=x>|\n# head", "1"]])
-    lines = table.markdown().splitlines()
-    assert len(lines) == 3
-    assert lines[0] == r"| a\|b | value |"
-    assert lines[2] == r"| \<img src=x\>\| \# head | 1 |"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from functools import partial
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -25,7 +26,7 @@ def sequential_scores(
     protocol: ProtocolData,
     features: NoteFeatures | None = None,
 ) -> Scores:
-    """A sequential baseline's scores by seed; one model per seed is trained and serves every protocol it can.
+    """A sequential baseline's scores by seed. Protocols with the same test targets share one trained model per seed.
 
     Args:
         name: of the baseline.
@@ -40,11 +41,8 @@ def sequential_scores(
     candidates = [[str(note) for note in task.note_ids[row]] for row in rows]
     found: dict[int | None, np.ndarray] = {}
     for seed in data.seeds:
-
-        def train(seed: int = seed) -> SequentialRecommender:
-            return _train(name, architecture, data, features, seed, published)
-
-        # The published protocol has test targets of its own, so that other events are held out.
+        # The published protocol has test targets of its own, so it needs a model of its own.
+        train = partial(_train, name, architecture, data, features, seed, published)
         model = data.once((name, seed, published), train)
         values = np.empty(len(task.groups))
         for row, scores in zip(rows, model.scores(protocol.histories(), candidates), strict=True):
