@@ -38,7 +38,7 @@ from notellm2_ray.models.embedder.build import count_parameters
 from notellm2_ray.models.embedder.losses import embedder_loss
 from notellm2_ray.models.embedder.mlrm import NoteModel
 from notellm2_ray.models.embedder.network import model_from_configs
-from notellm2_ray.models.embedder.preprocess import Batch
+from notellm2_ray.models.embedder.preprocess import NoteBatch
 from notellm2_ray.models.vision.pixels import ImageSettings
 
 GOALS = {"notes_per_second": 150.0, "embedding_share": 0.45, "training_share": 0.40}
@@ -98,14 +98,14 @@ def build(setup: Setup, device: torch.device, attention: str = "sdpa") -> NoteMo
     return model.to_precision("bf16")
 
 
-def batches(setup: Setup, num_notes: int, how_many: int = 4) -> list[Batch]:
+def batches(setup: Setup, num_notes: int, how_many: int = 4) -> list[NoteBatch]:
     """Different random batches in host memory, page-locked if there is a GPU; prompts are full and need no padding."""
     side, queries, tokens = setup.vision.image_size, setup.settings.qformer.num_queries, setup.num_tokens
     rows = torch.arange(num_notes)
     made = []
     for number in range(how_many):
         draw = torch.Generator().manual_seed(number)
-        batch = Batch(
+        batch = NoteBatch(
             input_ids=torch.randint(0, setup.llm.vocab_size, (num_notes, tokens), generator=draw),
             attention_mask=torch.ones(num_notes, tokens, dtype=torch.int64),
             last=torch.full((num_notes,), tokens - 1),

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 
 from notellm2_ray.core.settings.model import ModelSettings
 from notellm2_ray.models.embedder.fusion import LateFusion
-from notellm2_ray.models.embedder.preprocess import Batch
+from notellm2_ray.models.embedder.preprocess import NoteBatch
 from notellm2_ray.models.embedder.qformer import Connector
 from notellm2_ray.models.embedder.variants import VARIANTS
 from notellm2_ray.models.embedder.vectors import NOTE, VISUAL, NoteVectors
@@ -50,7 +50,7 @@ class NoteModel(nn.Module):
         self.projection = nn.Linear(llm_width or vision_width, settings.embedding_dim, bias=False)
         self.temperature = nn.Parameter(torch.full((1,), settings.initial_temperature, dtype=torch.float32))
 
-    def forward(self, batch: Batch) -> NoteVectors:
+    def forward(self, batch: NoteBatch) -> NoteVectors:
         """Vectors of a batch's notes. In training every parameter takes part, whether or not there is an image.
 
         Where some ranks have an image and others have none, those would otherwise wait for each other for ever.
@@ -72,7 +72,7 @@ class NoteModel(nn.Module):
             visual = None if visual is None else self.fusion(views.pooled, visual)
         return self._vectors(multimodal, visual, batch, dummy)
 
-    def _read(self, batch: Batch, views: Views | None, dummy: bool) -> torch.Tensor:
+    def _read(self, batch: NoteBatch, views: Views | None, dummy: bool) -> torch.Tensor:
         """Hidden states (N, T, h_t) of the prompts, the images' visual tokens in their places."""
         assert self.llm is not None
         embeddings = self.llm.get_input_embeddings()(batch.input_ids)
@@ -84,7 +84,9 @@ class NoteModel(nn.Module):
             inputs_embeds=embeddings, attention_mask=batch.attention_mask, use_cache=False
         ).last_hidden_state
 
-    def _vectors(self, multimodal: torch.Tensor, visual: torch.Tensor | None, batch: Batch, dummy: bool) -> NoteVectors:
+    def _vectors(
+        self, multimodal: torch.Tensor, visual: torch.Tensor | None, batch: NoteBatch, dummy: bool
+    ) -> NoteVectors:
         """Project; the K visual vectors go to the rows of their notes."""
         multimodal = self.projection(multimodal).float()
         temperature = self.temperature.float().squeeze().clone()
@@ -120,7 +122,7 @@ class NoteModel(nn.Module):
                 model.gradient_checkpointing_disable()
 
 
-def _with_dummy_image(batch: Batch) -> Batch:
+def _with_dummy_image(batch: NoteBatch) -> NoteBatch:
     """One black image for the first note, whose outcome is then multiplied by zero."""
     zero = torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device)
     pixels = batch.pixels.new_zeros((1, *batch.pixels.shape[1:]))

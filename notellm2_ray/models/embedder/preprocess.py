@@ -33,7 +33,7 @@ class NoteFeatures(NamedTuple):
     num_tokens: int  # what the note costs in a batch: T, or the tower's patches without an LLM
 
 
-class Batch(NamedTuple):
+class NoteBatch(NamedTuple):
     """N notes, K of them with an image; texts padded on the right to T tokens."""
 
     input_ids: torch.Tensor  # (N, T) int64
@@ -44,13 +44,13 @@ class Batch(NamedTuple):
     image_starts: torch.Tensor  # (K,) int64, where its visual tokens begin; -1: not in the prompt
     visual_ends: torch.Tensor  # (K,) int64, where its visual vector is read; -1: there is none
 
-    def to(self, device: torch.device | str, non_blocking: bool = False) -> Batch:
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> NoteBatch:
         """The same batch on ``device``."""
-        return Batch(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
+        return NoteBatch(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
 
-    def pin_memory(self) -> Batch:
+    def pin_memory(self) -> NoteBatch:
         """The same batch in page-locked memory, from which copies to a GPU need not wait."""
-        return Batch(*(tensor.pin_memory() for tensor in self))
+        return NoteBatch(*(tensor.pin_memory() for tensor in self))
 
 
 class NotePreprocessor:
@@ -102,7 +102,7 @@ class NotePreprocessor:
         ids, start, end = self._prompt_ids(note, self.variant.prompt if in_prompt else "text")
         return NoteFeatures(note.note_id, np.asarray(ids, np.int64), start, end, pixels, len(ids))
 
-    def collate(self, features: Sequence[NoteFeatures]) -> Batch:
+    def collate(self, features: Sequence[NoteFeatures]) -> NoteBatch:
         """A batch of features, in their order."""
         lengths = np.array([len(item.input_ids) for item in features], np.int64)
         longest = int(lengths.max(initial=0))
@@ -113,7 +113,7 @@ class NotePreprocessor:
         images = [(row, item, item.pixels) for row, item in enumerate(features) if item.pixels is not None]
         side = self.image.size if self.image else 0
         pixels = np.stack([values for _, _, values in images]) if images else np.empty((0, 3, side, side), np.uint8)
-        return Batch(
+        return NoteBatch(
             torch.from_numpy(input_ids),
             torch.from_numpy(mask),
             torch.from_numpy(np.maximum(lengths - 1, 0)),

@@ -10,7 +10,7 @@ from typing import TypeVar
 import numpy as np
 import torch
 
-from notellm2_ray.baselines.ranking.sequential.recommender import NoteFeatures
+from notellm2_ray.baselines.ranking.sequential.recommender import FrozenFeatures
 from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.images import decode_image
 from notellm2_ray.models.vision.pixels import ImageSettings
@@ -25,7 +25,7 @@ _MAX_TEXT_TOKENS = 256
 T = TypeVar("T")
 
 
-def image_features(images: Iterable[tuple[str, bytes | None]], tower: str, batch_size: int = 32) -> NoteFeatures:
+def image_features(images: Iterable[tuple[str, bytes | None]], tower: str, batch_size: int = 32) -> FrozenFeatures:
     """The pooled vector of each image.
 
     Args:
@@ -48,12 +48,12 @@ def image_features(images: Iterable[tuple[str, bytes | None]], tower: str, batch
             found.append(forward(pixels).float().cpu().numpy())
     if not found:
         raise DataError(f"no note has a readable image: leave gru4rec_image out of ranking.baselines (tower: {tower})")
-    return NoteFeatures(ids, np.concatenate(found))
+    return FrozenFeatures(ids, np.concatenate(found))
 
 
 def text_features(
     texts: Mapping[str, str], llm: str, *, attention: str = "sdpa", revision: str | None = None, batch_size: int = 32
-) -> NoteFeatures:
+) -> FrozenFeatures:
     """The mean of a causal LM's last hidden states over each text's tokens.
 
     Args:
@@ -78,7 +78,7 @@ def text_features(
     if not rows:
         raise DataError("no note has an image summary: leave gru4rec_summary out of ranking.baselines")
     found = [_mean_states(model, [ids for _, ids in batch], device) for batch in _batches(iter(rows), batch_size)]
-    return NoteFeatures([note for note, _ in rows], np.concatenate(found))
+    return FrozenFeatures([note for note, _ in rows], np.concatenate(found))
 
 
 @torch.no_grad()

@@ -22,7 +22,7 @@ from notellm2_ray.baselines.ranking.sequential.model import (
     SequentialModel,
 )
 from notellm2_ray.baselines.ranking.sequential.recommender import (
-    NoteFeatures,
+    FrozenFeatures,
     SequentialRecommender,
     encode,
     last_states,
@@ -70,7 +70,7 @@ def fit(
     validation: Sequence[tuple[Sequence[str], str]],
     *,
     seed: int,
-    features: NoteFeatures | None = None,
+    features: FrozenFeatures | None = None,
     settings: SequentialSettings | None = None,
 ) -> SequentialRecommender:
     """Train a baseline and keep its weights from the epoch that ranked the validation targets best.
@@ -186,7 +186,7 @@ def _validation_auc(
     return total * len(classes) / max(len(classes) - 1, 1) / len(validation)  # a target is not among its own negatives
 
 
-def _embedding(features: NoteFeatures) -> FeatureEmbedding:
+def _embedding(features: FrozenFeatures) -> FeatureEmbedding:
     if not len(features.ids):
         raise DataError("no note has features: leave this baseline out of ranking.baselines")
     return FeatureEmbedding(torch.from_numpy(np.ascontiguousarray(features.matrix, dtype=np.float32)))

@@ -14,7 +14,7 @@ _ROWS = 256  # histories in a forward batch
 
 
 @dataclass(frozen=True)
-class NoteFeatures:
+class FrozenFeatures:
     """Frozen vectors of notes.
 
     Attributes:

@@ -14,7 +14,7 @@ from notellm2_ray.baselines.ranking.sequential.training_data import training_dat
 
 if TYPE_CHECKING:
     from notellm2_ray.baselines.ranking.sequential.model import Architecture
-    from notellm2_ray.baselines.ranking.sequential.recommender import NoteFeatures, SequentialRecommender
+    from notellm2_ray.baselines.ranking.sequential.recommender import FrozenFeatures, SequentialRecommender
 
 log = logging.getLogger("notellm2_ray")
 
@@ -24,7 +24,7 @@ def sequential_scores(
     architecture: Architecture,
     data: RankingData,
     protocol: ProtocolData,
-    features: NoteFeatures | None = None,
+    features: FrozenFeatures | None = None,
 ) -> Scores:
     """A sequential baseline's scores by seed. Protocols with the same test targets share one trained model per seed.
 
@@ -55,7 +55,7 @@ def _train(
     name: str,
     architecture: Architecture,
     data: RankingData,
-    features: NoteFeatures | None,
+    features: FrozenFeatures | None,
     seed: int,
     published: bool,
 ) -> SequentialRecommender:

@@ -12,7 +12,7 @@ from notellm2_ray.baselines.ranking.sequential.model import (
     IdEmbedding,
     SequentialModel,
 )
-from notellm2_ray.baselines.ranking.sequential.recommender import NoteFeatures
+from notellm2_ray.baselines.ranking.sequential.recommender import FrozenFeatures
 from notellm2_ray.core.errors import DataError
 
 ARCHITECTURES = ("gru4rec", "sasrec")
@@ -87,7 +87,7 @@ def test_features_carry_over_to_notes_that_no_sequence_holds():
     held_out = set(ids[54:])
     fans = [[note for note in rng.permutation(ids[kind::3]) if note not in held_out][:6] for kind in (0, 1, 2) * 20]
     settings = SequentialSettings(max_epochs=15, learning_rate=5e-3)
-    model = fit("gru4rec", fans, [], seed=1, features=NoteFeatures(ids, matrix), settings=settings)
+    model = fit("gru4rec", fans, [], seed=1, features=FrozenFeatures(ids, matrix), settings=settings)
     for kind in range(3):
         candidates = ids[54:57]  # one of each kind, none in any sequence
         (scores,) = model.scores([ids[kind : kind + 9 : 3]], [candidates])
@@ -105,4 +105,4 @@ def test_nothing_to_learn_from_is_an_error():
     with pytest.raises(DataError, match="two notes or more"):
         fit("sasrec", [["a"], []], [], seed=1)
     with pytest.raises(DataError, match="usable notes"):
-        fit("sasrec", [["a", "b"]], [], seed=1, features=NoteFeatures(["c"], np.ones((1, 2), dtype=np.float32)))
+        fit("sasrec", [["a", "b"]], [], seed=1, features=FrozenFeatures(["c"], np.ones((1, 2), dtype=np.float32)))
