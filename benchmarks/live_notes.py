@@ -32,8 +32,8 @@ def vectors(rows: int, seed: int) -> np.ndarray:
 
 def make_table(path: Path, count: int, image_bytes: int) -> None:
     """A live table of notes n0, n1, ..."""
+    from notellm2_ray.live.creation import create_table
     from notellm2_ray.live.rows import live_schema
-    from notellm2_ray.live.store import LiveStore
 
     schema = live_schema(DIM, model_fingerprint="bench")
     matrix = vectors(count, 1)
@@ -54,7 +54,7 @@ def make_table(path: Path, count: int, image_bytes: int) -> None:
                 }
             )
 
-    LiveStore.create(path, batches(), schema)
+    create_table(path, batches(), schema)
 
 
 def searches(index, count: int, seconds: float) -> np.ndarray:

@@ -119,15 +119,15 @@ async def load(
 
 
 def prepare(directory: Path, count: int) -> Any:
-    """The live table, the index, and a plan over them."""
+    """The live table, the index, and a spec over them."""
     import pyarrow as pa
     from _service import START, free_port, make_world
 
     from notellm2_ray.core.settings.retrieval import IndexSettings
     from notellm2_ray.core.settings.serve import DeploymentSettings
     from notellm2_ray.index.ann import AnnIndex
+    from notellm2_ray.live.creation import create_table
     from notellm2_ray.live.rows import live_schema
-    from notellm2_ray.live.store import LiveStore
 
     world = make_world(directory / "world", embedding_dim=DIM)
     fingerprint = world.encoder.fingerprint
@@ -154,14 +154,14 @@ def prepare(directory: Path, count: int) -> Any:
                 }
             )
 
-    plan = world.plan(
+    spec = world.spec(
         "serving",
         gateway=DeploymentSettings(cpus=0.1, max_ongoing=256),
         rebuild_share=0.2,  # no rebuild: recall is measured with fresh notes and tombstones
-        plan_saved_index=directory / "index",
+        spec_saved_index=directory / "index",
     )
-    LiveStore.create(plan.directory / "live.lance", batches(), schema)
-    return plan, index.info, free_port()
+    create_table(spec.directory / "live.lance", batches(), schema)
+    return spec, index.info, free_port()
 
 
 def main() -> None:
@@ -180,13 +180,13 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         directory = Path(name)
-        plan, info, port = prepare(directory, options.notes)
+        spec, info, port = prepare(directory, options.notes)
         (directory / "service").mkdir()
         server = subprocess.Popen([sys.executable, __file__, "--bare", str(directory / "index"), str(port)])
-        service = Service(plan, directory / "service")
+        service = Service(spec, directory / "service")
         try:
             wait_for(lambda: _answers(port, options), 60)
-            ports = {"bare FastAPI": port, "service": plan.serve.port}
+            ports = {"bare FastAPI": port, "service": spec.serve.port}
             found: dict[str, list[dict[str, Any]]] = {one: [] for one in ports}
             for seconds in (2.0, *([options.seconds] * ROUNDS)):  # the first warms up
                 for one, where in ports.items():
@@ -230,7 +230,7 @@ def main() -> None:
 def live_part(service: Any, count: int) -> str:
     """Measure deletions, upserts with searches beside them, and then recall; the text to print."""
     share = count // 20
-    port = service.plan.serve.port
+    port = service.spec.serve.port
     idle = asyncio.run(load(port, 10.0, 4, count - share, 100, SEARCHES))
     gone = [f"n{row}" for row in range(count - share, count)]
     began = time.perf_counter()
@@ -283,7 +283,7 @@ def recall_at_100(service: Any, count: int) -> float:
     """Mean share of the exact 100 nearest neighbours that the service finds, over 300 notes, some of them fresh."""
     from notellm2_ray.live.table import LiveTable
 
-    table = LiveTable(service.plan.directory / "live.lance").dataset.to_table(
+    table = LiveTable(service.spec.directory / "live.lance").dataset.to_table(
         columns=["note_id", "deleted", "embedding"], filter="deleted = false"
     )
     ids = np.array(table["note_id"].to_pylist())

@@ -142,7 +142,7 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)
-        service = Service(make_world(base / "world").plan("serving"), base)
+        service = Service(make_world(base / "world").spec("serving"), base)
         try:
             status = fuzz(str(service.http.base_url), service.process.pid, options)
         finally:

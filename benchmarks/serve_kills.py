@@ -115,16 +115,16 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)
-        plan = make_world(base / "world").plan(
+        spec = make_world(base / "world").spec(
             "serving",
             gateway=SMALL.model_copy(update={"replicas": 2}),
             preferences=SMALL,
             ranker=SMALL,
-            plan_preference_engine=engines.make_preferences,
-            plan_ranker_engine=engines.make_ranker,
+            spec_preference_engine=engines.make_preferences,
+            spec_ranker_engine=engines.make_ranker,
         )
-        service = Service(plan, base)
-        load = Load(f"http://127.0.0.1:{plan.serve.port}")
+        service = Service(spec, base)
+        load = Load(f"http://127.0.0.1:{spec.serve.port}")
         killed: collections.Counter[str] = collections.Counter()
         recoveries: dict[str, list[float]] = collections.defaultdict(list)
         order = itertools.cycle(("Gateway", "Writer", "Users", "Encoder", "Ranker", "Preferences"))
@@ -144,7 +144,7 @@ def main() -> None:
                             one.kill()
                     service.process.wait()
                     begun = time.monotonic()
-                    service = Service(plan, base)
+                    service = Service(spec, base)
                     killed["cluster"] += 1
                     recoveries["cluster"].append(time.monotonic() - begun)
                 done = len(load.upserted), len(load.acknowledged)
@@ -213,7 +213,7 @@ def count_events(load: Load, service: Any) -> dict[str, int]:
 
     It must be called before events are sent again, which would put lost ones back.
     """
-    database = f"file:{service.plan.directory / 'users.sqlite'}?mode=ro"
+    database = f"file:{service.spec.directory / 'users.sqlite'}?mode=ro"
     with contextlib.closing(sqlite3.connect(database, uri=True)) as rows:
         kept = [row[0] for row in rows.execute("SELECT event_id FROM events WHERE event_id LIKE 'event-%'")]
         liked = rows.execute("SELECT count(*) FROM sequence WHERE user_id LIKE 'user%'").fetchone()[0]

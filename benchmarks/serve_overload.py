@@ -131,8 +131,8 @@ def main() -> None:
 
     with tempfile.TemporaryDirectory() as name:
         base = Path(name)
-        plan = make_world(base / "world").plan("serving")
-        service, port = Service(plan, base), plan.serve.port
+        spec = make_world(base / "world").spec("serving")
+        service, port = Service(spec, base), spec.serve.port
         try:
             uvloop.run(capacity(port, 3))
             windows = [uvloop.run(capacity(port, 10))]

@@ -1,4 +1,4 @@
-"""Nearest notes by cosine: a FAISS index with its note ids, exclusions and its measured recall.
+"""Nearest notes by cosine: a FAISS index with note ids, exclusions and measured recall.
 
 Used as::
 
@@ -38,9 +38,9 @@ class AnnIndex:
 
     Attributes:
         ids: (N,) object array of note ids, in the order of the rows of FAISS.
-        info: what was built and what it measured (JSON values): kind, notes, dim, num_lists, num_probes, build_seconds,
+        info: facts and measurements of the build (JSON values): kind, notes, dim, num_lists, num_probes, build_seconds,
             recall_at_10, recall_at_100, exact_queries_per_second, index_queries_per_second, ...
-        model_fingerprint: of the model whose vectors these are; empty if it was not said.
+        model_fingerprint: of the model whose vectors these are; empty if unknown.
     """
 
     def __init__(
@@ -61,12 +61,12 @@ class AnnIndex:
         *,
         model_fingerprint: str = "",
     ) -> AnnIndex:
-        """Train, fill and measure an index; logs its recall@10 and @100 against exact search and queries per second.
+        """Train, fill and measure an index; logs queries per second, and recall@10 and @100 against exact search.
 
         Args:
             ids: (N,) note ids, all different.
             vectors: (N, D) float32, unit length.
-            settings: which index; ``num_probes=0`` is raised here until ``recall_target`` is met.
+            settings: which index; with ``num_probes=0`` the number is chosen here so that ``recall_target`` is met.
             seed: of the clustering and of the sample of query notes.
 
         Raises:
@@ -99,13 +99,13 @@ class AnnIndex:
         Args:
             queries: (Q, D) float32, unit length.
             k: notes wanted per query.
-            exclude_ids: note ids never to return: one list for all queries, or Q lists, one per query. Ids that the
-                index does not have are fine.
+            exclude_ids: note ids never to return: one list for all queries, or Q lists, one per query. Unknown ids
+                are ignored.
 
         Returns:
             ids: (Q, min(k, N)) object array, nearest first.
-            scores: (Q, min(k, N)) float32 cosines. Where exclusions leave fewer notes than that, a row ends in ``""``
-            with the score ``-inf``; it never does while enough notes remain.
+            scores: (Q, min(k, N)) float32 cosines. If exclusions leave fewer notes than that, a row is filled up with
+            ``""`` and the score ``-inf``; otherwise it never is.
 
         Raises:
             DataError: queries of another length or not of unit length, or everything is excluded.
@@ -129,18 +129,18 @@ class AnnIndex:
     def search_rows(
         self, queries: np.ndarray, k: int, selector: Any = None, *, complete: bool = False, wider: float = 1.0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Rows instead of ids, on the CPU, unchecked: for :class:`~notellm2_ray.live.index.LiveIndex`.
+        """Search on the CPU for rows instead of ids, without checks; for :class:`~notellm2_ray.live.index.LiveIndex`.
 
         Args:
             queries: (Q, D) float32, contiguous.
             k: rows wanted.
             selector: FAISS selector of the rows that may be returned.
-            complete: look at every vector, however approximate the kind.
-            wider: so many times the usual cells of an IVF are searched.
+            complete: compare with every vector, even if the index is approximate.
+            wider: multiplies the number of IVF cells searched.
 
         Returns:
             rows: (Q, k) int64, best first, -1 where the search found no more.
-            scores: (Q, k) float32 cosines (of an IVF-PQ: approximate).
+            scores: (Q, k) float32 cosines (approximate for an IVF-PQ).
         """
         info = self.info
         if wider > 1 and info["num_lists"]:
@@ -168,8 +168,8 @@ class AnnIndex:
         """Read what :meth:`save` wrote.
 
         Raises:
-            OutputError: a file is missing, damaged, or does not belong to the others.
-            ConfigError: it was built for a GPU and FAISS has none here.
+            OutputError: a file is missing or damaged, or does not match the others.
+            ConfigError: the index was built for a GPU, and FAISS sees none here.
         """
         directory = Path(directory)
         for name in ("index.json", "ids.parquet", "index.faiss"):
@@ -189,17 +189,17 @@ class AnnIndex:
     def recall_against_exact(self, vectors: np.ndarray, seed: int = 42) -> dict[str, float]:
         """Measure recall@10, recall@100 and queries per second on a sample of the index's own notes.
 
-        A note's own vector does not count as found. A result that scores as high as the last exact one counts (copies
-        of a vector are interchangeable).
+        A note does not count as its own neighbour. A result that scores as high as the last exact one counts as found,
+        because copies of a vector are interchangeable.
 
         Args:
             vectors: (N, D) float32, the indexed vectors in the order of :attr:`ids`.
             seed: of the sample of ``settings.recall_queries`` notes.
 
         Returns:
-            The measured part of :attr:`info`, which is updated too; also logged.
+            The measured part of :attr:`info`, which is updated as well.
         """
-        sample = faiss_kinds.Sample.draw(vectors, self.settings.recall_queries, seed)
+        sample = faiss_kinds.RecallSample.draw(vectors, self.settings.recall_queries, seed)
         measured = sample.measure(vectors, lambda queries, k: self._search_all(queries, k, np.empty(0, np.int64))[0])
         self.info.update(measured)
         log.info(
@@ -217,20 +217,20 @@ class AnnIndex:
     def _rows(self, note_ids: Sequence[str]) -> np.ndarray:
         if not len(note_ids):
             return np.empty(0, dtype=np.int64)
-        if self._row_of is None:  # built on first need: most searches exclude nothing
+        if self._row_of is None:  # built when first needed: most searches exclude nothing
             self._row_of = {note_id: row for row, note_id in enumerate(self.ids)}
         rows = {self._row_of[note_id] for note_id in note_ids if note_id in self._row_of}
         return np.fromiter(rows, dtype=np.int64, count=len(rows))
 
     def _search_all(self, queries: np.ndarray, k: int, excluded: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """(Q, k) rows and scores with one exclusion for all; -1 only where nothing is left."""
+        """(Q, k) rows and scores with the same exclusions for all queries; -1 only if no more notes are left."""
         remaining = len(self) - len(excluded)
         if remaining <= 0:
             raise DataError(f"all {len(self)} notes of the index are excluded: the pool is empty")
         if self._gpu is not None and not len(excluded) and k <= GPU_MAX_K:
             scores, rows = self._gpu.search(queries, k)
         else:
-            # A tight filter starves an approximate search: most of what it visits is excluded.
+            # If most notes are excluded, an approximate search visits too few of the others.
             scores, rows = self._on_cpu(queries, k, excluded, complete=remaining < len(excluded))
         short = np.flatnonzero((rows >= 0).sum(axis=1) < min(k, remaining))
         if len(short):
@@ -244,7 +244,7 @@ class AnnIndex:
         return index.search(queries, k, params=parameters)
 
     def _search_each(self, queries: np.ndarray, k: int, excluded: list[np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """Every query with its own exclusions: ask for so many more and drop them."""
+        """Every query with its own exclusions: search for as many more results, then drop the excluded ones."""
         if len(excluded) != len(queries):
             raise DataError(f"{len(excluded)} lists of excluded ids for {len(queries)} queries: give one per query")
         wider = min(k + max(map(len, excluded)), len(self))

@@ -1,4 +1,4 @@
-"""What FAISS is asked for, kind by kind: making, tuning, search parameters, measuring."""
+"""FAISS indexes of every kind: building, tuning, search parameters, measuring."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from notellm2_ray.core.settings.retrieval import IndexSettings
 log = logging.getLogger(__name__)
 
 AUTO_EXACT_NOTES = 50_000
-POINTS_PER_LIST = 39  # FAISS's own floor for a usable k-means cell
-_TUNED_AT = 112  # neighbours that probes are tuned to find
+POINTS_PER_LIST = 39  # FAISS warns when a k-means cell has fewer training points
+_TUNED_AT = 112  # the number of probes is tuned to find so many neighbours; see _tune_probes
 PQ_CENTROIDS = 256  # one byte per sub-vector
-TIE = 1e-6  # cosines nearer than that are float32 rounding apart
+TIE = 1e-6  # a smaller difference between two cosines is float32 rounding
 
 
 def make(vectors: np.ndarray, settings: IndexSettings, seed: int) -> tuple[Any, dict[str, Any]]:
@@ -57,7 +57,7 @@ def parameters(
         info: its facts (``kind``, ``num_probes``, ...).
         k: neighbours wanted.
         excluded: (E,) int64 rows that must not be returned.
-        complete: look at every vector: all cells of an IVF, the flat storage under an HNSW graph.
+        complete: compare with every vector: all cells of an IVF, the flat storage under an HNSW graph.
         selector: a FAISS selector of the rows that may be returned, instead of ``excluded``.
     """
     faiss = _faiss()
@@ -101,22 +101,22 @@ def write(index: Any, path: Path) -> None:
 
 
 def read(path: Path) -> Any:
-    """Read an index; RuntimeError where the file is missing or no FAISS index."""
+    """Read an index; RuntimeError if the file is missing or is not a FAISS index."""
     faiss = _faiss()
     return faiss.read_index(str(path))
 
 
-class Sample(NamedTuple):
-    """Some of the indexed notes, and their exact neighbours without themselves."""
+class RecallSample(NamedTuple):
+    """A sample of the indexed notes with the cosines of their exact neighbours, for measuring recall."""
 
     rows: np.ndarray  # (Q,) int64
     queries: np.ndarray  # (Q, D)
-    exact: np.ndarray  # (Q, K) float32 cosines, falling; of all the others where there are fewer than K
+    exact: np.ndarray  # (Q, K) float32 cosines, descending, without the note itself; narrower with fewer than K others
     exact_seconds: float
 
     @classmethod
-    def draw(cls, vectors: np.ndarray, count: int, seed: int, k: int = 100) -> Sample:
-        """``count`` notes at random (all, where there are fewer) and their ``k`` best cosines by exact search."""
+    def draw(cls, vectors: np.ndarray, count: int, seed: int, k: int = 100) -> RecallSample:
+        """``count`` random notes (or all, if there are fewer) and their ``k`` best cosines by exact search."""
         faiss = _faiss()
         rng = np.random.default_rng(stream_seed(seed, "index recall"))
         rows = np.sort(rng.choice(len(vectors), size=min(count, len(vectors)), replace=False))
@@ -125,18 +125,18 @@ class Sample(NamedTuple):
         scores, found = faiss.knn(queries, vectors, min(k + 1, len(vectors)), metric=faiss.METRIC_INNER_PRODUCT)
         seconds = time.perf_counter() - started
         own = found == rows[:, None]
-        own[~own.any(axis=1), -1] = True  # a hundred copies of the note came before it: drop one of them
+        own[~own.any(axis=1), -1] = True  # copies of the note were returned in its place: drop one of them
         return cls(rows, queries, scores[~own].reshape(len(rows), -1), seconds)
 
     def recalls(self, vectors: np.ndarray, found: np.ndarray, k: int) -> np.ndarray:
-        """(Q,) shares of the ``k`` best that ``found`` (Q, K + 1) rows reach, each query's own row left out.
+        """(Q,) recall@k of ``found`` (Q, K + 1) rows, each query's own row left out.
 
-        Results are judged by their true cosine, so that copies of a vector are interchangeable.
+        A result counts by its true cosine, so that copies of a vector are interchangeable.
         """
         k = min(k, self.exact.shape[1])
         if not k:
             return np.ones(len(self.rows))
-        # own row last, then the first k of the others in the index's order
+        # Move the query's own row to the end, then take the first k of the others, in the order of the search.
         order = np.argsort((found == self.rows[:, None]) | (found < 0), axis=1, kind="stable")[:, :k]
         kept = np.take_along_axis(found, order, 1)
         scores = np.einsum("qd,qkd->qk", self.queries, vectors[kept])
@@ -158,15 +158,14 @@ class Sample(NamedTuple):
 
 
 def _tune_probes(index: Any, vectors: np.ndarray, num_lists: int, settings: IndexSettings, seed: int) -> int:
-    """The fewest cells whose recall@100 reaches the target on sampled notes, by what the sample can tell.
+    """The smallest number of cells whose recall reaches the target, measured on a sample of notes.
 
-    Required is the target of the sample's mean less one standard error: of two settings around the target a plain mean
-    would take the cheaper one about every second time although the notes not sampled are found worse. And it is
-    required of the 112 best: a live index lets a tenth of its notes die before it is built anew, and the hundred best
-    of the living are then among the 112 best of all.
+    The sample's mean less one standard error must reach the target: the plain mean would be above it by chance about
+    every second time. Recall is measured at 112, not 100: a live index is rebuilt only after a tenth of its notes were
+    deleted, and then the 100 best of the remaining notes are among the 112 best of all.
     """
     faiss = _faiss()
-    sample = Sample.draw(vectors, settings.recall_queries, seed, _TUNED_AT)
+    sample = RecallSample.draw(vectors, settings.recall_queries, seed, _TUNED_AT)
     k = min(_TUNED_AT + 1, len(vectors))
 
     def recall(probes: int) -> float:
@@ -174,13 +173,13 @@ def _tune_probes(index: Any, vectors: np.ndarray, num_lists: int, settings: Inde
         found = sample.recalls(vectors, index.search(sample.queries, k, params=parameters)[1], _TUNED_AT)
         return float(found.mean() - found.std() / len(found) ** 0.5)
 
-    # Compressed vectors have a ceiling of their own that more cells do not lift.
+    # With compressed vectors recall has a ceiling that more cells do not raise.
     best = recall(num_lists)
     target = min(settings.recall_target, best * 0.99) if best < settings.recall_target else settings.recall_target
     if best < settings.recall_target:
         log.warning(
-            "index.recall_target %.3f is out of reach: with all %d cells recall@100 is %.4f "
-            "(more index.pq_bytes raises it); aiming at %.4f",
+            "index.recall_target %.3f cannot be reached: with all %d cells recall is %.4f "
+            "(a larger index.pq_bytes raises it); aiming at %.4f",
             settings.recall_target,
             num_lists,
             best,
@@ -213,7 +212,7 @@ def _factory(kind: str, num_lists: int, count: int, dim: int, settings: IndexSet
         raise ConfigError(
             f"index.kind=ivf_pq needs at least {PQ_CENTROIDS} notes, there are {count}: use index.kind=exact"
         )
-    # "np": no polysemous training, which takes most of the time and serves a Hamming search that is never asked for
+    # "np": no polysemous training. It takes most of the time, and only a Hamming search, not used here, needs it.
     return {
         "exact": "Flat",
         "ivf": f"IVF{num_lists},Flat",
@@ -232,7 +231,7 @@ def _seed(index: Any, kind: str, seed: int) -> None:
 
 
 def _faiss() -> Any:
-    import faiss  # its type stubs know half of it
+    import faiss  # returned as Any: its type stubs are incomplete
 
     return faiss
 

@@ -22,7 +22,7 @@ from notellm2_ray.index.vectors import check_unit, name_some
 
 MODEL_KEY = b"notellm2.model_fingerprint"
 DIM_KEY = b"notellm2.embedding_dim"
-OLD_VERSIONS_KEPT = timedelta(days=1)  # who has the version before open can go on reading it that long
+OLD_VERSIONS_KEPT = timedelta(days=1)  # a process that has an older version open can go on reading it that long
 
 
 class TableInfo(NamedTuple):
@@ -41,11 +41,16 @@ def embedding_schema(dim: int, columns: Iterable[str] = ("embedding",), *, model
     return pa.schema(fields, metadata={MODEL_KEY: model_fingerprint.encode(), DIM_KEY: str(dim).encode()})
 
 
+def embedding_columns(schema: pa.Schema) -> tuple[str, ...]:
+    """The vector columns of a table, in its order."""
+    return tuple(name for name in schema.names if name.startswith("embedding"))
+
+
 def write_table(path: str | Path, batches: Iterable[pa.RecordBatch], *, model_fingerprint: str) -> int:
     """Write (or replace as a whole) an embedding table from a stream of batches.
 
-    Batch by batch, so memory holds one batch and the set of ids. The new version becomes visible at the end, all of it
-    or nothing; readers of the old one are not disturbed.
+    Memory holds one batch and the set of ids. The new version becomes visible at the end, as a whole or not at all;
+    readers of the old one are not disturbed.
 
     Args:
         path: directory or object-store URI of the table.
@@ -65,7 +70,7 @@ def write_table(path: str | Path, batches: Iterable[pa.RecordBatch], *, model_fi
     stream = iter(batches)
     first = next(stream, None)
     if first is None:
-        raise DataError(f"{path}: no embeddings to write (every note was left out or quarantined)")
+        raise DataError(f"{path}: there are no embeddings to write (every note was left out or quarantined)")
     schema = _schema_of(first.schema, str(path), model_fingerprint)
     checked = _Checked(chain([first], stream), schema, str(path))
     exists = _holds_table(path)
@@ -75,7 +80,7 @@ def write_table(path: str | Path, batches: Iterable[pa.RecordBatch], *, model_fi
     except OSError as error:
         if not exists:
             shutil.rmtree(path, ignore_errors=True)
-        # Lance hands back an error of the stream as text: the stream itself knows the original.
+        # Lance reports an error of the stream as text only; the stream has kept the original.
         if checked.failure is not None:
             raise checked.failure from None
         if "No space left" in str(error):
@@ -95,7 +100,7 @@ def table_info(path: str | Path) -> TableInfo:
 
 
 def read_vectors(path: str | Path, column: str = "embedding") -> tuple[np.ndarray, np.ndarray]:
-    """All of an embedding table, in the order in which it was written.
+    """All vectors of an embedding table, in the order in which they were written.
 
     Returns:
         ids: (N,) object array of str.
@@ -108,7 +113,7 @@ def read_vectors(path: str | Path, column: str = "embedding") -> tuple[np.ndarra
     info = _info(table, path)
     if column not in info.columns:
         raise DataError(
-            f"{path} has no column {column!r}, only {', '.join(info.columns)}: embed with those inputs first"
+            f"{path} has no column {column!r}, only {', '.join(info.columns)}: run embed-notes with those inputs first"
         )
     ids = np.empty(info.rows, dtype=object)
     vectors = np.empty((info.rows, info.embedding_dim), dtype=np.float32)
@@ -122,7 +127,7 @@ def read_vectors(path: str | Path, column: str = "embedding") -> tuple[np.ndarra
 
 
 class _Checked(Iterator[pa.RecordBatch]):
-    """The batches, cast to ``schema`` and checked; keeps the error that ended it."""
+    """The batches, checked and given ``schema``; keeps the error that ended the stream."""
 
     def __init__(self, batches: Iterator[pa.RecordBatch], schema: pa.Schema, where: str):
         self.batches, self.schema, self.where = batches, schema, where
@@ -144,14 +149,14 @@ class _Checked(Iterator[pa.RecordBatch]):
 
     def _check(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         if [(field.name, field.type) for field in batch.schema] != [(field.name, field.type) for field in self.schema]:
-            raise DataError(f"{self.where}: a batch with columns {batch.schema} follows ones with {self.schema}")
+            raise DataError(f"{self.where}: a batch has the columns {batch.schema}, those before it {self.schema}")
         ids = batch.column("note_id").to_pylist()
         repeated = [note_id for note_id in ids if note_id in self.seen]
         fresh = set(ids)
         if repeated or len(fresh) != len(ids):
             repeated += [note_id for note_id in fresh if ids.count(note_id) > 1]
             raise DataError(
-                f"{self.where}: note {name_some(repeated)} comes more than once; note_id must be unique in the source"
+                f"{self.where}: note {name_some(repeated)} appears more than once; note_id must be unique in the source"
             )
         for name in self.schema.names[1:]:
             if batch.column(name).null_count:
@@ -173,9 +178,8 @@ def _matrix(column: pa.FixedSizeListArray) -> np.ndarray:
 
 
 def _schema_of(schema: pa.Schema, where: str, model_fingerprint: str) -> pa.Schema:
-    names = [name for name in schema.names if name.startswith("embedding")]
-    wanted = ["note_id", *names]
-    if not names or schema.names != wanted:
+    names = embedding_columns(schema)
+    if not names or schema.names != ["note_id", *names]:
         raise DataError(
             f"{where}: columns note_id, embedding, ... are needed, in this order; got {', '.join(schema.names)}"
         )
@@ -193,7 +197,7 @@ def _info(table: Any, path: str | Path) -> TableInfo:
             f"{path} is a Lance table of another kind (columns {', '.join(table.schema.names)}): "
             "it was not written by embed-notes"
         )
-    columns = tuple(name for name in table.schema.names if name.startswith("embedding"))
+    columns = embedding_columns(table.schema)
     return TableInfo(metadata[MODEL_KEY].decode(), int(metadata[DIM_KEY]), columns, table.count_rows())
 
 
@@ -209,10 +213,10 @@ def _open(path: str | Path) -> Any:
 
 
 def _holds_table(path: str | Path) -> bool:
-    """Whether a table is there to be replaced.
+    """Whether there is a table to replace.
 
     Raises:
-        OutputError: something else is there.
+        OutputError: something else lies there.
     """
     import lance
 
@@ -226,4 +230,4 @@ def _holds_table(path: str | Path) -> bool:
     return True
 
 
-_LANCE_ENTRIES = {"data", "_versions", "_transactions", "_indices", "_deletions"}  # a first write that was killed
+_LANCE_ENTRIES = {"data", "_versions", "_transactions", "_indices", "_deletions"}  # left by a killed first write

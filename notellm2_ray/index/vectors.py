@@ -1,4 +1,4 @@
-"""Checks that every matrix of note vectors passes before it is stored or searched."""
+"""Checks on every matrix of note vectors before it is stored or searched."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ import numpy as np
 
 from notellm2_ray.core.errors import DataError
 
-UNIT_TOLERANCE = 1e-3  # float32 normalisation is off by 1e-7; a bfloat16 or unnormalised vector by 4e-3 and more
+UNIT_TOLERANCE = 1e-3  # float32 normalisation errs by 1e-7, bfloat16 by 4e-3
 SHOWN = 5
 
 
 def name_some(ids: Sequence[str] | np.ndarray) -> str:
-    """At most :data:`SHOWN` of ``ids`` for an error message, with the number of the others."""
+    """At most :data:`SHOWN` of ``ids`` for an error message, and how many more there are."""
     shown = ", ".join(repr(str(note_id)) for note_id in ids[:SHOWN])
     return shown + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
 
@@ -36,18 +36,18 @@ def check_unit(vectors: np.ndarray, ids: Sequence[str] | np.ndarray, where: str)
         bad = [ids[row] for row in np.flatnonzero(~finite)]
         raise DataError(
             f"{where}: NaN or infinite values in the vector of note {name_some(bad)}; "
-            "the embedder is broken for them (look at its training loss) and they must be embedded again"
+            "the embedder is broken for these notes (look at its training loss); they must be embedded again"
         )
     wrong = np.flatnonzero(np.abs(lengths - 1) > UNIT_TOLERANCE)
     if len(wrong):
         raise DataError(
             f"{where}: the vector of note {name_some([ids[row] for row in wrong])} is not of unit length "
-            f"(the first is {lengths[wrong[0]]:.4g} long); divide each vector by its length"
+            f"(the first has length {lengths[wrong[0]]:.4g}); divide each vector by its length"
         )
 
 
 def check_ids(ids: Sequence[str] | np.ndarray, vectors: np.ndarray, where: str) -> None:
-    """Refuse ids that are not one per row of ``vectors`` or not distinct.
+    """Refuse ids that are not distinct, or not exactly one per row of ``vectors``.
 
     Raises:
         DataError: names the repeated notes.
@@ -58,4 +58,4 @@ def check_ids(ids: Sequence[str] | np.ndarray, vectors: np.ndarray, where: str) 
         )
     if len(set(ids)) != len(ids):
         repeated = [note_id for note_id, count in Counter(ids).items() if count > 1]
-        raise DataError(f"{where}: note {name_some(repeated)} is there more than once; keep one vector per note")
+        raise DataError(f"{where}: note {name_some(repeated)} appears more than once; keep one vector per note")

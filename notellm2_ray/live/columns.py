@@ -1,4 +1,4 @@
-"""The columns under a live index: they only ever grow, so whoever looks at the first N rows needs no lock."""
+"""The columns of a live index. They only ever grow, so that readers of the first N rows need no lock."""
 
 from __future__ import annotations
 
@@ -14,27 +14,27 @@ NO_TIME = np.iinfo(np.int64).min  # a note whose creation time is not known
 _SPARE = 1024
 
 
-class Batch(NamedTuple):
-    """Changes in order of arrival: notes written, or deleted where ``deleted`` says so.
+class NoteBatch(NamedTuple):
+    """Changes in order of arrival: each row writes a note, or deletes it if ``deleted`` says so.
 
-    Of two changes of one note in a batch the later counts.
+    If a batch changes a note twice, the later change counts.
     """
 
     ids: Sequence[str]  # (N,)
-    vectors: np.ndarray  # (N, D) float32, unit length; rows of deleted notes are not looked at
-    deleted: np.ndarray | None = None  # (N,) bool; None: none is
+    vectors: np.ndarray  # (N, D) float32, unit length; rows of deleted notes are ignored
+    deleted: np.ndarray | None = None  # (N,) bool; None: no row deletes
     topics: Sequence[Sequence[str]] | None = None  # (N,)
-    created_at: np.ndarray | None = None  # (N,) int64, microseconds since 1970, NO_TIME where unknown
-    others: Mapping[str, np.ndarray] = {}  # further vector columns, (N, D) float32; NaN where a note has none
+    created_at: np.ndarray | None = None  # (N,) int64, microseconds since 1970, NO_TIME if unknown
+    others: Mapping[str, np.ndarray] = {}  # further vector columns, (N, D) float32; NaN if a note has none
 
     def last_of_each(self) -> np.ndarray:
-        """Rows that count, in order: the last one of each note."""
+        """The last row of each note, ascending: the rows that count."""
         last = {note_id: row for row, note_id in enumerate(self.ids)}
         return np.fromiter(sorted(last.values()), dtype=np.int64, count=len(last))
 
-    def take(self, rows: np.ndarray) -> Batch:
+    def take(self, rows: np.ndarray) -> NoteBatch:
         """Some of the rows."""
-        return Batch(
+        return NoteBatch(
             [self.ids[row] for row in rows.tolist()],
             self.vectors[rows],
             None if self.deleted is None else self.deleted[rows],
@@ -44,19 +44,19 @@ class Batch(NamedTuple):
         )
 
 
-class Rows:
+class NoteColumns:
     """Append-only columns of notes.
 
-    One thread appends; others may read the arrays up to a count that they were given afterwards. A column that is full
-    is copied into a larger one, so arrays taken before stay as they are.
+    One thread appends; others may read the arrays up to a count that they were given afterwards. A full column is
+    copied into a larger one, so that arrays handed out before do not change.
 
     Attributes:
         count: rows in use.
         ids: (capacity,) object array of str.
         vectors: (capacity, D) float32.
-        created_at: (capacity,) int64 microseconds, :data:`NO_TIME` where unknown.
-        others: further vector columns, (capacity, D) float32, NaN where a note has none.
-        topics: topic to the rows that carry it, rising.
+        created_at: (capacity,) int64 microseconds, :data:`NO_TIME` if unknown.
+        others: further vector columns, (capacity, D) float32, NaN if a note has none.
+        topics: the rows of each topic, ascending.
         topics_of: the topics of each row, as given.
     """
 
@@ -71,14 +71,14 @@ class Rows:
         self.topics_of: list[Sequence[str]] = []
 
     @classmethod
-    def holding(cls, batch: Batch, dim: int, others: Sequence[str]) -> Rows:
-        """Columns filled with a batch, with room for some more."""
+    def holding(cls, batch: NoteBatch, dim: int, others: Sequence[str]) -> NoteColumns:
+        """Columns filled with a batch, with some spare capacity."""
         rows = cls(dim, others, len(batch.ids) + len(batch.ids) // 8 + _SPARE)
         rows.append(batch)
         return rows
 
-    def append(self, batch: Batch) -> slice:
-        """Add all rows of a batch (none of them deleted) at the end; where they lie."""
+    def append(self, batch: NoteBatch) -> slice:
+        """Add a batch (without deletions) at the end; the slice that it fills."""
         where = slice(self.count, self.count + len(batch.ids))
         if where.stop > len(self.ids):
             self._grow(where.stop)
@@ -95,9 +95,9 @@ class Rows:
         self.count = where.stop
         return where
 
-    def read(self, rows: np.ndarray) -> Batch:
+    def read(self, rows: np.ndarray) -> NoteBatch:
         """Some rows as a batch."""
-        return Batch(
+        return NoteBatch(
             self.ids[rows].tolist(),
             self.vectors[rows],
             None,
@@ -118,17 +118,17 @@ class Rows:
         self.others = {name: larger(matrix) for name, matrix in self.others.items()}
 
 
-def check_batch(batch: Batch, dim: int, where: str) -> None:
-    """Refuse a batch whose columns do not fit together, or with a vector that is not of unit length or ``dim``.
+def check_batch(batch: NoteBatch, dim: int, where: str) -> None:
+    """Refuse a batch whose columns differ in length, or a vector without unit length or with other than ``dim`` values.
 
     Raises:
         DataError: names the notes.
     """
     vectors = batch.vectors
     if vectors.ndim != 2 or len(vectors) != len(batch.ids) or vectors.shape[1] != dim:
-        raise DataError(f"{where}: vectors of shape {vectors.shape} for {len(batch.ids)} notes of {dim} dimensions")
+        raise DataError(f"{where}: vectors have the shape {vectors.shape}, ({len(batch.ids)}, {dim}) is needed")
     for name, matrix in batch.others.items():
         if matrix.shape != vectors.shape:
-            raise DataError(f"{where}: {name} has the shape {matrix.shape}, the vectors have {vectors.shape}")
+            raise DataError(f"{where}: {name} has the shape {matrix.shape}, but the vectors have {vectors.shape}")
     kept = np.arange(len(batch.ids)) if batch.deleted is None else np.flatnonzero(~batch.deleted)
     check_unit(vectors[kept], [batch.ids[row] for row in kept.tolist()], where)

@@ -1,7 +1,7 @@
-"""Which table is served, by which model, and which is to take its place: small files of the serving directory.
+"""Which table and model are served, and which are to be served next: small files of the serving directory.
 
-A table belongs to the model whose vectors it holds, so one file, CURRENT, names both, and replacing it is the one step
-in which a service goes over to a new model. NEXT, of the same form, names the table that is to be served next.
+A table belongs to the model whose vectors it holds. One file, CURRENT, therefore names both, and replacing that file
+switches the service to a new model in one step. NEXT has the same form and names the table that is to be served next.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Served(NamedTuple):
     """A table and its model."""
 
     table: Path
-    model: Path | None  # directory of the embedder; None: the one that the service was started with
-    source: str = ""  # NEXT: name of the table that it was filled from ...
-    holds: int = 0  # ... and the commit group of that table up to which it has everything
+    model: Path | None  # directory of the embedder; None: the model that the service was started with
+    source: str = ""  # in NEXT: name of the table that this one was filled from
+    source_seq: int = 0  # in NEXT: the last commit group of ``source`` that this table contains
 
 
 def current(directory: str | Path) -> Served:
-    """What is served: what CURRENT says; ``live.lance`` where there is no such file.
+    """What CURRENT names; ``live.lance`` if there is no such file.
 
     Raises:
         DataError: CURRENT is damaged.
@@ -46,7 +46,7 @@ def current_table(directory: str | Path) -> Path:
 
 
 def upcoming(directory: str | Path) -> Served | None:
-    """What is to be served next: what NEXT says; None where there is no such file.
+    """What NEXT names; None if there is no such file.
 
     Raises:
         DataError: NEXT is damaged.
@@ -55,32 +55,33 @@ def upcoming(directory: str | Path) -> Served | None:
 
 
 def set_current(directory: str | Path, table: str | Path, model: str | Path | None = None) -> None:
-    """Make a table of the directory the one that is served, in one step that survives a loss of power.
+    """Serve a table of the directory from now on; one step, which survives a power failure.
 
     Args:
         directory: serving directory.
         table: name of a table in it.
-        model: name of a directory below its ``models``; None: the model that the service is started with.
+        model: name of a directory below its ``models``; None: the model that the service was started with.
 
     Raises:
-        DataError: one of them is not there.
+        DataError: the table or the model is not there.
     """
     _write(Path(directory), CURRENT, table, model, {})
 
 
-def set_upcoming(directory: str | Path, table: str | Path, model: str | Path, source: str, holds: int) -> None:
-    """Have the service take over a table and its model as soon as the table is up to date; as :func:`set_current`.
+def set_upcoming(directory: str | Path, table: str | Path, model: str | Path, source: str, source_seq: int) -> None:
+    """Have the service switch to a table and its model as soon as the table is up to date.
 
     Args:
-        source: name of the table that it was filled from.
-        holds: commit group of that table up to which it has everything.
+        directory, table, model: as of :func:`set_current`.
+        source: name of the table that this one was filled from.
+        source_seq: the last commit group of ``source`` that it contains.
     """
-    tell(directory, None)
-    _write(Path(directory), NEXT, table, model, {"source": source, "holds": holds})
+    set_waiting_reason(directory, None)
+    _write(Path(directory), NEXT, table, model, {"source": source, "holds": source_seq})
 
 
 def keep_model(directory: str | Path, model: Path, fingerprint: str) -> Path:
-    """A copy of a model in the serving directory, which lasts whatever becomes of ``model``; where it lies."""
+    """Copy a model into the serving directory, so that ``model`` may change or be removed; the copy's path."""
     kept = Path(directory) / MODELS / fingerprint
     if not kept.is_dir():
         unfinished = kept.with_name(f".{fingerprint}")
@@ -95,12 +96,12 @@ def keep_model(directory: str | Path, model: Path, fingerprint: str) -> Path:
 def forget_upcoming(directory: str | Path) -> None:
     """Remove NEXT: nothing is to be served next."""
     (Path(directory) / NEXT).unlink(missing_ok=True)
-    tell(directory, None)
+    set_waiting_reason(directory, None)
     sync([Path(directory)])
 
 
-def tell(directory: str | Path, reason: str | None) -> None:
-    """Leave word why what NEXT names is not served yet, for who waits for it; None: there is no reason."""
+def set_waiting_reason(directory: str | Path, reason: str | None) -> None:
+    """Record why the table that NEXT names is not served yet, for the process that waits for it; None: no reason."""
     path = Path(directory) / WAITS
     if reason is None:
         path.unlink(missing_ok=True)
@@ -108,8 +109,8 @@ def tell(directory: str | Path, reason: str | None) -> None:
         write_atomically(path, reason)
 
 
-def told(directory: str | Path) -> str:
-    """What :func:`tell` left; "" for nothing."""
+def waiting_reason(directory: str | Path) -> str:
+    """What :func:`set_waiting_reason` recorded; "" for no reason."""
     try:
         return (Path(directory) / WAITS).read_text(encoding="utf-8")
     except FileNotFoundError:
@@ -121,24 +122,28 @@ def _read(directory: Path, name: str) -> Served | None:
     try:
         said = json.loads(path.read_text(encoding="utf-8"))
         table, model = said["table"], said.get("model")
-        source, holds = str(said.get("source", "")), int(said.get("holds", 0))
+        source, source_seq = str(said.get("source", "")), int(said.get("holds", 0))
         plain = all(isinstance(one, str) and Path(one).name == one for one in (table, model) if one is not None)
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise DataError(f'{path} is damaged: it must hold {{"table": "<name of a table beside it>"}}') from error
     if not plain:
-        raise DataError(f"{path} names {table!r} and {model!r}, which are not a table beside it and a model")
-    return Served(directory / table, None if model is None else directory / MODELS / model, source, holds)
+        raise DataError(
+            f"{path} names {table!r} and {model!r}: a table beside it and a model below {MODELS} are needed"
+        )
+    return Served(directory / table, None if model is None else directory / MODELS / model, source, source_seq)
 
 
 def _write(directory: Path, name: str, table: str | Path, model: str | Path | None, more: dict[str, object]) -> None:
     said: dict[str, object] = {"table": Path(table).name}
     if not (directory / Path(table).name / VERSIONS).is_dir():
-        raise DataError(f"{directory / Path(table).name} is not there: fill the new table before it is named")
+        raise DataError(f"{directory / Path(table).name} is not there: fill the table before naming it")
     if model is not None:
         said["model"] = Path(model).name
         if not (directory / MODELS / Path(model).name).is_dir():
-            raise DataError(f"{directory / MODELS / Path(model).name} is not there: its table cannot be served")
+            raise DataError(
+                f"{directory / MODELS / Path(model).name} is not there: the table of a missing model cannot be served"
+            )
     write_atomically(directory / name, json.dumps(said | more))
     sync([directory])

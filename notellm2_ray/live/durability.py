@@ -1,9 +1,9 @@
-"""What Lance leaves undone on a local disk: fsync, one writer at a time, and a sound table after a loss of power.
+"""What Lance does not do on a local disk: fsync, one writer at a time, and a readable table after a power failure.
 
-Lance publishes a version by linking its manifest into place, so a killed process leaves the last version whole. It
-syncs nothing, though, so after a loss of power the newest files may be empty. Here new data is synced before its
-manifest is published and the manifest before anybody is told; what a loss of power can then damage is a version that
-nobody was told of, and :func:`set_aside_torn_versions` takes that out of the way.
+Lance publishes a version by linking its manifest into place, so the last version stays whole if a process is killed.
+But Lance syncs nothing, so after a power failure the newest files may be empty. Here new data is synced before its
+manifest is published, and the manifest before the write is acknowledged. A power failure can then damage only versions
+that were not acknowledged; :func:`set_aside_torn_versions` removes those.
 """
 
 from __future__ import annotations
@@ -18,26 +18,26 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from notellm2_ray.core.errors import DataError, OutputError
+from notellm2_ray.core.errors import DataError, ModelError, OutputError
 
 log = logging.getLogger(__name__)
 
 VERSIONS = "_versions"
 _MAGIC = b"LANC"  # ends a manifest and a data file
 _MAX_TORN = 8
-_U64 = 2**64 - 1  # a manifest's name counts down from it
-# What Lance says, in an OSError without a number, of a file that is missing, too short or holds something else.
+_U64 = 2**64 - 1  # manifests are named by this number minus their version
+# Words of Lance's errors (OSErrors without errno) about a file that is missing, too short or has other content.
 _WRONG_BYTES = ("Not found", "orrupt", "nvalid range", "Out of range", "Invalid user input", "LanceError(Arrow)")
 
 
 class WriterLock:
-    """Held by the one process that writes a table; the system releases it when that process ends, however it ends."""
+    """The lock of the one process that writes a table; the operating system releases it when that process ends."""
 
     def __init__(self, table: Path):
         """Take the lock.
 
         Raises:
-            OutputError: another process, named, has it.
+            OutputError: another process has it; the message names that process.
         """
         path = table.with_name(table.name + ".lock")
         self._descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
@@ -47,20 +47,21 @@ class WriterLock:
             holder = os.read(self._descriptor, 200).decode(errors="replace") or "another process"
             os.close(self._descriptor)
             raise OutputError(
-                f"{table} is being written by {holder}: one writer at a time; stop it first, or send it your changes"
+                f"{table} is being written by {holder}, and a table may have one writer only: stop that writer first, "
+                "or send it your changes"
             ) from error
         os.ftruncate(self._descriptor, 0)
         os.write(self._descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode())
 
     def release(self) -> None:
-        """Give the lock up."""
+        """Release the lock."""
         if self._descriptor >= 0:
             os.close(self._descriptor)
         self._descriptor = -1
 
 
 def sync(paths: Iterable[Path]) -> None:
-    """Flush files or directories to the disk; one that a clean-up has removed meanwhile is passed over."""
+    """Flush files or directories to the disk; paths that a clean-up has removed meanwhile are skipped."""
     for path in paths:
         try:
             descriptor = os.open(path, os.O_RDONLY)
@@ -73,7 +74,7 @@ def sync(paths: Iterable[Path]) -> None:
 
 
 def sync_transaction(table: Path, transaction: Any) -> None:
-    """Flush the data and deletion files that a merge has written but not yet published."""
+    """Flush the data and deletion files of a merge that is not published yet."""
     operation = transaction.operation
     files = [table / "data" / file.path for fragment in operation.new_fragments for file in fragment.files]
     deletions = [
@@ -81,7 +82,7 @@ def sync_transaction(table: Path, transaction: Any) -> None:
         for fragment in operation.updated_fragments
         if fragment.deletion_file is not None
     ]
-    # A fragment that lost rows before has its older, synced file under the same attribute: syncing it again is cheap.
+    # A fragment that lost rows in an earlier merge names that merge's file, already synced: syncing it again is cheap.
     folders = [table / "data"] + ([table / "_deletions"] if deletions else [])
     sync([*files, *deletions, *folders])
 
@@ -97,7 +98,7 @@ def listing(table: Path) -> set[Path]:
 
 
 def sync_new(table: Path, before: set[Path]) -> None:
-    """Flush the files that came since a :func:`listing`, and all directories."""
+    """Flush the files that were added since a :func:`listing`, and all directories."""
     sync(sorted(listing(table) - before))
     sync(Path(folder) for folder, _, _ in os.walk(table))
 
@@ -108,10 +109,10 @@ def manifest(table: Path, version: int) -> Path:
 
 
 def manifests(table: Path) -> list[Path]:
-    """The manifests of a table, newest first; none where there is no table.
+    """The manifests of a table, newest first; none if there is no table.
 
     Raises:
-        OSError: the directory cannot be read. (``Path.glob`` would find nothing there, as if there were no table.)
+        OSError: the directory cannot be read. (``Path.glob`` would find no file, as if there were no table.)
     """
     try:
         names = os.listdir(table / VERSIONS)
@@ -121,17 +122,17 @@ def manifests(table: Path) -> list[Path]:
 
 
 def set_aside_torn_versions(table: Path) -> int:
-    """Take versions that a loss of power left damaged out of a table; only its writer may call this.
+    """Remove versions that a power failure damaged from a table; only its writer may call this.
 
-    The newest version is looked at, and the one before it if that one is damaged, and so on to a sound one; only then
-    is anything renamed. Nothing of the damaged ones was acknowledged: that happens after the files are on the disk.
+    Versions are checked from the newest backwards until one is sound; only then the damaged ones are renamed. No write
+    in them was acknowledged: that happens only after the files are on the disk.
 
     Returns:
-        How many were set aside.
+        The number of versions set aside.
 
     Raises:
         DataError: no version of the table is sound.
-        OutputError: the table could not be read, which says nothing of what it holds; nothing was changed.
+        OutputError: the table could not be read, so its content is not known; nothing was changed.
     """
     versions = manifests(table)[: _MAX_TORN + 1]
     torn: list[Path] = []
@@ -140,7 +141,7 @@ def set_aside_torn_versions(table: Path) -> int:
         try:
             reason = _damage(table, path)
         except OSError as error:
-            raise OutputError(f"{table} cannot be read, and was left as it is: {_first_line(error)}") from error
+            raise OutputError(f"{table} cannot be read; nothing in it was changed: {_first_line(error)}") from error
         if reason is None:
             break
         log.warning("%s: version %s is damaged: %s", table, _U64 - int(path.stem), reason)
@@ -149,17 +150,29 @@ def set_aside_torn_versions(table: Path) -> int:
         raise DataError(f"{table} is damaged ({reason}): restore it from a copy, or remove it and seed it again")
     if torn:
         (table / VERSIONS / "latest_version_hint.json").unlink(missing_ok=True)
-        for path in torn:  # newest first: a kill in between leaves the rest to the next start
+        for path in torn:  # newest first, so that the next start finds the others after a kill
             path.rename(path.with_name(f"torn-{path.name}.bad"))
         sync([table / VERSIONS])
     return len(torn)
 
 
+def write_error(error: BaseException, path: Path) -> Exception:
+    """A failed write as an error of ours, with a remedy if the disk is full."""
+    text = str(error)
+    if "No space left" in text or getattr(error, "errno", None) == errno.ENOSPC:
+        return OutputError(
+            f"no space left while writing {path}: nothing of this call was acknowledged; free some space"
+        )
+    if isinstance(error, (DataError, OutputError, ModelError)):
+        return error
+    return OutputError(f"{path} could not be written: {text.splitlines()[0] if text else type(error).__name__}")
+
+
 def _damage(table: Path, path: Path) -> str | None:
-    """What is wrong with the version of a manifest; None if nothing is.
+    """What is damaged in the version of a manifest; None for a sound one.
 
     Raises:
-        OSError: it cannot be told, because the disk or the network fails, or for want of permission.
+        OSError: the version could not be checked: the disk or the network fails, or permission is missing.
     """
     import lance
 
@@ -175,25 +188,25 @@ def _damage(table: Path, path: Path) -> str | None:
             deletions = fragment.metadata.deletion_file
             if deletions is not None and not (table / deletions.path(fragment.fragment_id)).stat().st_size:
                 return f"the deletions of fragment {fragment.fragment_id} are empty"
-        version.count_rows("note_id = ''")  # through the index
+        version.count_rows("note_id = ''")  # reads the index too
     except (OSError, ValueError, RuntimeError) as error:
-        if not _tells_of_damage(error):
+        if not _means_damage(error):
             raise OSError(_first_line(error)) from error
         return _first_line(error)
     return None
 
 
-def _tells_of_damage(error: Exception) -> bool:
-    """Whether what reading raised says that a file is missing or holds the wrong bytes.
+def _means_damage(error: Exception) -> bool:
+    """Whether an error of reading says that a file is missing or has the wrong content.
 
-    Everything else may pass (a failing disk, a stale NFS handle), and must not cost a version that was acknowledged.
-    Lance gives the system's errors as text, with their number.
+    All other errors may be temporary (a failing disk, a stale NFS handle) and must not cost an acknowledged version.
+    Lance reports errors of the operating system as text that contains their number.
     """
     number = getattr(error, "errno", None)
     text = str(error)
-    told = re.search(r"\(os error (\d+)\)", text)
-    if number is None and told:
-        number = int(told.group(1))
+    system_error = re.search(r"\(os error (\d+)\)", text)
+    if number is None and system_error:
+        number = int(system_error.group(1))
     if number is not None:
         return number == errno.ENOENT
     return not isinstance(error, OSError) or any(words in text for words in _WRONG_BYTES)
@@ -204,5 +217,5 @@ def _first_line(error: Exception) -> str:
 
 
 def _ends_well(path: Path) -> bool:
-    # All of it is read, so that a failing disk is heard of here: Lance would say that there is no such version.
+    # Reads the whole file, so that a failing disk raises here: Lance would only say that there is no such version.
     return path.read_bytes().endswith(_MAGIC)

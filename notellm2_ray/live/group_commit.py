@@ -1,4 +1,4 @@
-"""Group commits: concurrent callers are gathered and written as one, each told when its part is durable."""
+"""Group commits: writes of concurrent callers are committed together; each caller is answered when they are durable."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ T = TypeVar("T")
 
 
 class GroupCommitter(Generic[T]):
-    """One thread that takes what callers submit, in order of arrival, a group at a time.
+    """One thread that commits what callers submit, in order of arrival, one group at a time.
 
-    While a group is being committed the next one gathers by itself: under load the groups grow, and the rate with them.
+    The next group gathers while one is being committed, so that groups and throughput grow with the load.
     """
 
     def __init__(
@@ -37,19 +37,19 @@ class GroupCommitter(Generic[T]):
 
         Args:
             name: of the thread, and in errors.
-            commit: makes a group durable and returns one result per item, an exception for an item that failed alone;
-                if it raises, every caller of the group gets that error.
-            size: of an item, as rows.
-            gather_seconds: how long the first of a group waits for others.
+            commit: makes a group durable and returns one result per item; a result that is an exception is raised to
+                that item's caller only. If ``commit`` raises, every caller of the group gets that error.
+            size: of an item, as its number of rows.
+            gather_seconds: how long the first item of a group waits for others.
             max_size: a group is closed at this size.
-            upkeep: called in the thread after every group with False, its callers having been answered, and with True
-                when nothing came for ``idle_seconds``.
+            upkeep: called in the thread with False after every group, when its callers have been answered, and with
+                True when nothing was submitted for ``idle_seconds``.
         """
         self._commit, self._size, self._upkeep, self._idle_seconds = commit, size, upkeep, idle_seconds
         self._gather_seconds, self._max_size, self._name = gather_seconds, max_size, name
         self._queue: queue.SimpleQueue[tuple[T, Future] | None] = queue.SimpleQueue()
         self._closed = False
-        self._closing = threading.Lock()  # so that nothing is put behind the end mark
+        self._closing = threading.Lock()  # so that nothing is queued behind the end mark
         self._thread = threading.Thread(target=self._run, name=name, daemon=True)
         self._thread.start()
 
@@ -57,10 +57,10 @@ class GroupCommitter(Generic[T]):
         """A future of the item's result; ``asyncio.wrap_future`` makes it awaitable.
 
         Raises:
-            OutputError: closed, or its thread has ended.
+            OutputError: the committer is closed or its thread has ended.
         """
         future: Future = Future()
-        future.set_running_or_notify_cancel()  # it will be written, whoever stops waiting for it
+        future.set_running_or_notify_cancel()  # it is written even if the caller stops waiting
         with self._closing:
             if self._closed:
                 raise OutputError(f"{self._name} is closed: nothing can be written any more")
@@ -77,7 +77,7 @@ class GroupCommitter(Generic[T]):
 
     @property
     def alive(self) -> bool:
-        """Whether its thread runs; after :meth:`close` it does not."""
+        """Whether the thread runs; false after :meth:`close`."""
         return self._thread.is_alive()
 
     def _run(self) -> None:
@@ -87,7 +87,7 @@ class GroupCommitter(Generic[T]):
             self._refuse_the_rest()
 
     def _refuse_the_rest(self) -> None:
-        """Answer what nobody will commit; nothing is, unless the thread ends by a fault of ours."""
+        """Fail what is still queued; there is nothing unless the thread ended by a bug."""
         with self._closing:
             self._closed = True
             while not self._queue.empty():
@@ -105,13 +105,13 @@ class GroupCommitter(Generic[T]):
             if self._upkeep is not None:
                 try:
                     self._upkeep(not group)
-                # Any, and BaseException: a panic inside Lance is one (pyo3's PanicException). A writer that ended here
-                # could write nothing any more.
+                # BaseException, because a panic inside Lance is one (pyo3's PanicException). If the thread ended here,
+                # nothing could be written any more.
                 except BaseException:
-                    log.exception("%s: upkeep failed; it is tried again", self._name)
+                    log.exception("%s: upkeep failed and will be tried again", self._name)
 
     def _next_group(self) -> tuple[list[tuple[T, Future]], bool]:
-        """The next group (empty when nothing came), and whether it is the last."""
+        """The next group (empty if nothing was submitted for ``idle_seconds``), and whether it is the last."""
         try:
             first = self._queue.get(timeout=self._idle_seconds if self._upkeep is not None else None)
         except queue.Empty:
@@ -134,11 +134,11 @@ class GroupCommitter(Generic[T]):
     def _write(self, group: list[tuple[T, Future]]) -> None:
         try:
             results = self._commit([item for item, _ in group])
-        except BaseException as error:  # a panic inside Lance too: see _commit_groups
-            # Callers await this: an asyncio task would take a BaseException for its own end.
-            told = error if isinstance(error, Exception) else OutputError(f"{self._name} failed: {error}")
+        except BaseException as error:  # also a panic inside Lance, see _commit_groups
+            # Callers await the future, and a BaseException would end an asyncio task.
+            failure = error if isinstance(error, Exception) else OutputError(f"{self._name} failed: {error}")
             for _, future in group:
-                future.set_exception(told)
+                future.set_exception(failure)
             return
         for (_, future), result in zip(group, results, strict=True):
             if isinstance(result, Exception):

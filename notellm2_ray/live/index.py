@@ -1,10 +1,10 @@
-"""An index that changes while it is searched: trained main index, exact delta of fresh notes, tombstones, rebuilds.
+"""An index that can be changed while it is searched: a trained main index, an exact delta, tombstones and rebuilds.
 
 Used as::
 
     index = LiveIndex(batch, settings.index, model_fingerprint=fingerprint)
     hits = index.search(vector, k=100, exclude=seen, where=Filter(topics=frozenset({"food"})))
-    index.apply(Batch(["n1"], vectors, topics=[["food"]]))
+    index.apply(NoteBatch(["n1"], vectors, topics=[["food"]]))
 """
 
 from __future__ import annotations
@@ -21,18 +21,20 @@ from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.settings.retrieval import IndexSettings
 from notellm2_ray.index.ann import AnnIndex
 from notellm2_ray.live import search as live_search
-from notellm2_ray.live.columns import Batch, Rows, check_batch
+from notellm2_ray.live.columns import NoteBatch, NoteColumns, check_batch
 from notellm2_ray.live.search import Filter, Hits, OutdatedError, Snapshot
+from notellm2_ray.live.snapshots import changed_snapshot, first_snapshot, without_deletions
 
 log = logging.getLogger(__name__)
 
 
 class LiveIndex:
-    """Nearest notes by cosine over notes that come and go.
+    """Nearest notes by cosine, over a set of notes that changes.
 
-    Any number of threads may search while one at a time applies changes; searches take no lock and see each batch of
-    changes whole or not at all. When the delta and the tombstones together pass a share of the main index, a thread
-    builds a new main index from the living notes and swaps it in; changes made meanwhile are kept.
+    Any number of threads may search while one thread applies changes. Searches take no lock, and see each batch of
+    changes as a whole or not at all. New notes go into a delta that is searched exactly; deleted and replaced notes
+    leave tombstones. When both together exceed a share of the main index, a thread builds a new main index of the
+    living notes and swaps it in; changes made meanwhile are kept.
 
     Attributes:
         model_fingerprint: of the model whose vectors these are.
@@ -42,7 +44,7 @@ class LiveIndex:
 
     def __init__(
         self,
-        notes: Batch,
+        notes: NoteBatch,
         settings: IndexSettings,
         *,
         model_fingerprint: str,
@@ -56,15 +58,15 @@ class LiveIndex:
         """Build the index.
 
         Args:
-            notes: what to start with; may be empty, with vectors of shape (0, D).
+            notes: the first notes; may be empty, with vectors of shape (0, D).
             settings: kind of the main index.
             model_fingerprint: of the model whose vectors these are.
             others: further vector columns to keep, for :meth:`similarity`.
             seed: of the main index.
-            rebuild_share: fresh rows and tombstones, as a share of the main index, that a rebuild starts at ...
-            rebuild_rows: ... but not before there are so many of them.
-            rebuild_threads: threads of FAISS in a rebuild, which competes with searches.
-            main: a saved index over exactly these notes in this order; used instead of building one.
+            rebuild_share: a rebuild starts when fresh rows and tombstones reach this share of the main index ...
+            rebuild_rows: ... and there are at least so many of them.
+            rebuild_threads: FAISS threads of a rebuild, which competes with searches.
+            main: a saved index; used instead of building one if it is of exactly these notes in this order.
 
         Raises:
             DataError: a vector is NaN, infinite, of another length or not of unit length.
@@ -74,12 +76,12 @@ class LiveIndex:
         self.rebuild_share, self.rebuild_rows, self.rebuild_threads = rebuild_share, rebuild_rows, rebuild_threads
         self.dim, self.others = notes.vectors.shape[1], tuple(others)
         check_batch(notes, self.dim, "live index")
-        self._lock = threading.Lock()  # of appliers and the swap; never taken by a search
+        self._lock = threading.Lock()  # taken to apply changes and to swap the main index, never to search
         self._rebuilding: threading.Thread | None = None
-        self._since: list[Batch] | None = None  # applied since the rebuild under way began
-        self._not_before = 0  # rows out of place before which a rebuild that failed is not tried again
+        self._since: list[NoteBatch] | None = None  # changes since the running rebuild began
+        self._retry_rows = 0  # after a failed rebuild: outdated rows at which it is tried again
         self._rebuilds = {"rebuilds": 0, "rebuild_failures": 0, "rebuild_seconds": 0.0}
-        living = _living(notes)
+        living = without_deletions(notes)
         same = main is not None and np.array_equal(main.ids, np.array(living.ids, dtype=object))
         self._rows, self._snapshot = self._generation(living, main if same else None)
 
@@ -98,18 +100,18 @@ class LiveIndex:
         where: Filter | None = None,
         model_fingerprint: str | None = None,
     ) -> Hits:
-        """The ``k`` nearest notes; fewer only where no more are left.
+        """The ``k`` nearest notes; fewer only if no more match.
 
         Args:
-            query: (D,) unit vector, or a note's id, which is then left out of the answer itself.
+            query: (D,) unit vector, or the id of a note, which is then not returned itself.
             k: notes wanted.
-            exclude: ids never to return; unknown ones are fine.
-            where: conditions on topics and time; few matching notes are searched exactly.
+            exclude: ids never to return; unknown ones are ignored.
+            where: conditions on topics and time; if few notes match, they are searched exactly.
             model_fingerprint: of the model that made the query vector, to be checked.
 
         Raises:
             DataError: an unknown note, ``k`` below 1, or a vector of another length or not of unit length.
-            ModelError: another model's query vector.
+            ModelError: the query vector was made by another model.
         """
         if k < 1:
             raise DataError(f"k is {k}: ask for at least one note")
@@ -132,7 +134,7 @@ class LiveIndex:
         return self._read(look)
 
     def vector(self, note_id: str, column: str = "embedding") -> np.ndarray | None:
-        """(D,) copy of a note's vector; None for an unknown note or one without a vector in that column."""
+        """A copy (D,) of a note's vector; None if the note is unknown or has no vector in that column."""
 
         def look(now: Snapshot) -> np.ndarray | None:
             row = now.row(note_id)
@@ -142,10 +144,10 @@ class LiveIndex:
         return self._read(look)
 
     def similarity(self, note_id: str, others: Sequence[str], column: str = "embedding") -> list[float | None]:
-        """Cosines of one note to others in a vector column, as ``embedding_image``; None where a vector is missing.
+        """Cosines of one note with others in a vector column like ``embedding_image``; None where a vector is missing.
 
         Raises:
-            DataError: the index keeps no such column.
+            DataError: the index has no such column.
         """
 
         def look(now: Snapshot) -> list[float | None]:
@@ -159,29 +161,29 @@ class LiveIndex:
 
         return self._read(look)
 
-    def upsert(self, notes: Batch) -> None:
-        """Write notes, new ones and new versions of old ones."""
+    def upsert(self, notes: NoteBatch) -> None:
+        """Add notes, or replace them by new versions."""
         self.apply(notes)
 
     def delete(self, note_ids: Iterable[str]) -> None:
-        """Remove notes; unknown ids are fine."""
+        """Remove notes; unknown ids are ignored."""
         ids = list(note_ids)
-        self.apply(Batch(ids, np.zeros((len(ids), self.dim), np.float32), np.ones(len(ids), dtype=bool)))
+        self.apply(NoteBatch(ids, np.zeros((len(ids), self.dim), np.float32), np.ones(len(ids), dtype=bool)))
 
-    def apply(self, changes: Batch) -> None:
-        """Apply a batch of changes as one: searches see all of it or none.
+    def apply(self, changes: NoteBatch) -> None:
+        """Apply a batch of changes in one step: a search sees all of them or none.
 
         Raises:
-            DataError: a vector is NaN, infinite, of another length or not of unit length; nothing is applied then.
+            DataError: a vector is NaN, infinite, of another length or not of unit length; nothing was applied then.
         """
         check_batch(changes, self.dim, "live index")
         if not len(changes.ids):
             return
         with self._lock:
-            self._snapshot = _applied(self._rows, self._snapshot, changes)
+            self._snapshot = changed_snapshot(self._rows, self._snapshot, changes)
             if self._since is not None:
                 self._since.append(changes)
-            elif self._out_of_place() >= max(self.rebuild_rows, self._not_before, self._due()):
+            elif self._num_outdated() >= max(self.rebuild_rows, self._retry_rows, self._rebuild_share_rows()):
                 self._start_rebuild()
 
     def rebuild(self) -> None:
@@ -192,13 +194,13 @@ class LiveIndex:
             thread.join()
 
     def wait(self) -> None:
-        """Wait for a rebuild under way, if there is one."""
+        """Wait for the running rebuild, if there is one."""
         thread = self._rebuilding
         if thread is not None:
             thread.join()
 
     def info(self) -> dict[str, Any]:
-        """JSON values: notes, in_main, fresh, tombstones, the main index's own facts, rebuilds and their seconds."""
+        """JSON values: notes, in_main, fresh, tombstones, facts of the main index, rebuilds, seconds of the last."""
         now = self._snapshot
         return {
             "notes": now.num_alive,
@@ -216,18 +218,18 @@ class LiveIndex:
             try:
                 return look(self._snapshot)
             except OutdatedError:
-                time.sleep(0)  # the applier is about to publish the next snapshot
+                time.sleep(0)  # the thread that applies changes is about to publish the next snapshot
 
-    def _due(self) -> int:
+    def _rebuild_share_rows(self) -> int:
         return int(self.rebuild_share * self._snapshot.main_count)
 
-    def _out_of_place(self) -> int:
-        now = self._snapshot
-        return len(now.ids) - now.main_count + now.main_count - now.main_alive
+    def _num_outdated(self) -> int:
+        """Rows of the delta, and dead rows of the main index."""
+        return len(self._snapshot.ids) - self._snapshot.main_alive
 
-    def _generation(self, notes: Batch, main: AnnIndex | None = None) -> tuple[Rows, Snapshot]:
-        """Columns of these notes and the snapshot of them, all in the main index."""
-        rows = Rows.holding(notes, self.dim, self.others)
+    def _generation(self, notes: NoteBatch, main: AnnIndex | None = None) -> tuple[NoteColumns, Snapshot]:
+        """Columns filled with notes, and the snapshot that has all of them in the main index."""
+        rows = NoteColumns.holding(notes, self.dim, self.others)
         if main is None and rows.count:
             main = AnnIndex.build(
                 rows.ids[: rows.count],
@@ -236,86 +238,40 @@ class LiveIndex:
                 self.seed,
                 model_fingerprint=self.model_fingerprint,
             )
-        row_of = {note_id: row for row, note_id in enumerate(notes.ids)}
-        alive = np.ones(rows.count, dtype=bool)
-        return rows, _snapshot(rows, main, rows.count, alive, row_of)
+        return rows, first_snapshot(rows, main)
 
     def _start_rebuild(self) -> threading.Thread:
         self._since = []
-        # No daemon: the interpreter waits for it at its end, where a thread inside FAISS would be aborted.
+        # Not a daemon: the interpreter then waits for it when it exits; it would abort a daemon thread inside FAISS.
         self._rebuilding = threading.Thread(target=self._rebuild, args=(self._snapshot, self._rows))
         self._rebuilding.start()
         return self._rebuilding
 
-    def _rebuild(self, now: Snapshot, rows: Rows) -> None:
+    def _rebuild(self, now: Snapshot, rows: NoteColumns) -> None:
         started, rebuilt = time.perf_counter(), False
         try:
             import faiss
 
-            faiss.omp_set_num_threads(self.rebuild_threads)  # of this thread alone
+            faiss.omp_set_num_threads(self.rebuild_threads)  # for this thread only
             fresh_rows, snapshot = self._generation(rows.read(np.flatnonzero(now.alive)))
             with self._lock:
                 for changes in self._since or ():
-                    snapshot = _applied(fresh_rows, snapshot, changes)
-                self._rows, self._snapshot, self._since, self._not_before = fresh_rows, snapshot, None, 0
+                    snapshot = changed_snapshot(fresh_rows, snapshot, changes)
+                self._rows, self._snapshot, self._since, self._retry_rows = fresh_rows, snapshot, None, 0
                 self._rebuilds["rebuilds"] += 1
                 self._rebuilds["rebuild_seconds"] = round(time.perf_counter() - started, 3)
             rebuilt = True
-        finally:  # whatever stopped it goes on to the thread's own report
+        finally:  # an exception goes on to the thread's hook, which reports it
             if not rebuilt:
-                log.error("the rebuild of the live index failed: it goes on with the old one and tries again later")
+                log.error("rebuilding the live index failed: the old one stays in use, and it is tried again later")
                 with self._lock:
-                    self._since, self._not_before = None, 2 * self._out_of_place()
+                    self._since, self._retry_rows = None, 2 * self._num_outdated()
                     self._rebuilds["rebuild_failures"] += 1
-
-
-def _applied(rows: Rows, now: Snapshot, changes: Batch) -> Snapshot:
-    """The snapshot after a batch of changes; ``rows`` grows by what it writes."""
-    changes = changes.take(changes.last_of_each())
-    replaced = [row for note_id in changes.ids if (row := now.row_of.get(note_id)) is not None]
-    written = _living(changes)
-    where = rows.append(written)
-    alive = np.concatenate([now.alive, np.ones(len(written.ids), dtype=bool)])
-    alive[replaced] = False
-    row_of = now.row_of
-    after = _snapshot(rows, now.main, now.main_count, alive, row_of)
-    # Rows first and the snapshot next: who finds a row beyond its snapshot knows that a newer one is coming. Deleted
-    # notes keep their dead row, so that a search that began before still finds whom to leave out.
-    row_of.update(zip(written.ids, range(where.start, where.stop), strict=True))  # type: ignore[attr-defined]
-    return after
-
-
-def _snapshot(rows: Rows, main: AnnIndex | None, main_count: int, alive: np.ndarray, row_of: Any) -> Snapshot:
-    count = rows.count
-    main_alive = int(np.count_nonzero(alive[:main_count]))
-    return Snapshot(
-        main=main,
-        main_count=main_count,
-        ids=rows.ids[:count],
-        vectors=rows.vectors[:count],
-        created_at=rows.created_at[:count],
-        others={name: matrix[:count] for name, matrix in rows.others.items()},
-        topics=rows.topics,
-        alive=alive,
-        num_alive=int(np.count_nonzero(alive)),
-        main_alive=main_alive,
-        main_selector=None if main_alive == main_count else live_search.bitmap(alive[:main_count]),
-        row_of=row_of,
-    )
-
-
-def _living(batch: Batch) -> Batch:
-    """What is written by a batch, without what is deleted by it."""
-    if batch.deleted is None or not batch.deleted.any():
-        return batch
-    return batch.take(np.flatnonzero(~batch.deleted))._replace(deleted=None)
 
 
 def _column(now: Snapshot, column: str) -> np.ndarray:
     if column == "embedding":
         return now.vectors
     if column not in now.others:
-        raise DataError(
-            f"the index keeps no column {column!r}, only embedding and {', '.join(now.others) or 'no other'}"
-        )
+        raise DataError(f"the index has no column {column!r}, only {', '.join(['embedding', *now.others])}")
     return now.others[column]

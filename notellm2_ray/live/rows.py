@@ -1,4 +1,4 @@
-"""Rows of the live table: notes with their vectors, and tombstones, as Arrow."""
+"""Rows of the live table as Arrow: notes with their vectors, and tombstones."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ import pyarrow as pa
 
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.schema import NOTE_SCHEMA
-from notellm2_ray.index.table import DIM_KEY, MODEL_KEY
+from notellm2_ray.index.table import DIM_KEY, MODEL_KEY, embedding_columns
 from notellm2_ray.index.vectors import check_unit
-from notellm2_ray.live.columns import NO_TIME, Batch
+from notellm2_ray.live.columns import NO_TIME, NoteBatch
 
 _TIME = pa.timestamp("us", tz="UTC")
-FOLLOWED = ("note_id", "topics", "created_at", "seq", "deleted", "committed_at")  # besides the vectors
+FOLLOWED = ("note_id", "topics", "created_at", "seq", "deleted", "committed_at")  # what an index reads, and the vectors
 
 
 class LiveNote(NamedTuple):
-    """A note to be written, with the vectors of one model (unit length)."""
+    """A note to be written, with its unit vectors by one model."""
 
     note_id: str
     embedding: np.ndarray  # (D,)
@@ -29,11 +29,11 @@ class LiveNote(NamedTuple):
     content: str = ""
     image: bytes | None = None  # encoded
     created_at: datetime | None = None  # with a time zone
-    others: Mapping[str, np.ndarray | None] = {}  # further vector columns, as embedding_image
+    others: Mapping[str, np.ndarray | None] = {}  # further vector columns like embedding_image
 
 
 class StoredNote(NamedTuple):
-    """A note as it is read back."""
+    """A note as read from the table."""
 
     note_id: str
     title: str
@@ -45,7 +45,7 @@ class StoredNote(NamedTuple):
 
 
 class StoredCard(NamedTuple):
-    """A note as it is shown, its image left where it is."""
+    """A note as a page shows it: whether it has an image, but not the image."""
 
     note_id: str
     title: str
@@ -67,21 +67,17 @@ def live_schema(dim: int, columns: Sequence[str] = ("embedding",), *, model_fing
     return pa.schema(fields, metadata={MODEL_KEY: model_fingerprint.encode(), DIM_KEY: str(dim).encode()})
 
 
-def vector_columns(schema: pa.Schema) -> tuple[str, ...]:
-    """The vector columns of a live table, ``embedding`` first."""
-    return tuple(name for name in schema.names if name.startswith("embedding"))
-
-
 def check_note(note: LiveNote, dim: int, columns: Sequence[str]) -> LiveNote:
     """The note with float32 vectors.
 
     Raises:
-        DataError: no id, a vector of another length or not of unit length, an unknown vector column, a naive time.
+        DataError: the note has no id, a vector of another length or not of unit length, a vector for an unknown column,
+            or a time without a zone.
     """
     if not isinstance(note.note_id, str) or not note.note_id:
-        raise DataError(f"a note needs an id, a string that is not empty; got {note.note_id!r}")
+        raise DataError(f"a note needs an id, a non-empty string; got {note.note_id!r}")
     if note.created_at is not None and note.created_at.tzinfo is None:
-        raise DataError(f"note {note.note_id!r}: created_at {note.created_at} needs a time zone, as in ...+00:00")
+        raise DataError(f"note {note.note_id!r}: created_at {note.created_at} needs a time zone, like ...+00:00")
     unknown = set(note.others) - set(columns)
     if unknown:
         raise DataError(f"note {note.note_id!r}: the table has no column {', '.join(sorted(unknown))}")
@@ -92,7 +88,7 @@ def check_note(note: LiveNote, dim: int, columns: Sequence[str]) -> LiveNote:
 
 
 def to_table(changes: Mapping[str, LiveNote | None], schema: pa.Schema, seq: int, committed_at: datetime) -> pa.Table:
-    """Arrow rows of notes by id; a tombstone where it is None."""
+    """Arrow rows of changes by note id: the note, or a tombstone for None."""
     dim = int(schema.metadata[DIM_KEY])
     notes = [note if note is not None else LiveNote(note_id, np.empty(0)) for note_id, note in changes.items()]
     gone = np.array([note is None for note in changes.values()])
@@ -101,7 +97,7 @@ def to_table(changes: Mapping[str, LiveNote | None], schema: pa.Schema, seq: int
         for name in ("note_id", "title", "content", "image", "created_at")
     }
     columns["topics"] = pa.array([list(note.topics) for note in notes], schema.field("topics").type)
-    for name in vector_columns(schema):
+    for name in embedding_columns(schema):
         vectors = [note.embedding if name == "embedding" else note.others.get(name) for note in notes]
         columns[name] = _vectors(vectors, gone, dim)
     columns["seq"] = pa.array(np.full(len(notes), seq, dtype=np.int64))
@@ -110,12 +106,12 @@ def to_table(changes: Mapping[str, LiveNote | None], schema: pa.Schema, seq: int
     return pa.Table.from_arrays([columns[name] for name in schema.names], schema=schema)
 
 
-def to_batch(table: pa.Table | pa.RecordBatch, columns: Sequence[str]) -> Batch:
-    """Rows that were read (:data:`FOLLOWED` and the vector ``columns``) as changes of a live index."""
+def to_batch(table: pa.Table | pa.RecordBatch, columns: Sequence[str]) -> NoteBatch:
+    """Rows of the table (:data:`FOLLOWED` and the vector ``columns``) as changes of a live index."""
     topics = [tuple(names or ()) for names in table.column("topics").to_pylist()]
     created = table.column("created_at").cast(pa.int64()).fill_null(NO_TIME)
     matrices = {name: _matrix(table.column(name)) for name in columns}
-    return Batch(
+    return NoteBatch(
         table.column("note_id").to_pylist(),
         matrices.pop("embedding"),
         table.column("deleted").to_numpy(zero_copy_only=False)
@@ -128,7 +124,7 @@ def to_batch(table: pa.Table | pa.RecordBatch, columns: Sequence[str]) -> Batch:
 
 
 def to_notes(table: pa.Table) -> dict[str, StoredNote]:
-    """Rows by id, tombstones left out."""
+    """Notes by id; tombstones are left out."""
     return {
         row["note_id"]: StoredNote(
             row["note_id"],
@@ -145,7 +141,7 @@ def to_notes(table: pa.Table) -> dict[str, StoredNote]:
 
 
 def to_cards(table: pa.Table) -> dict[str, StoredCard]:
-    """Rows by id, tombstones left out."""
+    """Cards by note id; tombstones are left out."""
     return {
         row["note_id"]: StoredCard(
             row["note_id"], row["title"], tuple(row["topics"]), row["content"], row["has_image"], row["created_at"]
@@ -156,14 +152,14 @@ def to_cards(table: pa.Table) -> dict[str, StoredCard]:
 
 
 def now() -> datetime:
-    """The writer's clock."""
+    """The present time, by the writer's clock."""
     return datetime.now(UTC)
 
 
 def _vector(note_id: str, column: str, vector: Any, dim: int) -> np.ndarray:
     vector = np.asarray(vector, dtype=np.float32)
     if vector.shape != (dim,):
-        raise DataError(f"note {note_id!r}: {column} has the shape {vector.shape}, the table's vectors have ({dim},)")
+        raise DataError(f"note {note_id!r}: {column} has the shape {vector.shape}; the table's vectors have ({dim},)")
     check_unit(vector[None], [note_id], column)
     return vector
 
@@ -181,9 +177,9 @@ def _vectors(vectors: Sequence[np.ndarray | None], gone: np.ndarray, dim: int) -
 
 
 def _matrix(column: pa.ChunkedArray | pa.Array) -> np.ndarray:
-    """(N, D) float32, NaN where a row has no vector."""
+    """(N, D) float32, NaN for rows without a vector."""
     whole = column.combine_chunks() if isinstance(column, pa.ChunkedArray) else column
-    if isinstance(whole, pa.ChunkedArray):  # combining no chunk at all
+    if isinstance(whole, pa.ChunkedArray):  # pyarrow's result for a column without chunks
         return np.empty((0, column.type.list_size), dtype=np.float32)
     dim = whole.type.list_size
     matrix = np.full((len(whole), dim), np.nan, dtype=np.float32)

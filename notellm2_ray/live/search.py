@@ -1,6 +1,6 @@
-"""Searching one state of a live index: trained main index, exact delta, tombstones and filters.
+"""Searching one state of a live index: a trained main index, an exact delta, tombstones and filters.
 
-A :class:`Snapshot` never changes, so any number of threads search it without a lock while the next one is made.
+A :class:`Snapshot` never changes, so any number of threads can search it without a lock while the next one is made.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from notellm2_ray.index.ann import AnnIndex
 from notellm2_ray.index.vectors import UNIT_TOLERANCE
 from notellm2_ray.live.columns import NO_TIME
 
-EXACT_ROWS = 10_000  # a filter that leaves fewer notes is searched note by note: some 2 ms at 64 dimensions
-OVERFETCH = 512  # so many excluded notes are asked for on top and dropped; more of them become a mask
-RESCORED = 4  # an IVF-PQ is asked for so many times k, which are then scored by their true vectors
+EXACT_ROWS = 10_000  # up to so many notes that match a filter are compared one by one: about 2 ms at 64 dimensions
+OVERFETCH = 512  # up to so many excluded notes are fetched in addition and dropped; more are masked out
+RESCORED = 4  # an IVF-PQ returns so many times k results, which are scored again by their true vectors
 KEPT_MASKS = 64
 
 
 class Filter(NamedTuple):
-    """Which notes may be returned: all conditions that are set must hold."""
+    """Conditions on the notes to return; all that are set must hold."""
 
     topics: frozenset[str] = frozenset()  # at least one of them; empty: any
-    created_from: int | None = None  # microseconds since 1970, inclusive; notes of unknown time never fit a range
+    created_from: int | None = None  # microseconds since 1970, inclusive; notes of unknown time match no range
     created_to: int | None = None  # exclusive
     all_topics: frozenset[str] = frozenset()  # every one of them
 
@@ -39,12 +39,12 @@ class Hits(NamedTuple):
 
 
 class OutdatedError(Exception):
-    """A note was written since this snapshot: the answer needs the next one, which is there within microseconds."""
+    """A note was written after this snapshot: search the next one, which is published within microseconds."""
 
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Snapshot:
-    """One state of a live index. Rows below ``main_count`` are in ``main``, the others are the delta."""
+    """One state of a live index. Rows below ``main_count`` are in ``main``; the others are the delta."""
 
     main: AnnIndex | None  # None: main_count is 0
     main_count: int
@@ -52,16 +52,16 @@ class Snapshot:
     vectors: np.ndarray  # (N, D) float32
     created_at: np.ndarray  # (N,) int64
     others: dict[str, np.ndarray]  # (N, D) float32 each
-    topics: Mapping[str, list[int]]  # may already hold rows from N on
+    topics: Mapping[str, list[int]]  # rows of each topic, possibly beyond N
     alive: np.ndarray  # (N,) bool: neither deleted nor replaced
     num_alive: int
     main_alive: int  # living rows of main
-    main_selector: Any  # FAISS selector of the living rows of main; None: all live
-    row_of: Mapping[str, int]  # last row of every note, dead or alive; may be ahead of this snapshot
+    main_selector: Any  # FAISS selector of the living rows of main; None: all are alive
+    row_of: Mapping[str, int]  # last row of every note, dead or alive; possibly newer than this snapshot
     _masks: dict[Filter, np.ndarray] = field(default_factory=dict)
 
     def search(self, query: np.ndarray, k: int, excluded: np.ndarray, where: Filter | None) -> Hits:
-        """The ``k`` nearest living notes that the filter lets through, without the ``excluded`` rows."""
+        """The ``k`` nearest living notes that match the filter, without the ``excluded`` rows."""
         if where is not None or len(excluded) > OVERFETCH:
             return self._search_masked(query, k, self._mask(where, excluded))
         rows, scores = self._candidates(query, min(k + len(excluded), self.num_alive))
@@ -71,10 +71,10 @@ class Snapshot:
         return self._hits(rows, scores, k)
 
     def rows(self, note_ids: Collection[str]) -> np.ndarray:
-        """The last row, dead or alive, of each of the notes that was ever there.
+        """The last row, dead or alive, of each note; ids that never were in the index are left out.
 
         Raises:
-            OutdatedError: one of them has been written since this snapshot.
+            OutdatedError: a note was written after this snapshot.
         """
         row_of = self.row_of
         found = [row for note_id in note_ids if (row := row_of.get(note_id)) is not None]
@@ -83,10 +83,10 @@ class Snapshot:
         return np.array(found, dtype=np.int64)
 
     def row(self, note_id: str) -> int | None:
-        """The row of a living note.
+        """The row of a living note; None for others.
 
         Raises:
-            OutdatedError: it has been written since this snapshot.
+            OutdatedError: the note was written after this snapshot.
         """
         row = self.row_of.get(note_id)
         if row is None:
@@ -96,8 +96,8 @@ class Snapshot:
         return row if self.alive[row] else None
 
     def _candidates(self, query: np.ndarray, k: int) -> tuple[np.ndarray, np.ndarray]:
-        """At least the ``k`` best living rows, and their scores, in no order."""
-        # The dead are passed over: as many living rows as the probes were chosen for lie in so many more cells.
+        """The ``k`` best living rows and maybe some more, with their scores, unordered."""
+        # Dead rows are skipped, so more cells are needed to find as many living rows as the probes were chosen for.
         wider = self.main_count / max(self.main_alive, 1)
         rows, scores = self._from_main(query, k, self.main_selector, self.main_alive, wider=wider)
         delta = self.vectors[self.main_count :] @ query
@@ -121,14 +121,14 @@ class Snapshot:
     def _from_main(
         self, query: np.ndarray, k: int, selector: Any, available: int, wider: float = 1.0
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The ``min(k, available)`` best rows of the main index that the selector lets through."""
+        """The ``min(k, available)`` best rows of the main index among those that the selector allows."""
         wanted = min(k, available)
         if self.main is None or wanted <= 0:
             return np.empty(0, dtype=np.int64), np.empty(0, dtype=np.float32)
         compressed = self.main.info["kind"] == "ivf_pq"
         asked = min(wanted * RESCORED, available) if compressed else wanted
         rows, scores = self.main.search_rows(query[None], asked, selector, wider=wider)
-        if rows[0, wanted - 1] < 0:  # the cells that were searched held too few: look everywhere
+        if rows[0, wanted - 1] < 0:  # too few rows in the searched cells: search all cells
             rows, scores = self.main.search_rows(query[None], asked, selector, complete=True)
         found, cosines = rows[0], scores[0]
         if found[-1] < 0:
@@ -143,7 +143,7 @@ class Snapshot:
         return Hits(self.ids[rows[order]].tolist(), scores[order])
 
     def _mask(self, where: Filter | None, excluded: np.ndarray) -> np.ndarray:
-        """(N,) living rows that may be returned."""
+        """(N,) bool, the living rows that may be returned."""
         mask = self.alive if where is None else self._masks.get(where)
         if mask is None:
             mask = self._filter(where)  # type: ignore[arg-type]
@@ -157,16 +157,9 @@ class Snapshot:
     def _filter(self, where: Filter) -> np.ndarray:
         mask = self.alive.copy()
         if where.topics:
-            carrying = np.zeros_like(mask)
-            for topic in where.topics:
-                rows = np.array(self.topics.get(topic, ())[:], dtype=np.int64)
-                carrying[rows[rows < len(mask)]] = True
-            mask &= carrying
+            mask &= np.logical_or.reduce([self._with_topic(topic) for topic in where.topics])
         for topic in where.all_topics:
-            carrying = np.zeros_like(mask)
-            rows = np.array(self.topics.get(topic, ())[:], dtype=np.int64)
-            carrying[rows[rows < len(mask)]] = True
-            mask &= carrying
+            mask &= self._with_topic(topic)
         if where.created_from is not None:
             mask &= self.created_at >= where.created_from
         if where.created_to is not None:
@@ -175,25 +168,32 @@ class Snapshot:
             mask &= self.created_at != NO_TIME
         return mask
 
+    def _with_topic(self, topic: str) -> np.ndarray:
+        """(N,) bool, the rows with a topic."""
+        mask = np.zeros(len(self.ids), dtype=bool)
+        rows = np.array(self.topics.get(topic, ())[:], dtype=np.int64)
+        mask[rows[rows < len(mask)]] = True
+        return mask
+
 
 def bitmap(mask: np.ndarray) -> Any:
-    """FAISS selector of the rows where (N,) ``mask`` is set; one bit a row."""
+    """FAISS selector of the rows at which (N,) ``mask`` is true, one bit per row."""
     import faiss
 
-    selector: Any = faiss.IDSelectorBitmap  # its Python form takes the array alone
+    selector: Any = faiss.IDSelectorBitmap  # the Python wrapper takes the array only
     return selector(np.packbits(mask, bitorder="little"))
 
 
 def checked_query(query: np.ndarray, dim: int) -> np.ndarray:
-    """(D,) float32 contiguous.
+    """The query as a contiguous (D,) float32 vector.
 
     Raises:
-        DataError: another length, or not a unit vector.
+        DataError: it has another length, or is not a unit vector.
     """
     query = np.ascontiguousarray(query, dtype=np.float32).reshape(-1)
     if len(query) != dim:
         raise DataError(f"the query has {len(query)} dimensions, the index has {dim}: another model's vector?")
     length = float(query @ query) ** 0.5
-    if not abs(length - 1) <= UNIT_TOLERANCE:  # NaN too
-        raise DataError(f"the query vector is {length:.4g} long: divide it by its length")
+    if not abs(length - 1) <= UNIT_TOLERANCE:  # also true for NaN
+        raise DataError(f"the query vector has length {length:.4g}, 1 is needed: divide it by its length")
     return query

@@ -1,4 +1,4 @@
-"""The first live table, from what the bulk jobs left: prepared notes and the embedding table."""
+"""The first live table, made of the bulk jobs' outputs: prepared notes and the embedding table."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ import pyarrow.dataset as pads
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.schema import NOTE_SCHEMA, require_columns
 from notellm2_ray.index.table import read_vectors, table_info
+from notellm2_ray.live.creation import create_table
 from notellm2_ray.live.rows import live_schema
-from notellm2_ray.live.store import LiveStore
 
 log = logging.getLogger(__name__)
 
@@ -23,28 +23,28 @@ _ROWS_PER_BATCH = 1024
 
 
 class Seeded(NamedTuple):
-    """What went into a new table."""
+    """Counts of a new table."""
 
     notes: int
-    without_vector: int  # notes of the source that the bulk job quarantined or did not embed
-    without_note: int  # vectors whose note is not in the source
+    without_vector: int  # prepared notes that the bulk job quarantined or did not embed
+    without_note: int  # vectors without a prepared note
     model_fingerprint: str
 
 
 def seed_from_bulk(notes: str | Path, embeddings: str | Path, path: str | Path, *, seq: int = 0) -> Seeded:
     """Build a live table from prepared notes and their bulk embeddings.
 
-    Notes stream through, images and all; the vectors are held in memory, as every replica's index holds them.
+    Notes and their images are streamed; the vectors are held in memory, as they are in every replica's index.
 
     Args:
         notes: Parquet file or directory, of ``NOTE_SCHEMA``.
         embeddings: Lance table of embed-notes, with any of its vector columns.
-        path: the live table to be made.
-        seq: number of the commit group that its rows count as.
+        path: of the new live table.
+        seq: number of the commit group that its rows belong to.
 
     Raises:
-        DataError: no note has a vector, a note comes twice, or a source is missing.
-        OutputError: the live table is there already.
+        DataError: no note has a vector, a note appears twice, or a source is missing.
+        OutputError: there is a live table already.
     """
     info = table_info(embeddings)
     vectors = {column: read_vectors(embeddings, column) for column in info.columns}
@@ -54,11 +54,11 @@ def seed_from_bulk(notes: str | Path, embeddings: str | Path, path: str | Path, 
     require_columns(source.schema, NOTE_SCHEMA, str(notes))
     schema = live_schema(info.embedding_dim, info.columns, model_fingerprint=info.model_fingerprint)
     counts = {"read": 0}
-    written = LiveStore.create(path, _joined(source, row_of, matrices, counts), schema, seq=seq)
+    written = create_table(path, _joined(source, row_of, matrices, counts), schema, seq=seq)
     if not written:
         raise DataError(f"no note of {notes} has a vector in {embeddings}: were they embedded from other notes?")
     seeded = Seeded(written, counts["read"] - written, len(row_of) - written, info.model_fingerprint)
-    log.info("%s: seeded with %d note(s); %d had no vector", path, seeded.notes, seeded.without_vector)
+    log.info("%s: seeded with %d note(s); %d without a vector were left out", path, seeded.notes, seeded.without_vector)
     return seeded
 
 

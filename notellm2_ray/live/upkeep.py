@@ -1,4 +1,4 @@
-"""Keeping a live table quick: joining small files, purging old tombstones, removing old versions."""
+"""Upkeep of a live table: joining small files, removing old tombstones and old versions."""
 
 from __future__ import annotations
 
@@ -8,21 +8,21 @@ import time
 from datetime import timedelta
 from typing import Any
 
-from notellm2_ray.live import durability as files
+from notellm2_ray.live import durability
 from notellm2_ray.live.rows import now
 from notellm2_ray.live.table import PURGED_KEY, LiveTable
 
 log = logging.getLogger(__name__)
 
-FRAGMENT_ROWS = 16_384  # a file of so many rows is left alone until a tenth of them is gone
+FRAGMENT_ROWS = 16_384  # a file of so many rows is rewritten only when a tenth of its rows is deleted
 
 
 class Upkeep:
-    """When and how a table is tidied.
+    """When and how a table is compacted and cleaned.
 
-    Joining files runs between two commit groups, in the writer's thread, so it conflicts with none; it writes again
-    small files, and those of which a tenth is gone. Removing old versions runs in a thread of its own. A follower that
-    still reads a removed version notices and goes on with the newest.
+    Files are joined in the writer's thread between two commit groups, so that no write can conflict. Small files are
+    rewritten, and files that lost a tenth of their rows. Old versions are removed in another thread. A follower that
+    still reads a removed version notices it and continues with the newest.
     """
 
     def __init__(
@@ -34,46 +34,46 @@ class Upkeep:
         tombstone_horizon: timedelta = timedelta(hours=1),
         keep_versions: timedelta = timedelta(minutes=2),
     ):
-        """Settings.
+        """Set the thresholds.
 
         Args:
-            fragment_rows: files of fewer rows are joined; not more than at the table's creation.
-            small_files: files added since the last tidying that the next one starts at, under load ...
-            idle_small_files: ... and when no writes come.
-            tombstone_horizon: tombstones older than that are removed; a follower that was away for longer loads anew.
+            fragment_rows: files with fewer rows are joined; at most the value used at the table's creation.
+            small_files: number of added files at which they are joined, while there are writes ...
+            idle_small_files: ... and while there are none.
+            tombstone_horizon: older tombstones are removed; a follower that was away for longer loads the table anew.
             keep_versions: how long an old version stays readable.
         """
         self.fragment_rows, self.small_files, self.idle_small_files = fragment_rows, small_files, idle_small_files
         self.tombstone_horizon, self.keep_versions = tombstone_horizon, keep_versions
-        self._settled = 0  # fragments after the last tidying
+        self._settled = 0  # fragments after the last run
         self._cleaner: threading.Thread | None = None
         self._counts: dict[str, Any] = {"compactions": 0, "purged_tombstones": 0, "longest_pause_seconds": 0.0}
 
     def index(self, table: LiveTable) -> None:
-        """Make the index of note ids if it is not there (as after a killed creation)."""
+        """Make the index of note ids if it is missing, as in a new table."""
         if not any(index.field_names == ["note_id"] for index in table.dataset.describe_indices()):
-            before = files.listing(table.path)
+            before = durability.listing(table.path)
             table.dataset.create_scalar_index("note_id", "BTREE")
-            files.sync_new(table.path, before)
+            durability.sync_new(table.path, before)
         self._settled = len(table.fragment_ids())
 
     def due(self, fragments: int, *, idle: bool) -> bool:
-        """Whether enough small files have come together."""
+        """Whether enough small files were added."""
         return fragments - self._settled >= (self.idle_small_files if idle else self.small_files)
 
     def run(self, table: LiveTable, seq: int) -> None:
-        """Tidy the newest version; only the writer's thread may call this.
+        """Compact and clean the newest version; only the writer's thread may call this.
 
         Args:
             table: the newest version.
             seq: of the last commit group.
         """
-        started, before = time.perf_counter(), files.listing(table.path)
+        started, before = time.perf_counter(), durability.listing(table.path)
         purged = self._purge(table, seq)
         table.dataset.checkout_latest()
         self._join_files(table)
         table.dataset.optimize.optimize_indices()
-        files.sync_new(table.path, before)
+        durability.sync_new(table.path, before)
         self._settled = len(LiveTable(table.path).fragment_ids())
         pause = time.perf_counter() - started
         self._counts["compactions"] += 1
@@ -82,7 +82,7 @@ class Upkeep:
         self._clean(table)
 
     def wait(self) -> None:
-        """Wait until a removal of old versions under way is done."""
+        """Wait until a running removal of old versions is done."""
         if self._cleaner is not None:
             self._cleaner.join()
 
@@ -91,18 +91,18 @@ class Upkeep:
         return dict(self._counts)
 
     def _join_files(self, table: LiveTable) -> None:
-        """Join small files; what they become is on the disk before the version that names it is there."""
+        """Join small files; the new ones are on the disk before a version refers to them."""
         from lance.optimize import Compaction
 
-        dataset, before = table.dataset, files.listing(table.path)
+        dataset, before = table.dataset, durability.listing(table.path)
         plan = Compaction.plan(dataset, {"target_rows_per_fragment": self.fragment_rows})
         results = [task.execute(dataset) for task in plan.tasks]
         if results:
-            files.sync_new(table.path, before)
+            durability.sync_new(table.path, before)
             Compaction.commit(dataset, results)
 
     def _purge(self, table: LiveTable, seq: int) -> int:
-        """Remove old tombstones, after writing down up to which seq, so that who is behind it loads anew."""
+        """Remove old tombstones. First records up to which seq, so that a follower behind it loads the table anew."""
         import pyarrow.compute as pc
 
         limit = (now() - self.tombstone_horizon).isoformat(sep=" ")
@@ -119,13 +119,13 @@ class Upkeep:
     def _clean(self, table: LiveTable) -> None:
         if self._cleaner is not None and self._cleaner.is_alive():
             return
-        dataset = LiveTable(table.path).dataset  # a handle of its own
+        dataset = LiveTable(table.path).dataset  # not shared with the writer's thread
 
         def clean() -> None:
             try:
                 dataset.cleanup_old_versions(older_than=self.keep_versions)
             except (OSError, RuntimeError, ValueError):  # what Lance raises
-                log.exception("%s: old versions could not be removed; it is tried again", table.path)
+                log.exception("%s: old versions could not be removed; trying again later", table.path)
 
         self._cleaner = threading.Thread(target=clean, name="cleanup")
         self._cleaner.start()

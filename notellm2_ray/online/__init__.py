@@ -1,1 +1,1 @@
-"""The service wired together from its parts."""
+"""The online service wired together from settings, workspace, engines and deployments."""

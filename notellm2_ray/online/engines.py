@@ -1,4 +1,4 @@
-"""vLLM engines for the online service: made inside a replica, from what ``infer`` and ``models`` bring."""
+"""vLLM engines for the online service, started inside a replica with the parts of ``infer`` and ``models``."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 
 def preference_writer(model: str, settings: Settings) -> Any:
-    """The object behind the deployment Preferences: the bulk job's own steps, over an engine of this process.
+    """The engine of the deployment Preferences: the bulk job's writer of preferences with vLLM in this process.
 
     Raises:
         ModelError: vLLM cannot run the model.
@@ -35,7 +35,7 @@ def preference_writer(model: str, settings: Settings) -> Any:
 
 
 def yes_no_scorer(model: str, settings: Settings) -> YesNoScorer:
-    """The object behind the deployment Ranker, with the engine's settings of the bulk job: the same scores.
+    """The engine of the deployment Ranker, with the bulk job's settings, so that scores are the same.
 
     Raises:
         ModelError: vLLM cannot run the model.
@@ -54,11 +54,11 @@ def yes_no_scorer(model: str, settings: Settings) -> YesNoScorer:
 
 
 class YesNoScorer:
-    """P(yes) of candidates.
+    """Scores candidates by P(yes).
 
     Args:
         engine: of the ranker, from ``start_engine``.
-        prompter: makes the very prompts that it was tuned with.
+        prompter: makes the prompts that the ranker was tuned with.
     """
 
     def __init__(self, engine: Any, prompter: RankerPrompter) -> None:
@@ -70,7 +70,7 @@ class YesNoScorer:
     ) -> list[float | None]:
         """P(yes) / (P(yes) + P(no)) of each candidate (title, encoded image).
 
-        None where its image does not decode, its prompt does not fit or its score is not finite.
+        None if the image does not decode, the prompt does not fit, or the score is not finite.
         """
         from notellm2_ray.infer.score_worker import ask, yes_share
         from notellm2_ray.models.ranker.inputs import Question

@@ -1,4 +1,4 @@
-"""What the running experiment has come to: clicks of each arm, from the users' database of a workspace."""
+"""Results of an experiment so far: clicks in each arm, from the users' database of a workspace."""
 
 from __future__ import annotations
 
@@ -17,21 +17,21 @@ _COLUMNS = ("arm", "users", "requests", "exposures", "clicks", "rate", "lift", "
 
 
 def lift_report(settings: Settings) -> str:
-    """`notellm2 lift`: a row for each arm of ``serve.experiment``, with its lift over the first one.
+    """`notellm2 lift`: a row for each arm of ``serve.experiment``, with its lift over the first arm.
 
-    The first arm is the first of ``serve.arms`` that showed anything, or the first by name where none is set. The
-    service may be running meanwhile.
+    The first arm is the first of ``serve.arms`` that showed any note, or the first by name if ``serve.arms`` is empty.
+    The service may be running.
 
     Raises:
-        OutputError: there is no users' database yet.
+        OutputError: there is no users' database yet, or it cannot be read.
     """
     path = settings.serve.users_file or workspace_of(settings).serving / "users.sqlite"
     experiment = settings.serve.experiment
     order = {arm.name: place for place, arm in enumerate(settings.serve.arms)}
     arms = _read(path, experiment, settings.sequences.positive_actions)
-    arms.sort(key=lambda one: order.get(one.arm, len(order)))  # stable: by name among those that are not set
+    arms.sort(key=lambda one: order.get(one.arm, len(order)))  # stable: other arms stay in order of name
     if not arms:
-        return f"experiment {experiment}: nothing was shown to a user yet"
+        return f"experiment {experiment}: no note was shown to a user yet"
     rows: list[tuple[str, ...]] = [_COLUMNS]
     notes: list[str] = []
     for arm in arms:
@@ -49,7 +49,7 @@ def lift_report(settings: Settings) -> str:
 
 def _read(path: Path, experiment: str, actions: Sequence[str]) -> list[ArmClicks]:
     if not path.exists():
-        raise OutputError(f"{path} is not there: `notellm2 serve` makes it, and recommendations fill it")
+        raise OutputError(f"{path} is not there: `notellm2 serve` creates it, and recommendations fill it")
     try:
         with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as db:
             return clicks_by_arm(db, experiment, actions)

@@ -1,4 +1,4 @@
-"""`notellm2 swap-embedder`: the served notes embedded by another model, which then serves them, from one moment on."""
+"""`notellm2 swap-embedder`: embed the served notes with another model, then serve that model and its table."""
 
 from __future__ import annotations
 
@@ -37,77 +37,77 @@ from notellm2_ray.serve.figures import Figures
 log = logging.getLogger("notellm2_ray")
 
 _ROWS_AT_ONCE = 512
-_RESTART_SECONDS = 15.0  # twice what a writer's replica takes
-_OURS = re.compile(r"live(-[0-9a-f]{16})?\.lance")
+_RESTART_SECONDS = 15.0  # twice the time that a writer's replica takes to restart
+_TABLE_NAME = re.compile(r"live(-[0-9a-f]{16})?\.lance")
 _SECONDS_BETWEEN_LINES = 10.0
 
 
 def swap_embedder(settings: Settings) -> str:
-    """Make the workspace's embedder (``model``, ``seed``: as train-embedder names it) the served one.
+    """Serve with the workspace's embedder that the settings name (``model``, ``seed``).
 
-    The notes of the live table are embedded in bulk into a new table beside it, while the service goes on. Then the
-    service's writer brings that table up to date with what came meanwhile, and it is served in the old one's place,
-    encoder and index together. Where no service runs this is done here. A run that was stopped is continued.
+    While the service goes on, the notes of the live table are embedded in bulk into a new table. Then the service's
+    writer adds the notes that were written meanwhile, and the service switches to the new table and model, encoder and
+    index together. If no service runs, this process does the writer's part. A swap that was stopped is continued.
 
     Returns:
-        What was done, for the user.
+        A sentence for the user that says what was done.
 
     Raises:
-        OutputError: the embedder is not trained, nothing is served yet, another swap is under way, or the running
-            service does not take the table over within ``serve.ready_seconds``.
+        OutputError: the embedder is not trained, nothing is served yet, another swap is running, or the running service
+            does not take the table over within ``serve.ready_seconds``.
         DataError, ModelError: as of bulk embedding.
     """
     settings = resolved(settings)
     directory = workspace_of(settings).serving
     model = workspace_of(settings).embedder_model(settings.embedder_name)
-    read_manifest(model.parent)  # finished, not half-way
+    read_manifest(model.parent)  # raises if its training is not finished
     if settings.embed.precision != settings.serve.encode.precision:
         raise ConfigError(
             f"embed.precision={settings.embed.precision} and serve.encode.precision={settings.serve.encode.precision}: "
-            "vectors of two precisions cannot be served together, set both to the same"
+            "vectors of two precisions cannot be served together, so set both to the same value"
         )
     served = current.current(directory)
     if not manifests(served.table):
-        raise OutputError(f"nothing is served from {directory} yet: `notellm2 serve` begins with this embedder")
-    # Ray starts its processes by exec, whatever this one has imported before.
+        raise OutputError(f"nothing is served from {directory} yet: `notellm2 serve` starts with this embedder")
+    # Lance warns about forks, but Ray starts its processes by exec.
     warnings.filterwarnings("ignore", message="lance is not fork-safe")
     lock = WriterLock(directory / "swap")
     try:
-        told = _swap(settings, directory, served, model)
-        _clear(directory)
-        return told
+        done = _swap(settings, directory, served, model)
+        _remove_old(directory)
+        return done
     finally:
         lock.release()
 
 
 def _swap(settings: Settings, directory: Path, served: current.Served, model: Path) -> str:
-    following = current.upcoming(directory)
-    if following is not None and following.source != served.table.name:
-        current.forget_upcoming(directory)  # of a table that is served no more, or served by now
-        following = None
+    next_served = current.upcoming(directory)
+    if next_served is not None and next_served.source != served.table.name:
+        current.forget_upcoming(directory)  # it was filled from a table that is no longer served
+        next_served = None
     if _is_served(settings, served, model):
-        return f"{settings.embedder_name} is the model that is served already"
+        return f"{settings.embedder_name} is served already"
     left_out = 0
-    if following is None:
+    if next_served is None:
         work = directory / f"next-{files_fingerprint(str(model))}"
         fingerprint, held = _embed(settings, model, served, work)
         if fingerprint == LiveTable(served.table).model_fingerprint:
-            return f"{settings.embedder_name} is the model that is served already"
-        following, left_out = _fill(directory, served, model, work, fingerprint, held)
-    elif files_fingerprint(str(following.model)) == files_fingerprint(str(model)):
-        log.info("%s is filled already", following.table.name)
+            return f"{settings.embedder_name} is served already"
+        next_served, left_out = _fill(directory, served, model, work, fingerprint, held)
+    elif files_fingerprint(str(next_served.model)) == files_fingerprint(str(model)):
+        log.info("%s is filled already", next_served.table.name)
     else:
         raise OutputError(
-            f"{following.table} is to be served next already, by {following.model}: wait until it is, or remove "
-            f"{directory / current.NEXT} to give it up"
+            f"another swap is running, to {next_served.table} with {next_served.model}: wait until it is done, or "
+            f"remove {directory / current.NEXT} to give it up"
         )
-    _take_over(settings, directory, following)
-    without = f"; {left_out} note(s) have no vector of it and are left out, see the log" if left_out else ""
-    return f"served from now on: {following.table}, by {following.model}{without}"
+    _take_over(settings, directory, next_served)
+    without = f"; {left_out} note(s) without a vector are left out, see the log" if left_out else ""
+    return f"served from now on: {next_served.table} with {next_served.model}{without}"
 
 
 def _is_served(settings: Settings, served: current.Served, model: Path) -> bool:
-    """Whether the model is known to be the served one, without reading its weights."""
+    """Whether the model is certainly the served one; its weights are not read."""
     if served.model is not None:
         return files_fingerprint(str(served.model)) == files_fingerprint(str(model))
     bulk = workspace_of(settings).embeddings(settings.embedder_name, "all")
@@ -118,14 +118,14 @@ def _is_served(settings: Settings, served: current.Served, model: Path) -> bool:
     return same and manifest["counts"].get("model_fingerprint") == LiveTable(served.table).model_fingerprint
 
 
-def _clear(directory: Path) -> None:
-    """Remove what this swap needs no more, and tables and models older than the one that was served before."""
+def _remove_old(directory: Path) -> None:
+    """Remove the swap's temporary files, and all tables and models but the served ones and those served before."""
     served = current.current(directory)
-    following = current.upcoming(directory)
-    used = [one.table for one in (served, following) if one is not None]
-    tables = [one for one in directory.glob("live*.lance") if _OURS.fullmatch(one.name) and one not in used]
+    next_served = current.upcoming(directory)
+    used = [one.table for one in (served, next_served) if one is not None]
+    tables = [one for one in directory.glob("live*.lance") if _TABLE_NAME.fullmatch(one.name) and one not in used]
     tables.sort(key=lambda one: (one / VERSIONS).stat().st_mtime)
-    kept = {served.model, following and following.model} | {
+    kept = {served.model, next_served and next_served.model} | {
         directory / current.MODELS / LiveTable(one).model_fingerprint for one in tables[-1:]
     }
     models = [one for one in (directory / current.MODELS).glob("*") if one not in kept]
@@ -135,7 +135,7 @@ def _clear(directory: Path) -> None:
 
 
 def _embed(settings: Settings, model: Path, served: current.Served, work: Path) -> tuple[str, int]:
-    """Embed the served notes as they are now; the model's fingerprint, and the last commit group among the notes."""
+    """Embed the served notes as they are now; the model's fingerprint, and the last commit group of the notes."""
     from notellm2_ray.infer.embed import embed_notes
 
     shaped = {"table": served.table.name, "model": LiveTable(served.table).model_fingerprint}
@@ -182,54 +182,54 @@ def _export(path: Path, output: Path) -> dict[str, Any]:
 def _fill(
     directory: Path, served: current.Served, model: Path, work: Path, fingerprint: str, seq: int
 ) -> tuple[current.Served, int]:
-    """The new table and a copy of its model beside it, named in NEXT; and how many notes have no vector."""
+    """Make the new table, copy its model and name both in NEXT; also the number of notes without a vector."""
     kept = current.keep_model(directory, model, fingerprint)
     table = directory / f"live-{fingerprint}.lance"
-    if manifests(table):  # of a swap that was stopped, or of one to another model and now back
-        LiveStore.open(table).close()  # nobody writes it
+    if manifests(table):  # left by a swap that was stopped, or by an earlier swap to this model
+        LiveStore.open(table).close()  # raises if another process writes it
         shutil.rmtree(table)
     seeded = seed_from_bulk(work / "notes" / "notes.parquet", work / "embeddings.lance", table, seq=seq)
     if seeded.without_vector:
         reasons = "; ".join(embedded_parts(work / "embeddings").first_reasons("{reason}"))
-        log.warning("%d note(s) have no vector of the new model and are left out: %s", seeded.without_vector, reasons)
+        log.warning("%d note(s) have no vector by the new model and are left out: %s", seeded.without_vector, reasons)
     if current.current(directory).table != served.table:
-        raise OutputError(f"{served.table} is served no more: run this again")
+        raise OutputError(f"{served.table} is no longer served: run this again")
     current.set_upcoming(directory, table, kept, served.table.name, seq)
-    following = current.upcoming(directory)
-    assert following is not None
-    return following, seeded.without_vector
+    next_served = current.upcoming(directory)
+    assert next_served is not None
+    return next_served, seeded.without_vector
 
 
-def _take_over(settings: Settings, directory: Path, following: current.Served) -> None:
-    """Wait until the service's writer has done it, or do it, where no service runs.
+def _take_over(settings: Settings, directory: Path, next_served: current.Served) -> None:
+    """Wait until the service has switched to the table; if no service runs, do it here.
 
     Raises:
-        OutputError: the service does not.
+        OutputError: the service does not do it in time.
     """
-    if _nobody_writes(directory / following.source):
-        asyncio.run(_serve_next(directory, following, settings))
+    if _nobody_writes(directory / next_served.source):
+        asyncio.run(_serve_next(directory, next_served, settings))
         return
-    until, said = time.monotonic() + settings.serve.ready_seconds, 0.0
-    while current.current(directory).table != following.table:
+    until, logged = time.monotonic() + settings.serve.ready_seconds, 0.0
+    while current.current(directory).table != next_served.table:
         if time.monotonic() > until:
             raise OutputError(
-                f"the service has not taken {following.table.name} over within serve.ready_seconds="
-                f"{settings.serve.ready_seconds:g} ({current.told(directory) or 'it does not say why'}), and goes on "
-                f"trying. Run this again to wait on, or remove {directory / current.NEXT} to give it up"
+                f"the service has not taken {next_served.table.name} over within serve.ready_seconds="
+                f"{settings.serve.ready_seconds:g} ({current.waiting_reason(directory) or 'no reason given'}). It "
+                f"keeps trying: run this again to wait longer, or remove {directory / current.NEXT} to give up"
             )
-        if time.monotonic() > said + _SECONDS_BETWEEN_LINES:
-            said = time.monotonic()
-            reason = current.told(directory)
+        if time.monotonic() > logged + _SECONDS_BETWEEN_LINES:
+            logged = time.monotonic()
+            reason = current.waiting_reason(directory)
             log.info(
-                "swap-embedder: waiting for the running service to take %s over%s",
-                following.table.name,
+                "swap-embedder: waiting until the running service has taken over %s%s",
+                next_served.table.name,
                 reason and f": {reason}",
             )
         time.sleep(0.5)
 
 
 def _nobody_writes(table: Path) -> bool:
-    """Whether no service holds the table, for longer than one takes to restart its writer."""
+    """Whether no service writes the table; waits long enough for a service to restart its writer."""
     until = time.monotonic() + _RESTART_SECONDS
     while time.monotonic() < until:
         try:
@@ -240,29 +240,30 @@ def _nobody_writes(table: Path) -> bool:
     return True
 
 
-async def _serve_next(directory: Path, following: current.Served, settings: Settings) -> None:
-    """What the service's writer does, where there is none."""
+async def _serve_next(directory: Path, next_served: current.Served, settings: Settings) -> None:
+    """Do what the service's writer does, if no service runs."""
     model: list[LoadedModel] = []
 
     async def encode(notes: Sequence[Note], columns: Sequence[str], fingerprint: str) -> Vectors:
         return await model[0].encode(notes, columns)
 
-    successor = Successor(following, encode)
+    successor = Successor(next_served, encode)
     with successor.store:
-        source = directory / following.source
-        if (await successor.missed(LiveTable(source))).notes:  # loaded before the table is taken
-            assert following.model is not None
+        source = directory / next_served.source
+        if (await successor.missed(LiveTable(source))).notes:  # load the model before locking the source
+            assert next_served.model is not None
             workers = Workers(settings.serve.encode, Figures("swap-embedder"))
-            model.append(LoadedModel(following.model, "cpu", workers))
+            model.append(LoadedModel(next_served.model, "cpu", workers))
             if model[0].fingerprint != successor.store.model_fingerprint:
                 raise ModelError(
-                    f"{following.model} is {model[0].fingerprint} on this machine, and {following.table.name} holds "
-                    f"vectors of {successor.store.model_fingerprint}: have a running service take it over"
+                    f"{next_served.model} has the fingerprint {model[0].fingerprint} on this machine, and "
+                    f"{next_served.table.name} holds vectors of {successor.store.model_fingerprint}: start the "
+                    "service, which will take the table over"
                 )
             await successor.catch_up(LiveTable(source))
         with LiveStore.open(source) as store:
             if current.current(directory).table != source or (await successor.missed(store.table)).notes:
-                raise OutputError(f"{source} was written meanwhile: run this again")
+                raise OutputError(f"{source} was written to meanwhile: run this again")
             successor.store.skip_to(store.seq)
-            current.set_current(directory, following.table, following.model)
+            current.set_current(directory, next_served.table, next_served.model)
             current.forget_upcoming(directory)

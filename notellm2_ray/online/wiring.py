@@ -1,8 +1,7 @@
-"""The online service wired together: settings to a plan, engines from ``infer`` to deployments of ``serve``.
+"""The online service wired together: from settings to a spec, with engines of ``infer`` for deployments of ``serve``.
 
-``build_app`` is what `serve run serve_configs/local_cpu.yaml` names. This module must not postpone the evaluation of
-its annotations: Ray would hand the builder a plain dict instead of ServeArguments, and a misspelt key would pass
-unseen.
+The files in serve_configs name ``build_app``. This module must not import ``annotations`` from ``__future__``: Ray
+would then pass the builder a plain dict instead of ServeArguments, and a misspelt key would not be noticed.
 """
 
 import functools
@@ -21,15 +20,15 @@ from notellm2_ray.live.durability import manifests
 from notellm2_ray.pipeline import ranking_outputs
 from notellm2_ray.pipeline.embedders import resolved
 from notellm2_ray.pipeline.stage import workspace_of
-from notellm2_ray.serve.plan import Plan
+from notellm2_ray.serve.spec import ServiceSpec
 
 
 class ServeArguments(Frozen):
-    """What a Serve configuration file says of the application: the same as the command line's options."""
+    """``args`` of the application in a Serve configuration file, like the options of the command line."""
 
-    preset: str | None = Field(None, description="starting point, as --preset")
-    config: str | None = Field(None, description="YAML file of settings, as --config")
-    overrides: tuple[str, ...] = Field((), description="settings as key=value, as on the command line")
+    preset: str | None = Field(None, description="preset to start from, like --preset")
+    config: str | None = Field(None, description="YAML file of settings, like --config")
+    overrides: tuple[str, ...] = Field((), description="settings as key=value, like on the command line")
 
 
 def build_app(args: ServeArguments) -> Any:
@@ -43,9 +42,9 @@ def build_app(args: ServeArguments) -> Any:
     from notellm2_ray.serve.app import compose
     from notellm2_ray.serve.launch import check_safe
 
-    plan = make_plan(load_settings(args.config, args.preset, args.overrides))
-    check_safe(plan)
-    return compose(plan)
+    spec = service_spec(load_settings(args.config, args.preset, args.overrides))
+    check_safe(spec)
+    return compose(spec)
 
 
 def serve_forever(settings: Settings) -> None:
@@ -54,15 +53,15 @@ def serve_forever(settings: Settings) -> None:
     from notellm2_ray.core.settings import RaySettings
     from notellm2_ray.serve import launch
 
-    plan = make_plan(settings)
-    # Logical CPUs: all deployments, and Serve's own actors, must find room on a laptop's two cores.
-    needed = int(_cpus(plan)) + 2
+    spec = service_spec(settings)
+    # Logical CPUs: all deployments and Serve's own actors must fit, even on a laptop with two cores.
+    needed = int(_cpus(spec)) + 2
     ray = RaySettings(num_cpus=max(settings.ray.num_cpus, needed), object_store_gb=settings.ray.object_store_gb)
-    launch.serve_forever(plan, functools.partial(connect, ray))
+    launch.serve_forever(spec, functools.partial(connect, ray))
 
 
 def create_key(settings: Settings, name: str, scopes: Sequence[str]) -> str:
-    """`notellm2 keys create NAME --scope read`: the key, which cannot be shown again."""
+    """`notellm2 keys create NAME --scope read`: the new key, which cannot be shown again."""
     from notellm2_ray.serve.keys import create_key as create
 
     return create(_keys_file(settings), name, scopes)
@@ -75,12 +74,12 @@ def revoke_key(settings: Settings, name: str) -> None:
     revoke(_keys_file(settings), name)
 
 
-def make_plan(settings: Settings) -> Plan:
-    """What the deployments are told, of these settings and of what the workspace holds.
+def service_spec(settings: Settings) -> ServiceSpec:
+    """The service's spec, from the settings and the outputs in the workspace.
 
     Raises:
         ConfigError: see :func:`_engines`.
-        OutputError: the embedder is not trained or the notes are not embedded; a ranker is asked for that is not there.
+        OutputError: the embedder is not trained, the notes are not embedded, or the settings name a missing ranker.
     """
     settings = resolved(settings)
     workspace, directory = workspace_of(settings), _directory(settings)
@@ -88,13 +87,13 @@ def make_plan(settings: Settings) -> Plan:
     embeddings = workspace.embedding_table(settings.embedder_name, "all")
     served = current(directory)
     if served.model is not None and not served.model.is_dir():
-        raise OutputError(f"{served.model} is not there, whose vectors {served.table} holds: restore it from a copy")
+        raise OutputError(f"{served.model} is not there, and {served.table} holds its vectors: restore it from a copy")
     if served.model is None and not model.is_dir():
         raise OutputError(f"{model} is not there: run train-embedder (or `notellm2 run`) first")
-    # Not whether the directory is there: making a key makes it.
+    # The directory alone says nothing: creating a key creates it.
     if not embeddings.exists() and not manifests(served.table):
         raise OutputError(f"{embeddings} is not there: run embed-notes first")
-    return Plan(
+    return ServiceSpec(
         directory=directory,
         model=served.model or model,
         notes=Path(settings.embed.notes) if settings.embed.notes else workspace.notes,
@@ -115,10 +114,10 @@ def make_plan(settings: Settings) -> Plan:
 
 
 def _engines(settings: Settings) -> dict[str, Any]:
-    """Factories of the engines that ``serve.preferences`` and ``serve.ranker`` ask for.
+    """Factories of the engines for ``serve.preferences`` and ``serve.ranker``, as arguments of the spec.
 
     Raises:
-        ConfigError: preferences of a variant that cannot be advanced.
+        ConfigError: preferences of this variant cannot be advanced block by block.
         OutputError: the ranker is not trained yet.
     """
     from notellm2_ray.infer.engine import engine_environment
@@ -128,8 +127,8 @@ def _engines(settings: Settings) -> dict[str, Any]:
     if settings.serve.preferences is not None:
         if settings.preferences.variant == "direct":
             raise ConfigError(
-                "preferences.variant=direct asks the model for a whole history at once, but serve.preferences advances "
-                "a taste block by block: set preferences.variant to recurrent or no_image_summary, or leave "
+                "preferences.variant=direct summarises a whole history at once, but serve.preferences advances a "
+                "preference block by block: set preferences.variant to recurrent or no_image_summary, or leave "
                 "serve.preferences null"
             )
         model = ranking_outputs.ranking_model(settings, settings.preferences.model)
@@ -145,9 +144,7 @@ def _engines(settings: Settings) -> dict[str, Any]:
 def _ranker_model(settings: Settings) -> Path:
     path = workspace_of(settings).ranker_model(ranking_outputs.ranker_name(settings))
     if not path.is_dir():
-        raise OutputError(
-            f"{path} is not there: run train-ranker, name another with serve.ranker_model, or leave serve.ranker null"
-        )
+        raise OutputError(f"{path} is not there: run train-ranker, set serve.ranker_model, or leave serve.ranker null")
     return path
 
 
@@ -173,9 +170,9 @@ def _keys_file(settings: Settings) -> Path:
     return settings.serve.keys_file or _directory(settings) / "keys.json"
 
 
-def _cpus(plan: Plan) -> float:
-    """CPUs that all replicas reserve together, autoscaled ones included."""
-    serve = plan.serve
+def _cpus(spec: ServiceSpec) -> float:
+    """CPUs that all replicas together reserve when fully scaled up."""
+    serve = spec.serve
     scaled = [serve.gateway, serve.encoder]
     scaled += [one for one in (serve.preferences, serve.ranker) if one is not None]
     return serve.writer_cpus + serve.users_cpus + sum(one.cpus * one.most_replicas for one in scaled)

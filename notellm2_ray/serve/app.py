@@ -1,17 +1,17 @@
-"""The application: which deployments there are and how they hang together."""
+"""The Ray Serve application: its deployments and which calls which."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from notellm2_ray.serve.plan import Plan
+from notellm2_ray.serve.spec import ServiceSpec
 
 
-def compose(plan: Plan) -> Any:
-    """The Ray Serve application of a plan, ready for ``serve.run``.
+def compose(spec: ServiceSpec) -> Any:
+    """The Ray Serve application of a spec, ready for ``serve.run``.
 
-    Gateway (HTTP and index) calls Encoder, Writer, Users and, where there is one, Ranker; Users calls Preferences,
-    and Writer calls Encoder while another model's table takes over.
+    Gateway (HTTP and index) calls Encoder, Writer, Users and Ranker; Users calls Preferences; Writer calls Encoder
+    while it prepares another model's table. Ranker and Preferences are optional.
     """
     from notellm2_ray.serve.deployments.encoder import encoder_deployment
     from notellm2_ray.serve.deployments.ingress import gateway_deployment
@@ -20,13 +20,13 @@ def compose(plan: Plan) -> Any:
     from notellm2_ray.serve.deployments.users import users_deployment
     from notellm2_ray.serve.deployments.writer import writer_deployment
 
-    preferences = None if plan.preference_engine is None else preferences_deployment(plan).bind(plan)
-    ranker = None if plan.ranker_engine is None else ranker_deployment(plan).bind(plan)
-    encoder = encoder_deployment(plan).bind(plan)
-    return gateway_deployment(plan).bind(
-        plan,
+    preferences = None if spec.preference_engine is None else preferences_deployment(spec).bind(spec)
+    ranker = None if spec.ranker_engine is None else ranker_deployment(spec).bind(spec)
+    encoder = encoder_deployment(spec).bind(spec)
+    return gateway_deployment(spec).bind(
+        spec,
         encoder,
-        writer_deployment(plan).bind(plan, encoder),
-        users_deployment(plan).bind(plan, preferences),
+        writer_deployment(spec).bind(spec, encoder),
+        users_deployment(spec).bind(spec, preferences),
         ranker,
     )

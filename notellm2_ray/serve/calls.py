@@ -1,4 +1,4 @@
-"""Calls between deployments, with their failures as errors of the API."""
+"""Calls from one deployment to another; their failures become errors of the API."""
 
 from __future__ import annotations
 
@@ -13,28 +13,28 @@ log = logging.getLogger("notellm2_ray.serve")
 
 
 class Dependency:
-    """Another deployment, and how many calls to it are in hand.
+    """Another deployment, with a bound on the calls to it in hand.
 
-    While a deployment restarts, calls to it wait for their whole time. Without a bound they would fill the gateway's
-    slots, and requests that do not need it would be refused.
+    While a deployment restarts, each call to it waits until its time is up. Without a bound such calls would fill the
+    gateway, which would then refuse requests that do not even need that deployment.
 
     Args:
         handle: of the deployment.
         name: for messages.
-        most: calls in hand at once; one more is refused at once.
+        most: calls in hand at once; further ones are refused immediately.
     """
 
     def __init__(self, handle: Any, name: str, most: int) -> None:
         self.handle, self.name, self.most, self.in_hand = handle, name, most, 0
 
     async def call(self, method: str, *arguments: Any, seconds: float) -> Any:
-        """As :func:`call`, of a method by name.
+        """As :func:`call`, for a method given by its name.
 
         Raises:
-            OverloadedError: as many calls as there may be are in hand.
+            OverloadedError: the most calls are in hand already.
         """
         if self.in_hand >= self.most:
-            raise OverloadedError(f"{self.in_hand} calls of the {self.name} are in hand already: try again soon")
+            raise OverloadedError(f"{self.in_hand} calls to the {self.name} are in hand already: try again soon")
         self.in_hand += 1
         try:
             return await call(getattr(self.handle, method), *arguments, what=self.name, seconds=seconds)
@@ -46,15 +46,15 @@ async def call(method: Any, *arguments: Any, what: str, seconds: float) -> Any:
     """The result of a method of another deployment's handle.
 
     Args:
-        method: as ``handle.encode``.
-        what: the deployment, for messages.
-        seconds: time that it may take, waiting in its queue included.
+        method: for example ``handle.encode``.
+        what: name of the deployment, for messages.
+        seconds: the most it may take, including the time in the deployment's queue.
 
     Raises:
-        OverloadedError: its queue is full.
-        TookTooLongError: it took too long.
-        UnavailableError: it is not there, died with the call, or failed on it.
-        InvalidError: it found the data wrong.
+        OverloadedError: the deployment's queue is full.
+        TookTooLongError: the call took too long.
+        UnavailableError: the deployment is not running, died during the call, or failed on it.
+        InvalidError: the deployment refused the data.
     """
     try:
         async with asyncio.timeout(seconds):
@@ -66,13 +66,13 @@ async def call(method: Any, *arguments: Any, what: str, seconds: float) -> Any:
 
 
 def translated(error: BaseException, what: str) -> ApiError:
-    """An error of a call, as its caller's caller may see it."""
+    """A call's error as an error of the API, without details that a client must not see."""
     from ray.exceptions import RayError
     from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 
     cause = getattr(error, "cause", None) or error
     if isinstance(error, BackPressureError):
-        return OverloadedError(f"the {what} has as much to do as it takes: try again soon")
+        return OverloadedError(f"the {what} is busy and its queue is full: try again soon")
     if isinstance(cause, ApiError):
         return cause
     if isinstance(cause, DataError):
@@ -81,6 +81,6 @@ def translated(error: BaseException, what: str) -> ApiError:
         return UnavailableError(str(cause))
     if isinstance(cause, NoteLLMError) or isinstance(error, (RayError, DeploymentUnavailableError)):
         log.warning("%s: %s", what, str(cause).splitlines()[-1] if str(cause) else type(cause).__name__)
-        return UnavailableError(f"the {what} is not there for the moment: try again soon")
+        return UnavailableError(f"the {what} is not available at the moment: try again soon")
     log.error("the %s failed: %s", what, type(cause).__name__, exc_info=error)
     return UnavailableError(f"the {what} failed on this request; its log says why")

@@ -1,4 +1,4 @@
-"""What of the service and of Ray listens to other machines, and whether that is guarded (`notellm2 doctor`)."""
+"""The sockets of the service and of Ray that other machines can reach, and their guards (`notellm2 doctor`)."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 from notellm2_ray.core.errors import ConfigError
 
 _RAY = ("raylet", "gcs_server", "ray::", "dashboard", "plasma", "ray/_private", "ray/autoscaler", "haproxy")
-# Without a password of their own whatever RAY_AUTH_MODE says; metrics and health, but they tell what runs here.
-_OPEN_SIDE_DOORS = ("haproxy",)
+# No password whatever RAY_AUTH_MODE says: only metrics and statistics, but they reveal what runs here.
+_UNGUARDED = ("haproxy",)
 
 _MODE = "RAY_AUTH_MODE"
 
@@ -23,58 +23,58 @@ class Listener(NamedTuple):
     address: str
     port: int
     pid: int
-    process: str  # name, without arguments: they may hold secrets
-    kind: str  # "ray": speaks Ray's protocols, which RAY_AUTH_MODE=token guards; "haproxy"; "service"; "other"
-    token: bool  # whether its process asks for Ray's token
+    process: str  # name without arguments, which may contain secrets
+    kind: str  # "ray" (Ray's protocols, guarded by RAY_AUTH_MODE=token), "haproxy", "service" or "other"
+    token: bool  # whether its process requires Ray's token
 
     def __str__(self) -> str:
         return f"{self.address}:{self.port}  {self.process} (process {self.pid}, {self.kind})"
 
 
 class Finding(NamedTuple):
-    """What the doctor says."""
+    """The result of an examination."""
 
-    listeners: list[Listener]  # that other machines can reach
+    listeners: list[Listener]  # reachable from other machines
     problems: list[str]
 
 
 def examine(root: int | None = None, service_port: int | None = None, service_keys: bool = False) -> Finding:
-    """Look at the sockets of a process and its children, or of all of Ray on this machine.
+    """Examine the sockets of a process and its children, or of all Ray processes of this user.
 
     Args:
-        root: process whose tree is looked at; None: every Ray process of this user on the machine.
+        root: id of the process; None: all Ray processes of this user on this machine.
         service_port: port of the service's own API.
-        service_keys: whether that asks for keys.
+        service_keys: whether that API requires keys.
     """
     listeners = [one for one in listening(root, service_port) if not is_loopback(one.address)]
     problems = [problem] if (problem := token_problem()) else []
     for one in listeners:
         if one.kind == "ray" and not one.token:
-            problems.append(f"{one}: whoever reaches it runs code here; set RAY_AUTH_MODE=token before Ray starts")
+            problems.append(f"{one}: who reaches it can run code here; set RAY_AUTH_MODE=token before Ray starts")
         elif one.kind == "haproxy":
             problems.append(
-                f"{one}: open without a password; start the service with `notellm2 serve`, which keeps it in"
+                f"{one}: no password is needed; start the service with `notellm2 serve`, which binds it to loopback"
             )
         elif one.kind == "service" and not service_keys:
-            problems.append(f"{one}: the service listens to other machines without API keys")
+            problems.append(f"{one}: other machines reach the service without API keys")
     return Finding(listeners, problems)
 
 
 def check(finding: Finding) -> None:
-    """Refuse to go on with an open door.
+    """Stop if there is a problem.
 
     Raises:
-        ConfigError: naming each.
+        ConfigError: names every problem.
     """
     if finding.problems:
-        raise ConfigError("sockets that other machines can reach unguarded:\n" + "\n".join(finding.problems))
+        raise ConfigError("unguarded sockets that other machines can reach:\n" + "\n".join(finding.problems))
 
 
 def report(finding: Finding) -> str:
-    """The finding as text."""
+    """A finding as text."""
     lines = ["Sockets that other machines can reach:"]
     for one in finding.listeners:
-        guard = "asks for Ray's token" if one.kind == "ray" and one.token else ""
+        guard = "requires Ray's token" if one.kind == "ray" and one.token else ""
         lines.append(f"  {one} {guard}".rstrip())
     if not finding.listeners:
         lines.append("  none")
@@ -82,7 +82,7 @@ def report(finding: Finding) -> str:
 
 
 def listening(root: int | None, service_port: int | None) -> Iterator[Listener]:
-    """All listening TCP sockets of the processes looked at."""
+    """All listening TCP sockets of the processes."""
     import psutil
 
     for process in _processes(root):
@@ -115,22 +115,22 @@ def _processes(root: int | None) -> Iterable[Any]:
 
 
 def _kind(name: str, command: str) -> str:
-    if any(one in name for one in _OPEN_SIDE_DOORS):
+    if any(one in name for one in _UNGUARDED):
         return "haproxy"
     return "ray" if any(one in command or one in name for one in _RAY) else "other"
 
 
 def is_loopback(address: str) -> bool:
-    """Whether only this machine reaches an address."""
+    """Whether only this machine can reach an address."""
     found = ipaddress.ip_address(address)
     return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 def asks_for_token(process: Any) -> bool:
-    """Whether a Ray process refuses who has no token.
+    """Whether a Ray process refuses clients without its token.
 
-    Its environment says so, which Ray fills in as it starts; where a worker's title has overwritten that, the raylet's
-    above it.
+    Read from the process's environment, which Ray sets at its start. A worker's process title overwrites that memory;
+    then the raylet above it is asked.
     """
     import psutil
 
@@ -145,7 +145,7 @@ def asks_for_token(process: Any) -> bool:
 
 
 def token_problem() -> str | None:
-    """Why Ray's token does not keep this machine's other users out; None if it does."""
+    """Why other users of this machine could know Ray's token; None if they cannot."""
     path = Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
     try:
         mode, home = path.stat().st_mode, path.parent.parent.stat().st_mode

@@ -1,4 +1,4 @@
-"""Errors of the API: each has an HTTP status and is answered as ``{"error": {"type", "message", "param"}}``."""
+"""Errors of the API. Each has an HTTP status and the body ``{"error": {"type", "message", "param"}}``."""
 
 from __future__ import annotations
 
@@ -15,9 +15,9 @@ class ApiError(Exception):
 
     Attributes:
         status: HTTP status.
-        kind: the machine's word for it (``type`` in the answer).
-        param: the field of the request that is to blame, or None.
-        headers: further response headers.
+        kind: ``type`` in the answer, for programs.
+        param: the field of the request that is wrong, or None.
+        headers: additional response headers.
     """
 
     status = 500
@@ -25,7 +25,7 @@ class ApiError(Exception):
     headers: ClassVar[Mapping[str, str]] = {}
 
     def __init__(self, message: str, param: str | None = None) -> None:
-        super().__init__(message, param)  # both, so that it pickles
+        super().__init__(message, param)  # both arguments, so that it can be pickled
         self.message, self.param = message, param
 
     def body(self) -> bytes:
@@ -33,7 +33,7 @@ class ApiError(Exception):
         return error_body(self.kind, self.message, self.param)
 
     def http(self) -> str:
-        """The whole answer, for a proxy that gives it in our place."""
+        """The whole HTTP answer, for a proxy that sends it."""
         body = self.body().decode()
         fields = {"content-type": "application/json", "content-length": str(len(body.encode())), **self.headers}
         lines = [f"HTTP/1.1 {self.status} {HTTPStatus(self.status).phrase}", *(f"{k}: {v}" for k, v in fields.items())]
@@ -41,13 +41,13 @@ class ApiError(Exception):
 
 
 class InvalidError(ApiError):
-    """The request is understood and wrong."""
+    """The request can be parsed, but its values are wrong."""
 
     status, kind = 422, "invalid_request"
 
 
 class MalformedError(ApiError):
-    """The body is no JSON, or of another content type."""
+    """The body is not JSON, or has another content type."""
 
     status, kind = 400, "malformed_request"
 
@@ -65,7 +65,7 @@ class SlowBodyError(ApiError):
 
 
 class UnauthorizedError(ApiError):
-    """No key, or one that is not known."""
+    """No key, or an unknown one."""
 
     status, kind = 401, "unauthorized"
     headers: ClassVar[Mapping[str, str]] = {"www-authenticate": "Bearer"}
@@ -84,14 +84,14 @@ class NotFoundError(ApiError):
 
 
 class OverloadedError(ApiError):
-    """The queues are full: come again."""
+    """The queues are full; the client should try again."""
 
     status, kind = 429, "overloaded"
     headers: ClassVar[Mapping[str, str]] = {"retry-after": str(RETRY_SECONDS)}
 
 
 class UnavailableError(ApiError):
-    """A part of the service is not there yet, or for the moment."""
+    """A part of the service is not available yet, or not at the moment."""
 
     status, kind = 503, "unavailable"
     headers: ClassVar[Mapping[str, str]] = {"retry-after": str(RETRY_SECONDS)}
@@ -112,12 +112,12 @@ BY_STATUS: dict[int, str] = {
 
 
 def error_body(kind: str, message: str, param: str | None = None) -> bytes:
-    """JSON of an error; lone surrogates of a hostile request become escapes."""
+    """JSON of an error; lone surrogates from a hostile request are escaped."""
     return json.dumps({"error": {"type": kind, "message": message, "param": param}}).encode()
 
 
 def explain_validation(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
-    """Message and parameter of pydantic's list of errors; the caller's values are not repeated (or logged)."""
+    """Message and parameter for pydantic's errors, without the caller's values, which must not be logged."""
     lines = []
     for error in errors[:5]:
         place = ".".join(str(part) for part in error["loc"] if part != "body")[:200]

@@ -1,4 +1,4 @@
-"""Experiments: each user belongs to one arm for as long as the experiment has its name."""
+"""Experiments: a user stays in one arm as long as the experiment keeps its name."""
 
 from __future__ import annotations
 
@@ -12,14 +12,14 @@ CONTROL = "default"
 
 
 class Arm(NamedTuple):
-    """What a user's recommendations are made with."""
+    """An arm's name and the settings of its recommendations."""
 
     name: str
     recommend: RecommendSettings
 
 
 def arm_of(user_id: str, experiment: str, arms: Sequence[ArmSettings], defaults: RecommendSettings) -> Arm:
-    """The arm of a user: by the hash of experiment and user, so no state is needed and a new name draws anew."""
+    """A user's arm, by a hash of experiment and user: no state is needed, and a new experiment draws users anew."""
     if not arms:
         return Arm(CONTROL, defaults)
     point = stream_seed(0, "experiment", experiment, user_id) / 2**63

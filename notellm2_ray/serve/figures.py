@@ -1,4 +1,4 @@
-"""What a replica measures of itself, and how the replicas' figures become one Prometheus page and one JSON summary."""
+"""Metrics of one replica, and the replicas' metrics together as a Prometheus page or a JSON summary."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ _SIZES = (1, 2, 4, 8, 16, 32, 64, 128, 256)
 
 
 class Sample(NamedTuple):
-    """One number of a metric."""
+    """One value of a metric."""
 
     name: str
     labels: dict[str, str]
@@ -21,7 +21,7 @@ class Sample(NamedTuple):
 
 
 class Family(NamedTuple):
-    """A metric and its numbers; plain values, to be sent between processes."""
+    """A metric and its values, as plain data that can be sent between processes."""
 
     name: str
     help: str
@@ -33,7 +33,7 @@ class Figures:
     """Counters and histograms of one replica, in a registry of its own.
 
     Args:
-        replica: name of the replica, a label of every number.
+        replica: name of the replica, a label of every value.
     """
 
     def __init__(self, replica: str) -> None:
@@ -56,44 +56,44 @@ class Figures:
         self._children: dict[tuple[str, int], tuple[Any, Any]] = {}
 
     def answered(self, route: str, status: int, seconds: float) -> None:
-        """One request's end; status 0 where the caller went away."""
+        """Count a request when it ends; status 0 if the client disconnected."""
         children = self._children.get((route, status))
-        if children is None:  # looking a child up by its labels costs more than counting
+        if children is None:  # cached, because the look-up by labels costs more than counting
             children = self._requests.labels(route, str(status)), self._seconds.labels(route)
             self._children[route, status] = children
         children[0].inc()
         children[1].observe(seconds)
 
     def refused(self, kind: str) -> None:
-        """One request refused."""
+        """Count a refused request."""
         self._refused.labels(kind).inc()
 
     def fallback(self, reason: str) -> None:
-        """One recommendation that was not ranked; ``reason`` comes from a short fixed list."""
+        """Count a recommendation that was not ranked; ``reason`` is one of a few fixed words."""
         self._fallbacks.labels(reason).inc()
 
     def wrote(self, change: str, notes: int) -> None:
-        """Notes upserted or deleted."""
+        """Count notes that were upserted or deleted."""
         self._notes.labels(change).inc(notes)
 
     def batch(self, stage: str, size: int) -> None:
-        """Size of a micro-batch or a commit."""
+        """Record the size of a micro-batch or a commit."""
         self._sizes.labels(stage).observe(size)
 
     def state(self, **values: float) -> None:
-        """Values that go up and down."""
+        """Set values that go up and down."""
         for what, value in values.items():
             self._gauge.labels(what).set(value)
 
     def took(self, stage: str, seconds: float) -> None:
-        """Time of one stage."""
+        """Record the time of one stage."""
         if stage not in self._stage_of:
             self._stage_of[stage] = self._stages.labels(stage)
         self._stage_of[stage].observe(seconds)
 
     @contextmanager
     def timing(self, stage: str) -> Iterator[None]:
-        """Measure a stage."""
+        """Measure and record the time of a stage."""
         started = time.perf_counter()
         try:
             yield
@@ -101,7 +101,7 @@ class Figures:
             self.took(stage, time.perf_counter() - started)
 
     def snapshot(self) -> list[Family]:
-        """All numbers as plain values."""
+        """All metrics as plain data."""
         return [
             Family(
                 one.name,
@@ -118,7 +118,7 @@ class Figures:
 
 
 def render(snapshots: Iterable[Iterable[Family]]) -> bytes:
-    """Prometheus text of several replicas' figures."""
+    """Several replicas' metrics in Prometheus's text format."""
     from prometheus_client import generate_latest
     from prometheus_client.metrics_core import Metric
 
@@ -136,7 +136,7 @@ def render(snapshots: Iterable[Iterable[Family]]) -> bytes:
 
 
 def summary(snapshots: Iterable[Iterable[Family]]) -> dict[str, Any]:
-    """JSON figures: counts, and p50, p99 and mean of the histograms, over all replicas."""
+    """A JSON summary over all replicas: counts, and mean, p50 and p99 of the histograms."""
     sums: dict[str, dict[tuple[tuple[str, str], ...], float]] = {}
     for family in (family for snapshot in snapshots for family in snapshot):
         for sample in family.samples:
@@ -177,7 +177,10 @@ def _quantiles(sums: Mapping[str, Any], name: str, label: str, scale: float) -> 
 
 
 def quantile(buckets: list[tuple[float, float]], share: float) -> float:
-    """A quantile from cumulative (upper bound, count) buckets, linear within one; the last finite bound beyond."""
+    """A quantile from cumulative (upper bound, count) buckets.
+
+    Linear within a bucket; the largest finite bound if the quantile lies beyond it.
+    """
     if not buckets or not buckets[-1][1]:
         return 0.0
     wanted, lower, below = share * buckets[-1][1], 0.0, 0.0

@@ -1,13 +1,14 @@
-"""Ray Serve's HAProxy: the environment that turns it on, what keeps its side doors on loopback, and admission.
+"""Ray Serve's HAProxy: the environment that turns it on, its ports kept on loopback, and admission control.
 
-Ray 2.60 renders HAProxy's configuration itself. Whatever the service's host, it binds the statistics and metrics
-ports (8404 and 9101) to every interface, without a password, and no setting changes the address. Ray does let an
-operator name the binary to run (RAY_SERVE_HAPROXY_BINARY_PATH); named is a small script that rewrites those lines of
-the file and then becomes the real HAProxy. The admin socket is made for everybody; its directory here is its owner's
-alone.
+Ray 2.60 writes HAProxy's configuration itself. It binds the statistics and metrics ports (8404 and 9101) to every
+interface, whatever the service's host is, and has no setting for a password or another address. But Ray lets an
+operator name the HAProxy binary (RAY_SERVE_HAPROXY_BINARY_PATH). Here that is a small script, which changes those lines
+of the configuration and then executes the real HAProxy. Ray makes the admin socket accessible to all users; here it
+lies in a directory that only its owner can enter.
 
-The script also has HAProxy refuse what the replicas would refuse for want of room. Under five times their capacity
-replicas that refuse in Python answered less than half of it; with the refusals here they answer nine tenths and more.
+The script also lets HAProxy refuse requests for which the replicas have no room. At five times their capacity,
+replicas that refuse requests themselves, in Python, answered less than half of what they can; with refusals by HAProxy
+they answer at least nine tenths.
 """
 
 from __future__ import annotations
@@ -23,8 +24,8 @@ from notellm2_ray.core.settings.serve import ServeSettings
 from notellm2_ray.serve.errors import ApiError, OverloadedError, UnavailableError
 
 _SCRIPT = """#!/bin/sh
-# Runs HAProxy with the configuration that Ray wrote, changed by the files beside this one; with the rules of admission
-# once the service has a backend to count at.
+# Changes the configuration that Ray wrote by the files beside this script, then runs HAProxy. The admission rules are
+# added once the configuration has a backend for the service.
 previous=
 for argument in "$@"; do
   if [ "$previous" = -f ] && [ -f "$argument" ]; then
@@ -39,16 +40,16 @@ done
 exec {binary} "$@"
 """
 
-# For sed: side doors to loopback; what HAProxy says itself, which is a plain 500 where a replica died and a 404 while
-# none is up yet, as errors of the API.
+# For sed: binds the ports to loopback, and replaces HAProxy's own answers (a plain 500 if a replica died, a 404 while
+# none has started) by errors of the API.
 _CHANGES = """\
 s/^( *bind +)(\\*|0\\.0\\.0\\.0)?:({ports})( |$)/\\1127.0.0.1:\\3\\4/
 s#^( *errorfile 50[234]) .*#\\1 {errorfile}#
 /^backend default_backend/,/^backend /s#^( *http-request return status) 404 .*#\\1 {starting}#
 """
 
-# The variables hold the room that there is. Health and readiness are always answered. Ray reads a line of log for every
-# answer, in Python; refusals have none and are counted by HAProxy's own metrics.
+# The variables hold how many requests the running replicas have room for. Health and readiness are always answered. Ray
+# reads HAProxy's log line of every answer in Python; refusals are not logged, only counted in HAProxy's metrics.
 _RULES = """\
     acl nl2_encoded path {paths}
     acl nl2_always path /v1/health /v1/ready
@@ -60,28 +61,28 @@ _RULES = """\
     http-request set-log-level silent if {{ var(txn.nl2_full) -m bool }}
     http-request return status {refusal} if {{ var(txn.nl2_full) -m bool }}
 """
-_ENCODED = ("/v1/embeddings", "/v1/notes")  # every request there needs the encoder
+_ENCODED = ("/v1/embeddings", "/v1/notes")  # every request to these needs the encoder
 
-_SIDE_DOORS = {"RAY_SERVE_HAPROXY_METRICS_PORT": 9101, "RAY_SERVE_HAPROXY_STATS_PORT": 8404}
+_PORTS = {"RAY_SERVE_HAPROXY_METRICS_PORT": 9101, "RAY_SERVE_HAPROXY_STATS_PORT": 8404}
 
 
 def serve_environment(settings: ServeSettings, directory: Path | None = None) -> dict[str, str]:
-    """Variables that Ray has to see before it starts.
+    """Environment variables that must be set before Ray starts.
 
     Args:
         settings: of the service.
-        directory: for its files, readable by its owner alone; None: a new one. Its path is kept short: a Unix
-            socket's may have some hundred characters.
+        directory: for HAProxy's files; becomes accessible to its owner only. None: a new directory with a short path,
+            because the path of a Unix socket may have only about a hundred characters.
 
     Returns:
-        name to value; what is set already in this process is left out, but for the script.
+        Name to value, without variables that are set in this process already.
     """
-    # Ray's half a minute of draining is for load balancers that look that seldom; its own HAProxy is told at once.
+    # Ray drains for half a minute, for load balancers that notice a removed replica late; its HAProxy notices at once.
     wanted = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2"}
     if settings.haproxy:
         directory = directory or Path(tempfile.mkdtemp(prefix="nl2-"))
         directory.chmod(0o700)
-        ports = {name: os.environ.get(name) or free_port(usual) for name, usual in _SIDE_DOORS.items()}
+        ports = {name: os.environ.get(name) or free_port(usual) for name, usual in _PORTS.items()}
         wanted |= {
             "RAY_SERVE_ENABLE_HA_PROXY": "1",
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
@@ -97,12 +98,11 @@ def serve_environment(settings: ServeSettings, directory: Path | None = None) ->
 
 
 def replica_ports(port: int) -> dict[str, str]:
-    """A hundred ports for the replicas of the service that listens at ``port``.
+    """A range of a hundred ports for the replicas of the service that listens at ``port``.
 
-    Ray gives every cluster's replicas the same thousand. With two services on a machine, a port that a dying replica of
-    the one leaves may go to a replica of the other, and the first one's HAProxy, which knows replicas by their ports,
-    then sends its requests there. It is the likely reason why, with other services beside it, acknowledged writes were
-    not found in the service that was asked to make them.
+    Ray uses the same thousand ports in every cluster. With two services on one machine, a dying replica's port may go
+    to a replica of the other service. HAProxy knows replicas by their ports only and then sends requests to the wrong
+    service. This probably explains acknowledged writes that were missing when several services ran side by side.
     """
     first = 20_000 + 100 * ((port - 1024) % 97)
     names = "RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT"
@@ -110,18 +110,18 @@ def replica_ports(port: int) -> dict[str, str]:
 
 
 def write_script(path: Path, ports: Iterable[str], settings: ServeSettings) -> Path:
-    """The script around the binary, and beside it the files that it changes the configuration by.
+    """Write the script that runs HAProxy, and beside it the files with its changes to the configuration.
 
     Args:
-        path: where.
-        ports: those that are bound on loopback alone.
+        path: of the script.
+        ports: to bind to loopback only.
         settings: of the service.
 
     Raises:
         FileNotFoundError: there is no HAProxy to run.
     """
-    lost = UnavailableError("the replica that worked on this went away: try again soon").http()
-    starting = UnavailableError("the service is not up yet: try again soon")
+    lost = UnavailableError("the replica that was working on this request died: try again soon").http()
+    starting = UnavailableError("the service has not started yet: try again soon")
     doors = "|".join(str(int(port)) for port in ports)
     written = {
         "rules": admission_rules(settings),
@@ -142,8 +142,8 @@ def write_script(path: Path, ports: Iterable[str], settings: ServeSettings) -> P
 
 
 def admission_rules(settings: ServeSettings) -> str:
-    """Lines of HAProxy's frontend that refuse what the replicas that are up have no room for."""
-    error = OverloadedError("as many requests are in hand as there may be: try again soon")
+    """Lines for HAProxy's frontend that refuse requests for which the running replicas have no room."""
+    error = OverloadedError("the service already has the most requests in hand that it takes: try again soon")
     return _RULES.format(
         paths=" ".join(_ENCODED),
         backend=_backend(settings),
@@ -154,18 +154,18 @@ def admission_rules(settings: ServeSettings) -> str:
 
 
 def _answer(error: ApiError) -> str:
-    """An error's answer in the words of HAProxy's ``http-request return status``."""
+    """An error's answer as arguments of HAProxy's ``http-request return status``."""
     headers = " ".join(f"hdr {name} {value}" for name, value in error.headers.items())
     return f"{error.status} content-type application/json {headers} string '{error.body().decode()}'"
 
 
 def _backend(settings: ServeSettings) -> str:
-    """Ray's name for the application's servers."""
+    """The name that Ray gives the application's backend."""
     return f"http-{settings.name}"
 
 
 def free_port(usual: int) -> str:
-    """The usual port, or another where somebody has that one: HAProxy would not start at all."""
+    """The usual port if it is free, else another: HAProxy does not start if a port is in use."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -176,10 +176,10 @@ def free_port(usual: int) -> str:
 
 
 def real_binary() -> str:
-    """Path of the HAProxy that Ray brought, or the system's.
+    """Path of the HAProxy that was installed with Ray, or of the system's.
 
     Raises:
-        FileNotFoundError: neither is there.
+        FileNotFoundError: there is neither.
     """
     import shutil
 
@@ -190,5 +190,7 @@ def real_binary() -> str:
     except (ImportError, OSError):
         found = shutil.which("haproxy")
         if found is None:
-            raise FileNotFoundError("no HAProxy: install ray[serve] on Linux, or set serve.haproxy=false") from None
+            raise FileNotFoundError(
+                "HAProxy is missing: install ray[serve] on Linux, or set serve.haproxy=false"
+            ) from None
         return found

@@ -1,7 +1,7 @@
-"""API keys: 256 random bits each, kept as SHA-256 alone, with scopes.
+"""API keys: 256 random bits each, with scopes; only their SHA-256 is stored.
 
-The key itself is shown once, when it is made. A plain hash is enough for a secret that cannot be guessed: what slow
-password hashes protect is passwords. Comparison takes the same time wherever two digests differ.
+A key is shown once, when it is created. A fast hash is enough, because random bits cannot be guessed; only passwords
+need slow hashes. Digests are compared in constant time.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ _NAME = re.compile(r"[A-Za-z0-9_.@-]{1,64}")
 
 
 class Key(NamedTuple):
-    """A key as it is kept."""
+    """A key as stored."""
 
     name: str
     sha256: str
@@ -37,21 +37,21 @@ class Key(NamedTuple):
 
 
 def digest(key: str) -> str:
-    """What is kept of a key."""
+    """The stored digest of a key."""
     return hashlib.sha256(key.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def create_key(path: Path, name: str, scopes: Iterable[str]) -> str:
-    """Make a key, add its hash to the file and return the key: it cannot be shown again.
+    """Create a key, add its digest to the file and return the key, which cannot be shown again.
 
     Raises:
-        ConfigError: the name is taken or odd, a scope is unknown, or the file is damaged.
+        ConfigError: the name is taken or not allowed, a scope is unknown, or the file is damaged.
     """
     scopes = tuple(dict.fromkeys(scopes))
     if not _NAME.fullmatch(name):
         raise ConfigError(f"key name {name!r}: 1 to 64 letters, digits, . _ @ - are needed")
     if not scopes or not set(scopes) <= set(SCOPES):
-        raise ConfigError(f"scopes must be some of {', '.join(SCOPES)}; got {', '.join(scopes) or 'none'}")
+        raise ConfigError(f"scopes must be among {', '.join(SCOPES)}; got {', '.join(scopes) or 'none'}")
     keys = read_keys(path)
     if any(key.name == name for key in keys):
         raise ConfigError(f"{path} has a key called {name!r} already: revoke it first, or choose another name")
@@ -62,10 +62,10 @@ def create_key(path: Path, name: str, scopes: Iterable[str]) -> str:
 
 
 def revoke_key(path: Path, name: str) -> None:
-    """Forget a key; running services notice within seconds.
+    """Remove a key; running services notice it within seconds.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is no key of that name.
     """
     keys = read_keys(path)
     if all(key.name != name for key in keys):
@@ -74,7 +74,7 @@ def revoke_key(path: Path, name: str) -> None:
 
 
 def read_keys(path: Path) -> list[Key]:
-    """All keys of a file; none where there is no file.
+    """All keys of a file; none if there is no file.
 
     Raises:
         ConfigError: the file is damaged.
@@ -85,7 +85,7 @@ def read_keys(path: Path) -> list[Key]:
     except FileNotFoundError:
         return []
     except (ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"{path} is no file of API keys, or damaged ({error}): restore or delete it") from error
+        raise ConfigError(f"{path} is not a file of API keys, or is damaged ({error}): restore or delete it") from error
 
 
 def _write(path: Path, keys: Iterable[Key]) -> None:
@@ -99,7 +99,7 @@ def _write(path: Path, keys: Iterable[Key]) -> None:
 
 
 class KeyRing:
-    """Keys as a server checks them; a changed file is read again within seconds."""
+    """The keys that a server accepts; it reads a changed file within seconds."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -111,7 +111,7 @@ class KeyRing:
         return len(self._keys)
 
     def verify(self, presented: str) -> Key | None:
-        """The key that was presented, or None. Every kept key is compared, whichever fits."""
+        """The stored key that matches, or None. All stored keys are compared, even after a match."""
         self._reload()
         wanted, found = digest(presented), None
         for key in self._keys:
@@ -126,7 +126,7 @@ class KeyRing:
         self._next_look = now + _RELOAD_SECONDS
         stamp = self._file_stamp()
         if stamp != self._stamp:
-            with contextlib.suppress(ConfigError):  # a damaged file keeps the keys that were good
+            with contextlib.suppress(ConfigError):  # if the file is damaged, the keys read before stay valid
                 self._keys = read_keys(self.path)
             self._stamp = stamp
 

@@ -1,4 +1,4 @@
-"""Starting the service on this machine or in the cluster that this process was submitted to, and stopping it softly."""
+"""Starting the service on this machine or in the cluster of this job, and stopping it without cutting requests off."""
 
 from __future__ import annotations
 
@@ -16,42 +16,42 @@ from notellm2_ray.core.settings.serve import ServeSettings
 from notellm2_ray.serve.doctor import check, examine
 from notellm2_ray.serve.haproxy import serve_environment
 from notellm2_ray.serve.keys import read_keys
-from notellm2_ray.serve.plan import Plan
+from notellm2_ray.serve.spec import ServiceSpec
 
 log = logging.getLogger("notellm2_ray")
 
 _SECONDS_BETWEEN_LINES = 5.0
 
 
-def serve_forever(plan: Plan, connect: Callable[[], Any]) -> None:
-    """Run the application until SIGTERM or Ctrl-C, then let the requests in hand finish.
+def serve_forever(spec: ServiceSpec, connect: Callable[[], Any]) -> None:
+    """Run the service until SIGTERM or Ctrl-C, then let the requests in hand finish.
 
     Args:
-        plan: the application.
-        connect: starts or joins Ray; called after the environment is set, which Ray reads as it starts.
+        spec: of the service.
+        connect: starts or joins Ray; called after setting the environment variables that Ray reads at its start.
 
     Raises:
         ConfigError: keys are needed and there are none, or the port is taken.
-        NoteLLMError: the application does not come up.
+        NoteLLMError: the application does not start.
     """
-    start(plan, connect)
+    start(spec, connect)
     stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):  # not before: Ray puts its own in place as it starts
+    for number in (signal.SIGTERM, signal.SIGINT):  # not earlier: Ray installs its own handlers at its start
         signal.signal(number, lambda *_: stop.set())
-    shown = f"[{plan.serve.host}]" if ":" in plan.serve.host else plan.serve.host
-    print(f"page  http://{shown}:{plan.serve.port}/\nAPI   http://{shown}:{plan.serve.port}/v1", flush=True)
+    shown = f"[{spec.serve.host}]" if ":" in spec.serve.host else spec.serve.host
+    print(f"page  http://{shown}:{spec.serve.port}/\nAPI   http://{shown}:{spec.serve.port}/v1", flush=True)
     while not stop.wait(1.0):
         pass
-    log.info("stopping: requests in hand have %g s", plan.serve.drain_seconds)
+    log.info("stopping: requests in hand have %g s to finish", spec.serve.drain_seconds)
     shut_down()
 
 
-def start(plan: Plan, connect: Callable[[], Any]) -> Any:
-    """Bring the application up; the handle of its ingress."""
-    check_safe(plan)
-    check_port(plan.serve)
-    os.environ.update(serve_environment(plan.serve))
-    # Ray's own ports run code for whoever reaches them, and they listen to every machine.
+def start(spec: ServiceSpec, connect: Callable[[], Any]) -> Any:
+    """Start the application; the handle of its ingress."""
+    check_safe(spec)
+    check_port(spec.serve)
+    os.environ.update(serve_environment(spec.serve))
+    # Ray's own ports are open to every machine, and anyone who reaches them can run code.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     connect()
     if not os.environ.get("RAY_ADDRESS"):
@@ -61,20 +61,20 @@ def start(plan: Plan, connect: Callable[[], Any]) -> Any:
 
     from notellm2_ray.serve.app import compose
 
-    options = HTTPOptions(host=plan.serve.host, port=plan.serve.port, keep_alive_timeout_s=60)
+    options = HTTPOptions(host=spec.serve.host, port=spec.serve.port, keep_alive_timeout_s=60)
     serve.start(proxy_location=ProxyLocation.EveryNode, http_options=options)
-    with _saying_how_far(plan.serve.name):
-        handle = serve.run(compose(plan), name=plan.serve.name, route_prefix="/")
-        wait_ready(plan.serve)
+    with _log_progress(spec.serve.name):
+        handle = serve.run(compose(spec), name=spec.serve.name, route_prefix="/")
+        wait_ready(spec.serve)
     return handle
 
 
 @contextmanager
-def _saying_how_far(name: str) -> Iterator[None]:
-    """Log every few seconds which deployments are still starting: an engine takes up to a minute."""
+def _log_progress(name: str) -> Iterator[None]:
+    """Log every few seconds which deployments are still starting; an engine takes up to a minute."""
     done, started = threading.Event(), time.monotonic()
 
-    def say() -> None:
+    def report() -> None:
         from ray import serve
 
         while not done.wait(_SECONDS_BETWEEN_LINES):
@@ -90,7 +90,7 @@ def _saying_how_far(name: str) -> Iterator[None]:
                 f", waiting for {', '.join(waiting)}" if waiting else "",
             )
 
-    thread = threading.Thread(target=say, name="how-far", daemon=True)
+    thread = threading.Thread(target=report, name="start-progress", daemon=True)
     thread.start()
     try:
         yield
@@ -99,24 +99,24 @@ def _saying_how_far(name: str) -> Iterator[None]:
         thread.join()
 
 
-def check_safe(plan: Plan) -> None:
-    """Refuse to listen to others without keys.
+def check_safe(spec: ServiceSpec) -> None:
+    """Refuse to listen to other machines without API keys.
 
     Raises:
         ConfigError: keys are needed and there are none.
     """
-    if plan.serve.needs_key and not read_keys(plan.keys_file):
+    if spec.serve.needs_key and not read_keys(spec.keys_file):
         raise ConfigError(
-            f"serve.host={plan.serve.host} with keys needed, and {plan.keys_file} holds none: make one with "
+            f"serve.host={spec.serve.host} needs API keys, and {spec.keys_file} holds none: create one with "
             "`notellm2 keys create NAME --scope read --scope write`, or listen at 127.0.0.1"
         )
 
 
 def check_port(settings: ServeSettings) -> None:
-    """Refuse a port that somebody has: HAProxy would only say that it could not start.
+    """Refuse a port that is in use; HAProxy would only say that it could not start.
 
     Raises:
-        ConfigError: it is taken.
+        ConfigError: the port cannot be bound.
     """
     import socket
 
@@ -127,8 +127,8 @@ def check_port(settings: ServeSettings) -> None:
             probe.bind((settings.host, settings.port))
         except OSError as error:
             raise ConfigError(
-                f"serve.port={settings.port} at {settings.host} cannot be had ({error.strerror}): stop what listens "
-                "there or choose another serve.port"
+                f"serve.port={settings.port} at {settings.host} cannot be used ({error.strerror}): stop the process "
+                "that listens there, or choose another serve.port"
             ) from None
 
 
@@ -136,7 +136,7 @@ def wait_ready(settings: ServeSettings) -> None:
     """Wait until the service answers over HTTP that it is ready.
 
     Raises:
-        ConfigError: it does not in time; with its reasons.
+        ConfigError: it is not ready in time; the message contains the service's reasons.
     """
     import httpx
 
@@ -156,7 +156,7 @@ def wait_ready(settings: ServeSettings) -> None:
 
 
 def shut_down() -> None:
-    """Drain and stop the application and its proxies, and leave Ray."""
+    """Drain and stop the application and its proxies, then disconnect from Ray."""
     import ray
     from ray import serve
 

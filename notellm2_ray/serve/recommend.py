@@ -1,4 +1,4 @@
-"""Recall for a user: neighbours of the history's last notes, merged. Pure functions."""
+"""Recall for a user: the neighbours of the last notes of the history, merged. Pure functions."""
 
 from __future__ import annotations
 
@@ -14,17 +14,17 @@ class Candidate(NamedTuple):
     """A note that recall found."""
 
     note_id: str
-    score: float  # sum over the history's notes of weight * max(cosine, 0) ** power
-    from_history: tuple[str, ...]  # the notes it was found from, strongest first
+    score: float  # sum of weight * max(cosine, 0) ** power over the history's notes
+    from_history: tuple[str, ...]  # notes of the history that it was found from, largest share of the score first
 
 
 def weights(count: int, decay: float) -> np.ndarray:
-    """(count,) weights of a history, oldest first: the last note's is one, each before it ``decay`` times the next."""
+    """(count,) weights of a history, oldest first: 1 for the last note, ``decay`` for the one before, and so on."""
     return decay ** np.arange(count - 1, -1, -1, dtype=np.float64)
 
 
 def recent(history: Sequence[str], settings: RecommendSettings) -> list[str]:
-    """The notes to search from: the last ones, each once at its last place, oldest first."""
+    """The notes to search from: the last ``history_notes`` different ones, oldest first."""
     last_first = list(dict.fromkeys(reversed(history)))
     return last_first[: settings.history_notes][::-1]
 
@@ -39,7 +39,7 @@ def merge(
 
     Args:
         searched: notes of the history, oldest first.
-        found: (ids, cosines) of the neighbours of those of them that are in the index.
+        found: (ids, cosines) of each note's neighbours, for the notes that are in the index.
         excluded: notes never to recommend.
     """
     parts: dict[str, dict[str, float]] = {}
@@ -52,16 +52,16 @@ def merge(
         Candidate(note_id, sum(by.values()), tuple(sorted(by, key=lambda one: (-by[one], one))))
         for note_id, by in parts.items()
     ]
-    # Ties by id: the same request gets the same answer from every replica.
+    # Ties are ordered by id, so that every replica gives the same answer.
     return sorted(candidates, key=lambda one: (-one.score, one.note_id))
 
 
 def ranked(candidates: Sequence[Candidate], p_yes: Sequence[float | None]) -> list[tuple[Candidate, float | None]]:
-    """Candidates by P(yes); those without one stay behind, in the order of recall.
+    """Candidates by P(yes), descending; those without one follow in the order of recall.
 
     Args:
         candidates: in the order of recall.
-        p_yes: of the first so many of them.
+        p_yes: of the first ``len(p_yes)`` candidates.
     """
     pairs = [(one, p_yes[row] if row < len(p_yes) else None) for row, one in enumerate(candidates)]
-    return sorted(pairs, key=lambda pair: (pair[1] is None, -(pair[1] or 0.0)))  # stable: recall's order among the rest
+    return sorted(pairs, key=lambda pair: (pair[1] is None, -(pair[1] or 0.0)))  # stable, so ties keep recall's order

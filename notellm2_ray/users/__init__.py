@@ -1,1 +1,1 @@
-"""What users did and what is known of their taste: events, blocks of history, exposures. No HTTP, no Ray."""
+"""The store of users: events, blocks of history with their preferences, exposures. No HTTP, no Ray."""

@@ -1,4 +1,4 @@
-"""What experiments showed to whom, and what was clicked of it."""
+"""Exposures: the notes that experiments showed to users, and the clicks on them."""
 
 from __future__ import annotations
 
@@ -25,16 +25,16 @@ class Exposure(NamedTuple):
 
 
 class ArmClicks(NamedTuple):
-    """What one arm of an experiment showed, and what was clicked of it, by user."""
+    """Exposures and clicks of one arm of an experiment, by user."""
 
     arm: str
     requests: int
     shown: np.ndarray  # (U,) exposures of each user
-    clicked: np.ndarray  # (U,) clicked ones among them
+    clicked: np.ndarray  # (U,) exposures that were clicked
 
 
 def add(db: sqlite3.Connection, exposures: Sequence[Exposure]) -> int:
-    """Keep exposures once per request and note; how many were new."""
+    """Keep exposures, one per request and note; the number of new ones."""
     rows = [(*one[:1], one.note_id, one.position, one.user_id, *one[4:6], micros(one.timestamp)) for one in exposures]
     before = db.total_changes
     db.executemany(
@@ -48,13 +48,13 @@ def add(db: sqlite3.Connection, exposures: Sequence[Exposure]) -> int:
 def clicks_by_arm(
     db: sqlite3.Connection, experiment: str, actions: Collection[str], since: int | None = None
 ) -> list[ArmClicks]:
-    """Each arm of an experiment, by name.
+    """The arms of an experiment, in order of name.
 
-    A shown note counts as clicked once, if an event of its user, with one of the ``actions``, names it and the request,
-    whichever of the two was written first.
+    An exposure counts as clicked if its user has an event with one of the ``actions`` that names the same note and
+    request, no matter whether the event or the exposure was written first.
 
     Args:
-        since: microseconds since 1970; what was shown before is left out.
+        since: microseconds since 1970; earlier exposures are left out.
     """
     marks = ", ".join("?" for _ in actions)
     rows = db.execute(

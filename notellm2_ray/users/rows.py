@@ -1,4 +1,4 @@
-"""What the users' database holds: its tables, and the values that go in and out."""
+"""The tables of the users' database, and the values that are written and read."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ CREATE TABLE IF NOT EXISTS events (
 );
 CREATE INDEX IF NOT EXISTS events_of_user ON events (user_id, timestamp, arrival);
 CREATE INDEX IF NOT EXISTS events_of_user_and_note ON events (user_id, note_id);
-CREATE TABLE IF NOT EXISTS sequence (  -- each note that a user liked, once, at the first positive event
+CREATE TABLE IF NOT EXISTS sequence (  -- each note that a user liked, once, at the first event that says so
     user_id TEXT NOT NULL,
     note_id TEXT NOT NULL,
     timestamp INTEGER NOT NULL,
     arrival INTEGER NOT NULL,
     session_id TEXT,
-    block INTEGER,  -- null until the block that it is in was summarised
+    block INTEGER,  -- null until the preference of its block is written
     PRIMARY KEY (user_id, note_id)
 ) WITHOUT ROWID;
 CREATE INDEX IF NOT EXISTS sequence_of_user ON sequence (user_id, block, timestamp, arrival);
@@ -37,18 +37,18 @@ CREATE TABLE IF NOT EXISTS preferences (
     user_id TEXT NOT NULL,
     block INTEGER NOT NULL,
     note_ids TEXT NOT NULL,  -- JSON
-    fingerprint TEXT NOT NULL,  -- of what it was made from
+    fingerprint TEXT NOT NULL,  -- of the preference's inputs
     preference TEXT NOT NULL,
-    last_timestamp INTEGER NOT NULL,  -- latest event of this and all earlier blocks
+    last_timestamp INTEGER NOT NULL,  -- latest event of this block and all earlier ones
     created_at INTEGER NOT NULL,
     PRIMARY KEY (user_id, block)
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS waiting (  -- users with notes in no block yet
+CREATE TABLE IF NOT EXISTS waiting (  -- users with liked notes in no closed block
     user_id TEXT PRIMARY KEY,
-    ready INTEGER NOT NULL,  -- the first block is complete
+    ready INTEGER NOT NULL,  -- 1: the first block of these notes is complete
     last_timestamp INTEGER NOT NULL
 ) WITHOUT ROWID;
-CREATE TABLE IF NOT EXISTS block_rule (  -- one row: by what waiting.ready was judged
+CREATE TABLE IF NOT EXISTS block_rule (  -- one row: the rule by which waiting.ready was set
     size INTEGER NOT NULL,
     session_gap INTEGER  -- microseconds; null: by size alone
 );
@@ -69,35 +69,35 @@ CREATE INDEX IF NOT EXISTS events_of_request ON events (request_id, note_id) WHE
 
 
 class UserEvent(NamedTuple):
-    """Something that a user did with a note."""
+    """An action of a user on a note."""
 
     user_id: str
     note_id: str
     timestamp: datetime  # with a time zone
     action: str
     session_id: str | None = None
-    event_id: str | None = None  # None: made from user, note, timestamp and action
-    request_id: str | None = None  # of the answer in which the note was shown
+    event_id: str | None = None  # None: derived from user, note, timestamp and action
+    request_id: str | None = None  # of the recommendation that showed the note
 
     def key(self) -> str:
-        """The id under which the event is kept once."""
+        """The id by which an event is kept only once."""
         if self.event_id is not None:
             return self.event_id
         return fingerprint("event", self.user_id, self.note_id, micros(self.timestamp), self.action)
 
 
 class PendingBlock(NamedTuple):
-    """A block whose preference is to be written: the first of its user without one."""
+    """A block whose preference is to be written next: its user's first block without one."""
 
     user_id: str
     block: int
-    note_ids: list[str]  # in time's order
-    previous: str | None  # the preference after the block before; None for the first
-    fingerprint: str  # of all that; handed back with the preference
+    note_ids: list[str]  # oldest first
+    previous: str | None  # the preference of the block before; None for the first block
+    fingerprint: str  # of the fields above; returned with the preference
 
 
 class SummarisedBlock(NamedTuple):
-    """A block and the taste after it."""
+    """A closed block and its preference."""
 
     block: int
     note_ids: list[str]
@@ -120,7 +120,7 @@ class UserHistory(NamedTuple):
 
 
 def check_event(event: UserEvent) -> UserEvent:
-    """The event, if it can be kept.
+    """The event, if it is valid.
 
     Raises:
         DataError: an id or action is not a non-empty string, or the time has no zone.
@@ -128,7 +128,7 @@ def check_event(event: UserEvent) -> UserEvent:
     for name in ("user_id", "note_id", "action"):
         value = getattr(event, name)
         if not isinstance(value, str) or not value:
-            raise DataError(f"an event needs a {name}, a string that is not empty; got {value!r}")
+            raise DataError(f"an event needs a {name}, a non-empty string; got {value!r}")
     for name in ("session_id", "event_id", "request_id"):
         value = getattr(event, name)
         if value is not None and (not isinstance(value, str) or not value):

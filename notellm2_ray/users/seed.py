@@ -1,4 +1,4 @@
-"""The first users' database, from what the bulk jobs left: sequences, blocks and preferences, or events alone."""
+"""The first users' database, made of the bulk jobs' outputs: sequences, blocks and preferences, or only events."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ _MAX_EVENTS = 2_000_000
 
 
 class SeededUsers(NamedTuple):
-    """What went into a new database."""
+    """Counts of a new database."""
 
     users: int
     events: int
-    blocks: int  # with their preference
+    blocks: int  # with a preference
 
 
 def seed_users(
@@ -46,15 +46,16 @@ def seed_users(
 ) -> SeededUsers:
     """Make a users' database from SEQUENCE_SCHEMA, BLOCK_SCHEMA and PREFERENCE_SCHEMA Parquet files.
 
-    A user's blocks are closed as far as they have preferences without a gap; all later notes wait for the next one.
-    Events get the ids that :class:`UserEvent` gives them, so that the same ones sent again are duplicates.
+    A user's blocks are closed up to the first one without a preference; all later notes wait. Events get the ids that
+    :class:`UserEvent` derives, so that the same events sent again are duplicates.
 
     Args:
-        action: what the sequences' events are called.
+        rule: where later blocks end.
+        action: of the sequences' events.
 
     Raises:
         DataError: a file is missing, or a block names a note that is not in its user's sequence.
-        OutputError: the database is there already.
+        OutputError: there is a database already.
     """
     with _new_database(Path(path)) as temporary, closing(connect(temporary)) as db:
         return _fill(db, rule, action, Path(sequences), Path(blocks), Path(preferences))
@@ -63,17 +64,17 @@ def seed_users(
 def seed_events(
     path: str | Path, events: str | Path, *, rule: BlockRule = DEFAULT_RULE, actions: Iterable[str] = ("click",)
 ) -> int:
-    """Make a users' database from prepared events; the number kept.
+    """Make a users' database from prepared events; the number of events read.
 
-    A service that starts with an empty history can recommend nothing of one's own; a log of billions is no seed
-    either, so it ends after the first two million rows and says so.
+    Without histories the first recommendations could not be personal. A log may be too long to read at the start,
+    so reading stops after two million rows, with a warning.
 
     Args:
         events: Parquet file or directory.
         rule, actions: as of :class:`UserStore`.
 
     Raises:
-        OutputError: the database is there already.
+        OutputError: there is a database already.
     """
     import pyarrow.dataset as pads
 
@@ -84,26 +85,27 @@ def seed_events(
             store.add_events([UserEvent(**row) for row in rows])
             kept += len(rows)
             if kept >= _MAX_EVENTS:
-                log.warning("%s: only the first %d events were taken as histories", events, kept)
+                log.warning("%s: only the first %d events were read", events, kept)
                 break
     return kept
 
 
 @contextmanager
 def _new_database(path: Path) -> Iterator[Path]:
-    """Where to fill a database, which then takes its place at ``path``, whole or not at all: who finds a file there
-    after a kill takes it for what was kept since.
+    """A temporary path at which to fill a database, which is then moved to ``path``.
+
+    A file at ``path`` is thus always complete, even after a kill: a service would take it for the real database.
     """
     if path.exists():
         raise OutputError(f"{path} is there already: remove it to seed it again")
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.seeding")
-    _remove(temporary)  # of a seeding that was killed
+    _remove(temporary)  # left by a killed seeding
     try:
         yield temporary
         with closing(connect(temporary)) as db:
             db.execute("PRAGMA wal_checkpoint(TRUNCATE)")
-            db.execute("PRAGMA journal_mode = DELETE")  # so that one file holds everything when it is renamed
+            db.execute("PRAGMA journal_mode = DELETE")  # puts everything into the one file that is renamed
         sync([temporary])
         os.replace(temporary, path)
         sync([path.parent])
@@ -151,7 +153,7 @@ def _close_blocks(db: sqlite3.Connection, user_id: str, held: set[str]) -> int:
         missing = set(notes) - held
         if missing:
             raise DataError(
-                f"block {block} of user {user_id!r} has note {sorted(missing)[0]!r}, their sequence has not"
+                f"block {block} of user {user_id!r} has note {sorted(missing)[0]!r}, which is not in their sequence"
             )
         user_blocks.close_block(db, PendingBlock(user_id, block, notes, previous, f"bulk:{block}"), text, at)
         previous = text
@@ -162,7 +164,7 @@ def _rows(path: Path, columns: list[str]) -> Iterator[dict[str, Any]]:
     try:
         file = pq.ParquetFile(path)
     except FileNotFoundError:
-        raise DataError(f"{path} is not there: run the stage that makes it first") from None
+        raise DataError(f"{path} is not there: run the stage that writes it first") from None
     for batch in file.iter_batches(batch_size=_ROWS_PER_BATCH, columns=columns):
         yield from batch.to_pylist()
 

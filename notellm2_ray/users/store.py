@@ -1,4 +1,4 @@
-"""What users did and what is known of their taste, durable: one SQLite file.
+"""The durable store of users' events and preferences: one SQLite file.
 
 Used as::
 
@@ -43,14 +43,14 @@ _BUSY_SECONDS = 10.0
 
 
 class UserStore:
-    """Events, blocks and preferences of users, and what experiments showed them.
+    """Events, blocks, preferences and exposures of users.
 
-    Writes of all threads and coroutines are gathered by one thread and committed together; each returns when it is on
-    the disk (WAL, synchronous=FULL). Reads take a connection per thread and wait for nobody. The file must lie on a
-    local disk: SQLite's WAL does not work over a network.
+    One thread gathers the writes of all threads and coroutines and commits them together; a write returns when it is on
+    the disk (WAL, synchronous=FULL). Each reading thread has a connection of its own and never waits for a write. The
+    file must lie on a local disk: SQLite's WAL does not work over a network.
 
-    An event is kept once, by its id. Blocks follow :mod:`~notellm2_ray.users.blocks`: what is summarised stays as
-    it is, and an event that arrives late joins the notes that are not summarised yet.
+    An event is kept once, by its id. :mod:`~notellm2_ray.users.blocks` says how events become blocks: a block with a
+    preference never changes, and an event that arrives late joins the notes that wait for a preference.
     """
 
     def __init__(
@@ -61,7 +61,7 @@ class UserStore:
         actions: Iterable[str] = ("click",),
         gather_seconds: float = 0.002,
     ):
-        """Open the database, or make it.
+        """Open or create the database.
 
         Args:
             path: the file.
@@ -70,7 +70,7 @@ class UserStore:
             gather_seconds: how long the first write of a group waits for others.
 
         Raises:
-            OutputError: the file cannot be opened, or is no such database.
+            OutputError: the file cannot be opened, or is not such a database.
         """
         self.path = Path(path)
         self.rule, self.actions = rule, frozenset(actions)
@@ -87,14 +87,14 @@ class UserStore:
         )
 
     def submit(self, write: Write) -> Future[Any]:
-        """Hand a function of the connection to the writer; what it does is committed whole or not at all."""
+        """Have the writer call a function of its connection; what the function does is committed as a whole or not."""
         return self._committer.submit(write)
 
     def submit_events(self, events: Iterable[UserEvent]) -> Future[list[Status]]:
         """As :meth:`add_events`; the future is done when the events are durable (``asyncio.wrap_future`` awaits it).
 
         Raises:
-            DataError: an event cannot be kept; nothing of the call is written.
+            DataError: an event is not valid; nothing of the call is written.
         """
         checked = [check_event(event) for event in events]
 
@@ -110,15 +110,15 @@ class UserStore:
         """Keep events and wait until they are durable.
 
         Returns:
-            ``added``; ``duplicate`` where an event of that id was there; ``late`` where it was added, but is older than
-            a note of a block that was already summarised.
+            For each event ``added``; ``duplicate`` if there was an event with that id; or ``late`` if it was added but
+            is older than a note of a closed block.
         """
         return self.submit_events(events).result()
 
     def submit_preference(
         self, user_id: str, block: int, input_fingerprint: str, text: str
     ) -> Future[Literal["saved", "duplicate", "stale"]]:
-        """As :meth:`save_preference`, with a future."""
+        """As :meth:`save_preference`, without waiting."""
         at = micros(now())
         return self.submit(
             lambda db: user_blocks.save_preference(db, user_id, block, input_fingerprint, text, self.rule, at)
@@ -127,26 +127,28 @@ class UserStore:
     def save_preference(
         self, user_id: str, block: int, input_fingerprint: str, text: str
     ) -> Literal["saved", "duplicate", "stale"]:
-        """Close a pending block with the taste after it, exactly once.
+        """Close a pending block with its preference, exactly once.
 
         Args:
-            text: the taste; "" where nothing is known of it, as of a first block whose notes are all gone.
+            text: the preference; "" if it could not be made, as for a first block whose notes are all deleted.
 
         Returns:
-            ``saved``; ``duplicate`` where a preference from the same input was there, which stays; ``stale`` where the
-            block has changed since, or another one is due: ask :meth:`pending` again.
+            ``saved``; ``duplicate`` if there was a preference from the same inputs, which stays; or ``stale`` if the
+            block has changed since or another one is due: call :meth:`pending` again.
         """
         return self.submit_preference(user_id, block, input_fingerprint, text).result()
 
     def pending(
         self, limit: int = 100, at: datetime | None = None, without: frozenset[str] | set[str] = frozenset()
     ) -> list[PendingBlock]:
-        """Blocks that wait for a preference, longest waiting first; one per user, since each needs the one before.
+        """Complete blocks without a preference, those with the oldest events first.
+
+        At most one block per user, because each preference is made from the one before.
 
         Args:
             limit: blocks at most.
-            at: the time to judge by whether a session has ended; None: now.
-            without: users to be passed over.
+            at: the time at which sessions are judged to have ended; None: now.
+            without: users to skip.
         """
         time, limit = micros(at or now()), limit + len(without)
         users = "SELECT user_id FROM waiting WHERE ready = 1 ORDER BY last_timestamp LIMIT ?"
@@ -177,46 +179,46 @@ class UserStore:
         return rows[0] if rows else None
 
     def liked(self, user_id: str, limit: int = 100) -> list[str]:
-        """A user's last liked notes, the latest first."""
+        """A user's last liked notes, newest first."""
         last = "SELECT note_id FROM sequence WHERE user_id = ? ORDER BY timestamp DESC, arrival DESC LIMIT ?"
         return [row[0] for row in self._read(last, (user_id, limit))]
 
     def seen(self, user_id: str, limit: int = 1000) -> list[str]:
-        """Notes of a user's last events of any action, the latest first, each once."""
+        """Notes of a user's last events of any action, newest first, each once."""
         last = "SELECT note_id FROM events WHERE user_id = ? ORDER BY timestamp DESC, arrival DESC LIMIT ?"
         return list(dict.fromkeys(row[0] for row in self._read(last, (user_id, limit))))
 
     def seen_among(self, user_id: str, note_ids: Sequence[str]) -> set[str]:
-        """Those of the notes that any event of a user names."""
+        """The notes among these on which a user has an event of any action."""
         marks = ", ".join("?" for _ in note_ids)
         named = f"SELECT DISTINCT note_id FROM events WHERE user_id = ? AND note_id IN ({marks})"
         return {row[0] for row in self._read(named, (user_id, *note_ids))}
 
     def more_events(self, user_id: str, than: int) -> bool:
-        """Whether a user has more than so many events."""
+        """Whether a user has more than ``than`` events."""
         return bool(self._read("SELECT 1 FROM events WHERE user_id = ? LIMIT 1 OFFSET ?", (user_id, than)))
 
     def users(self, limit: int = 100) -> list[str]:
-        """Some users with liked notes, by id."""
+        """Users with liked notes, the first ``limit`` by id."""
         return [
             row[0] for row in self._read("SELECT DISTINCT user_id FROM sequence ORDER BY user_id LIMIT ?", (limit,))
         ]
 
     def popular(self, limit: int = 100) -> list[str]:
-        """Notes that most users liked, most first. Counts the whole table: not for every request."""
+        """Notes by the number of users who liked them, descending. Reads the whole table: too slow for each request."""
         most = "SELECT note_id FROM sequence GROUP BY note_id ORDER BY count(*) DESC, note_id LIMIT ?"
         return [row[0] for row in self._read(most, (limit,))]
 
     def add_exposures(self, shown: Sequence[Exposure]) -> int:
-        """:meth:`submit_exposures`, waited for."""
+        """As :meth:`submit_exposures`, but waits until they are durable."""
         return self.submit_exposures(shown).result()
 
     def submit_exposures(self, shown: Sequence[Exposure]) -> Future[int]:
-        """Keep what answers showed (once per request and note); the future gives how many were new."""
+        """Keep exposures, one per request and note; the future gives the number of new ones."""
         return self.submit(lambda db: exposures.add(db, shown))
 
     def info(self) -> dict[str, int]:
-        """Counts: events, users, preferences, waiting."""
+        """Counts of events, users, preferences and users who wait for one."""
         names = {"events": "events", "preferences": "preferences", "waiting": "waiting"}
         counts = {name: self._read(f"SELECT count(*) FROM {table}")[0][0] for name, table in names.items()}
         counts["users"] = self._read("SELECT count(DISTINCT user_id) FROM sequence")[0][0]
@@ -224,7 +226,7 @@ class UserStore:
 
     @property
     def alive(self) -> bool:
-        """Whether its thread still writes."""
+        """Whether its thread still runs."""
         return self._committer.alive
 
     def close(self) -> None:
@@ -247,7 +249,7 @@ class UserStore:
                 self._writer.execute("SAVEPOINT one")
                 try:
                     results.append(write(self._writer))
-                except sqlite3.OperationalError:  # the disk, not the value: the whole group fails
+                except sqlite3.OperationalError:  # a fault of the disk, not of this write: the whole group fails
                     raise
                 except Exception as error:
                     self._writer.execute("ROLLBACK TO one")
@@ -257,7 +259,7 @@ class UserStore:
         except sqlite3.Error as error:
             if self._writer.in_transaction:
                 self._writer.execute("ROLLBACK")
-            raise OutputError(f"{self.path} could not be written ({error}): nothing of this call is kept") from error
+            raise OutputError(f"{self.path} could not be written ({error}): nothing of this call was kept") from error
         return results
 
     def _reader(self) -> sqlite3.Connection:
@@ -274,7 +276,7 @@ class UserStore:
 
 
 def connect(path: Path) -> sqlite3.Connection:
-    """A connection with the settings that durability needs; transactions are begun and ended by hand."""
+    """A connection with the settings for durable writes; transactions are begun and ended explicitly."""
     connection = sqlite3.connect(path, timeout=_BUSY_SECONDS, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA journal_mode = WAL")
     connection.execute("PRAGMA synchronous = FULL")

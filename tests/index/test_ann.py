@@ -172,7 +172,7 @@ def test_bad_vectors_queries_and_pools_are_refused():
             AnnIndex.build(IDS[:10], bad, exact)
         with pytest.raises(DataError, match="query 4"):
             built("exact").search(bad, 3)
-    with pytest.raises(DataError, match="'a' is there more than once"):
+    with pytest.raises(DataError, match="'a' appears more than once"):
         AnnIndex.build(["a", "b", "a"], VECTORS[:3], exact)
     with pytest.raises(DataError, match="3 dimensions"):
         built("exact").search(np.eye(3), 3)

@@ -65,9 +65,9 @@ def test_a_broken_vector_is_refused_by_name_and_leaves_the_old_table(tmp_path, v
 
 def test_a_repeated_note_is_refused_across_and_within_batches(tmp_path):
     across = [batch(["a", "b"], unit(2, 4)), batch(["c", "a"], unit(2, 4))]
-    with pytest.raises(DataError, match="'a' comes more than once"):
+    with pytest.raises(DataError, match="'a' appears more than once"):
         write_table(tmp_path / "t.lance", across, model_fingerprint="f")
-    with pytest.raises(DataError, match="'d' comes more than once"):
+    with pytest.raises(DataError, match="'d' appears more than once"):
         write_table(tmp_path / "t.lance", [batch(["d", "e", "d"], unit(3, 4))], model_fingerprint="f")
 
 

@@ -14,7 +14,7 @@ from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.settings.retrieval import IndexSettings
 from notellm2_ray.index.ann import AnnIndex
-from notellm2_ray.live.columns import NO_TIME, Batch
+from notellm2_ray.live.columns import NO_TIME, NoteBatch
 from notellm2_ray.live.index import LiveIndex
 from notellm2_ray.live.search import Filter
 
@@ -35,7 +35,7 @@ def names(rows: int) -> list[str]:
 def live(ids: list[str], vectors: np.ndarray, kind: IndexSettings = EXACT, **arguments) -> LiveIndex:
     batch = {name: arguments.pop(name) for name in ("topics", "created_at") if name in arguments}
     others = arguments.pop("columns", {})
-    notes = Batch(ids, vectors, others=others, **batch)
+    notes = NoteBatch(ids, vectors, others=others, **batch)
     return LiveIndex(notes, kind, model_fingerprint="m", others=tuple(others), **arguments)
 
 
@@ -105,7 +105,7 @@ class Life(RuleBasedStateMachine):
         topics = [data.draw(st.lists(st.sampled_from(TOPICS), max_size=3)) for _ in changes]
         times = np.array([data.draw(st.one_of(st.just(NO_TIME), st.integers(0, 50))) for _ in changes])
         deleted = np.array([gone for _, gone in changes])
-        self.index.apply(Batch([note_id for note_id, _ in changes], vectors, deleted, topics, times))
+        self.index.apply(NoteBatch([note_id for note_id, _ in changes], vectors, deleted, topics, times))
         for row, (note_id, gone) in enumerate(changes):
             self.twin.notes.pop(note_id, None)
             if not gone:
@@ -163,7 +163,7 @@ def test_recall_with_fresh_and_deleted_notes(kind):
     index = live(names(count), vectors[:count], settings_of, rebuild_rows=10**9)
     ids = names(len(vectors))
     gone = set(np.random.default_rng(2).choice(count, count // 20, replace=False).tolist())
-    index.upsert(Batch(ids[count:], vectors[count:]))
+    index.upsert(NoteBatch(ids[count:], vectors[count:]))
     index.delete([f"n{row}" for row in gone])
     left = np.array([row for row in range(len(vectors)) if row not in gone])
     found, wanted = 0, 0
@@ -199,7 +199,7 @@ def test_a_wide_filter_is_searched_through_the_main_index(monkeypatch):
     topics = [[TOPICS[row % 4]] for row in range(count)]
     index = live(names(count), vectors, IndexSettings(kind="ivf", recall_queries=100), topics=topics)
     fresh = clustered(200, 16, 40, seed=6)
-    index.upsert(Batch([f"f{row}" for row in range(200)], fresh, topics=[["food"]] * 200))
+    index.upsert(NoteBatch([f"f{row}" for row in range(200)], fresh, topics=[["food"]] * 200))
     index.delete([f"n{row}" for row in range(0, 400, 8)])
     twin = {f"n{row}": vectors[row] for row in range(0, count, 4) if row >= 400 or row % 8}
     twin |= {f"f{row}": fresh[row] for row in range(200)}
@@ -223,7 +223,7 @@ def test_similarity_by_modality_and_missing_vectors():
     assert index.similarity("n0", ["n2"], "embedding_text") == [None]
     assert index.similarity("gone", ["n2"]) == [None]
     fresh = unit(1, seed=5)
-    index.upsert(Batch(["n1"], fresh, others={"embedding_image": fresh}))
+    index.upsert(NoteBatch(["n1"], fresh, others={"embedding_image": fresh}))
     index.rebuild()
     assert index.similarity("n0", ["n1"], "embedding_image") == [pytest.approx(float(image[0] @ fresh[0]), abs=1e-6)]
     assert index.similarity("n0", ["n1"], "embedding_text") == [None]
@@ -245,9 +245,9 @@ def test_bad_vectors_queries_and_models_are_refused_and_change_nothing():
     bad = unit(2)
     bad[1, 0] = np.nan
     with pytest.raises(DataError, match="'b'"):
-        index.upsert(Batch(["a", "b"], bad))
-    with pytest.raises(DataError, match="8 dimensions"):
-        index.upsert(Batch(["a"], unit(1, dim=4)))
+        index.upsert(NoteBatch(["a", "b"], bad))
+    with pytest.raises(DataError, match="shape"):
+        index.upsert(NoteBatch(["a"], unit(1, dim=4)))
     assert "a" not in index
     with pytest.raises(DataError, match="4 dimensions"):
         index.search(unit(1, dim=4)[0], 3)
@@ -263,10 +263,10 @@ def test_a_failed_rebuild_keeps_the_old_index(monkeypatch, caplog):
     index = live(names(5), unit(5))
     with monkeypatch.context() as patch:
         patch.setattr(AnnIndex, "build", lambda *args, **kwargs: 1 / 0)
-        index.upsert(Batch(["new"], unit(1, seed=3)))
+        index.upsert(NoteBatch(["new"], unit(1, seed=3)))
         index.rebuild()
     assert index.info()["rebuild_failures"] == 1
-    assert "rebuild of the live index failed" in caplog.text
+    assert "rebuilding the live index failed" in caplog.text
     assert index.search(unit(1, seed=3)[0], 1).ids == ["new"]
     index.rebuild()
     assert index.info()["fresh"] == 0
@@ -283,7 +283,7 @@ def test_searches_during_changes_and_rebuilds_see_every_note_once_and_no_exclude
     def change():
         for step in range(1500):
             first = 2 * (step % (count // 2))
-            index.upsert(Batch([f"n{first}", f"n{first + 1}"], versions[[step, step]]))
+            index.upsert(NoteBatch([f"n{first}", f"n{first + 1}"], versions[[step, step]]))
         stop.set()
 
     def look():
@@ -302,7 +302,7 @@ def test_searches_during_changes_and_rebuilds_see_every_note_once_and_no_exclude
 
     started = threading.Event()
     for first in range(0, count, 2):
-        index.upsert(Batch([f"n{first}", f"n{first + 1}"], versions[[first, first]]))
+        index.upsert(NoteBatch([f"n{first}", f"n{first + 1}"], versions[[first, first]]))
     started.set()
     threads = [threading.Thread(target=look) for _ in range(3)] + [threading.Thread(target=change)]
     for thread in threads:
@@ -329,7 +329,7 @@ def test_changes_made_during_a_rebuild_are_kept(monkeypatch):
     thread.start()
     begun.wait(10)
     fresh = unit(2, seed=8)
-    index.upsert(Batch(["n3", "new"], fresh))
+    index.upsert(NoteBatch(["n3", "new"], fresh))
     index.delete(["n4"])
     assert index.search(fresh[0], 1).ids == ["n3"]
     go_on.set()
@@ -349,11 +349,11 @@ def test_a_process_that_ends_during_a_rebuild_ends_well():
 import numpy as np
 from notellm2_ray.core.settings.retrieval import IndexSettings
 from notellm2_ray.live.index import LiveIndex
-from notellm2_ray.live.columns import Batch
+from notellm2_ray.live.columns import NoteBatch
 vectors = np.random.default_rng(0).normal(size=(20000, 16)).astype(np.float32)
 vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
 kind = IndexSettings(kind="ivf", num_lists=64, recall_queries=10)
-index = LiveIndex(Batch([str(n) for n in range(20000)], vectors), kind, model_fingerprint="m", rebuild_rows=1,
+index = LiveIndex(NoteBatch([str(n) for n in range(20000)], vectors), kind, model_fingerprint="m", rebuild_rows=1,
                   rebuild_share=0.0)
 index.delete(["1"])
 """

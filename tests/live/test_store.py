@@ -20,6 +20,7 @@ from notellm2_ray.core.settings.retrieval import IndexSettings
 from notellm2_ray.index.table import embedding_schema, write_table
 from notellm2_ray.live import current
 from notellm2_ray.live import durability as files
+from notellm2_ray.live.creation import create_table
 from notellm2_ray.live.follower import StoreFollower
 from notellm2_ray.live.rows import LiveNote, live_schema
 from notellm2_ray.live.seed import seed_from_bulk
@@ -130,7 +131,7 @@ def test_a_second_writer_is_refused_and_a_foreign_write_is_noticed(path):
             LiveStore.open(path)
         store.upsert([note("a")])
         LiveTable(path).dataset.delete("note_id = 'n1'")  # who does not ask for the lock
-        with pytest.raises(OutputError, match="one writer only"):
+        with pytest.raises(OutputError, match="another writer"):
             store.upsert([note("b")])
         assert store.upsert([note("c")]) == 2  # it took notice and can go on
     LiveStore.open(path).close()
@@ -156,7 +157,7 @@ def test_creation_is_whole_or_not_at_all(tmp_path):
         yield pa.RecordBatch.from_pydict({"note_id": pa.array(["a"])})
 
     with pytest.raises(KeyError):
-        LiveStore.create(path, broken(), live_schema(DIM, model_fingerprint=MODEL))
+        create_table(path, broken(), live_schema(DIM, model_fingerprint=MODEL))
     assert not path.exists()
     (path / "data").mkdir(parents=True)  # what a killed creation leaves
     make_table(path, 30)
@@ -278,7 +279,7 @@ def test_a_disk_that_fails_for_a_moment_costs_nothing(path, monkeypatch, error):
     before = files.listing(path)
     with monkeypatch.context() as patch:
         patch.setattr(lance, "dataset", lambda *_, **__: (_ for _ in ()).throw(error))
-        with pytest.raises(OutputError, match="left as it is"):
+        with pytest.raises(OutputError, match="nothing in it was changed"):
             LiveStore.open(path)
     assert files.listing(path) == before
     with LiveStore.open(path) as store:
@@ -336,7 +337,7 @@ def test_followers_swap_to_a_new_models_table_as_one(tmp_path):
     with pytest.raises(DataError, match="damaged"):
         StoreFollower(tmp_path, EXACT).start()
     (tmp_path / "CURRENT").write_text(json.dumps({"table": "../elsewhere"}))
-    with pytest.raises(DataError, match="not a table beside it"):
+    with pytest.raises(DataError, match="a table beside it"):
         StoreFollower(tmp_path, EXACT).start()
 
 

@@ -194,7 +194,7 @@ def test_until_the_new_model_works_the_old_one_is_served(filled):
         await writer.upsert([note("a", 1)], MODEL)
         current.set_upcoming(filled, "live-2.lance", "m2", "live.lance", 0)
         await taken_over(writer)
-        assert "must be the same" in writer.takeover.waits and current.told(filled) == writer.takeover.waits
+        assert "must be the same" in writer.takeover.waits and current.waiting_reason(filled) == writer.takeover.waits
         handle.loaded = NEW
         calls = itertools.count()
 
@@ -303,7 +303,7 @@ def test_a_table_filled_from_one_that_is_served_no_more_is_not_served(filled):
         handle.before = give_up
         await writer.upsert([note("a", 1)], MODEL)
         await taken_over(writer)
-        assert writer.takeover.waits == "it was given up" and writer.store.path.name == "live.lance"
+        assert writer.takeover.waits == "the swap was given up" and writer.store.path.name == "live.lance"
         await taken_over(writer)
         assert writer.takeover.waits is None
         LiveStore.open(filled / "live-2.lance").close()  # let go
@@ -398,7 +398,7 @@ def test_what_is_served_next_must_be_there(filled):
     with pytest.raises(DataError, match="m3 is not there"):
         current.set_upcoming(filled, "live-2.lance", "m3", "live.lance", 0)
     (filled / "NEXT").write_text('{"table": "live-2.lance", "model": "../m2"}')
-    with pytest.raises(DataError, match="not a table beside it and a model"):
+    with pytest.raises(DataError, match="a table beside it and a model"):
         current.upcoming(filled)
     (filled / "NEXT").write_text('["live-2.lance"]')
     with pytest.raises(DataError, match="damaged"):
@@ -432,7 +432,7 @@ def test_an_encoder_holds_both_models_while_one_takes_over(world, other_model, t
         return [model["fingerprint"] for model in one.describe(needed)["models"]]
 
     async def run():
-        one = Encoder(world.plan("both"))
+        one = Encoder(world.spec("both"))
         assert loaded(one) == [old]
         with pytest.raises(ModelError, match=old):
             await one.encode(world.notes[:2], ("embedding",), new)
@@ -449,7 +449,7 @@ def test_an_encoder_holds_both_models_while_one_takes_over(world, other_model, t
         assert loaded(one) == [new]
         monkeypatch.undo()
         monkeypatch.setattr(encoder, "_replica", lambda: "1")
-        assert [model.fingerprint for model in Encoder(world.plan("both")).models] == [new]
+        assert [model.fingerprint for model in Encoder(world.spec("both")).models] == [new]
 
     asyncio.run(run())
 
@@ -477,8 +477,8 @@ def trained(encoder, path):
 
 @pytest.mark.slow
 def test_a_running_service_goes_over_without_a_failed_request(world, other_model, workspace, start):
-    plan = world.plan("workspace/serving", gateway=SMALL.model_copy(update={"replicas": 2}))
-    service = start(plan)
+    spec = world.spec("workspace/serving", gateway=SMALL.model_copy(update={"replicas": 2}))
+    service = start(spec)
     stop, statuses, wanted = threading.Event(), [], {}
 
     def search(which):
@@ -518,7 +518,7 @@ def test_a_running_service_goes_over_without_a_failed_request(world, other_model
     assert f"live-{other_model.fingerprint}" in told
     assert set(statuses) == {200} and len(wanted) > 10
     assert service.http.get("/v1/ready").json()["ready"]
-    found = contents(current.current_table(plan.directory))
+    found = contents(current.current_table(spec.directory))
     assert {note_id: title for note_id, (title, _) in found.items() if note_id.startswith("live-")} == wanted
     bulk = other_model.encode(world.notes)
     for row, one in enumerate(world.notes):
@@ -530,7 +530,7 @@ def test_a_running_service_goes_over_without_a_failed_request(world, other_model
     settings = swap_settings(workspace)
     assert "served already" in online_swap.swap_embedder(settings)
     # Started again it serves the same, whatever the workspace's embedder has become.
-    assert online.make_plan(settings).model == plan.directory / "models" / other_model.fingerprint
+    assert online.service_spec(settings).model == spec.directory / "models" / other_model.fingerprint
     service.stop()
 
 

@@ -1,4 +1,4 @@
-"""The service's plan, from settings and what lies in a workspace."""
+"""The service's spec, from settings and what lies in a workspace."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def test_without_vectors_or_a_live_table_there_is_nothing_to_serve(settings, tmp
     online.create_key(settings, "page", ["read"])  # makes the serving directory
     assert (tmp_path / "serving").is_dir()
     with pytest.raises(OutputError, match="run embed-notes first"):
-        online.make_plan(settings)
+        online.service_spec(settings)
     make_table(tmp_path / "serving" / "live.lance")  # as after a clean-up of the bulk half's outputs
-    assert online.make_plan(settings).directory == tmp_path / "serving"
+    assert online.service_spec(settings).directory == tmp_path / "serving"
 
 
 def test_tastes_that_cannot_be_advanced_block_by_block_are_refused(tmp_path):
@@ -33,4 +33,4 @@ def test_tastes_that_cannot_be_advanced_block_by_block_are_refused(tmp_path):
     (tmp_path / "embedders" / settings.embedder_name / "model").mkdir(parents=True)
     make_table(tmp_path / "serving" / "live.lance")
     with pytest.raises(ConfigError, match=r"preferences\.variant=direct.*recurrent"):
-        online.make_plan(settings)
+        online.service_spec(settings)

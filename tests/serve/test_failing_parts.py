@@ -270,46 +270,46 @@ def gateway_of(problem=None, **handles):
 
 @pytest.mark.parametrize("name", ["encoder", "writer", "users"])
 def test_a_part_that_is_needed_makes_a_replica_unready(name):
-    problems = asyncio.run(gateway_of(**{name: failing(UnavailableError("away"))}).missing_now())
+    problems = asyncio.run(gateway_of(**{name: failing(UnavailableError("away"))}).problems_now())
     assert [one.startswith(name) for one in problems] == [True] and "away" in problems[0]
 
 
 def test_a_part_that_can_be_done_without_does_not():
     gateway = gateway_of(ranker=failing(UnavailableError("away")))
     asyncio.run(gateway._ask_optional())
-    assert asyncio.run(gateway.missing_now()) == [] and gateway.missing == ["ranker: away"]
+    assert asyncio.run(gateway.problems_now()) == [] and gateway.missing == ["ranker: away"]
 
 
 def test_a_busy_part_is_there():
     gateway = gateway_of(writer=failing(OverloadedError("full")))
     gateway.reports = {"before": {}}
-    assert asyncio.run(gateway.missing_now()) == []
+    assert asyncio.run(gateway.problems_now()) == []
     assert gateway.reports == {"before": {}}
 
 
 def test_ready_is_asked_for_again_and_once_for_all_who_ask_at_the_same_moment(monkeypatch):
     asked = []
 
-    async def missing_parts():
+    async def find_problems():
         asked.append(len(asked))
         await asyncio.sleep(0.01)
         return ["encoder: away"] if len(asked) == 3 else []
 
     async def run():
         gateway = gateway_of()
-        gateway._missing_parts = missing_parts
-        assert await asyncio.gather(*(gateway.missing_now() for _ in range(5))) == [[]] * 5 and len(asked) == 1
+        gateway._find_problems = find_problems
+        assert await asyncio.gather(*(gateway.problems_now() for _ in range(5))) == [[]] * 5 and len(asked) == 1
         monkeypatch.setattr("notellm2_ray.serve.deployments.gateway._READY_SECONDS", 0.0)
-        assert await gateway.missing_now() == [] and len(asked) == 2
-        assert await gateway.missing_now() == ["encoder: away"] and len(asked) == 3
-        assert await gateway.missing_now() == ["encoder: away"] and len(asked) == 3  # told without waiting again
+        assert await gateway.problems_now() == [] and len(asked) == 2
+        assert await gateway.problems_now() == ["encoder: away"] and len(asked) == 3
+        assert await gateway.problems_now() == ["encoder: away"] and len(asked) == 3  # told without waiting again
 
     asyncio.run(run())
 
 
 def test_an_index_that_stands_still_makes_a_replica_unready_and_a_dead_thread_ends_it():
     gateway = gateway_of(problem="the table cannot be followed: gone")
-    assert asyncio.run(gateway.missing_now()) == ["the table cannot be followed: gone"]
+    assert asyncio.run(gateway.problems_now()) == ["the table cannot be followed: gone"]
     gateway.check_health()
     gateway.follower.alive = False
     with pytest.raises(RuntimeError):

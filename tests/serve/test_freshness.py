@@ -19,7 +19,7 @@ ALL_REPLICAS = 12  # answers in a row: two replicas take turns
 
 @pytest.fixture(scope="module")
 def service(world, start):
-    return start(world.plan("freshness", gateway=SMALL.model_copy(update={"replicas": 2})))
+    return start(world.spec("freshness", gateway=SMALL.model_copy(update={"replicas": 2})))
 
 
 @pytest.fixture(scope="module")

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.slow
 @pytest.fixture(scope="module")
 def service(world, start):
     gateway = SMALL.model_copy(update={"replicas": 2})
-    return start(world.plan("service", gateway=gateway, limits={"body_bytes": 200_000, "notes": 8}))
+    return start(world.spec("service", gateway=gateway, limits={"body_bytes": 200_000, "notes": 8}))
 
 
 def similar(service, **body):
@@ -243,6 +243,6 @@ def test_neither_keys_nor_notes_are_in_the_log(service):
 def test_nothing_but_ray_listens_beyond_loopback_and_that_asks_for_a_token(service):
     from notellm2_ray.serve.doctor import examine
 
-    finding = examine(service.process.pid, service.plan.serve.port)
+    finding = examine(service.process.pid, service.spec.serve.port)
     assert {one.kind for one in finding.listeners} <= {"ray", "other"}
     assert all(one.token for one in finding.listeners if one.kind == "ray")

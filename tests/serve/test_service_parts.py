@@ -24,7 +24,7 @@ def service(world, start, tmp_path_factory):
     writing = create_key(path, "platform", ["read", "write"])
     arms = [{"name": "ranked", "share": 0.5}, {"name": "recalled", "share": 0.5, "use_ranker": False}]
     made = start(
-        world.plan(
+        world.spec(
             "parts",
             auth="on",
             keys_file=path,
@@ -32,8 +32,8 @@ def service(world, start, tmp_path_factory):
             gateway=SMALL.model_copy(update={"replicas": 2}),
             ranker=SMALL,
             preferences=SMALL,
-            plan_ranker_engine=engines.make_ranker,
-            plan_preference_engine=engines.make_preferences,
+            spec_ranker_engine=engines.make_ranker,
+            spec_preference_engine=engines.make_preferences,
         )
     )
     made.http.headers["authorization"] = f"Bearer {writing}"
@@ -127,7 +127,7 @@ def test_what_was_shown_and_clicked_is_kept_by_arm(service):
     answer = recommend(service, user)
     shown = [one["note_id"] for one in answer["results"]]
     click(service, user, shown[0], request_id=answer["request_id"])
-    database = sqlite3.connect(service.plan.directory / "users.sqlite")
+    database = sqlite3.connect(service.spec.directory / "users.sqlite")
 
     def kept():
         rows = database.execute(

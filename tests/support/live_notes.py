@@ -6,8 +6,8 @@ import numpy as np
 import pyarrow as pa
 
 from notellm2_ray.core.schema import NOTE_SCHEMA
+from notellm2_ray.live.creation import create_table
 from notellm2_ray.live.rows import LiveNote, live_schema
-from notellm2_ray.live.store import LiveStore
 
 DIM = 8
 MODEL = "model-1"
@@ -37,4 +37,4 @@ def make_table(path, count: int = 20, model: str = MODEL, seed: int = 0, columns
     }
     batch = pa.RecordBatch.from_pydict(rows | dict.fromkeys(columns, flat))
     parts = [batch.slice(start, 7) for start in range(0, count, 7)]
-    LiveStore.create(path, parts, live_schema(DIM, columns, model_fingerprint=model), **arguments)
+    create_table(path, parts, live_schema(DIM, columns, model_fingerprint=model), **arguments)

@@ -39,7 +39,7 @@ class Scorer:
 
 
 def save_users(base: Path, world: World) -> dict[str, Path]:
-    """Sequences, blocks and preferences as the bulk jobs leave them; arguments of ``World.plan``."""
+    """Sequences, blocks and preferences as the bulk jobs leave them; arguments of ``World.spec``."""
     sequences, blocks, preferences = [], [], []
     for number, (user, length) in enumerate(HISTORY.items()):
         ids = [note.note_id for note in world.notes[number * 8 : number * 8 + length]]
@@ -54,7 +54,7 @@ def save_users(base: Path, world: World) -> dict[str, Path]:
     pq.write_table(pa.Table.from_pylist(sequences, SEQUENCE_SCHEMA), base / "sequences" / "sequences.parquet")
     pq.write_table(pa.Table.from_pylist(blocks, BLOCK_SCHEMA), base / "sequences" / "blocks.parquet")
     pq.write_table(pa.Table.from_pylist(preferences, PREFERENCE_SCHEMA), base / "preferences.parquet")
-    return {"plan_sequences": base / "sequences", "plan_preferences": base}
+    return {"spec_sequences": base / "sequences", "spec_preferences": base}
 
 
 def add_hostile_notes(http: httpx.Client) -> None:

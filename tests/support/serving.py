@@ -1,4 +1,4 @@
-"""A small service for tests: a tiny embedder, notes, their bulk vectors, and the plan of an application over them."""
+"""A small service for tests: a tiny embedder, notes, their bulk vectors, and the spec of an application over them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from notellm2_ray.core.schema import NOTE_SCHEMA, Note
 from notellm2_ray.core.settings.ranking import RankerSettings
 from notellm2_ray.core.settings.retrieval import IndexSettings
 from notellm2_ray.core.settings.serve import DeploymentSettings, ServeSettings
-from notellm2_ray.serve.plan import Plan
+from notellm2_ray.serve.spec import ServiceSpec
 from tests.support import ROOT
 
 SMALL = DeploymentSettings(cpus=0.05)
@@ -43,11 +43,11 @@ class World:
     notes: Sequence[Note]
     vectors: dict[str, np.ndarray]
 
-    def plan(self, name: str, **changes: Any) -> Plan:
-        """A plan with a serving directory of its own; ``changes`` are of ServeSettings, or ``plan_...`` of the plan."""
-        own = {key.removeprefix("plan_"): changes.pop(key) for key in list(changes) if key.startswith("plan_")}
+    def spec(self, name: str, **changes: Any) -> ServiceSpec:
+        """A spec with a serving directory of its own; ``changes`` are of ServeSettings, or ``spec_...`` of the spec."""
+        own = {key.removeprefix("spec_"): changes.pop(key) for key in list(changes) if key.startswith("spec_")}
         serve = {"port": free_port(), "gateway": SMALL, "encoder": SMALL, "writer_cpus": 0.05, "users_cpus": 0.05}
-        return Plan(
+        return ServiceSpec(
             directory=self.base / name,
             model=self.model,
             notes=self.base / "notes",
@@ -92,17 +92,17 @@ class Service:
         output: what it has written so far (a file).
     """
 
-    def __init__(self, plan: Plan, directory: Path, environment: dict[str, str] | None = None) -> None:
-        (directory / "plan").write_bytes(cloudpickle.dumps(plan))
-        self.plan, self.output = plan, directory / "output"
+    def __init__(self, spec: ServiceSpec, directory: Path, environment: dict[str, str] | None = None) -> None:
+        (directory / "spec").write_bytes(cloudpickle.dumps(spec))
+        self.spec, self.output = spec, directory / "output"
         with open(self.output, "w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "tests.support.serving", str(directory / "plan")],
+                [sys.executable, "-m", "tests.support.serving", str(directory / "spec")],
                 env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **(environment or {})},
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{plan.serve.port}", timeout=60, trust_env=False)
+        self.http = httpx.Client(base_url=f"http://127.0.0.1:{spec.serve.port}", timeout=60, trust_env=False)
         try:
             wait_for(lambda: self._is_up(), 180)
         except BaseException:
@@ -111,7 +111,7 @@ class Service:
 
     def replicas(self, deployment: str) -> list[psutil.Process]:
         """Processes of a deployment's replicas."""
-        name = f"ray::ServeReplica:{self.plan.serve.name}:{deployment}"
+        name = f"ray::ServeReplica:{self.spec.serve.name}:{deployment}"
         found = []
         for one in self._tree():
             with contextlib.suppress(psutil.NoSuchProcess):  # a zombie is none any more either
@@ -164,7 +164,7 @@ def free_port() -> int:
 
 
 def main() -> None:
-    """Run the application of a pickled plan."""
+    """Run the application of a pickled spec."""
     import functools
     import logging
 
@@ -173,8 +173,8 @@ def main() -> None:
     from notellm2_ray.serve.launch import serve_forever
 
     logging.basicConfig(level=logging.INFO)
-    plan = cloudpickle.loads(Path(sys.argv[1]).read_bytes())
-    serve_forever(plan, functools.partial(connect, RaySettings(num_cpus=8, object_store_gb=0.2)))
+    spec = cloudpickle.loads(Path(sys.argv[1]).read_bytes())
+    serve_forever(spec, functools.partial(connect, RaySettings(num_cpus=8, object_store_gb=0.2)))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The deployment that turns notes into vectors."""
+"""The deployment that embeds notes."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ from notellm2_ray.core.schema import Note
 from notellm2_ray.live.current import current, upcoming
 from notellm2_ray.serve.deployments.loaded_model import LoadedModel, Vectors, Workers
 from notellm2_ray.serve.figures import Family, Figures
-from notellm2_ray.serve.plan import Plan, replica_options
+from notellm2_ray.serve.spec import ServiceSpec, replica_options
 
 log = logging.getLogger("notellm2_ray.serve")
 
-_SWITCH_SECONDS = 2e-4  # as in bulk embedding: a thread that keeps the interpreter longer starves a small model
-_KEPT_SECONDS = 60.0  # a model that is served no more, after it was asked for last
+_SWITCH_SECONDS = 2e-4  # as in bulk embedding: if threads hold the interpreter longer, a small model has to wait
+_KEPT_SECONDS = 60.0  # how long a model is kept after its last use, once it is no longer served
 _RETRY_SECONDS = 30.0  # after a model could not be loaded
 _MOST_FAILURES = 3
 _LOOK_SECONDS = 1.0
@@ -30,37 +30,37 @@ _NOTICE_SECONDS = 0.5
 
 
 class Encoder:
-    """One replica of the deployment.
+    """One replica.
 
-    It holds the model that is served. While another one is to take its place it holds both, and a call says by
-    fingerprint whose vectors it wants; the old one goes when it has not been asked for a minute.
+    It holds the served model and, during a swap, the next one as well; a call names the model it wants by fingerprint.
+    The old model is dropped when no call has asked for it for a minute.
     """
 
-    def __init__(self, plan: Plan) -> None:
+    def __init__(self, spec: ServiceSpec) -> None:
         import torch
 
-        torch.set_num_threads(max(1, int(plan.serve.encoder.cpus)))
+        torch.set_num_threads(max(1, int(spec.serve.encoder.cpus)))
         keep_freed_memory()
         sys.setswitchinterval(_SWITCH_SECONDS)
-        self.plan, self.device = plan, "cuda" if plan.serve.encoder.gpus else "cpu"
+        self.spec, self.device = spec, "cuda" if spec.serve.encoder.gpus else "cpu"
         self.figures = Figures(f"encoder-{_replica()}")
-        self.workers = Workers(plan.serve.encode, self.figures)
+        self.workers = Workers(spec.serve.encode, self.figures)
         self.models = [self._load(self._served())]
         self.loading: Path | None = None
-        self._failed: dict[Path, tuple[int, float]] = {}  # how often loading failed, and when last (monotonic)
+        self._failed: dict[Path, tuple[int, float]] = {}  # number of failed loads, and time of the last (monotonic)
         self._look_now, self._looking = threading.Event(), threading.Lock()
         threading.Thread(target=self._keep_looking, name="models", daemon=True).start()
 
     async def encode(self, notes: Sequence[Note], columns: Sequence[str], fingerprint: str) -> Vectors:
-        """Vectors of N notes; where the model is being loaded, once it is.
+        """Vectors of N notes; waits while the model is being loaded.
 
         Args:
-            notes: to be encoded.
+            notes: to be embedded.
             columns: which of ``embedding``, ``embedding_image``, ``embedding_text``.
             fingerprint: of the model.
 
         Raises:
-            OverloadedError: the notes in hand take as long as anybody should wait.
+            OverloadedError: the notes in hand would take too long.
             ModelError: this replica does not have that model.
         """
         model = self._model(fingerprint)
@@ -71,14 +71,14 @@ class Encoder:
                 await asyncio.sleep(0.05)
         if model is None:
             there = ", ".join(one.fingerprint for one in self.models)
-            raise ModelError(f"the encoder runs another model ({there}) than {fingerprint}, which is asked for")
+            raise ModelError(f"the model {fingerprint} is needed, but the encoder runs {there}")
         return await model.encode(notes, columns)
 
     def describe(self, needed: str) -> dict[str, Any]:
-        """What this replica runs.
+        """The models that this replica holds.
 
         Args:
-            needed: fingerprint of the model that the caller needs, which is kept for a while longer.
+            needed: fingerprint of the model that the caller needs; it is kept for some longer.
         """
         model = self._model(needed)
         if model is not None:
@@ -94,7 +94,7 @@ class Encoder:
         return next((one for one in self.models if one.fingerprint == fingerprint), None)
 
     def _served(self) -> Path:
-        return current(self.plan.directory).model or self.plan.model
+        return current(self.spec.directory).model or self.spec.model
 
     def _load(self, path: Path) -> LoadedModel:
         return LoadedModel(path, self.device, self.workers)
@@ -106,20 +106,20 @@ class Encoder:
             try:
                 with self._looking:
                     self._look()
-            except Exception:  # of any kind, as a damaged CURRENT: the models that are there go on
-                log.exception("what is to be served cannot be told; it is tried again")
+            except Exception:  # any kind, for example a damaged CURRENT: the loaded models stay in use
+                log.exception("cannot find out which model to serve; trying again")
 
     def _look(self) -> None:
-        """Load what is to be served, drop what is no more."""
-        following = upcoming(self.plan.directory)  # before CURRENT, which takes its place
-        wanted = [self._served()] + ([following.model] if following is not None and following.model else [])
+        """Load the models that are needed and drop those that are not."""
+        next_served = upcoming(self.spec.directory)  # NEXT before CURRENT: a switch writes CURRENT, then removes NEXT
+        wanted = [self._served()] + ([next_served.model] if next_served is not None and next_served.model else [])
         late = time.monotonic() - _KEPT_SECONDS
         for one in self.models:
             own_copy = next((path for path in wanted if path.name == one.fingerprint), None)
-            one.path = own_copy or one.path  # the same model, wherever it was loaded from
+            one.path = own_copy or one.path  # the same model, copied into the serving directory
             if one.path in wanted:
                 one.wanted = time.monotonic()
-        if any(one.path in wanted for one in self.models):  # else the old one is all there is
+        if any(one.path in wanted for one in self.models):  # otherwise the old model is the only one
             kept = [one for one in self.models if max(one.used, one.wanted) > late or one.path in wanted]
             if len(kept) < len(self.models):
                 self.models = kept
@@ -130,7 +130,7 @@ class Encoder:
                 self._add(path)
 
     def _may_be_loaded(self, path: Path) -> bool:
-        """Not at once after it failed, and not for ever: every attempt may cost the model beside it memory."""
+        """False for a while after a failure, and after several: each attempt takes memory from the running model."""
         times, last = self._failed.get(path, (0, 0.0))
         return times < _MOST_FAILURES and (not times or time.monotonic() > last + _RETRY_SECONDS)
 
@@ -138,10 +138,10 @@ class Encoder:
         self.loading = path
         try:
             model = self._load(path)
-            log.info("the model %s is loaded beside %s", model.fingerprint, [one.fingerprint for one in self.models])
+            log.info("the model %s was loaded beside %s", model.fingerprint, [one.fingerprint for one in self.models])
             self.models = [*self.models, model]
-        except Exception:  # of any kind: the model that is there goes on
-            log.exception("the model in %s could not be loaded", path)
+        except Exception:  # any kind: the running model stays in use
+            log.exception("the model in %s cannot be loaded", path)
             self._failed[path] = (self._failed.get(path, (0, 0.0))[0] + 1, time.monotonic())
             self._free()
         finally:
@@ -160,9 +160,9 @@ def _replica() -> str:
     return serve.get_replica_context().replica_id.unique_id
 
 
-def encoder_deployment(plan: Plan) -> Any:
+def encoder_deployment(spec: ServiceSpec) -> Any:
     """The deployment, not bound yet."""
     from ray import serve
 
-    options = replica_options(plan.serve.encoder, drain_seconds=plan.serve.drain_seconds)
+    options = replica_options(spec.serve.encoder, drain_seconds=spec.serve.drain_seconds)
     return serve.deployment(Encoder, name="Encoder", **options)

@@ -1,9 +1,8 @@
-"""The ingress: HTTP, and a copy of the index in the very process that answers.
+"""The gateway: answers HTTP requests, with a copy of the index in the same process.
 
-A search by note id needs the index alone. Every hop between deployments costs about a millisecond and most of the
-peak rate (measured: 1,744 requests a second with the index in the ingress, 1,047 with a deployment of its own behind
-it), so the index lives here and the hot path is one hop. The price is that replicas of HTTP and of the index scale
-together: what they scale by is requests, which is what both are for.
+A search by note id needs only the index. A call to another deployment takes about a millisecond and lowers the peak
+rate (measured: 1,744 requests a second with the index in this process, 1,047 with the index in a deployment of its
+own). HTTP and the index therefore scale together, which fits: the load of both is the number of requests.
 """
 
 from __future__ import annotations
@@ -29,31 +28,31 @@ from notellm2_ray.serve.figures import Figures
 from notellm2_ray.serve.http.checks import Images
 from notellm2_ray.serve.http.fetch import ImageFetcher
 from notellm2_ray.serve.keys import KeyRing
-from notellm2_ray.serve.plan import Plan
+from notellm2_ray.serve.spec import ServiceSpec
 
 log = logging.getLogger("notellm2_ray.serve")
 
 _EXCHANGE_SECONDS = 2.0
-_READY_SECONDS = 0.25  # age of an answer that this replica is ready: older ones are asked for again
-_INLINE_SECONDS = 0.003  # a search that takes longer than this runs in a thread, so that others are answered meanwhile
+_READY_SECONDS = 0.25  # how long the answer that this replica is ready stays valid
+_INLINE_SECONDS = 0.003  # if searches take longer, they run in a thread, so that other requests are answered meanwhile
 
 
 class Gateway:
-    """One replica, without its HTTP routes: :class:`~notellm2_ray.serve.deployments.ingress.Ingress` has those.
+    """One replica without its HTTP routes, which :class:`~notellm2_ray.serve.deployments.ingress.Ingress` adds.
 
     Attributes:
-        follower: the index and the table behind it.
-        encoder, writer, users, ranker: the other deployments; ``ranker`` is None where there is none.
-        reports: every replica's last figures, by name.
-        writing_model: fingerprint of the model that the writer's table is of, as last heard; "": as the index.
-        problems: what is missing for this replica to be ready.
-        missing: what is not there and can be done without.
+        follower: follows the live table and keeps the index.
+        encoder, writer, users, ranker: the other deployments; ``ranker`` is None if there is none.
+        reports: the last report of every replica, by name.
+        writing_model: fingerprint of the writer's model, as last reported; "": the same as the index's.
+        problems: why this replica is not ready.
+        missing: what is not available but not needed either.
     """
 
-    def __init__(self, plan: Plan, encoder: Any, writer: Any, users: Any, ranker: Any = None) -> None:
+    def __init__(self, spec: ServiceSpec, encoder: Any, writer: Any, users: Any, ranker: Any = None) -> None:
         from ray import serve
 
-        self.plan, self.settings, self.limits = plan, plan.serve, plan.serve.limits
+        self.spec, self.settings, self.limits = spec, spec.serve, spec.serve.limits
         most = self.settings.gateway.slots_of_one
         self.encoder, self.writer = Dependency(encoder, "encoder", most), Dependency(writer, "writer", most)
         self.users = Dependency(users, "users", most)
@@ -63,23 +62,23 @@ class Gateway:
         self.guard: Any = None  # set by build_api
         self.images = Images(self.limits)
         self.fetcher = ImageFetcher(self.settings.fetch, self.limits.image_bytes)
-        self.keys = KeyRing(plan.keys_file) if self.settings.needs_key else None
+        self.keys = KeyRing(spec.keys_file) if self.settings.needs_key else None
         self.reports: dict[str, dict[str, Any]] = {}
         self.writing_model = ""
-        self.problems = ["the other deployments were not asked yet"]
+        self.problems = ["the other deployments have not been asked yet"]
         self.missing: list[str] = []
         self._asking = asyncio.Lock()
         self._asked = float("-inf")  # when the other deployments were last asked
         self._search_seconds = 0.0
         self._tasks: set[asyncio.Task[Any]] = set()
-        self.follower = _follow(plan)
+        self.follower = _follow(spec)
 
     async def start(self) -> None:
-        """Begin what runs beside the requests."""
+        """Start the background tasks."""
         self.background(self._exchange_forever())
 
     def background(self, coroutine: Any) -> None:
-        """Run something that no answer waits for; a failure is logged."""
+        """Run a coroutine that no answer waits for; a failure is logged."""
         task = asyncio.get_running_loop().create_task(coroutine)
         self._tasks.add(task)  # the loop itself keeps no strong reference
         task.add_done_callback(self._ended)
@@ -94,14 +93,15 @@ class Gateway:
         index: LiveIndex | None = None,
         model: str | None = None,
     ) -> Hits:
-        """The nearest notes of ``index`` (None: the one there is now).
+        """The nearest notes in ``index`` (None: the current one).
 
         Args:
-            model: fingerprint that came with a query vector.
+            query: (D,) unit vector, or a note id.
+            model: fingerprint of the model that made the query vector.
 
         Raises:
-            NotFoundError: the query is an id that the index does not have.
-            UnavailableError: the query vector is another model's: encoder and index are being changed.
+            NotFoundError: the query is an id that is not in the index.
+            UnavailableError: the query vector is of another model, because the service is switching models.
         """
         index = index or self.follower.index
         if isinstance(query, str) and query not in index:
@@ -127,54 +127,54 @@ class Gateway:
 
     @property
     def index(self) -> LiveIndex:
-        """The index as it is now."""
+        """The current index."""
         return self.follower.index
 
     async def encode(self, notes: Sequence[Note], columns: Sequence[str] = ("embedding",), model: str = "") -> Any:
         """Vectors of notes (:class:`~notellm2_ray.serve.deployments.encoder.Vectors`).
 
         Args:
-            model: fingerprint of the model that makes them; "": the index's.
+            model: fingerprint of the model to embed with; "": the index's.
 
         Raises:
-            ApiError: the encoder is full, away, or does not have the model.
+            ApiError: the encoder is busy, not available, or does not have the model.
         """
         with self.figures.timing("encode"):
             seconds, wanted = self.settings.encode.timeout_seconds, model or self.index.model_fingerprint
             return await self.encoder.call("encode", list(notes), tuple(columns), wanted, seconds=seconds)
 
     async def notes(self, note_ids: Sequence[str]) -> list[StoredNote | None]:
-        """Notes as stored; None where there is none."""
+        """Notes as stored; None for an unknown note."""
         with self.figures.timing("read_notes"):
             return await asyncio.to_thread(self.follower.notes, list(note_ids))
 
     async def cards(self, note_ids: Sequence[str]) -> dict[str, StoredCard]:
-        """Notes as they are shown, by id; without those that are not there."""
+        """Cards by note id; unknown notes are left out."""
         with self.figures.timing("read_cards"):
             return await asyncio.to_thread(self.follower.cards, list(note_ids))
 
     async def unknown(self, note_ids: Sequence[str]) -> set[str]:
-        """Those of the ids that are no notes; what was committed a moment ago counts although no index has it yet."""
+        """The ids among these that are not notes. Notes that were just committed count, even if not indexed yet."""
         missing = list(dict.fromkeys(note_id for note_id in note_ids if note_id not in self.index))
         if not missing:
             return set()
-        return set(missing) - await asyncio.to_thread(self._newest, missing)
+        return set(missing) - await asyncio.to_thread(self._existing, missing)
 
-    async def applied(self, seq: int, seconds: float = 1.0) -> None:
-        """Wait until this replica's index has a commit, for a moment: who wrote a note then finds it here at once."""
+    async def wait_until_applied(self, seq: int, seconds: float = 1.0) -> None:
+        """Wait a moment until a commit is in this replica's index, so that a client finds the note it has written."""
         until = time.monotonic() + seconds
         if self.follower.reading.path != self.follower.state.table.path:
-            return  # written to a table that this replica has to load first
+            return  # the commit is in a table that this replica has not loaded yet
         while self.follower.state.seq < seq and time.monotonic() < until:
             await asyncio.sleep(0.005)
 
-    def _newest(self, note_ids: list[str]) -> set[str]:
-        """Those of the ids that the newest version has."""
+    def _existing(self, note_ids: list[str]) -> set[str]:
+        """The ids among these that are notes in the table's newest version."""
         newest = LiveTable(self.follower.reading.path)
         return newest_if_gone(newest, lambda table: table.existing(note_ids))
 
     async def other_figures(self) -> list[Any]:
-        """Figures of deployments that do not report by themselves: one replica of each."""
+        """Figures of the deployments that send no reports, from one replica of each."""
         found = []
         for one in (self.encoder, self.users, self.ranker):
             if one is not None:
@@ -182,18 +182,18 @@ class Gateway:
                     found.append(await call(one.handle.report, what=one.name, seconds=2))
         return found
 
-    async def missing_now(self) -> list[str]:
-        """What is missing for this replica to be ready.
+    async def problems_now(self) -> list[str]:
+        """Why this replica is not ready at the moment.
 
-        "Nothing" is never just remembered: a deployment may have died since the last exchange, and the next requests
-        would wait for it in vain. So the others are asked again, once for all who want to know at the same moment.
+        If there was no problem at the last exchange, the other deployments are asked again, because one may have died
+        since, and the next requests would wait for it in vain. Simultaneous callers share one such round.
         """
         if not self.problems:
             await self._ask_needed(not_before=time.monotonic() - _READY_SECONDS)
         return self.problems
 
     def check_health(self) -> None:
-        """Serve restarts the replica when this raises."""
+        """Ray Serve restarts the replica if this raises."""
         if not self.follower.alive:
             raise RuntimeError("the thread that follows the live table has ended")
 
@@ -203,19 +203,19 @@ class Gateway:
             await asyncio.sleep(0.5 if self.problems or self.missing else _EXCHANGE_SECONDS)
 
     async def _ask_needed(self, not_before: float = float("inf")) -> None:
-        """Find out what is missing for being ready, unless that was asked after ``not_before``."""
+        """Update ``problems``, unless the other deployments were asked after ``not_before``."""
         async with self._asking:
             if self._asked < not_before:
                 began = time.monotonic()
-                self.problems = await self._missing_parts()
+                self.problems = await self._find_problems()
                 self._asked = began
 
     async def _ask_optional(self) -> None:
-        """Find out what is missing that can be done without: recall answers in the ranker's place, and says so."""
+        """Update ``missing``: without the ranker, answers come from recall and say so."""
         self.missing = [] if self.ranker is None else (await self._ask(self.ranker, "describe"))[1]
 
-    async def _missing_parts(self) -> list[str]:
-        """Exchange figures with the writer and ask the other deployments that every answer may need."""
+    async def _find_problems(self) -> list[str]:
+        """Exchange reports with the writer and ask the other required deployments; why this replica is not ready."""
         needed = self.index.model_fingerprint
         (reports, problems), (described, away), (_, without_users) = await asyncio.gather(
             self._ask(self.writer, "exchange", self.name, self._report()),
@@ -231,19 +231,19 @@ class Gateway:
         there = [] if described is None else [one["fingerprint"] for one in described["models"]]
         if described is not None and needed not in there:
             problems.append(
-                f"the encoder runs {' and '.join(there)}, the index was made with {needed}: if the embedder was "
-                "trained anew, run `notellm2 swap-embedder`"
+                f"the encoder runs {' and '.join(there)}, but the index was made with {needed}: if the embedder was "
+                "trained again, run `notellm2 swap-embedder`"
             )
         return problems
 
     async def _ask(self, other: Dependency, method: str, *arguments: Any) -> tuple[Any, list[str]]:
-        """The answer, or None; and why there is none. One that is too busy to answer is there all the same."""
+        """The answer or None, and the problem if there is one. A deployment too busy to answer is no problem."""
         try:
-            # Not counted among the calls in hand: what is full of requests is there.
+            # Without Dependency.call's bound: a deployment with many calls in hand is running.
             return await call(getattr(other.handle, method), *arguments, what=other.name, seconds=5), []
         except OverloadedError:
             return None, []
-        except Exception as error:  # whatever it was, this replica is not ready, and says why
+        except Exception as error:  # any kind: this replica is not ready and reports the reason
             return None, [f"{other.name}: {error.message if isinstance(error, ApiError) else error}"]
 
     def _report(self) -> dict[str, Any]:
@@ -261,11 +261,11 @@ class Gateway:
     def _ended(self, task: asyncio.Task[Any]) -> None:
         self._tasks.discard(task)
         if not task.cancelled() and task.exception() is not None:
-            log.warning("in the background: %s", type(task.exception()).__name__, exc_info=task.exception())
+            log.warning("a background task failed: %s", type(task.exception()).__name__, exc_info=task.exception())
 
 
-def _follow(plan: Plan) -> Any:
-    """The follower, loaded; at a first start the writer is still making the table.
+def _follow(spec: ServiceSpec) -> Any:
+    """A started follower. At the first start it waits until the writer has made the table.
 
     Raises:
         DataError: there is no table in time.
@@ -274,18 +274,18 @@ def _follow(plan: Plan) -> Any:
 
     from notellm2_ray.live.follower import StoreFollower
 
-    # Requests are what runs side by side here; threads of one search would only wait for each other.
+    # Requests run in parallel already; more threads within one search would only compete.
     faiss.omp_set_num_threads(1)
-    serve = plan.serve
+    serve = spec.serve
     until = time.monotonic() + serve.ready_seconds
     while True:
         follower = StoreFollower(
-            plan.directory,
-            plan.index,
+            spec.directory,
+            spec.index,
             poll_seconds=serve.poll_ms / 1000,
-            saved_index=plan.saved_index,
+            saved_index=spec.saved_index,
             index_arguments={
-                "seed": plan.seed,
+                "seed": spec.seed,
                 "rebuild_share": serve.rebuild_share,
                 "rebuild_rows": serve.rebuild_rows,
             },

@@ -1,4 +1,4 @@
-"""One embedder in a replica's memory: requests' notes to vectors, in micro-batches."""
+"""A loaded embedder that embeds the notes of requests in micro-batches."""
 
 from __future__ import annotations
 
@@ -29,26 +29,27 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("notellm2_ray.serve")
 
-_MOST_SECONDS = 10.0  # of notes in hand; serve.encode.timeout_seconds must leave room for them
+_MOST_SECONDS = 10.0  # of work in hand; must be less than serve.encode.timeout_seconds
 
 INPUTS = {"embedding": "multimodal", "embedding_image": "image", "embedding_text": "text"}
 
-Encoded = tuple[np.ndarray, str, int]  # (D,) vector, NaN where there is a problem; the problem; tokens
+Encoded = tuple[np.ndarray, str, int]  # (D,) vector, NaN if there is a problem; the problem or ""; tokens
 
 
 class Vectors(NamedTuple):
-    """What became of a request's notes."""
+    """The vectors of a request's N notes."""
 
-    columns: dict[str, np.ndarray]  # (N, D) float32 each; rows of notes with a problem are NaN
-    problems: dict[int, str]  # row to why it has no vector
-    tokens: int  # that the notes took
+    columns: dict[str, np.ndarray]  # (N, D) float32 each; NaN for notes with a problem
+    problems: dict[int, str]  # row to the reason why it has no vector
+    tokens: int  # of all notes
     fingerprint: str  # of the model
 
     def live_notes(self, notes: Sequence[Note], created: Mapping[str, datetime | None]) -> list[LiveNote]:
-        """Those of the N notes that have a vector, as they are written.
+        """The notes that have a vector, ready to be written.
 
         Args:
-            created: when each was created, by id.
+            notes: the N notes.
+            created: creation time by note id.
         """
         own, *others = self.columns
         found = []
@@ -56,16 +57,16 @@ class Vectors(NamedTuple):
             if row not in self.problems:
                 further: dict[str, np.ndarray | None] = {name: self.columns[name][row] for name in others}
                 if note.image is None and "embedding_image" in further:
-                    further["embedding_image"] = None  # what the model makes of no image says nothing about one
+                    further["embedding_image"] = None  # the model's vector of a missing image has no meaning
                 vector = self.columns[own][row]
                 found.append(LiveNote(note.note_id, vector, *note[1:], created[note.note_id], further))
         return found
 
 
 class Workers:
-    """What the models of a replica share: threads, and the figures of their work.
+    """Threads and figures that the models of a replica share.
 
-    One thread runs models, whichever: two at once would only share the device.
+    A single thread runs all models: two at once would only share the device.
     """
 
     def __init__(self, settings: EncodeSettings, figures: Figures) -> None:
@@ -76,14 +77,17 @@ class Workers:
 
 
 class LoadedModel:
-    """A model and its micro-batches: prepared in ``encode.threads`` threads, then put through the model in a thread of
-    its own, while the next batch is prepared.
+    """A model and its micro-batches.
+
+    A batch is preprocessed in ``encode.threads`` threads, then runs through the model in another thread while the next
+    batch is preprocessed.
 
     Attributes:
-        path: its directory.
+        path: of the model's directory.
         fingerprint: of the model.
-        files: of its files, as they were before it was read.
-        used, wanted: when it was last asked for, and when it was last to be served (``time.monotonic``).
+        files: fingerprint of its files before they were read.
+        used: when it was last used (``time.monotonic``).
+        wanted: when it was last served or to be served next (``time.monotonic``).
     """
 
     def __init__(self, path: Path, device: str, workers: Workers) -> None:
@@ -101,11 +105,11 @@ class LoadedModel:
         """Vectors of N notes.
 
         Args:
-            notes: to be encoded.
+            notes: to be embedded.
             columns: which of ``embedding``, ``embedding_image``, ``embedding_text``.
 
         Raises:
-            OverloadedError: the notes in hand take as long as anybody should wait.
+            OverloadedError: the notes in hand would take too long.
         """
         self.used = time.monotonic()
         items = [(note, INPUTS[column]) for column in columns for note in notes]
@@ -120,7 +124,7 @@ class LoadedModel:
         return Vectors(dict(zip(columns, matrix, strict=True)), problems, tokens, self.fingerprint)
 
     async def _batch(self, parts: list[list[tuple[Note, str]]]) -> list[list[Encoded]]:
-        """Vector, problem and tokens of every item of every part."""
+        """Vector, problem and tokens of each item of each part."""
         items = [item for part in parts for item in part]
         self.workers.figures.batch("encoder", len(items))
         loop, started = asyncio.get_running_loop(), time.perf_counter()
@@ -136,8 +140,8 @@ class LoadedModel:
         return [[next(encoded) for _ in part] for part in parts]
 
     def _features(self, items: Sequence[tuple[Note, str]]) -> list[NoteFeatures | str]:
-        """Features of notes, or why a note has none."""
-        # A fast tokenizer must not be used by two threads at once: each thread has its own.
+        """Features of each note, or the reason why there are none."""
+        # Two threads must not use one fast tokenizer at the same time, so each thread has its own.
         if not hasattr(self._local, "preprocessor"):
             self._local.preprocessor = copy.deepcopy(self.encoder.preprocessor)
         found: list[NoteFeatures | str] = []
@@ -146,8 +150,8 @@ class LoadedModel:
                 found.append(self._local.preprocessor.features(note, inputs))
             except DataError as error:
                 found.append(str(error))
-            except Exception:  # any: what a stranger's image makes a decoder raise must not fail others' notes
-                log.exception("a note could not be prepared")
+            except Exception:  # any kind: an error of the image decoder must not fail the other notes of the batch
+                log.exception("a note could not be preprocessed")
                 found.append("the note cannot be read; the service's log says why")
         return found
 
@@ -168,6 +172,6 @@ class LoadedModel:
                 encoded.append((nothing, one, 0))
                 continue
             vector = next(vectors)
-            problem = "" if np.isfinite(vector).all() else "the model gives no finite vector for it"
+            problem = "" if np.isfinite(vector).all() else "the model's vector for this note is not finite"
             encoded.append((vector, problem, one.num_tokens))
         return encoded

@@ -1,8 +1,8 @@
-"""Micro-batches: what comes while others are worked on goes together next.
+"""Micro-batches: items that arrive while a batch is being processed form the next batch.
 
-Ray's ``serve.batch`` closes a batch when its wait is over, whether or not anybody is free to work on it: under load it
-queues many small batches. Here a batch is closed when
-its work begins. An idle replica starts at once, and the busier it is the larger the batches are.
+Ray's ``serve.batch`` closes a batch after a fixed wait, even if no worker is free, so that many small batches queue up
+under load. Here a batch is closed when its processing begins: an idle replica starts at once, and batches grow with
+the load.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ Result = TypeVar("Result")
 
 
 class MicroBatcher(Generic[Item, Result]):
-    """Gathers what callers submit; of one event loop.
+    """Gathers the items of callers in one event loop into batches.
 
     Args:
-        work: the results of a batch's items, in their order; what it raises is raised to all callers of the batch.
-        most: items' size in a batch; a larger item goes alone.
+        work: processes a batch and returns its items' results in order; its error is raised to all of its callers.
+        most: total size of a batch; a larger item forms a batch of its own.
         size: of an item.
-        side_by_side: batches in work at once, so that one can be prepared while another is in the model.
+        side_by_side: batches processed at the same time, so that one can be preprocessed while another is in the model.
     """
 
     def __init__(
@@ -43,22 +43,22 @@ class MicroBatcher(Generic[Item, Result]):
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
         if len(self._working) < self._side_by_side:
-            task = asyncio.create_task(self._until_none_waits())
+            task = asyncio.create_task(self._work_until_empty())
             self._working.add(task)
             task.add_done_callback(self._working.discard)
         return await future
 
-    async def _until_none_waits(self) -> None:
+    async def _work_until_empty(self) -> None:
         while batch := self._next():
             try:
                 results = await self._work([item for item, _ in batch])
-            except Exception as error:  # of any kind: the callers wait for it
+            except Exception as error:  # any kind: it is passed to the callers
                 for _, future in batch:
                     if not future.done():
                         future.set_exception(error)
                 continue
             for (_, future), result in zip(batch, results, strict=True):
-                if not future.done():  # its caller may have given up
+                if not future.done():  # the caller may have been cancelled
                     future.set_result(result)
 
     def _next(self) -> list[tuple[Item, asyncio.Future[Result]]]:
@@ -66,7 +66,7 @@ class MicroBatcher(Generic[Item, Result]):
         size = 0
         while self._waiting:
             item, future = self._waiting[0]
-            if future.done():  # given up while it waited
+            if future.done():  # the caller was cancelled while the item waited
                 self._waiting.popleft()
                 continue
             size += self._size(item)

@@ -1,4 +1,4 @@
-"""The deployment that puts users' tastes into words; the engine itself is handed in by the top-level wiring."""
+"""The deployment that writes users' preferences; ``online.wiring`` provides the engine."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from notellm2_ray.core.recommend_prompts import Item
 from notellm2_ray.live.current import current_table
 from notellm2_ray.live.table import LiveTable
 from notellm2_ray.serve.figures import Family, Figures
-from notellm2_ray.serve.plan import Plan, replica_options
+from notellm2_ray.serve.spec import ServiceSpec, replica_options
 
 log = logging.getLogger("notellm2_ray.serve")
 
@@ -20,25 +20,25 @@ log = logging.getLogger("notellm2_ray.serve")
 class Preferences:
     """One replica: an engine, and the notes' titles and image summaries for its prompts."""
 
-    async def __init__(self, plan: Plan) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, spec: ServiceSpec) -> None:  # type: ignore[misc]  # Serve awaits it
         from ray import serve
 
-        assert plan.preference_engine is not None
-        self.plan = plan
+        assert spec.preference_engine is not None
+        self.spec = spec
         self.figures = Figures(f"preferences-{serve.get_replica_context().replica_id.unique_id}")
-        self.summaries = await asyncio.to_thread(read_summaries, plan)
-        self.engine = plan.preference_engine()  # vLLM's needs this loop
-        await self.engine.advance(None, [Item("")], user="", block=0)  # the first call takes longest: of nobody's
+        self.summaries = await asyncio.to_thread(read_summaries, spec)
+        self.engine = spec.preference_engine()  # in this coroutine: vLLM needs its event loop
+        await self.engine.advance(None, [Item("")], user="", block=0)  # warms up, so that no user waits for it
 
     async def advance(self, user: str, block: int, previous: str | None, note_ids: Sequence[str]) -> str:
-        """The taste after a block.
+        """The preference after a block.
 
         Args:
-            previous: the taste before it; None for a first block.
-            note_ids: of the block, oldest first; notes that are gone are left out.
+            previous: the preference of the block before; None for the first block.
+            note_ids: of the block, oldest first; deleted notes are left out.
 
         Returns:
-            The taste before it where all of its notes are gone, or the model answered nothing; "" if that was None.
+            The new preference. If all notes are deleted or the model's answer is empty, ``previous``, or "" for None.
         """
         started = time.perf_counter()
         items = await asyncio.to_thread(self._items, list(note_ids))
@@ -49,13 +49,13 @@ class Preferences:
         return step.preference
 
     async def check_health(self) -> None:
-        """Serve starts the replica anew when this raises, as vLLM's does once its engine has failed."""
+        """Ray Serve restarts the replica if this raises, as vLLM's check does after the engine has failed."""
         check = getattr(getattr(self.engine, "engine", None), "check_health", None)
         if check is not None:
             await check()
 
     def describe(self) -> dict[str, Any]:
-        """That this replica is up."""
+        """Facts about this replica; an answer shows that it runs."""
         return {"summaries": len(self.summaries)}
 
     def report(self) -> list[Family]:
@@ -63,26 +63,26 @@ class Preferences:
         return self.figures.snapshot()
 
     def _items(self, note_ids: list[str]) -> list[Item]:
-        notes = LiveTable(current_table(self.plan.directory)).notes(note_ids)
+        notes = LiveTable(current_table(self.spec.directory)).notes(note_ids)
         return [Item(note.title, self.summaries.get(note.note_id)) for note in notes if note is not None]
 
 
-def read_summaries(plan: Plan) -> dict[str, str]:
-    """Image summaries by note, of the bulk job; notes that came later are shown by their title alone."""
-    if plan.summaries is None or not plan.summaries.is_file():
+def read_summaries(spec: ServiceSpec) -> dict[str, str]:
+    """The bulk job's image summaries by note id; notes written later have none, so prompts show only their titles."""
+    if spec.summaries is None or not spec.summaries.is_file():
         return {}
     import pyarrow.parquet as pq
 
-    table = pq.read_table(plan.summaries, columns=["note_id", "summary"])
+    table = pq.read_table(spec.summaries, columns=["note_id", "summary"])
     return dict(zip(table["note_id"].to_pylist(), table["summary"].to_pylist(), strict=True))
 
 
-def preferences_deployment(plan: Plan) -> Any:
+def preferences_deployment(spec: ServiceSpec) -> Any:
     """The deployment, not bound yet."""
     from ray import serve
 
-    assert plan.serve.preferences is not None
+    assert spec.serve.preferences is not None
     options = replica_options(
-        plan.serve.preferences, drain_seconds=plan.serve.drain_seconds, environment=plan.environment
+        spec.serve.preferences, drain_seconds=spec.serve.drain_seconds, environment=spec.environment
     )
     return serve.deployment(Preferences, name="Preferences", **options)

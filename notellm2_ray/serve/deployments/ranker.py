@@ -1,4 +1,4 @@
-"""The deployment that scores candidates by P(yes); the engine itself is handed in by the top-level wiring."""
+"""The deployment that scores candidates by P(yes); ``online.wiring`` provides the engine."""
 
 from __future__ import annotations
 
@@ -8,20 +8,20 @@ from collections.abc import Sequence
 from typing import Any
 
 from notellm2_ray.serve.figures import Family, Figures
-from notellm2_ray.serve.plan import Plan, replica_options
+from notellm2_ray.serve.spec import ServiceSpec, replica_options
 
 
 class Ranker:
-    """One replica: an engine that advances all of a user's candidates at once; they share their prompt's beginning."""
+    """One replica: an engine that scores all candidates of a user at once; their prompts share the beginning."""
 
-    async def __init__(self, plan: Plan) -> None:  # type: ignore[misc]  # Serve awaits it
+    async def __init__(self, spec: ServiceSpec) -> None:  # type: ignore[misc]  # Serve awaits it
         from ray import serve
 
-        assert plan.ranker_engine is not None
+        assert spec.ranker_engine is not None
         self.figures = Figures(f"ranker-{serve.get_replica_context().replica_id.unique_id}")
-        self.engine = plan.ranker_engine()  # vLLM's needs this loop
-        # The first request with a picture takes many times as long, kernels being compiled: let nobody wait for it.
-        await self.engine.score(None, [], [("0", _plain_picture())])
+        self.engine = spec.ranker_engine()  # in this coroutine: vLLM needs its event loop
+        # The first request with an image compiles kernels and takes many times as long; no user should wait for it.
+        await self.engine.score(None, [], [("0", _grey_image())])
 
     async def score(
         self,
@@ -32,9 +32,9 @@ class Ranker:
         """P(yes) of each candidate, in their order.
 
         Args:
-            preference: the user's taste in words; None where there is none yet.
+            preference: the user's; None if there is none yet.
             history_titles: of the last notes, oldest first.
-            candidates: title and encoded image; None for a note that is gone, which gets None.
+            candidates: title and encoded image; None for a deleted note, whose score is None.
         """
         started = time.perf_counter()
         there = [one for one in candidates if one is not None]
@@ -44,13 +44,13 @@ class Ranker:
         return [None if one is None else next(scores) for one in candidates]
 
     async def check_health(self) -> None:
-        """Serve starts the replica anew when this raises, as vLLM's does once its engine has failed."""
+        """Ray Serve restarts the replica if this raises, as vLLM's check does after the engine has failed."""
         check = getattr(getattr(self.engine, "engine", None), "check_health", None)
         if check is not None:
             await check()
 
     def describe(self) -> dict[str, Any]:
-        """That this replica is up."""
+        """Facts about this replica; an answer shows that it runs."""
         return {}
 
     def report(self) -> list[Family]:
@@ -58,7 +58,7 @@ class Ranker:
         return self.figures.snapshot()
 
 
-def _plain_picture() -> bytes:
+def _grey_image() -> bytes:
     from PIL import Image
 
     buffer = io.BytesIO()
@@ -66,10 +66,10 @@ def _plain_picture() -> bytes:
     return buffer.getvalue()
 
 
-def ranker_deployment(plan: Plan) -> Any:
+def ranker_deployment(spec: ServiceSpec) -> Any:
     """The deployment, not bound yet."""
     from ray import serve
 
-    assert plan.serve.ranker is not None
-    options = replica_options(plan.serve.ranker, drain_seconds=plan.serve.drain_seconds, environment=plan.environment)
+    assert spec.serve.ranker is not None
+    options = replica_options(spec.serve.ranker, drain_seconds=spec.serve.drain_seconds, environment=spec.environment)
     return serve.deployment(Ranker, name="Ranker", **options)

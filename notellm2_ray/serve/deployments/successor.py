@@ -1,4 +1,4 @@
-"""Bringing the table of a new model up to date with the one that is served, until it can take its place."""
+"""Bringing the table of a new model up to date with the served table, which it is to replace."""
 
 from __future__ import annotations
 
@@ -20,20 +20,20 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("notellm2_ray.serve")
 
-_NOTES_AT_ONCE = 16  # a few, so that requests' notes need not wait for long
-_BAD_SHARE = 0.05  # of the notes carried, without a vector: above it something is wrong with the model
-_PATIENCE_SECONDS = 60.0  # while the encoder has as much to do as it takes
+_NOTES_AT_ONCE = 16  # few, so that the notes of requests do not have to wait long
+_BAD_SHARE = 0.05  # if more of the copied notes have no vector, something is wrong with the model
+_PATIENCE_SECONDS = 60.0  # while the encoder refuses notes because it is busy
 _PAUSE_SECONDS = 0.5
 
 Encode = Callable[[Sequence[Note], Sequence[str], str], Awaitable["Vectors"]]  # notes, vector columns, fingerprint
 
 
 class Missed(NamedTuple):
-    """What a table got after a commit group."""
+    """The changes of a table since a commit group."""
 
-    rows: list[tuple[int, str, bool]]  # seq, note, whether it is deleted; in order of seq
-    gone: list[str]  # further notes that are deleted
-    seq: int  # the last group
+    rows: list[tuple[int, str, bool]]  # seq, note id, whether it was deleted; in order of seq
+    gone: list[str]  # other deleted notes, whose tombstones were removed already
+    seq: int  # the last commit group
 
     @property
     def notes(self) -> int:
@@ -41,38 +41,38 @@ class Missed(NamedTuple):
 
 
 class Successor:
-    """A table that was filled from a version of the served one, and follows it by writing what it has missed.
+    """A table that was filled from a version of the served table and is updated with the changes since then.
 
-    To write a note or to delete it again changes nothing, so one that was stopped begins anew with what NEXT says.
+    Writing or deleting a note twice does no harm, so after a stop the update starts again from the seq in NEXT.
 
     Attributes:
-        store: its writer.
-        seq: the served table's commit group up to which it has everything.
-        carried: notes written.
-        without_vector: of them, those that the new model made nothing of, with the reason; they are left out.
+        store: the table's writer.
+        seq: the last commit group of the served table that this table contains.
+        copied: notes copied from the served table.
+        without_vector: those among them without a vector by the new model, with the reason; they are left out.
     """
 
-    def __init__(self, following: Served, encode: Encode) -> None:
-        self.following, self.store = following, LiveStore.open(following.table)
-        self.seq = following.holds
-        self.carried = 0
+    def __init__(self, next_served: Served, encode: Encode) -> None:
+        self.next_served, self.store = next_served, LiveStore.open(next_served.table)
+        self.seq = next_served.source_seq
+        self.copied = 0
         self.without_vector: dict[str, str] = {}
         self._encode = encode
 
     async def missed(self, table: LiveTable) -> Missed:
-        """What there is to be written."""
+        """The changes that this table does not contain yet."""
         return await asyncio.to_thread(missed_after, table, self.seq, self.store.table)
 
     async def catch_up(self, table: LiveTable) -> int:
-        """Write what the table has got meanwhile; how many notes that were.
+        """Write the changes of the served table; the number of changed notes.
 
         Raises:
-            NoteLLMError, ApiError: a model or a table fails; what was written stays, and the next call goes on there.
+            NoteLLMError, ApiError: a model or a table fails. What was written stays; the next call continues there.
         """
         missed = await self.missed(table)
         for start in range(0, len(missed.rows), _NOTES_AT_ONCE):
             part = missed.rows[start : start + _NOTES_AT_ONCE]
-            await self._carry(table, [note_id for _, note_id, deleted in part if not deleted])
+            await self._copy(table, [note_id for _, note_id, deleted in part if not deleted])
             await self.store.delete_async([note_id for _, note_id, deleted in part if deleted])
             after = missed.rows[start + len(part)][0] if start + len(part) < len(missed.rows) else missed.seq + 1
             self.seq = max(self.seq, after - 1)
@@ -80,23 +80,23 @@ class Successor:
         self.seq = missed.seq
         return missed.notes
 
-    async def _carry(self, table: LiveTable, note_ids: list[str]) -> None:
+    async def _copy(self, table: LiveTable, note_ids: list[str]) -> None:
         if not note_ids:
             return
         stored = await asyncio.to_thread(newest_if_gone, table, lambda one: one.notes(note_ids))
-        found = [note for note in stored if note is not None]  # others are deleted by now: the next round hears of it
+        found = [note for note in stored if note is not None]  # others were deleted meanwhile: the next round sees it
         notes = [Note(one.note_id, one.title, one.topics, one.content, one.image) for one in found]
         if not notes:
             return
-        vectors = await self._patiently(notes)
+        vectors = await self._embed(notes)
         bad = {notes[row].note_id: reason for row, reason in vectors.problems.items()}
-        self.carried += len(notes)
+        self.copied += len(notes)
         self.without_vector |= bad
-        if len(self.without_vector) > 1 + _BAD_SHARE * self.carried:
+        if len(self.without_vector) > 1 + _BAD_SHARE * self.copied:
             note_id, reason = next(iter(self.without_vector.items()))
             raise ModelError(
-                f"{len(self.without_vector)} of {self.carried} notes have no vector of the model "
-                f"{self.store.model_fingerprint}, as {note_id}: {reason}"
+                f"{len(self.without_vector)} of {self.copied} notes have no vector by the model "
+                f"{self.store.model_fingerprint}, for example {note_id}: {reason}"
             )
         for note_id, reason in bad.items():
             log.warning("%s: note %s has no vector and is left out: %s", self.store.path, note_id, reason)
@@ -104,8 +104,8 @@ class Successor:
         await self.store.upsert_async(written, vectors.fingerprint)
         await self.store.delete_async(bad)
 
-    async def _patiently(self, notes: Sequence[Note]) -> Vectors:
-        """Vectors, once the encoder has room: requests go first."""
+    async def _embed(self, notes: Sequence[Note]) -> Vectors:
+        """Vectors of notes; while the encoder is busy with requests, waits and tries again."""
         until = time.monotonic() + _PATIENCE_SECONDS
         while True:
             try:
@@ -117,12 +117,12 @@ class Successor:
 
 
 def missed_after(table: LiveTable, seq: int, successor: LiveTable) -> Missed:
-    """What ``table`` got after the commit group ``seq``, up to which ``successor`` has everything."""
+    """The changes of ``table`` after the commit group ``seq``, the last that ``successor`` contains."""
 
     def read(one: LiveTable) -> tuple[list[tuple[int, str, bool]], set[str] | None]:
         table = one.dataset.to_table(columns=["seq", "note_id", "deleted"], filter=f"seq > {seq}")
         rows = sorted(zip(*(table[name].to_pylist() for name in ("seq", "note_id", "deleted")), strict=True))
-        # Where tombstones that were not heard of are removed already, only what is left tells what is gone.
+        # If tombstones after seq were removed already, deletions show only in the notes that are left.
         return rows, _ids(one) if one.purged_seq > seq else None
 
     rows, left = newest_if_gone(table, read)

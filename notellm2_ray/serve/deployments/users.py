@@ -1,4 +1,4 @@
-"""The deployment that keeps users: events, histories, tastes in words, and what experiments showed."""
+"""The deployment that keeps users: events, histories, preferences and exposures."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from datetime import UTC, datetime
 from typing import Any
 
 from notellm2_ray.serve.figures import Family, Figures
-from notellm2_ray.serve.plan import Plan, common_options
+from notellm2_ray.serve.spec import ServiceSpec, common_options
 from notellm2_ray.users.exposures import Exposure
 from notellm2_ray.users.rows import PendingBlock, UserEvent
 
 log = logging.getLogger("notellm2_ray.serve")
 
-_LOOK_SECONDS = 1.0  # between looks for blocks that wait, where no event woke the search
-_AT_ONCE = 64
+_LOOK_SECONDS = 1.0  # between two searches for pending blocks, unless an event starts one earlier
+_AT_ONCE = 64  # preferences in progress at most
 _PREFERENCE_SECONDS = 120.0
 _RETRY_SECONDS = 60.0
 _POPULAR_SECONDS = 30.0
@@ -27,18 +27,18 @@ _SEEN = 1000
 
 
 class Users:
-    """One replica, around one :class:`~notellm2_ray.users.store.UserStore`.
+    """The only replica, with the :class:`~notellm2_ray.users.store.UserStore`.
 
-    Blocks that are full are handed to the deployment Preferences, where there is one, a user's one after the other and
-    all users' side by side. What it answers is kept exactly once, whatever dies in between.
+    If there is a deployment Preferences, it gets the complete blocks: those of one user one after the other, those of
+    different users in parallel. Its answer is stored exactly once, even if a process dies in between.
     """
 
-    def __init__(self, plan: Plan, preferences: Any = None) -> None:
-        self.plan, self.preferences = plan, preferences
-        self.store = open_users(plan)
+    def __init__(self, spec: ServiceSpec, preferences: Any = None) -> None:
+        self.spec, self.preferences = spec, preferences
+        self.store = open_users(spec)
         self.figures = Figures("users")
         self.popular_notes: list[str] | None = None
-        self.counted = float("-inf")  # when they were
+        self.counted = float("-inf")  # time of the last count
         self.counting: asyncio.Task[None] | None = None
         self.wake = asyncio.Event()
         self.not_before: dict[str, float] = {}
@@ -47,7 +47,7 @@ class Users:
         self.loop_task: asyncio.Task[None] | None = None
 
     async def log_events(self, events: Sequence[dict[str, Any]]) -> dict[str, Any]:
-        """Keep events; done when they are on the disk.
+        """Store events; returns when they are on the disk.
 
         Returns:
             accepted, duplicates, rejected (pairs of row and reason).
@@ -64,18 +64,21 @@ class Users:
         return {"accepted": len(rows) - duplicates, "duplicates": duplicates, "rejected": []}
 
     async def view(self, user_id: str) -> dict[str, Any]:
-        """What recommending needs: history (oldest first), seen (lately), whether that is all_seen, and preference (the
-        newest, or None).
+        """What a recommendation needs of a user.
+
+        Returns:
+            history (oldest first), seen (the last notes seen), all_seen (whether those are all) and preference (the
+            newest, or None).
         """
         self._start()
         return await asyncio.to_thread(self._view, user_id)
 
     async def seen(self, user_id: str, note_ids: Sequence[str]) -> list[str]:
-        """Those of the notes that a user has seen, however long ago."""
+        """The notes among these that a user has ever seen."""
         return sorted(await asyncio.to_thread(self.store.seen_among, user_id, note_ids))
 
     async def blocks(self, user_id: str) -> dict[str, Any] | None:
-        """Blocks with their preferences and the open block; None for a user never heard of."""
+        """Blocks with their preferences, and the open block; None for an unknown user."""
         history = await asyncio.to_thread(self.store.history, user_id)
         if not history.blocks and not history.waiting and not await asyncio.to_thread(self.store.seen, user_id, 1):
             return None
@@ -93,18 +96,19 @@ class Users:
         return await asyncio.to_thread(self.store.users, limit)
 
     async def popular(self) -> list[str]:
-        """The two thousand notes that most users liked, most first, deleted ones among them; counted anew every half
-        minute, by one task for all callers, who get the list as it was meanwhile.
+        """The 2,000 notes that most users liked, in descending order, deleted ones included.
+
+        They are counted again every half minute by one task for all callers, who get the old list meanwhile.
         """
         idle = self.counting is None or self.counting.done()
         if idle and time.monotonic() - self.counted > _POPULAR_SECONDS:
             self.counting = asyncio.get_running_loop().create_task(self._count_popular())
         if self.popular_notes is None and self.counting is not None:
-            await asyncio.shield(self.counting)  # a caller that goes away leaves it to the others
+            await asyncio.shield(self.counting)  # a cancelled caller must not cancel it for the others
         return self.popular_notes or []
 
     async def expose(self, exposure: dict[str, Any]) -> None:
-        """Keep what an answer showed."""
+        """Store the exposures of an answer."""
         at = datetime.now(UTC)
         rows = [
             Exposure(exposure["request_id"], exposure["user_id"], note_id, position, exposure["experiment"],
@@ -114,8 +118,10 @@ class Users:
         await asyncio.shield(asyncio.wrap_future(self.store.submit_exposures(rows)))
 
     async def describe(self) -> dict[str, Any]:
-        """Whether there are users, which shows that the database answers; every gateway asks every two seconds, so it
-        counts nothing. Also wakes the search for blocks that wait, after a restart without events.
+        """Whether there are users, which shows that the database answers.
+
+        Every gateway asks every two seconds, so nothing is counted here. Also starts the search for pending blocks,
+        which after a restart no event may have started.
         """
         self._start()
         return {"users": bool(await asyncio.to_thread(self.store.users, 1))}
@@ -125,7 +131,7 @@ class Users:
         return self.figures.snapshot()
 
     def check_health(self) -> None:
-        """Serve restarts the replica when this raises."""
+        """Ray Serve restarts the replica if this raises."""
         if not self.store.alive:
             raise RuntimeError("the thread that writes the users' database has ended")
 
@@ -157,9 +163,9 @@ class Users:
         while True:
             now = time.monotonic()
             self.not_before = {user_id: at for user_id, at in self.not_before.items() if at > now}
-            # Those that wait longest come first, and whose preference fails over and over waits longest of all.
-            passed_over = frozenset(self.not_before) | self.under_way
-            for pending in await asyncio.to_thread(self.store.pending, _AT_ONCE, without=passed_over):
+            # Without this, users whose preference keeps failing would come first each time and block all others.
+            skipped = frozenset(self.not_before) | self.under_way
+            for pending in await asyncio.to_thread(self.store.pending, _AT_ONCE, without=skipped):
                 if len(self.under_way) < _AT_ONCE:
                     self.under_way.add(pending.user_id)
                     task = asyncio.get_running_loop().create_task(self._write(pending))
@@ -186,34 +192,34 @@ class Users:
             await asyncio.shield(asyncio.wrap_future(saved))
             self.figures.batch("preference_notes", len(pending.note_ids))
             self.not_before.pop(pending.user_id, None)
-            self.wake.set()  # the user's next block may wait already
-        except Exception as error:  # whatever it was, the block still waits and is tried again
+            self.wake.set()  # the user's next block may be complete already
+        except Exception as error:  # any kind: the block stays pending and is tried again
             log.warning("a preference was not written: %s", type(error).__name__)
             self.not_before[pending.user_id] = time.monotonic() + _RETRY_SECONDS
         finally:
             self.under_way.discard(pending.user_id)
 
 
-def open_users(plan: Plan) -> Any:
-    """The users' store; at the first start filled from what the bulk jobs left."""
+def open_users(spec: ServiceSpec) -> Any:
+    """The users' store; at the first start it is filled from the bulk jobs' outputs."""
     from notellm2_ray.users.seed import seed_events, seed_users
     from notellm2_ray.users.store import UserStore
 
-    path, rule, actions = plan.users_file, plan.block_rule, plan.actions
+    path, rule, actions = spec.users_file, spec.block_rule, spec.actions
     path.parent.mkdir(parents=True, exist_ok=True)
     if not path.exists():
-        if plan.sequences is not None and plan.preferences is not None:
-            sequences, blocks = plan.sequences / "sequences.parquet", plan.sequences / "blocks.parquet"
-            preferences = plan.preferences / "preferences.parquet"
+        if spec.sequences is not None and spec.preferences is not None:
+            sequences, blocks = spec.sequences / "sequences.parquet", spec.sequences / "blocks.parquet"
+            preferences = spec.preferences / "preferences.parquet"
             seeded = seed_users(path, sequences, blocks, preferences, rule=rule, action=actions[0])
             log.info("%s: seeded with %d users, %d events, %d preferences", path, *seeded)
-        elif plan.events is not None and plan.events.exists():
-            count = seed_events(path, plan.events, rule=rule, actions=actions)
+        elif spec.events is not None and spec.events.exists():
+            count = seed_events(path, spec.events, rule=rule, actions=actions)
             log.info("%s: seeded with %d events", path, count)
     return UserStore(path, rule=rule, actions=actions)
 
 
-def users_deployment(plan: Plan) -> Any:
+def users_deployment(spec: ServiceSpec) -> Any:
     """The deployment, not bound yet."""
     from ray import serve
 
@@ -222,8 +228,8 @@ def users_deployment(plan: Plan) -> Any:
         name="Users",
         num_replicas=1,
         max_ongoing_requests=256,
-        max_queued_requests=32,  # each waits in a gateway's slot, until the next replica is there or its time is up
+        max_queued_requests=32,  # during a restart each takes up one of a gateway's requests until its time is up
         **common_options(
-            plan.serve.users_cpus, drain_seconds=plan.serve.drain_seconds, resource=plan.serve.state_resource
+            spec.serve.users_cpus, drain_seconds=spec.serve.drain_seconds, resource=spec.serve.state_resource
         ),
     )

@@ -1,4 +1,4 @@
-"""How much a replica has to do: items in hand, and the seconds that they will take by what such items took lately."""
+"""A replica's workload: the items in hand and the seconds they will take, estimated from recent ones."""
 
 from __future__ import annotations
 
@@ -7,29 +7,29 @@ from contextlib import contextmanager
 
 from notellm2_ray.serve.errors import OverloadedError
 
-_WEIGHT = 0.2  # of the newest measurement: a first batch, which warms up, is forgotten after some ten
+_WEIGHT = 0.2  # of the newest measurement; a slow first batch is forgotten after about ten others
 
 
 class Workload:
-    """Refuses what would wait too long.
+    """Refuses items that would have to wait too long.
 
-    Requests are no measure of that: one may hold a single text or 64 notes with images.
+    The number of requests says little about that: a request may hold one text, or 64 notes with images.
 
     Args:
-        most_seconds: of work in hand, beyond which more is refused.
+        most_seconds: of work in hand; beyond it further items are refused.
     """
 
     def __init__(self, most_seconds: float) -> None:
         self.most_seconds, self.items = most_seconds, 0
-        self._seconds: dict[str, float] = {}  # of an item, by stage
+        self._seconds: dict[str, float] = {}  # per item, by stage
 
     @property
     def item_seconds(self) -> float:
-        """Time that an item takes: the slowest stage's, since the stages work side by side."""
+        """Seconds per item: those of the slowest stage, because the stages run in parallel."""
         return max(self._seconds.values(), default=0.0)
 
     def took(self, stage: str, seconds: float, items: int) -> None:
-        """Measure a stage."""
+        """Record how long a stage took for some items."""
         if items:
             one = seconds / items
             before = self._seconds.get(stage, one)
@@ -37,14 +37,14 @@ class Workload:
 
     @contextmanager
     def room_for(self, items: int) -> Iterator[None]:
-        """Count items in; what comes when nothing is in hand always has room.
+        """Count items as in hand. If there are no others, they are always accepted.
 
         Raises:
-            OverloadedError: all in hand would take too long.
+            OverloadedError: all items in hand would take too long.
         """
         seconds = (self.items + items) * self.item_seconds
         if self.items and seconds > self.most_seconds:
-            raise OverloadedError(f"there are some {seconds:.0f} s of work in hand: try again soon")
+            raise OverloadedError(f"about {seconds:.0f} s of work are in hand already: try again soon")
         self.items += items
         try:
             yield

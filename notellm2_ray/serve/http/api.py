@@ -1,4 +1,4 @@
-"""The HTTP application of a gateway replica: routes, error answers, the page's files, and the guard around it all."""
+"""The HTTP application of a gateway replica: routes, error answers, the page's files, and the guard around them."""
 
 from __future__ import annotations
 
@@ -13,18 +13,20 @@ from notellm2_ray.serve.http.page import PAGE_HEADERS, WEB
 if TYPE_CHECKING:
     from notellm2_ray.serve.deployments.gateway import Gateway
 
-_DESCRIPTION = "Notes by content, and what a user may like next. Keys: `Authorization: Bearer KEY` or `x-api-key`."
+_DESCRIPTION = (
+    "Notes by content, and recommendations for users. API keys: `Authorization: Bearer KEY` or `x-api-key: KEY`."
+)
 FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.ErrorAnswer, "description": text}
     for status, text in {
-        400: "no JSON, or none of the right kind",
-        401: "no valid key",
-        403: "a key without the scope",
-        408: "the body took too long",
+        400: "the body is not JSON, or has another content type",
+        401: "no valid API key",
+        403: "the API key lacks the scope",
+        408: "the body took too long to arrive",
         413: "more bytes, notes or pixels than allowed",
-        422: "the request is wrong, or asks for too much",
-        429: "overloaded: come again after Retry-After",
-        503: "a part of the service is not there for the moment",
+        422: "a value in the request is wrong or too large",
+        429: "overloaded: try again after Retry-After seconds",
+        503: "a part of the service is not available at the moment",
     }.items()
 }
 
@@ -42,7 +44,7 @@ def build_api(gateway: Gateway) -> Any:
         await gateway.start()
         yield
 
-    # /docs would load scripts from elsewhere.
+    # No /docs: it would load scripts from other hosts.
     app = FastAPI(
         title="notellm2-ray",
         version=__version__,
@@ -67,7 +69,7 @@ def build_api(gateway: Gateway) -> Any:
 
 
 def _with_headers(app: Any, headers: dict[str, str]) -> Any:
-    """An ASGI application that answers with further headers: whoever opens the page by its file is as safe."""
+    """An ASGI application with additional headers, so that the page's files are as safe as the page itself."""
     added = [(name.encode(), value.encode()) for name, value in headers.items()]
 
     async def answering(scope: Any, receive: Any, send: Any) -> None:
@@ -97,7 +99,7 @@ def _add_error_answers(app: Any) -> None:
         found = error.errors()
         if any(one["type"] == "json_invalid" for one in found):
             app.state.refused("malformed_request")
-            return answer(400, errors.error_body("malformed_request", "the body is no valid JSON"))
+            return answer(400, errors.error_body("malformed_request", "the body is not valid JSON"))
         app.state.refused("invalid_request")
         return answer(422, errors.error_body("invalid_request", *errors.explain_validation(found)))
 
@@ -107,7 +109,7 @@ def _add_error_answers(app: Any) -> None:
         return answer(error.status_code, errors.error_body(kind, str(error.detail)), error.headers)
 
     async def anything(_: Any, error: Exception) -> Response:
-        app.state.refused("internal")  # Starlette raises it again after this answer, and the guard logs it
+        app.state.refused("internal")  # Starlette raises the error again after this answer, and the guard logs it
         return answer(500, errors.ApiError("the service failed on this request; its log says why").body())
 
     app.add_exception_handler(Exception, anything)
@@ -117,7 +119,7 @@ def _add_error_answers(app: Any) -> None:
 
 
 def _declare_keys(app: Any) -> None:
-    """Say in the OpenAPI document how keys are given."""
+    """Describe API keys in the OpenAPI document."""
     plain = app.openapi
 
     def openapi() -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""Notes as answers show them."""
+"""Notes as shown in answers."""
 
 from __future__ import annotations
 
@@ -12,6 +12,6 @@ if TYPE_CHECKING:
 
 
 async def cards(gateway: Gateway, note_ids: Sequence[str]) -> dict[str, schemas.NoteCard]:
-    """Cards by id; notes that are not there are left out."""
+    """Cards by note id; unknown notes are left out."""
     found = await gateway.cards(note_ids)
     return {note_id: schemas.NoteCard(**one._asdict()) for note_id, one in found.items()}

@@ -1,4 +1,4 @@
-"""Requests checked against the limits, and notes of a request made into notes of the model."""
+"""Checks of requests against the limits, and conversion of a request's notes into notes for the model."""
 
 from __future__ import annotations
 
@@ -24,28 +24,28 @@ def check_count(values: Sequence[object], most: int, param: str) -> None:
     """Refuse a list longer than ``most``.
 
     Raises:
-        TooLargeError: it is.
+        TooLargeError: the list is longer.
     """
     if len(values) > most:
-        raise TooLargeError(f"{len(values)} of {param}, the limit is {most}", param)
+        raise TooLargeError(f"{param} has {len(values)} entries, the limit is {most}", param)
 
 
 def check_ids(ids: Sequence[str | None], limits: LimitSettings, param: str) -> None:
-    """Refuse ids that are too long or hold control characters.
+    """Refuse ids that are too long or contain a NUL character.
 
     Raises:
-        InvalidError: one is.
+        InvalidError: there is one.
     """
     for one in ids:
         if one is not None and (len(one) > limits.id_characters or "\0" in one):
-            raise InvalidError(f"an id has at most {limits.id_characters} characters, and no NUL among them", param)
+            raise InvalidError(f"an id has at most {limits.id_characters} characters and no NUL", param)
 
 
 def check_k(k: int, most: int) -> None:
-    """Refuse too large a k.
+    """Refuse a k larger than ``most``.
 
     Raises:
-        InvalidError: it is.
+        InvalidError: k is larger.
     """
     if k > most:
         raise InvalidError(f"k is at most {most}", "k")
@@ -55,16 +55,16 @@ def check_text(text: str, most: int, param: str) -> None:
     """Refuse a text longer than ``most``.
 
     Raises:
-        InvalidError: it is.
+        InvalidError: the text is longer.
     """
     if len(text) > most:
         raise InvalidError(f"{param} has at most {most} characters", param)
 
 
 def note_problem(note: schemas.Note, limits: LimitSettings) -> str | None:
-    """Why a note is refused as it stands, its image not looked at; None if it is not."""
+    """Why a note is refused, without looking at its image; None if it is not refused."""
     if len(note.note_id) > limits.id_characters or "\0" in note.note_id:
-        return f"note_id has at most {limits.id_characters} characters, and no NUL among them"
+        return f"note_id has at most {limits.id_characters} characters and no NUL"
     if len(note.title) > limits.title_characters:
         return f"title has at most {limits.title_characters} characters"
     if len(note.content) > limits.content_characters:
@@ -81,11 +81,11 @@ def note_problem(note: schemas.Note, limits: LimitSettings) -> str | None:
 async def prepare_notes(
     notes: Sequence[schemas.Note], limits: LimitSettings, fetcher: ImageFetcher, images: Images
 ) -> tuple[list[schema.Note], dict[int, str]]:
-    """Notes as the model takes them, and the rows that are refused with their reasons.
+    """Notes for the model, and the refused rows with their reasons.
 
     Raises:
         OverloadedError: too many images are in hand already.
-        TookTooLongError: fetching and looking through took too long.
+        TookTooLongError: fetching and checking the images took too long.
     """
     with images.room_for(sum(note.image is not None or note.image_url is not None for note in notes)):
         try:
@@ -103,10 +103,10 @@ async def prepare_notes(
 
 
 async def prepare_note(note: schemas.Note, limits: LimitSettings, fetcher: ImageFetcher, images: Images) -> schema.Note:
-    """A note as the model takes it, its image decoded from base64 or fetched, and looked through.
+    """A note for the model; its image is decoded from base64 or fetched, then checked.
 
     Raises:
-        DataError: with the reason.
+        DataError: the note or its image is refused; says why.
     """
     problem = note_problem(note, limits)
     if problem is not None:
@@ -125,21 +125,21 @@ def decode_base64(text: str) -> bytes:
     """The bytes of a base64 image.
 
     Raises:
-        DataError: it is none; a data: URL is one too many layers.
+        DataError: it is not base64; data: URLs are not accepted.
     """
     try:
         return base64.b64decode(text, validate=True)
     except (binascii.Error, ValueError):
-        raise DataError("image: not valid base64 (without data:...;base64, before it)") from None
+        raise DataError("image: not valid base64 (give it without the prefix data:...;base64,)") from None
 
 
 class Images:
-    """Looks images through in threads of its own: a decoder holds no lock, and one large image delays nobody.
+    """Checks images in threads, so that a large image does not delay other requests.
 
     Args:
         limits: of an image.
-        threads: that decode.
-        most: images in hand at once, beyond which requests with images are refused.
+        threads: that decode images.
+        most: images in hand at once; beyond it requests with images are refused.
     """
 
     def __init__(self, limits: LimitSettings, threads: int = 1, most: int = IMAGES_IN_HAND) -> None:
@@ -150,10 +150,10 @@ class Images:
 
     @contextmanager
     def room_for(self, count: int) -> Iterator[None]:
-        """Count a request's images in, from before they are fetched; a request that is alone always has room.
+        """Count a request's images as in hand, before they are fetched. If there are no others, they are accepted.
 
         Raises:
-            OverloadedError: others' images are in hand, and too many.
+            OverloadedError: too many images of other requests are in hand.
         """
         if count and self.in_hand and self.in_hand + count > self.most:
             raise OverloadedError(f"{self.in_hand} images are in hand already: try again soon")
@@ -164,10 +164,10 @@ class Images:
             self.in_hand -= count
 
     async def check(self, image: bytes) -> None:
-        """Refuse an image that is too large, absurd, or does not decode.
+        """Refuse an image that is too large or cannot be decoded.
 
         Raises:
-            DataError: with the reason.
+            DataError: the image is refused; says why.
         """
         await asyncio.get_running_loop().run_in_executor(self.threads, self._check, image)
 

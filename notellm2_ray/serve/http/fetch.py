@@ -1,7 +1,7 @@
-"""Images named by URL: from listed hosts alone, never from a private address, at every redirect anew.
+"""Fetching images by URL: only from listed hosts and never from a private address, checked again at every redirect.
 
-The name is resolved here, every address of it is checked, and the connection goes to that very address: a name that
-resolves to something else a moment later gains nothing.
+The host name is resolved here, all of its addresses are checked, and the connection goes to a checked address. A name
+that resolves to another address a moment later therefore makes no difference.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.settings.serve import FetchSettings
 
 Resolve = Callable[[str, int], Awaitable[list[str]]]
-# A translator of networks without IPv4 carries the last 32 bits on as an IPv4 address, private ones too.
+# NAT64 forwards these to the IPv4 address in the last 32 bits, which may be private.
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")
 _REDIRECTS = (301, 302, 303, 307, 308)
 
@@ -28,7 +28,7 @@ class ImageFetcher:
     Args:
         settings: hosts, time, redirects.
         max_bytes: of an image.
-        resolve, transport: the network, for tests.
+        resolve, transport: replace the network in tests.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class ImageFetcher:
         """The bytes at ``url``.
 
         Raises:
-            DataError: with the reason; nothing of the answer is in it.
+            DataError: the image could not be fetched; says why, without the content of the answer.
         """
         try:
             async with asyncio.timeout(self.settings.seconds):
@@ -58,11 +58,11 @@ class ImageFetcher:
             try:
                 url = urljoin(url, found)
             except ValueError:
-                raise DataError("image_url: the host redirects to no valid URL") from None
+                raise DataError("image_url: the host redirects to an invalid URL") from None
         raise DataError(f"image_url: more than {self.settings.redirects} redirects")
 
     async def _get(self, target: SplitResult) -> bytes | str:
-        """The body, or where it redirects to."""
+        """The body, or the URL of a redirect."""
         import httpx
 
         name = target.hostname or ""
@@ -70,7 +70,7 @@ class ImageFetcher:
         address = check_addresses(await self.resolve(name, port))
         shown = f"[{address}]" if ":" in address else address
         path = (target.path or "/") + (f"?{target.query}" if target.query else "")
-        # The certificate is checked against the name, while the connection goes to the address that was checked.
+        # The certificate is checked against the name, but the connection goes to the checked address.
         options: dict[str, Any] = {"extensions": {"sni_hostname": name}, "headers": {"host": target.netloc}}
         try:
             request_url = httpx.URL(f"{target.scheme}://{shown}:{port}{path}")
@@ -85,13 +85,13 @@ class ImageFetcher:
                 if answer.status_code != 200:
                     raise DataError(f"image_url: the host answered {answer.status_code}")
                 return await self._body(answer)
-        # ValueError: what httpx makes of a strange path or header; none of it is the service's fault.
+        # ValueError: raised by httpx for a strange path or header.
         except (httpx.HTTPError, httpx.InvalidURL, ssl_error(), ValueError) as error:
             raise DataError(f"image_url: could not be fetched ({type(error).__name__})") from None
 
     async def _body(self, answer: Any) -> bytes:
         parts, size = [], 0
-        # Raw: a compressed transfer of an image has no use, and a bomb is one.
+        # Raw, not decompressed: images are not sent compressed, except to exhaust memory.
         async for part in answer.aiter_raw():
             size += len(part)
             if size > self.max_bytes:
@@ -101,29 +101,29 @@ class ImageFetcher:
 
 
 def ssl_error() -> type[Exception]:
-    """ssl.SSLError, where httpx lets one through."""
+    """ssl.SSLError, which httpx sometimes does not wrap."""
     import ssl
 
     return ssl.SSLError
 
 
 def check_url(url: str, settings: FetchSettings) -> SplitResult:
-    """A URL that may be fetched.
+    """The parts of a URL that may be fetched.
 
     Raises:
-        DataError: another scheme or host, or a user name in it.
+        DataError: the scheme or the host is not allowed, or the URL contains a user name.
     """
     try:
         target = urlsplit(url)
         name, _ = target.hostname or "", target.port
     except ValueError:
-        raise DataError("image_url: no valid URL") from None
+        raise DataError("image_url: not a valid URL") from None
     if target.scheme not in (("https", "http") if settings.plain_http else ("https",)):
-        raise DataError("image_url: only https addresses are fetched")
+        raise DataError("image_url: only https URLs are fetched")
     if target.username or target.password:
-        raise DataError("image_url: user names in addresses are not allowed")
+        raise DataError("image_url: user names in URLs are not allowed")
     if not name.isascii() or any(c.isspace() or ord(c) < 33 for c in url):
-        raise DataError("image_url: no valid URL")
+        raise DataError("image_url: not a valid URL")
     if not any(_matches(name.lower().rstrip("."), host.lower()) for host in settings.hosts):
         raise DataError("image_url: this host is not among serve.fetch.hosts")
     return target
@@ -134,10 +134,10 @@ def _matches(name: str, host: str) -> bool:
 
 
 def check_addresses(addresses: Iterable[str]) -> str:
-    """The first of a name's addresses, if every one of them is public.
+    """The first of a name's addresses, provided that all of them are public.
 
     Raises:
-        DataError: one is not, or there is none.
+        DataError: an address is not public, or there is none.
     """
     addresses = list(addresses)
     if not addresses:

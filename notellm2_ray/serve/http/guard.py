@@ -1,6 +1,6 @@
-"""What stands before the API: keys, host names, admission and the body's limits, all before anything is parsed.
+"""The guard in front of the API: keys, host names, admission and limits of the body, before anything is parsed.
 
-Plain ASGI, because a request passes it in some ten microseconds; Starlette's own middleware classes cost a task each.
+It is plain ASGI and takes about ten microseconds per request; Starlette's middleware classes would each need a task.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ Send = Callable[[Message], Awaitable[None]]
 log = logging.getLogger("notellm2_ray.serve")
 
 OPEN = ("/v1/health", "/v1/ready")  # for load balancers, which carry no key
-OPEN_FILES = ("/", "/favicon.ico")  # the page itself; what it shows needs a key
+OPEN_FILES = ("/", "/favicon.ico")  # the page itself, without data; its requests need a key
 WRITES = {("PUT", "/v1/notes"), ("POST", "/v1/notes/delete"), ("POST", "/v1/events")}
-# A string (possessive: an open one is taken to the end, once), a bracket or a comma.
+# A string, a bracket or a comma. The quantifier is possessive, so that an unterminated string is scanned only once.
 _TOKENS = re.compile(rb'"(?:[^"\\]|\\.)*+"?|[\[{\]},]', re.DOTALL)
 _MAX_TOKENS = 500_000
 _SMALL = 65_536
@@ -39,11 +39,11 @@ class Guard:
     """ASGI middleware around the API.
 
     Args:
-        app: what it guards.
+        app: the guarded application.
         limits: of bodies.
-        max_in_hand: requests in hand at once; one more is refused at once with 429 and Retry-After.
-        keys: None where no key is needed, which is on loopback alone.
-        figures: what to count in.
+        max_in_hand: requests in hand at once; further ones are refused immediately with 429 and Retry-After.
+        keys: None if no key is needed, which is only the case on loopback.
+        figures: count the requests.
     """
 
     def __init__(
@@ -67,7 +67,7 @@ class Guard:
         except errors.ApiError as error:
             self.figures.refused(error.kind)
             await answer.refuse(error)
-        except Exception:  # any: the outermost layer, where a fault becomes a typed answer and a trace in the log
+        except Exception:  # any kind: the outermost layer answers with an error of the API and logs the traceback
             log.exception("%s %s failed", scope["method"], _route(scope))
             await answer.refuse(errors.ApiError("the service failed on this request; its log says why"))
         finally:
@@ -92,11 +92,11 @@ class Guard:
     def _check_caller(self, scope: MutableMapping[str, Any], headers: dict[bytes, bytes]) -> None:
         path = scope["path"]
         if self.keys is None:
-            # Without keys the service is this machine's alone. A web page elsewhere may have its own name resolve to
-            # 127.0.0.1, but its requests still carry that name.
+            # Without keys only this machine may use the service. A foreign web page can make its own host name resolve
+            # to 127.0.0.1 (DNS rebinding), but its requests still carry that name.
             host = headers.get(b"host", b"").decode("latin-1")
             if not _is_local(host):
-                raise errors.ForbiddenError("without API keys only this machine's own names are answered")
+                raise errors.ForbiddenError("without API keys the service only answers requests to localhost")
             return
         if path in OPEN or path in OPEN_FILES or path.startswith("/ui/"):
             return
@@ -105,19 +105,19 @@ class Guard:
             raise errors.UnauthorizedError("a valid API key is needed: Authorization: Bearer KEY")
         needed = "write" if (scope["method"], path.rstrip("/")) in WRITES else "read"
         if needed not in key.scopes:
-            raise errors.ForbiddenError(f"this key lacks the scope {needed!r}")
+            raise errors.ForbiddenError(f"this API key lacks the scope {needed!r}")
 
     async def _read(self, headers: dict[bytes, bytes], receive: Receive) -> bytes:
-        """The whole body, counted in ``body_bytes``; refused as soon as it is known to be too long."""
+        """The whole body, which is counted in ``body_bytes``; refused as soon as it is too long."""
         limits = self.limits
         declared = headers.get(b"content-length", b"0")
-        # Longer digits than any real size: int() of thousands of them raises.
+        # At most 15 digits: int() raises for thousands of digits.
         if not declared.isdigit() or len(declared) > 15:
-            raise errors.MalformedError("content-length is no number")
+            raise errors.MalformedError("content-length is not a number")
         if int(declared) > limits.body_bytes:
             raise errors.TooLargeError(f"the body has {int(declared):,} bytes, the limit is {limits.body_bytes:,}")
         if self.body_bytes + int(declared) > limits.bodies_bytes:
-            raise errors.OverloadedError("too many bytes are in hand: try again soon")
+            raise errors.OverloadedError("the bodies in hand have too many bytes: try again soon")
         parts: list[bytes] = []
         mine = 0
         try:
@@ -125,7 +125,7 @@ class Guard:
                 while True:
                     message = await receive()
                     if message["type"] == "http.disconnect":
-                        raise errors.MalformedError("the connection ended before the body did")
+                        raise errors.MalformedError("the connection ended before the whole body had arrived")
                     part = message.get("body", b"")
                     mine += len(part)
                     self.body_bytes += len(part)
@@ -133,7 +133,7 @@ class Guard:
                     if mine > limits.body_bytes:
                         raise errors.TooLargeError(f"the body has more than {limits.body_bytes:,} bytes")
                     if self.body_bytes > limits.bodies_bytes:
-                        raise errors.OverloadedError("too many bytes are in hand: try again soon")
+                        raise errors.OverloadedError("the bodies in hand have too many bytes: try again soon")
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
@@ -145,7 +145,7 @@ class Guard:
 
 
 class _Replay:
-    """A body that was read already, and then the connection's own end."""
+    """Receives a body that was read already, then the connection's other messages."""
 
     def __init__(self, body: bytes, receive: Receive) -> None:
         self.body: bytes | None = body
@@ -159,7 +159,7 @@ class _Replay:
 
 
 class _Answer:
-    """Sends on, and remembers the status and whether an answer has begun."""
+    """Sends messages and records the status, which is 0 until an answer has begun."""
 
     def __init__(self, send: Send) -> None:
         self.send, self.status = send, 0
@@ -170,7 +170,7 @@ class _Answer:
         await self.send(message)
 
     async def refuse(self, error: errors.ApiError) -> None:
-        if self.status:  # an answer has begun: the connection can only be cut, which the server does
+        if self.status:  # an answer has begun: the server can only cut the connection
             return
         body = error.body()
         headers = [(b"content-type", b"application/json"), (b"content-length", str(len(body)).encode())]
@@ -180,18 +180,19 @@ class _Answer:
 
 
 def check_json(body: bytes, most: int) -> None:
-    """Refuse JSON nested deeper than ``most``, of more than half a million tokens, or not in UTF-8.
+    """Refuse JSON that is nested deeper than ``most``, has more than half a million tokens, or is not UTF-8.
 
-    Python's parser recurses, and pydantic's errors grow with the depth; 32 MB of ``[],`` become a gigabyte of lists.
-    What is checked costs at most a tenth of a second, whatever the body is.
+    Python's parser recurses, pydantic's errors grow with the depth, and 32 MB of ``[],`` become a gigabyte of lists.
+    The check takes at most a tenth of a second for any body.
 
     Raises:
-        InvalidError: it is too deep or too long.
-        MalformedError: it holds a NUL byte.
+        InvalidError: it is nested too deeply or has too many tokens.
+        MalformedError: it contains a NUL byte.
     """
-    # Python's parser also reads UTF-16 and UTF-32, whose brackets are not found below; NUL is in no valid UTF-8 JSON.
+    # Python's parser also reads UTF-16 and UTF-32, where the search below would miss brackets. They contain NUL
+    # bytes, which valid JSON in UTF-8 does not.
     if b"\0" in body:
-        raise errors.MalformedError("JSON in UTF-8 is needed")
+        raise errors.MalformedError("the JSON must be in UTF-8")
     if len(body) < _SMALL and body.count(b"[") + body.count(b"{") <= most:
         return
     depth = 0
@@ -222,6 +223,6 @@ def _is_local(host: str) -> bool:
 
 
 def _route(scope: MutableMapping[str, Any]) -> str:
-    """The route's template, as /v1/notes/{note_id}: no ids in logs or metrics."""
+    """The route's template, like /v1/notes/{note_id}, so that no ids get into logs or metrics."""
     route = scope.get("route")
     return getattr(route, "path", None) or ("/ui" if scope["path"].startswith("/ui/") else "other")

@@ -1,4 +1,4 @@
-"""Routes about notes: write, delete, read, search, embed, similar."""
+"""Routes for notes: write, delete, read, search, embed, similar."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from starlette.requests import Request  # here, because FastAPI looks for the names of annotations in the module
+from starlette.requests import Request  # at module level, because FastAPI looks up annotations there
 
 from notellm2_ray.core.schema import Note
 from notellm2_ray.live.table import newest_if_gone
@@ -34,21 +34,21 @@ def build(gateway: Gateway) -> Any:
 
     @routes.put("/v1/notes", response_model=schemas.UpsertAnswer)
     async def upsert(body: schemas.UpsertRequest) -> Any:
-        """Write notes, new ones and new versions of old ones; 200 means that they are on the disk."""
+        """Write new notes, or new versions of existing ones; 200 means that they are on the disk."""
         return await upsert_notes(gateway, body.notes)
 
     @routes.post("/v1/notes/delete", response_model=schemas.DeleteAnswer)
     async def delete(body: schemas.DeleteRequest) -> Any:
-        """Delete notes; 200 means that it is on the disk."""
+        """Delete notes; 200 means that the deletion is on the disk."""
         check_count(body.note_ids, gateway.limits.ids, "note_ids")
         check_ids(body.note_ids, gateway.limits, "note_ids")
         done = await gateway.writer.call("delete", body.note_ids, seconds=WRITE_SECONDS)
-        await gateway.applied(done.seq)
+        await gateway.wait_until_applied(done.seq)
         return done._asdict()
 
     @routes.post("/v1/notes/search", response_model=schemas.CardsAnswer)
     async def search(body: schemas.SearchRequest) -> Any:
-        """Notes whose title holds the text, in any case, or that have it as a topic or as their id."""
+        """Notes whose title contains the text, in upper or lower case, or that have it as a topic or as their id."""
         check_text(body.text, gateway.limits.title_characters, "text")
         ids = await asyncio.to_thread(
             newest_if_gone, gateway.follower.reading, lambda table: search_titles(table, body.text, body.limit)
@@ -58,18 +58,18 @@ def build(gateway: Gateway) -> Any:
 
     @routes.post("/v1/embeddings", response_model=schemas.EmbeddingsAnswer)
     async def embeddings(body: schemas.EmbeddingsRequest) -> Any:
-        """Vectors of texts or notes, as OpenAI's endpoint gives them; unit length."""
+        """Unit vectors of texts or notes, in the format of OpenAI's endpoint."""
         return await embed(gateway, body)
 
     @routes.post("/v1/similar", response_model=schemas.SimilarAnswer, responses={404: _NOT_FOUND})
     async def similar(body: schemas.SimilarRequest) -> Any:
-        """The nearest notes of a note, by id or given as it is."""
+        """The nearest notes of a stored note, given by its id, or of a note in the request."""
         check_k(body.k, gateway.limits.k)
         return Response(await find_similar(gateway, body), media_type="application/json")
 
     @routes.get("/v1/notes/{note_id:path}/image", responses={200: {"content": {"image/*": {}}}, 404: _NOT_FOUND})
     async def image(note_id: str, request: Request) -> Any:
-        """A note's picture as it was stored. (An id that ends in /image itself is given with %2F, for its card.)"""
+        """A note's image as stored. (For the card of a note whose id ends in /image, escape that slash as %2F.)"""
         check_ids([note_id], gateway.limits, "note_id")
         whole = f"{note_id}/image"
         if request.scope.get("raw_path", b"").lower().endswith(b"%2fimage"):
@@ -83,7 +83,7 @@ def build(gateway: Gateway) -> Any:
         data = note.image
         if data is None:
             raise NotFoundError(f"note {note_id!r} has no image", "note_id")
-        # It came from a stranger: it is an image to every browser, or nothing.
+        # The image is from an unknown source: browsers must not treat it as anything but an image.
         headers = {"x-content-type-options": "nosniff", "content-security-policy": "default-src 'none'; sandbox"}
         return Response(data, media_type=image_type(data), headers=headers)
 
@@ -103,11 +103,11 @@ _NOT_FOUND: dict[str, Any] = {"model": schemas.ErrorAnswer, "description": "no s
 
 
 def _missing(note_id: str) -> NotFoundError:
-    return NotFoundError(f"note {note_id!r} is not there", "note_id")
+    return NotFoundError(f"there is no note {note_id!r}", "note_id")
 
 
 async def upsert_notes(gateway: Gateway, notes: Sequence[schemas.Note]) -> dict[str, Any]:
-    """Check, embed and commit notes; of two versions of one note in a request the later counts."""
+    """Check, embed and commit notes; if a request has a note twice, the later version counts."""
     check_count(notes, gateway.limits.notes, "notes")
     notes = list({note.note_id: note for note in notes}.values())
     with gateway.figures.timing("prepare_notes"):
@@ -118,18 +118,20 @@ async def upsert_notes(gateway: Gateway, notes: Sequence[schemas.Note]) -> dict[
     if not prepared:
         return {"seq": -1, "upserted": 0, "rejected": rejected}
     seq, written, refused = await _write(gateway, prepared, columns, created)
-    await gateway.applied(seq)
+    await gateway.wait_until_applied(seq)
     return {"seq": seq, "upserted": written, "rejected": rejected + refused}
 
 
 async def _write(
     gateway: Gateway, notes: Sequence[Note], columns: Sequence[str], created: dict[str, Any]
 ) -> tuple[int, int, list[dict[str, str]]]:
-    """Embed notes and commit them: the commit's number (-1: nothing to write), how many they are, and the others with
-    the reason.
+    """Embed notes and commit them.
+
+    Returns:
+        the commit's number (-1: nothing was written), the number of written notes, and the refused notes with reasons.
 
     Raises:
-        UnavailableError: the table went from one model to another, twice.
+        UnavailableError: the service switched to another model twice meanwhile.
     """
     for _ in range(2):
         vectors = await gateway.encode(notes, columns, gateway.writing_model)
@@ -138,22 +140,22 @@ async def _write(
         if not written:
             return -1, 0, refused
         done = await gateway.writer.call("upsert", written, vectors.fingerprint, seconds=WRITE_SECONDS)
-        # The index of this replica may take a while longer to go over to the table that is written now.
+        # This replica's index may switch to the writer's table later.
         gateway.writing_model = done.model_fingerprint
         if done.seq is not None:
             return done.seq, len(written), refused
-    raise UnavailableError("another model is taking over just now: try again")
+    raise UnavailableError("the service is switching to another model: try again")
 
 
 async def embed(gateway: Gateway, body: schemas.EmbeddingsRequest) -> dict[str, Any]:
-    """OpenAI's embeddings; a text is a note with that content alone."""
+    """Embeddings in OpenAI's format; a text becomes a note with only that content."""
     inputs: list[Any] = [body.input] if isinstance(body.input, str) else list(body.input)
     check_count(inputs, gateway.limits.notes, "input")
     if not inputs:
         raise InvalidError("input is empty", "input")
     model = gateway.index.model_fingerprint
     if body.model not in (None, "", "notellm2", model):
-        raise InvalidError(f"this service runs the model {model!r} (or 'notellm2') alone", "model")
+        raise InvalidError(f"this service only runs the model {model!r} (or 'notellm2')", "model")
     given = [
         one if isinstance(one, schemas.Note) else schemas.Note(note_id=f"input-{row}", content=one)
         for row, one in enumerate(inputs)
@@ -177,14 +179,14 @@ def _shown(vector: np.ndarray, encoding: str) -> list[float] | str:
 
 
 def image_type(data: bytes) -> str:
-    """Content type of one of the formats that notes have."""
+    """The content type of an image in one of the supported formats."""
     if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
         return "image/webp"
     return next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), "application/octet-stream")
 
 
 def search_titles(table: Any, text: str, limit: int) -> list[str]:
-    """Ids of notes with the text in their title, as a topic, or as their id; a scan that stops when it has enough."""
+    """Ids of notes that have the text in their title, as a topic or as their id; stops scanning at ``limit``."""
     import pyarrow as pa
     import pyarrow.compute as pc
 

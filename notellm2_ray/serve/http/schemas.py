@@ -1,4 +1,4 @@
-"""What the API takes and gives. :mod:`~notellm2_ray.serve.http.checks` checks the bounds that the settings decide."""
+"""Requests and answers of the API. Limits that are settings are checked by :mod:`~notellm2_ray.serve.http.checks`."""
 
 from __future__ import annotations
 
@@ -9,31 +9,31 @@ from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field
 
 
 def _in_range(value: datetime) -> datetime:
-    # A zone moves a moment by up to a day: in the first or the last year that Python has it could leave them.
+    # A time zone shifts a time by up to a day, which could leave Python's range in its first or last year.
     if not 2 <= value.year <= 9998:
-        raise ValueError("a year from 2 to 9998 is needed")
+        raise ValueError("the year must be from 2 to 9998")
     return value.astimezone(UTC)
 
 
-Id = Annotated[str, Field(min_length=1, max_length=1024, description="an id, as the platform has it")]
+Id = Annotated[str, Field(min_length=1, max_length=1024, description="an id of the platform")]
 Time = Annotated[AwareDatetime, AfterValidator(_in_range)]
 
 
 class Body(BaseModel):
-    """Base of request bodies: an unknown field is an error, and values are what they say they are."""
+    """Base of request bodies: unknown fields are errors, and values are not converted to other types."""
 
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
 class Note(Body):
-    """A note to be written or to be searched from."""
+    """A note to be written, or to search similar notes for."""
 
     note_id: Id
     title: str = ""
     topics: list[str] = []
     content: str = ""
-    image: str | None = Field(None, description="the encoded picture (JPEG, PNG, WebP, GIF, BMP), in base64")
-    image_url: str | None = Field(None, max_length=2048, description="or where to fetch it; listed hosts alone")
+    image: str | None = Field(None, description="the encoded image (JPEG, PNG, WebP, GIF, BMP) in base64")
+    image_url: str | None = Field(None, max_length=2048, description="or its URL, on one of the listed hosts")
     created_at: Time | None = Field(None, description="ISO 8601 with a time zone", strict=False)
 
     @model_validator(mode="after")
@@ -44,7 +44,7 @@ class Note(Body):
 
 
 class NoteCard(BaseModel):
-    """A note as it is shown."""
+    """A note for display."""
 
     note_id: str
     title: str
@@ -64,7 +64,7 @@ class Rejected(BaseModel):
 
 
 class UpsertAnswer(BaseModel):
-    seq: int = Field(description="number of the commit that holds the notes; -1: none was written")
+    seq: int = Field(description="number of the commit with the notes; -1: none was written")
     upserted: int
     rejected: list[Rejected]
 
@@ -89,7 +89,7 @@ class CardsAnswer(BaseModel):
 
 
 class EmbeddingsRequest(BaseModel):
-    """OpenAI's shape; fields of theirs that mean nothing here (user, dimensions) are let through."""
+    """A request in OpenAI's format; fields that have no meaning here (user, dimensions) are ignored."""
 
     input: str | list[str] | list[Note]
     model: str | None = None
@@ -115,12 +115,12 @@ class EmbeddingsAnswer(BaseModel):
 
 
 class Filter(Body):
-    """Conditions on the notes found; all that are given must hold."""
+    """Conditions on the results; all that are given must hold."""
 
-    topics_any: list[str] = Field([], description="at least one of them")
-    topics_all: list[str] = Field([], description="every one of them")
-    created_after: Time | None = Field(None, description="at this moment or later", strict=False)
-    created_before: Time | None = Field(None, description="before this moment", strict=False)
+    topics_any: list[str] = Field([], description="at least one of these topics")
+    topics_all: list[str] = Field([], description="all of these topics")
+    created_after: Time | None = Field(None, description="at this time or later", strict=False)
+    created_before: Time | None = Field(None, description="before this time", strict=False)
     exclude: list[Id] = Field([], description="ids never to return")
 
 
@@ -129,12 +129,12 @@ class SimilarRequest(Body):
     note: Note | None = None
     k: int = Field(20, ge=1)
     filter: Filter | None = None
-    explain: bool = Field(False, description="add cards, and cosines of image and text apart where there are any")
+    explain: bool = Field(False, description="add cards, and separate cosines of images and texts if there are any")
 
     @model_validator(mode="after")
     def _one_query(self) -> SimilarRequest:
         if (self.note_id is None) == (self.note is None):
-            raise ValueError("give note_id or note, one of them")
+            raise ValueError("give either note_id or note")
         return self
 
 
@@ -146,8 +146,8 @@ class Similar(BaseModel):
 
 
 class IndexState(BaseModel):
-    version: int = Field(description="number of the last commit that this replica has applied")
-    fresh: int = Field(description="notes since the index was built, searched exactly")
+    version: int = Field(description="number of the last commit in this replica's index")
+    fresh: int = Field(description="notes added since the index was built; they are searched exactly")
     size: int
 
 
@@ -159,21 +159,22 @@ class SimilarAnswer(BaseModel):
 
 class Event(Body):
     event_id: Id | None = Field(
-        None, description="the same again is a duplicate; none: derived from the rest, which then needs a timestamp"
+        None,
+        description="an event with the id of an earlier one is a duplicate; null: derived from the other fields, "
+        "then the timestamp is required",
     )
     user_id: Id
     note_id: Id
-    timestamp: Time | None = Field(None, description="none: now", strict=False)
+    timestamp: Time | None = Field(None, description="null: now", strict=False)
     action: Annotated[str, Field(min_length=1, max_length=64)]
     session_id: Id | None = None
-    request_id: Id | None = Field(None, description="of the recommendation that the event answers")
+    request_id: Id | None = Field(None, description="of the recommendation that showed the note")
 
     @model_validator(mode="after")
     def _known_again(self) -> Event:
-        # Without either the time of arrival would tell one from another: sent again after a cut connection it would
-        # count twice.
+        # With neither, an event that is sent again after a broken connection would get a new time and count twice.
         if self.event_id is None and self.timestamp is None:
-            raise ValueError("give event_id or timestamp: by one of them an event that is sent again is known")
+            raise ValueError("give event_id or timestamp: one is needed to recognise an event that is sent again")
         return self
 
 
@@ -195,7 +196,7 @@ class EventsAnswer(BaseModel):
 
 class RecommendRequest(Body):
     user_id: Id | None = None
-    history: list[Id] | None = Field(None, description="note ids, oldest first, of somebody not known here")
+    history: list[Id] | None = Field(None, description="note ids, oldest first, for a user who is not stored here")
     k: int = Field(10, ge=1)
     budget_ms: float | None = Field(None, gt=0, le=60_000, strict=False)
     explain: bool = Field(False, description="add cards")
@@ -203,24 +204,24 @@ class RecommendRequest(Body):
     @model_validator(mode="after")
     def _one_subject(self) -> RecommendRequest:
         if (self.user_id is None) == (self.history is None):
-            raise ValueError("give user_id or history, one of them")
+            raise ValueError("give either user_id or history")
         return self
 
 
 class Recommended(BaseModel):
     note_id: str
-    score: float = Field(description="of the recall: weighted sum over the history's notes")
+    score: float = Field(description="by recall: a weighted sum over the history's notes")
     p_yes: float | None = None
-    from_history: list[str] = Field(description="notes of the history that it was found from, strongest first")
+    from_history: list[str] = Field(description="notes of the history that it is similar to, strongest first")
     note: NoteCard | None = None
 
 
 class RecommendAnswer(BaseModel):
     request_id: str
     arm: str
-    preference: str | None = Field(description="the user's taste in words: why these notes")
+    preference: str | None = Field(description="the user's preference in words, which explains the results")
     ranked_by: Literal["ranker", "recall"]
-    fallback: str | None = Field(description="why the ranker did not rank; null where it did")
+    fallback: str | None = Field(description="why the ranker was not used; null if it was")
     results: list[Recommended]
 
 

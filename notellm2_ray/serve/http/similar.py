@@ -1,4 +1,4 @@
-"""The hot path: nearest notes, answered as JSON bytes."""
+"""Similar notes, answered as JSON bytes: the most frequent request, so its answer bypasses FastAPI's serialisation."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ async def find_similar(gateway: Gateway, body: schemas.SimilarRequest) -> bytes:
     from pydantic_core import to_json
 
     exclude, where = index_filter(gateway, body.filter) if body.filter else ((), None)
-    state = gateway.follower.state  # table, index and seq that belong together
+    state = gateway.follower.state  # read once, so that table, index and seq belong together
     own: dict[str, np.ndarray] = {}
     if body.note_id is not None:
         check_ids([body.note_id], gateway.limits, "note_id")
@@ -34,7 +34,7 @@ async def find_similar(gateway: Gateway, body: schemas.SimilarRequest) -> bytes:
         assert body.note is not None
         columns = state.table.columns if body.explain else ("embedding",)
         own, model = await query_vectors(gateway, body.note, columns)
-        # A new model's table may have taken the old one's place while the note was encoded.
+        # The service may have switched to a new model while the note was embedded.
         state = gateway.follower.state
         if model != state.index.model_fingerprint:
             own, model = await query_vectors(gateway, body.note, columns)
@@ -57,10 +57,10 @@ async def find_similar(gateway: Gateway, body: schemas.SimilarRequest) -> bytes:
 async def query_vectors(
     gateway: Gateway, note: schemas.Note, columns: tuple[str, ...]
 ) -> tuple[dict[str, np.ndarray], str]:
-    """(D,) vectors of a note that is given with the request, and the fingerprint of the model that made them.
+    """(D,) vectors of a note in the request, and the fingerprint of their model.
 
     Raises:
-        InvalidError: it cannot be embedded.
+        InvalidError: the note cannot be embedded.
     """
     prepared, problems = await prepare_notes([note], gateway.limits, gateway.fetcher, gateway.images)
     if problems:
@@ -72,7 +72,7 @@ async def query_vectors(
 
 
 def index_filter(gateway: Gateway, given: schemas.Filter) -> tuple[list[str], Filter | None]:
-    """What the index is told of a request's filter: ids to leave out, and conditions."""
+    """A request's filter for the index: ids to exclude, and conditions."""
     limits = gateway.limits
     check_count(given.exclude, limits.ids, "exclude")
     check_ids(given.exclude, limits, "filter.exclude")
@@ -99,9 +99,9 @@ async def explain(
     hits: Hits,
     results: list[dict[str, Any]],
 ) -> None:
-    """Add cards, and the cosines of image and text apart where the index that was searched has those vectors."""
+    """Add cards, and separate cosines of images and texts if the searched index has those vectors."""
     shown = await cards(gateway, hits.ids)
-    # A given note has the vectors that its model makes; the index that is searched may be of other columns.
+    # The note in the request may have vectors of other columns than the searched index.
     known = set(index.others) if query_id is not None else own.keys() & set(index.others)
     columns = {name: column for name, column in _MODALITIES.items() if column in known}
     by_column: dict[str, list[float | None]] = {}

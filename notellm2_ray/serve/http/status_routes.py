@@ -1,4 +1,4 @@
-"""Routes about the service itself: health, readiness, figures, the page."""
+"""Routes for the service itself: health, readiness, figures, the page."""
 
 from __future__ import annotations
 
@@ -27,14 +27,14 @@ def build(gateway: Gateway) -> Any:
 
     @routes.get("/v1/ready", response_model=schemas.Ready, responses={503: {"model": schemas.Ready}})
     async def ready() -> Any:
-        """Whether everything that it needs is there; 503 until it is. Reasons may also name what it does without."""
-        problems = await gateway.missing_now()
+        """Whether everything needed is available; 503 until it is. Reasons may also name optional parts."""
+        problems = await gateway.problems_now()
         body = {"ready": not problems, "reasons": problems + gateway.missing}
         return JSONResponse(body, 200 if body["ready"] else 503)
 
     @routes.get("/v1/stats", response_model=schemas.Stats)
     async def stats() -> Any:
-        """Figures of all replicas: counts, latencies by route and stage, batch sizes; and each replica's index."""
+        """Figures of all replicas: counts, latencies by route and stage, batch sizes, and the state of each index."""
         reports = {**gateway.reports, gateway.name: gateway._report()}
         encoders = await gateway.other_figures()
         return {
@@ -48,7 +48,7 @@ def build(gateway: Gateway) -> Any:
 
     @routes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Any:
-        """The same for Prometheus; any replica answers for all, with a label for each."""
+        """The same for Prometheus; one replica answers for all, and a label names each."""
         reports = {**gateway.reports, gateway.name: gateway._report()}
         text = render([*(report["families"] for report in reports.values()), *await gateway.other_figures()])
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
@@ -56,7 +56,7 @@ def build(gateway: Gateway) -> Any:
     @routes.get("/", include_in_schema=False)
     async def page() -> Any:
         if not (WEB / "index.html").is_file():
-            raise NotFoundError("this installation has no page; the API's document is at /openapi.json")
+            raise NotFoundError("this installation has no page; /openapi.json describes the API")
         return FileResponse(WEB / "index.html", headers=PAGE_HEADERS)
 
     return routes

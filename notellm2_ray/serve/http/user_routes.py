@@ -1,4 +1,4 @@
-"""Routes about users: events, recommendations, tastes."""
+"""Routes for users: events, recommendations, histories with preferences."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from notellm2_ray.serve.deployments.gateway import Gateway
 
 USER_SECONDS = 10.0
-_AHEAD = timedelta(days=1)  # a phone's clock may be wrong by a time zone
+_AHEAD = timedelta(days=1)  # a phone's clock may be off by its time zone
 
 
 def build(gateway: Gateway) -> Any:
@@ -31,12 +31,12 @@ def build(gateway: Gateway) -> Any:
 
     @routes.post("/v1/events", response_model=schemas.EventsAnswer)
     async def events(body: schemas.EventsRequest) -> Any:
-        """What users did; 200 means that it is on the disk. An event sent twice counts once."""
+        """Store events; 200 means that they are on the disk. An event that is sent twice counts once."""
         return await log_events(gateway, body.events)
 
     @routes.post("/v1/recommend", response_model=schemas.RecommendAnswer)
     async def recommend(body: schemas.RecommendRequest) -> Any:
-        """Notes that a user may like next, none that they have seen."""
+        """Notes that a user may like next and has not seen yet."""
         return await Recommendation(gateway, body).make()
 
     @routes.get("/v1/users", response_model=schemas.UsersAnswer)
@@ -48,7 +48,7 @@ def build(gateway: Gateway) -> Any:
 
     @routes.get("/v1/users/{user_id:path}", response_model=schemas.UserAnswer, responses=unknown)
     async def user(user_id: str) -> Any:
-        """A user's history in blocks, with the taste in words after each."""
+        """A user's history in blocks, with the preference after each."""
         check_ids([user_id], gateway.limits, "user_id")
         return await show_user(gateway, user_id)
 
@@ -56,7 +56,7 @@ def build(gateway: Gateway) -> Any:
 
 
 async def log_events(gateway: Gateway, events: Sequence[schemas.Event]) -> dict[str, Any]:
-    """Keep events whose note is there and whose time is not to come."""
+    """Store the events whose note exists and whose time is not in the future."""
     check_count(events, gateway.limits.events, "events")
     unknown = await gateway.unknown([event.note_id for event in events])
     latest = datetime.now(UTC) + _AHEAD
@@ -89,7 +89,7 @@ def _problem(gateway: Gateway, event: schemas.Event, unknown: set[str], latest: 
     if event.note_id in unknown:
         return "there is no such note"
     if event.timestamp is not None and event.timestamp > latest:
-        return "its time is more than a day to come"
+        return "its time is more than a day in the future"
     return None
 
 
@@ -97,7 +97,7 @@ async def show_user(gateway: Gateway, user_id: str) -> dict[str, Any]:
     """Blocks and preferences of a user, with the notes' cards."""
     found = await gateway.users.call("blocks", user_id, seconds=USER_SECONDS)
     if found is None:
-        raise NotFoundError(f"user {user_id!r} is not known", "user_id")
+        raise NotFoundError(f"there is no user {user_id!r}", "user_id")
     ids = [note_id for block in found["blocks"] for note_id in block["note_ids"]] + list(found["open_block"])
     shown = await cards(gateway, ids)
 
@@ -112,10 +112,10 @@ async def show_user(gateway: Gateway, user_id: str) -> dict[str, Any]:
 
 
 class Recommendation:
-    """One answer of ``/v1/recommend`` in the making.
+    """Makes one answer of ``/v1/recommend``.
 
-    Recall always answers; ranking is added if a ranker is there, willing and done within the budget. What took its
-    place is said in ``fallback``.
+    There is always an answer from recall. It is ranked if there is a ranker that has room and finishes within the time
+    budget; otherwise ``fallback`` says why not.
     """
 
     def __init__(self, gateway: Gateway, body: schemas.RecommendRequest) -> None:
@@ -163,7 +163,7 @@ class Recommendation:
     def _arm(self) -> Arm:
         settings = self.gateway.settings
         if self.body.user_id is None:
-            return Arm("none", settings.recommend)  # nobody that could be followed
+            return Arm("none", settings.recommend)  # an unknown user: the effect on clicks cannot be measured
         return arm_of(self.body.user_id, settings.experiment, settings.arms, settings.recommend)
 
     async def _view(self) -> dict[str, Any]:
@@ -179,7 +179,7 @@ class Recommendation:
         found = {}
         for note_id in searched:
             try:
-                # Room for what is seen already, without telling the index of a long history at every search.
+                # Asks for more notes than needed instead of passing a long history to the index in every search.
                 k = max(settings.per_note, self.body.k) + min(len(excluded), settings.per_note)
                 hits = await self.gateway.search(note_id, k, index=index)
             except NotFoundError:  # deleted meanwhile
@@ -195,13 +195,13 @@ class Recommendation:
         return candidates
 
     async def _seen_long_ago(self, view: dict[str, Any], note_ids: list[str]) -> set[str]:
-        """Those of the notes that the user has seen; asked only where ``seen`` does not hold all of them."""
+        """The notes among these that the user has seen; queried only if the view does not contain all seen notes."""
         if view["all_seen"] or not note_ids:
             return set()
         return set(await self.gateway.users.call("seen", self.body.user_id, note_ids, seconds=USER_SECONDS))
 
     async def _popular(self, view: dict[str, Any], excluded: frozenset[str], have: int) -> list[Candidate]:
-        """Notes that most users liked, for who has no history yet or has seen what is near to it."""
+        """The most liked notes, for users with no history or nothing similar left."""
         wanted = self.body.k - have
         ids = await self.gateway.users.call("popular", seconds=USER_SECONDS)
         left = [note_id for note_id in ids if note_id not in excluded and note_id in self.gateway.index]
@@ -210,7 +210,7 @@ class Recommendation:
         return [Candidate(note_id, 0.0, ()) for note_id in left[:wanted]]
 
     async def _rank(self, view: dict[str, Any], candidates: list[Candidate]) -> tuple[list[float | None], str | None]:
-        """P(yes) of the first candidates, or none of them and why."""
+        """P(yes) of the first candidates and None; or no scores and the reason."""
         settings, gateway = self.arm.recommend, self.gateway
         if gateway.ranker is None:
             return [], "not configured"
@@ -234,15 +234,15 @@ class Recommendation:
 
     async def _scores(self, view: dict[str, Any], candidates: list[Candidate], seconds: float) -> list[float | None]:
         gateway = self.gateway
-        assert gateway.ranker is not None  # _rank asks before
-        last = view["history"][-gateway.plan.ranker.max_history :]
+        assert gateway.ranker is not None  # checked in _rank
+        last = view["history"][-gateway.spec.ranker.max_history :]
         read, stored = await asyncio.gather(gateway.cards(last), gateway.notes([one.note_id for one in candidates]))
         titles = [read[note_id].title for note_id in last if note_id in read]
         shown = [None if note is None else (note.title, note.image) for note in stored]
         return await gateway.ranker.call("score", view["preference"], titles, shown, seconds=max(seconds, 0.001))
 
     def _expose(self, note_ids: list[str]) -> None:
-        """Log what was shown, beside the answer: it must not wait for a disk."""
+        """Store the exposures in the background: the answer must not wait for a disk."""
         exposure = {
             "request_id": self.request_id,
             "user_id": self.body.user_id,

@@ -1,14 +1,14 @@
-// The API of this host. Every failure is an ApiError with the service's own type and message.
+// Calls to this host's API. Every failure is an ApiError with the service's type and message.
 
 const KEY = "notellm2-key";
 
-/** A failure that can be shown. */
+/** A failure with a message for the user. */
 export class ApiError extends Error {
   /**
-   * @param {number} status HTTP status; 0 where there was no answer
-   * @param {string} type the service's word for it, or "unreachable"
+   * @param {number} status HTTP status; 0 if there was no answer
+   * @param {string} type of the service's error, or "unreachable"
    * @param {string} message
-   * @param {string|null} param the field that is to blame
+   * @param {string|null} param the field that is wrong
    * @param {number|null} retrySeconds
    */
   constructor(status, type, message, param = null, retrySeconds = null) {
@@ -29,9 +29,9 @@ export function picturePath(noteId) {
 }
 
 /**
- * One request.
- * @returns {Promise<Response>} with a good status
- * @throws {ApiError}; an AbortError where `signal` says so
+ * Send a request.
+ * @returns {Promise<Response>} with a status of success
+ * @throws {ApiError}; an AbortError if `signal` was aborted
  */
 export async function request(method, path, body = undefined, signal = undefined) {
   const headers = {};
@@ -49,7 +49,7 @@ export async function request(method, path, body = undefined, signal = undefined
     });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError(0, "unreachable", "The service gave no answer.");
+    throw new ApiError(0, "unreachable", "The service did not answer.");
   }
   if (!response.ok) throw await failure(response);
   return response;
@@ -62,9 +62,9 @@ async function failure(response) {
     const { error } = await response.json();
     return new ApiError(response.status, String(error.type), String(error.message), error.param ?? null, retry);
   } catch {
-    // Not the application's: a proxy before it answered.
+    // The answer is not from the application but from a proxy in front of it.
     const type = response.status === 503 || response.status === 502 ? "unavailable" : "internal";
-    return new ApiError(response.status, type, `The answer was HTTP ${response.status} without more.`, null, retry);
+    return new ApiError(response.status, type, `The service answered HTTP ${response.status} without a reason.`, null, retry);
   }
 }
 
@@ -74,7 +74,7 @@ async function json(method, path, body, signal) {
     return await response.json();
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError(response.status, "internal", "The answer broke off, or is no JSON.");
+    throw new ApiError(response.status, "internal", "The answer is incomplete, or is not JSON.");
   }
 }
 

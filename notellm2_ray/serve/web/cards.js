@@ -1,15 +1,15 @@
-// Notes as cards in a grid, and the arrow keys in it.
+// Notes as cards in a grid that the arrow keys can move through.
 
 import { button, clip, make, nameOf, theirs } from "./dom.js";
 import { picture } from "./pictures.js";
 import { link } from "./route.js";
 
-/** A number as people read it, with a true minus sign. */
+/** A number for display, with a real minus sign. */
 export function number(value, digits = 2) {
   return value.toFixed(digits).replace("-", "−");
 }
 
-/** "image ▇▇▇▁ 0.73"; `value` null: there is none on one of both sides. Below zero the bar is empty. */
+/** "image ▇▇▇▁ 0.73"; `value` null: one of the two notes has no such vector. Below zero the bar is empty. */
 export function bar(name, value) {
   const fill = make("span", { class: "fill" });
   fill.style.width = `${100 * Math.min(Math.max(value ?? 0, 0), 1)}%`;
@@ -23,10 +23,10 @@ export function bar(name, value) {
 }
 
 /**
- * A note as a list item that leads to its neighbours.
- * @param {Object} note a card
+ * A note as a list item with a link to its neighbours.
+ * @param {Object} note a card of the API
  * @param {{below?: Array, hide?: Function|null, mark?: string|null}} parts `below`: nodes under the title; `hide`:
- *   called by the button that takes the card out; `mark`: a word on the picture, where one can hide it its place
+ *   called by the card's Hide button; `mark`: a word on the picture, for a card that can be hidden its place
  */
 export function card(note, { below = [], hide = null, mark = null } = {}) {
   const title = theirs("span", clip(note.title.trim(), 300) || `(no title) ${note.note_id}`, { class: "title" });
@@ -41,7 +41,7 @@ export function card(note, { below = [], hide = null, mark = null } = {}) {
       title,
     ),
     ...below,
-    // Its focus key is its place: when the card is gone, the next one's button has the focus.
+    // Its focus key is the card's place: when the card is hidden, the next card's button gets the focus.
     hide
       ? button("Hide", hide, {
           class: "hide quiet",
@@ -61,12 +61,12 @@ export function topics(note, most = 4) {
   return make("ul", { class: "topics", "aria-label": "Topics" }, shown);
 }
 
-/** A grid of cards: arrow keys, Home and End move between them. The role: without bullets Safari says no list. */
+/** A grid of cards; arrow keys, Home and End move between them. Without the role, Safari announces no list. */
 export function grid(cards, label) {
   return make("ul", { class: "grid", role: "list", "aria-label": label, on: { keydown: move } }, cards);
 }
 
-/** Pictures in one line that scrolls by itself. */
+/** Cards in one line that scrolls horizontally. */
 export function strip(notes, label) {
   const items = notes.map((note) => card(note));
   return make("ul", { class: "strip", role: "list", "aria-label": label, on: { keydown: move } }, items);
@@ -90,7 +90,7 @@ function move(event) {
   next.focus();
 }
 
-// The link straight below (sign 1) or above (-1) in the next line of the grid; none at its end.
+// The nearest link in the line below (sign 1) or above (-1); undefined in the last line.
 function vertical(links, from, sign) {
   const here = from.getBoundingClientRect();
   const boxes = links.map((link) => ({ link, box: link.getBoundingClientRect() }));

@@ -1,10 +1,10 @@
-// Elements made without any parsing: texts are text nodes, whatever they hold.
+// Makes elements without parsing HTML: texts become text nodes, whatever they contain.
 
 /**
  * An element.
  * @param {string} tag
- * @param {Object} attributes `on`: {event: listener}; all others as they are; true sets one, false, null and undefined
- *   leave it out
+ * @param {Object} attributes `on`: {event: listener}; others are set as they are: true as an empty attribute; false,
+ *   null and undefined not at all
  * @param {...(Node|string|null|Array)} children strings become text
  */
 export function make(tag, attributes = {}, ...children) {
@@ -22,12 +22,12 @@ export function make(tag, attributes = {}, ...children) {
   return element;
 }
 
-/** Text of strangers: it has its own direction, and cannot turn that of its surroundings. */
+/** Text by users: it has a writing direction of its own, which does not affect the text around it. */
 export function theirs(tag, text, attributes = {}) {
   return make(tag, { dir: "auto", ...attributes }, text);
 }
 
-/** A labelled field: `[label, input]` in a wrapper. */
+/** An input with its label and a hint. */
 export function field(label, input, hint = null) {
   const id = input.id || `field-${input.getAttribute("name")}`;
   input.id = id;
@@ -41,12 +41,12 @@ export function field(label, input, hint = null) {
   );
 }
 
-/** A button that does something. */
+/** A button. */
 export function button(text, action, attributes = {}) {
   return make("button", { type: "button", ...attributes, on: { click: action } }, text);
 }
 
-/** Say something to screen readers; the eye sees it elsewhere. */
+/** Tell screen readers something that is visible elsewhere. */
 export function announce(text) {
   document.getElementById("status").textContent = text;
 }
@@ -57,7 +57,7 @@ export function clip(text, most = 80) {
   return characters.length > most ? `${characters.slice(0, most).join("")}…` : text;
 }
 
-/** What a note is called: its title, else its id. */
+/** A note's name: its title, or its id if it has none. */
 export function nameOf(note) {
   return clip(note.title.trim() || `note ${note.note_id}`);
 }

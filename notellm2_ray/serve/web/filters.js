@@ -1,13 +1,13 @@
-// What narrows a search: topics, dates, hidden notes, how many. All of it lives in the address.
+// The filters of a search: topics, dates, hidden notes, number of results. The address holds all of them.
 
 import { button, clip, count, field, make, theirs } from "./dom.js";
 import { go, link } from "./route.js";
 
 const OFFERED = 14;
 const COUNTS = [10, 20, 50, 100];
-let unfolded = false; // as the reader left it
+let unfolded = false; // kept from one search to the next
 
-/** The filter's part of an address, to be kept in links. */
+/** The filters in an address, as parameters for links. */
 export function chosen(params) {
   return {
     k: params.get("k"),
@@ -19,13 +19,13 @@ export function chosen(params) {
   };
 }
 
-/** How many neighbours are asked for. */
+/** The number of neighbours to ask for. */
 export function wanted(params) {
   const k = Number(params.get("k"));
   return Number.isInteger(k) && k > 0 ? k : 20;
 }
 
-/** The filter as /v1/similar takes it; undefined: none. */
+/** The filter for /v1/similar; undefined for none. */
 export function asked(params) {
   const topics = params.getAll("topic");
   const filter = {
@@ -37,17 +37,17 @@ export function asked(params) {
   return Object.keys(filter).length ? filter : undefined;
 }
 
-// A day's beginning in UTC; anything else goes on as it is, for the service to refuse.
+// The start of a day in UTC; any other value is passed on, and the service refuses it.
 function moment(day) {
   return /^\d{4}-\d\d-\d\d$/.test(day) ? `${day}T00:00:00Z` : day;
 }
 
 /**
- * The panel.
+ * The panel with all filters.
  * @param {string} view of the address
- * @param {Object} base the address's other parameters
+ * @param {Object} base the other parameters of the address
  * @param {URLSearchParams} params
- * @param {Array} notes cards whose topics are offered, the query's first
+ * @param {Array} notes cards whose topics are offered, those of the query first
  */
 export function panel(view, base, params, notes) {
   const now = chosen(params);
@@ -61,8 +61,8 @@ export function panel(view, base, params, notes) {
     make(
       "div",
       { class: "row" },
-      dateField("Written from", "from", now, change),
-      dateField("and before", "to", now, change),
+      dateField("Created from", "from", now, change),
+      dateField("Created before", "to", now, change),
       countField(params, change),
     ),
     hidden(now, notes, change),
@@ -106,7 +106,7 @@ function topicFields(now, topics, change) {
     make("legend", {}, "Topics"),
     make("div", { class: "chips" }, boxes),
     make("form", { class: "row", on: { submit: add } }, field("Another topic", other), make("button", {}, "Add")),
-    make("label", { class: "check" }, all, "a note must have all of them"),
+    make("label", { class: "check" }, all, "Notes must have all of these topics"),
   );
 }
 
@@ -135,6 +135,6 @@ function hidden(now, notes, change) {
       button(clip(id, 30), () => show(id), { class: "quiet", "aria-label": `Show ${clip(id)} again` }),
     ),
   );
-  const said = make("p", {}, `${count(now.not.length, "note")} hidden; choose one to show it again:`);
-  return make("div", {}, said, make("ul", { class: "chips" }, buttons));
+  const heading = make("p", {}, `${count(now.not.length, "note")} hidden; click one to show it again:`);
+  return make("div", {}, heading, make("ul", { class: "chips" }, buttons));
 }

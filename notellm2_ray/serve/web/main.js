@@ -1,4 +1,4 @@
-// Shows the view that the address names, and keeps what is around it: search box, key, focus, place in the page.
+// Shows the view that the address names; also handles the search box, the API key, focus and scrolling.
 
 import { key } from "./api.js";
 import { announce, make } from "./dom.js";
@@ -8,7 +8,7 @@ import { go, link, parse, recall, remember } from "./route.js";
 import { user, users } from "./user.js";
 import { write } from "./write.js";
 
-// Each: async (params, signal) => {title, said, nodes}. `said` goes to screen readers.
+// Each: async (params, signal) => {title, said, nodes}; `said` is for screen readers.
 const VIEWS = { home, search, note, paste, users, user, write };
 const TABS = { user: "users" };
 const main = document.getElementById("main");
@@ -39,8 +39,8 @@ async function load(view, params, signal) {
   try {
     if (!VIEWS[view])
       return {
-        title: "Not there",
-        nodes: [make("h1", { tabindex: "-1" }, "Not there"), empty("This page has no such view.")],
+        title: "Not found",
+        nodes: [make("h1", { tabindex: "-1" }, "Not found"), empty("There is no such view.")],
       };
     return await VIEWS[view](params, signal);
   } catch (error) {
@@ -50,7 +50,7 @@ async function load(view, params, signal) {
   }
 }
 
-// Focus and scroll: back to where the reader was, or stay on the control that was used, or the new heading.
+// Focus and scroll position: restored after going back; otherwise the control that was used, or the new heading.
 function settle(place, held, first) {
   const wantedKey = place?.key ?? held;
   const same = wantedKey ? [...main.querySelectorAll("[data-key]")].find((one) => one.dataset.key === wantedKey) : null;
@@ -84,7 +84,7 @@ function useKey(event) {
   event.preventDefault();
   const value = keyInput.value.trim();
   if (!/^[\x21-\x7e]+$/.test(value)) {
-    document.getElementById("key-problem").textContent = "A key is a word of plain letters, digits and signs.";
+    document.getElementById("key-problem").textContent = "A key consists of plain letters, digits and signs, without spaces.";
     keyInput.focus();
     return;
   }
@@ -95,7 +95,7 @@ function useKey(event) {
 function closeKey() {
   keyDialog.close();
   markKey();
-  // Shown anew, a form would lose what was typed; a note that could not be read for want of a key has none yet.
+  // Showing a form again would lose what was typed. Without a form (the note could not be read) nothing is lost.
   const typing = parse(location.hash).view === "write" && main.querySelector("form");
   if (!typing) show();
 }
@@ -120,10 +120,10 @@ document.getElementById("search").addEventListener("submit", (event) => {
   go(link("search", { q: query.value.trim() }));
 });
 document.getElementById("skip").addEventListener("click", (event) => {
-  event.preventDefault(); // the address is the state
+  event.preventDefault(); // the address must not change: it names the view
   (main.querySelector("h1") ?? main).focus();
 });
-// Before the browser leaves an entry: while the old page still stands.
+// Capture phase: before the page changes.
 document.addEventListener("click", remember, true);
 document.addEventListener("submit", remember, true);
 document.addEventListener("change", remember, true);

@@ -1,4 +1,4 @@
-// Finding notes: by words, from a note, from a pasted one.
+// Finding notes: by words, by a stored note, by a pasted one.
 
 import { api, base64 } from "./api.js";
 import { bar, card, grid, number, topics } from "./cards.js";
@@ -9,26 +9,26 @@ import { empty, problem } from "./problems.js";
 import { go, link } from "./route.js";
 
 const SEARCHED = 60;
-const FOLDED = 240; // characters of a text that are always shown
-const IN_ADDRESS = 1500; // characters of a pasted text; a longer one stays in this tab alone
-const drafts = new Map(); // number -> {title, text, image}; what addresses cannot hold
+const FOLDED = 240; // characters of a long text that are shown
+const IN_ADDRESS = 1500; // characters; a longer pasted text is not put into the address but kept in this tab
+const drafts = new Map(); // number -> {title, text, image}, what an address cannot hold
 
-/** Where to begin: notes that many liked. */
+/** The start page: notes that many users liked. */
 export async function home(_params, signal) {
   const head = make(
     "div",
     { class: "intro" },
-    make("h1", { tabindex: "-1" }, "Notes by what is in them"),
+    make("h1", { tabindex: "-1" }, "Find notes by their content"),
     make(
       "p",
       {},
-      "Search for a note and walk from neighbour to neighbour, ",
-      make("a", { href: link("paste") }, "paste one"),
+      "Search for a note and go from neighbour to neighbour, ",
+      make("a", { href: link("paste") }, "paste a note"),
       " of your own, see what a ",
       make("a", { href: link("users") }, "user"),
       " may like next, or ",
       make("a", { href: link("write") }, "write a note"),
-      " and find it again at once.",
+      " and find it at once.",
     ),
   );
   const { results } = await api.recommend({ history: [], k: 24, explain: true }, signal);
@@ -41,11 +41,11 @@ export async function home(_params, signal) {
           "Liked by many",
         ),
       ]
-    : [empty("Nobody has liked anything yet. Search for a word of a title to begin.")];
+    : [empty("No user has liked a note yet. Search for a word in a title to begin.")];
   return { title: "Notes", said: `${count(notes.length, "note")} to begin with`, nodes: [head, ...below] };
 }
 
-/** Notes that hold the words. */
+/** Notes that match a text. */
 export async function search(params, signal) {
   const text = params.get("q") ?? "";
   if (!text.trim()) return home(params, signal);
@@ -60,7 +60,7 @@ export async function search(params, signal) {
       notes.length
         ? grid(cards, "Search results")
         : empty(
-            "No title, topic or id holds that.",
+            "No title, topic or id matches this.",
             make("p", {}, make("a", { href: link("paste") }, "Paste a text"), " to search by meaning."),
           ),
     ],
@@ -107,7 +107,7 @@ function queryCard(shown) {
   );
 }
 
-// A long text is folded: the neighbours are what one came for.
+// A long text is folded, so that the neighbours are in view.
 function content(text) {
   if (!text) return null;
   if (text.length <= FOLDED) return theirs("p", text, { class: "content" });
@@ -123,7 +123,7 @@ async function enlarge(shown) {
   dialog.showModal();
 }
 
-/** The panel of filters and the grid of an answer of /v1/similar. */
+/** The filters, and the results of /v1/similar as a grid. */
 function neighbours(view, base, params, found, own = null) {
   const notes = found.results.map((result) => result.note).filter(Boolean);
   const now = chosen(params);
@@ -138,9 +138,9 @@ function neighbours(view, base, params, found, own = null) {
       "p",
       { class: "hint" },
       figures,
-      apart || !cards.length ? "" : " It holds no vectors of image and text apart.",
+      apart || !cards.length ? "" : " It has no separate vectors for image and text.",
     ),
-    cards.length ? grid(cards, "Neighbours") : empty("No note meets these filters.", clearing(view, base)),
+    cards.length ? grid(cards, "Neighbours") : empty("No note matches these filters.", clearing(view, base)),
   ];
 }
 
@@ -160,7 +160,7 @@ function neighbour(result, row, view, address) {
   return card(note, { below: below.filter(Boolean), hide, mark: String(row + 1) });
 }
 
-/** A note that is not stored: what it is near to. */
+/** The neighbours of a pasted note, which is not stored. */
 export async function paste(params, signal) {
   const draft = { title: "", text: "", image: null, ...drafts.get(params.get("draft")) };
   const title = params.get("title") ?? draft.title;
@@ -168,7 +168,7 @@ export async function paste(params, signal) {
   const nodes = [make("h1", { tabindex: "-1" }, "Paste a note"), pasteForm(title, text, draft.image)];
   const lost = params.get("draft") && !drafts.has(params.get("draft"));
   if (lost)
-    nodes.push(empty("A picture or a long text was part of this search, and a link cannot hold it: give it again."));
+    nodes.push(empty("This search had a picture or a long text, which a link cannot contain: add it again."));
   if (!title && !text && !draft.image) return { title: "Paste a note", said: "", nodes };
   const note = { note_id: "pasted", title, content: text, image: draft.image ? await base64(draft.image) : null };
   const base = { title: params.get("title"), text: params.get("text"), draft: params.get("draft") };
@@ -179,7 +179,7 @@ export async function paste(params, signal) {
     return { title: "Pasted note", said: count(found.results.length, "neighbour"), nodes };
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    nodes.push(problem(error)); // the form stays, with what was typed
+    nodes.push(problem(error)); // below the form, which keeps what was typed
     return { title: "Paste a note", said: "", nodes };
   }
 }

@@ -1,10 +1,10 @@
-// Pictures of notes. They are fetched like everything else, because <img src> could carry no API key, and only when
-// they come near the window.
+// Pictures of notes. They are fetched by script, because <img src> cannot send an API key, and only when they come near
+// the visible part of the page.
 
 import { picturePath, request } from "./api.js";
 import { button, field, make, nameOf } from "./dom.js";
 
-const MOST = 400; // kept; the oldest goes first
+const MOST = 400; // pictures kept; the oldest is dropped first
 const kept = new Map(); // note id -> promise of a blob: URL
 
 const watcher = new IntersectionObserver(
@@ -18,7 +18,7 @@ const watcher = new IntersectionObserver(
   { rootMargin: "300px" },
 );
 
-/** A note's picture in its frame, or the frame with a word in its place. `note`: a card. */
+/** A note's picture in a frame, or a frame that says there is none. `note`: a card. */
 export function picture(note) {
   if (!note.has_image) return make("span", { class: "picture none" }, "no picture");
   const image = make("img", { alt: `Picture of ${nameOf(note)}`, "data-note": note.note_id, class: "waiting" });
@@ -26,7 +26,7 @@ export function picture(note) {
   return make("span", { class: "picture" }, image);
 }
 
-/** URL of a note's picture in this tab's memory. */
+/** Promise of a blob: URL of a note's picture. */
 export function pictureUrl(noteId) {
   let url = kept.get(noteId);
   if (!url) {
@@ -40,16 +40,16 @@ export function pictureUrl(noteId) {
   return url;
 }
 
-/** A note was written or deleted: its picture is another now. */
+/** Drop a note's picture after the note was written or deleted. */
 export function forgetPicture(noteId) {
   const url = kept.get(noteId);
   kept.delete(noteId);
-  // An image that still loads from it keeps it long enough.
+  // Revoked later, because an image may still be loading from it.
   url?.then((known) => setTimeout(() => URL.revokeObjectURL(known), 10_000)).catch(() => {});
 }
 
 /**
- * A field for a picture, with a preview; a picture in the clipboard will do too.
+ * A field for a picture, with a preview; a picture can also be pasted.
  * @returns {{node: Node, chosen: function(): File|null, pasted: function(ClipboardEvent)}}
  */
 export function pictureInput(before = null) {
@@ -64,7 +64,7 @@ export function pictureInput(before = null) {
     shown.onload = shown.onerror = () => URL.revokeObjectURL(shown.src);
     preview.append(
       shown,
-      button("Without it", () => choose(null), { class: "quiet" }),
+      button("Remove", () => choose(null), { class: "quiet" }),
     );
   };
   const choose = (file) => {
@@ -81,7 +81,7 @@ export function pictureInput(before = null) {
   const node = make(
     "div",
     { class: "picture-field" },
-    field("Picture", input, "A file, or paste one into this form."),
+    field("Picture", input, "A file, or a picture pasted into this form."),
     preview,
   );
   return { node, chosen: () => image, pasted };

@@ -1,11 +1,11 @@
-// What is shown where there is nothing, and where something failed.
+// Messages for empty lists and failures.
 
 import { button, make, theirs } from "./dom.js";
 
 const HEADINGS = {
   unauthorized: "An API key is needed",
-  forbidden: "This key may not do that",
-  not_found: "Not there",
+  forbidden: "This key does not allow that",
+  not_found: "Not found",
   invalid_request: "The request was refused",
   malformed_request: "The request was refused",
   too_large: "Too large",
@@ -15,16 +15,16 @@ const HEADINGS = {
   unreachable: "The service cannot be reached",
 };
 const REMEDIES = {
-  unauthorized: "Give a key with the scope that this needs; `notellm2 keys create` makes one.",
+  unauthorized: "Enter a key with the scope that is needed; `notellm2 keys create` makes one.",
   forbidden: "Writing and deleting need a key with the scope write.",
-  overloaded: "It takes no more requests for the moment.",
-  unavailable: "A part of it starts, or is away for the moment.",
-  unreachable: "Is it running? An upload far beyond its limits is also cut off without an answer.",
+  overloaded: "It cannot take more requests at the moment.",
+  unavailable: "A part of it is starting, or not available at the moment.",
+  unreachable: "Is it running? It also cuts off uploads far beyond its limits without an answer.",
 };
 const AGAIN = new Set(["overloaded", "unavailable", "unreachable", "timeout", "internal"]);
 
 /**
- * A box that says what failed, and offers what helps.
+ * A box that says what failed and what may help.
  * @param {Error} error
  * @param {{again?: Function, giveKey?: Function}} offers
  */
@@ -48,12 +48,12 @@ export function problem(error, { again = null, giveKey = null } = {}) {
   );
 }
 
-/** A calm word where a list is empty. */
+/** A message in place of an empty list. */
 export function empty(text, ...more) {
   return make("div", { class: "empty" }, make("p", {}, text), ...more);
 }
 
-/** Grey tiles while the first answer is under way. */
+/** Grey tiles while the page waits for the first answer. */
 export function skeleton() {
   const tiles = Array.from({ length: 12 }, () =>
     make("li", { class: "card ghost" }, make("span", { class: "picture" })),

@@ -1,13 +1,13 @@
-// The address after # is the page's whole state: #/note?id=n1&topic=food. What is shown follows from it alone, so that
-// back, reload and shared links work; only a chosen picture file cannot be part of a link.
+// The part of the address after # is the page's whole state: #/note?id=n1&topic=food. It alone decides what is shown,
+// so that the back button, reloading and shared links work. Only a chosen picture file cannot be part of it.
 
-/** {view, params} of an address. */
+/** The view and the parameters of an address. */
 export function parse(hash) {
   const [path, query = ""] = splitOnce(hash.replace(/^#\/?/, ""), "?");
   return { view: path || "home", params: new URLSearchParams(query) };
 }
 
-/** An address. `params`: values, lists of values; empty ones are left out. */
+/** An address. `params`: values or lists of values; empty ones are left out. */
 export function link(view, params = {}) {
   const query = new URLSearchParams();
   for (const [name, value] of Object.entries(params)) {
@@ -19,21 +19,21 @@ export function link(view, params = {}) {
   return `#/${view === "home" ? "" : view}${text ? `?${text}` : ""}`;
 }
 
-/** Go to an address; to the present one: show it anew. */
+/** Go to an address; if it is the present one, show it again. */
 export function go(address) {
   if (location.hash === address) window.dispatchEvent(new HashChangeEvent("hashchange"));
   else location.hash = address;
 }
 
-/** Remember, with the entry that is about to be left, where the reader was. */
+/** Store the scroll position and focus of the history entry that is about to be left. */
 export function remember() {
   const place = { scroll: window.scrollY, key: document.activeElement?.dataset?.key ?? null };
   sessionStorage.setItem(`place-${history.state?.entry}`, JSON.stringify(place));
 }
 
 /**
- * The place in the entry that was come to, or null if it is new. Entries are numbered by history.state, which the
- * browser keeps with each of them.
+ * The stored position in the current history entry, or null if it is new. Entries are numbered in history.state, which
+ * the browser keeps for each of them.
  */
 export function recall() {
   const entry = history.state?.entry;

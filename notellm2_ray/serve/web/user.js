@@ -1,4 +1,4 @@
-// A user: what they read, what that says of their taste, what they may like next.
+// A user: the notes they liked, their preferences in words, and what they may like next.
 
 import { api } from "./api.js";
 import { bar, card, grid, number, strip, topics } from "./cards.js";
@@ -11,10 +11,10 @@ const SAMPLE = 60;
 const REASONS = 3;
 const FALLBACKS = {
   "not configured": "no ranker is deployed here",
-  arm: "this user's arm of the experiment has no ranker",
+  arm: "this user's arm of the experiment uses no ranker",
   "no history": "there is no history to rank by",
-  budget: "the ranker was not done within the time budget",
-  overloaded: "the ranker had too much to do",
+  budget: "the ranker did not finish within the time budget",
+  overloaded: "the ranker was busy",
   failed: "the ranker failed",
 };
 
@@ -41,7 +41,7 @@ export async function users(_params, signal) {
       make("form", { class: "row", on: { submit } }, field("User id", input), make("button", {}, "Show")),
       links.length
         ? make("ul", { class: "chips", "aria-label": "Some users" }, links)
-        : empty("No user has done anything yet. Events come in at POST /v1/events."),
+        : empty("There are no users yet. Send events to POST /v1/events."),
     ],
   };
 }
@@ -71,7 +71,7 @@ export async function user(params, signal) {
 }
 
 function history({ blocks, open_block: open }) {
-  if (!blocks.length && !open.length) return empty("Nothing of what this user read is still there.");
+  if (!blocks.length && !open.length) return empty("This user has liked no note that still exists.");
   const parts = blocks.map((block) => historyBlock(`Block ${block.block + 1}`, block.notes, taste(block.preference)));
   if (open.length) {
     parts.push(historyBlock("Since then", open, make("p", { class: "hint" }, "This block is not full yet.")));
@@ -84,14 +84,14 @@ function historyBlock(name, notes, after) {
     "section",
     { class: "block", "aria-label": name },
     make("h3", {}, name),
-    notes.length ? strip(notes, `Notes of ${name}`) : make("p", { class: "hint" }, "Its notes are gone."),
+    notes.length ? strip(notes, `Notes of ${name}`) : make("p", { class: "hint" }, "Its notes were deleted."),
     after,
   );
 }
 
 function taste(preference) {
   if (preference) return theirs("blockquote", preference, { class: "taste" });
-  return make("p", { class: "hint" }, "The taste after this block has not been put into words.");
+  return make("p", { class: "hint" }, "The preference after this block has not been written yet.");
 }
 
 function choices(id, params) {
@@ -126,7 +126,7 @@ function recommendations(answer, read) {
       ? make(
           "div",
           {},
-          make("p", { class: "hint" }, "Because of this taste:"),
+          make("p", { class: "hint" }, "Because of this preference:"),
           theirs("blockquote", answer.preference, { class: "taste" }),
         )
       : null,
@@ -136,12 +136,12 @@ function recommendations(answer, read) {
 }
 
 function how(answer) {
-  if (!answer.fallback) return make("p", { class: "ranked" }, "Ranked by the language model: P(yes).");
+  if (!answer.fallback) return make("p", { class: "ranked" }, "Ranked by the language model's P(yes).");
   const reason = FALLBACKS[answer.fallback] ?? answer.fallback;
   return make(
     "p",
     { class: "fallback", role: "note", "data-fallback": answer.fallback },
-    `Ranked by recall alone: ${reason}.`,
+    `Ranked by recall only: ${reason}.`,
   );
 }
 

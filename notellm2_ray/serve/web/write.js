@@ -1,4 +1,4 @@
-// Writing a note, and seeing how soon it is found.
+// Writing a note, and measuring how soon it is found.
 
 import { api, ApiError, base64, picturePath, request } from "./api.js";
 import { card, grid, number } from "./cards.js";
@@ -10,7 +10,7 @@ import { link } from "./route.js";
 const PATIENCE_MS = 10_000;
 const NEIGHBOURS = 12;
 
-/** The form; with an id, filled with that note. */
+/** The form, filled with a stored note if there is an id. */
 export async function write(params, signal) {
   const id = params.get("id");
   const note = id ? await api.note(id, signal) : null;
@@ -47,9 +47,9 @@ function noteForm(note, before, outcome) {
   return make(
     "form",
     { class: "panel", on: { submit, paste: file.pasted } },
-    field("Id", inputs.note_id, "A note of this id that is there already is replaced."),
+    field("Id", inputs.note_id, "An existing note with this id is replaced."),
     field("Title", inputs.title),
-    field("Topics", inputs.topics, "One in a line."),
+    field("Topics", inputs.topics, "One per line."),
     field("Text", inputs.content),
     file.node,
     send,
@@ -71,7 +71,7 @@ async function draftOf(inputs, file, note) {
   };
 }
 
-// Runs something whose failure is shown in `outcome`.
+// Runs an action and shows its failure in `outcome`.
 async function attempt(outcome, action) {
   outcome.replaceChildren(make("p", { class: "waiting-text" }, "Working…"));
   try {
@@ -98,7 +98,7 @@ async function put(note, outcome) {
   const committed = performance.now() - started;
   forgetPicture(note.note_id);
   const { found, rank, waited } = await findAgain(note, started);
-  const times = `On the disk after ${ms(committed)}, found by its content after ${ms(waited)} (place ${rank + 1}).`;
+  const times = `On disk after ${ms(committed)}, found by its content after ${ms(waited)} (place ${rank + 1}).`;
   announce(times);
   outcome.replaceChildren(
     make("h2", {}, "Found again"),
@@ -106,18 +106,18 @@ async function put(note, outcome) {
     make("p", { class: "hint" }, `Commit ${written.seq}; the index answered at commit ${found.index.version}.`),
     grid(
       found.results.map((result) => foundCard(result, note.note_id)),
-      "What is near to the new note, itself among it",
+      "The new note and its neighbours",
     ),
     make(
       "div",
       { class: "row" },
-      make("a", { class: "chip", href: link("note", { id: note.note_id }) }, "Walk on from it"),
+      make("a", { class: "chip", href: link("note", { id: note.note_id }) }, "Show its neighbours"),
       button("Delete it", () => attempt(outcome, () => remove(note.note_id, outcome)), { class: "danger" }),
     ),
   );
 }
 
-// Searches by the note's content, as anybody would who has never heard of its id, until it is among the results.
+// Searches by the note's content, not by its id, until the note is among the results.
 async function findAgain(note, started) {
   while (performance.now() - started < PATIENCE_MS) {
     const found = await api.similar({ note, k: NEIGHBOURS, explain: true });
@@ -125,7 +125,7 @@ async function findAgain(note, started) {
     if (rank >= 0) return { found, rank, waited: performance.now() - started };
     await new Promise((resolve) => setTimeout(resolve, 50));
   }
-  throw new ApiError(0, "internal", `It is written, but no search for it found it within ${ms(PATIENCE_MS)}.`);
+  throw new ApiError(0, "internal", `The note was written, but no search found it within ${ms(PATIENCE_MS)}.`);
 }
 
 function foundCard(result, id) {
@@ -140,8 +140,8 @@ async function remove(id, outcome) {
   forgetPicture(id);
   const gone = await isGone(id, started);
   const times = deleted
-    ? `Deleted (commit ${seq}); a search found it no more after ${ms(gone)}.`
-    : "It was gone already.";
+    ? `Deleted (commit ${seq}); no search found it any more after ${ms(gone)}.`
+    : "It had already been deleted.";
   announce(times);
   outcome.replaceChildren(
     make("h2", {}, "Deleted"),
@@ -159,7 +159,7 @@ async function isGone(id, started) {
     }
     await new Promise((resolve) => setTimeout(resolve, 50));
   }
-  throw new ApiError(0, "internal", `It is deleted, but searches still find it after ${ms(PATIENCE_MS)}.`);
+  throw new ApiError(0, "internal", `The note was deleted, but searches still find it after ${ms(PATIENCE_MS)}.`);
 }
 
 function ms(value) {

@@ -32,7 +32,7 @@ def event(user: str, note: str, minute: float = 0, **fields) -> UserEvent:
 
 
 @pytest.fixture
-def plan(tmp_path):
+def spec(tmp_path):
     return SimpleNamespace(
         users_file=tmp_path / "serving" / "users.sqlite",
         sequences=None,
@@ -43,9 +43,9 @@ def plan(tmp_path):
     )
 
 
-def test_popular_notes_are_counted_by_one_and_given_as_they_were_meanwhile(plan, monkeypatch):
+def test_popular_notes_are_counted_by_one_and_given_as_they_were_meanwhile(spec, monkeypatch):
     async def run():
-        users = Users(plan)
+        users = Users(spec)
         users.store.add_events([event("u", "a"), event("v", "a"), event("v", "b")])
         counts, go, count = [], threading.Event(), users.store.popular
 
@@ -70,11 +70,11 @@ def test_popular_notes_are_counted_by_one_and_given_as_they_were_meanwhile(plan,
     asyncio.run(run())
 
 
-def test_a_view_says_whether_it_holds_all_that_was_seen(plan, monkeypatch):
+def test_a_view_says_whether_it_holds_all_that_was_seen(spec, monkeypatch):
     monkeypatch.setattr(users_module, "_SEEN", 3)
 
     async def run():
-        users = Users(plan)
+        users = Users(spec)
         users.store.add_events([event("u", f"n{n}", n) for n in range(3)])
         assert (await users.view("u"))["all_seen"]
         users.store.add_events([event("u", "n3", 3)])
@@ -89,7 +89,7 @@ def test_a_view_says_whether_it_holds_all_that_was_seen(plan, monkeypatch):
     asyncio.run(run())
 
 
-def test_users_whose_taste_cannot_be_written_do_not_keep_others_waiting(plan, monkeypatch):
+def test_users_whose_taste_cannot_be_written_do_not_keep_others_waiting(spec, monkeypatch):
     monkeypatch.setattr(users_module, "_AT_ONCE", 4)
     monkeypatch.setattr(users_module, "_LOOK_SECONDS", 0.01)
 
@@ -99,7 +99,7 @@ def test_users_whose_taste_cannot_be_written_do_not_keep_others_waiting(plan, mo
         return f"likes of {user_id}"
 
     async def run():
-        users = Users(plan, SimpleNamespace(advance=SimpleNamespace(remote=advance)))
+        users = Users(spec, SimpleNamespace(advance=SimpleNamespace(remote=advance)))
         for number in range(10):  # the longest waiting, more than are written at once
             users.store.add_events([event(f"bad{number}", note, number) for note in "abc"])
         users.store.add_events([event("good", note, 100) for note in "abc"])
@@ -113,7 +113,7 @@ def test_users_whose_taste_cannot_be_written_do_not_keep_others_waiting(plan, mo
     asyncio.run(run())
 
 
-def test_an_empty_taste_is_kept_and_the_next_block_is_due(plan, monkeypatch):
+def test_an_empty_taste_is_kept_and_the_next_block_is_due(spec, monkeypatch):
     monkeypatch.setattr(users_module, "_LOOK_SECONDS", 0.01)
     asked = []
 
@@ -122,7 +122,7 @@ def test_an_empty_taste_is_kept_and_the_next_block_is_due(plan, monkeypatch):
         return "" if block == 0 else "cats"
 
     async def run():
-        users = Users(plan, SimpleNamespace(advance=SimpleNamespace(remote=advance)))
+        users = Users(spec, SimpleNamespace(advance=SimpleNamespace(remote=advance)))
         users.store.add_events([event("u", note, minute) for minute, note in enumerate("abcdef")])
         users._start()
         async with asyncio.timeout(20):
@@ -134,12 +134,12 @@ def test_an_empty_taste_is_kept_and_the_next_block_is_due(plan, monkeypatch):
     assert asked == [(0, None, ["a", "b", "c"]), (1, "", ["d", "e", "f"])]
 
 
-def test_complete_blocks_without_a_preference_are_shown_as_blocks(plan):
-    plan.block_rule = BlockRule(2, 10 * MINUTE)
+def test_complete_blocks_without_a_preference_are_shown_as_blocks(spec):
+    spec.block_rule = BlockRule(2, 10 * MINUTE)
     sent_now = (datetime.now(UTC) - START) / timedelta(minutes=1)
 
     async def run():
-        users = Users(plan)
+        users = Users(spec)
         minutes = {"a": 0, "b": 1, "c": 2, "d": 30, "e": sent_now}
         users.store.add_events([event("u", note, minute) for note, minute in minutes.items()])
         shown = await users.blocks("u")
@@ -161,7 +161,7 @@ def test_a_block_whose_notes_are_all_gone_keeps_the_taste_before_it(tmp_path, pr
             return SimpleNamespace(preference="new")
 
     replica = Preferences.__new__(Preferences)
-    replica.plan, replica.summaries, replica.engine = SimpleNamespace(directory=tmp_path), {}, Engine()
+    replica.spec, replica.summaries, replica.engine = SimpleNamespace(directory=tmp_path), {}, Engine()
     replica.figures = Figures("test")
     assert asyncio.run(replica.advance("u", 1, previous, ["gone", "away"])) == kept and asked == []
     assert asyncio.run(replica.advance("u", 1, previous, ["gone", "n1"])) == "new" and asked == [["0"]]
@@ -208,7 +208,7 @@ def test_the_lift_of_an_arm_is_printed_with_its_interval(tmp_path, capsys):
         lift(capsys, tmp_path)
     (tmp_path / "serving").mkdir()
     with UserStore(tmp_path / "serving" / "users.sqlite") as store:
-        assert lift(capsys, tmp_path) == ["experiment default: nothing was shown to a user yet"]
+        assert lift(capsys, tmp_path) == ["experiment default: no note was shown to a user yet"]
         for user in range(200):
             arm, every = ("plain", 10) if user % 2 else ("better", 4)
             shown = [Exposure(f"r{user}", f"u{user}", f"n{n}", n, "default", arm, START) for n in range(10)]

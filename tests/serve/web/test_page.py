@@ -28,13 +28,13 @@ READER = "#/user?id=reader"
 def service(world, start, tmp_path_factory):
     """The service with keys, users, a ranker and hostile notes; ``read`` and ``write`` are its keys."""
     users = save_users(tmp_path_factory.mktemp("users"), world)
-    plan = world.plan("page", auth="on", ranker=SMALL, plan_ranker_engine=page_world.Scorer, **users)
-    keys = {scope: create_key(plan.keys_file, scope, ["read", scope]) for scope in ("read", "write")}
-    service = start(plan)
+    spec = world.spec("page", auth="on", ranker=SMALL, spec_ranker_engine=page_world.Scorer, **users)
+    keys = {scope: create_key(spec.keys_file, scope, ["read", scope]) for scope in ("read", "write")}
+    service = start(spec)
     service.http.headers["authorization"] = f"Bearer {keys['write']}"
     add_hostile_notes(service.http)
     service.read, service.write = keys["read"], keys["write"]
-    service.address = f"http://127.0.0.1:{plan.serve.port}"
+    service.address = f"http://127.0.0.1:{spec.serve.port}"
     return service
 
 
@@ -149,8 +149,8 @@ def test_filters_and_hiding(tab, service):
     page.get_by_role("button", name="Add").click()
     page.wait_for_url(re.compile("nothing"))
     tab.settled()
-    page.get_by_role("checkbox", name="a note must have all of them").check()
-    page.get_by_text("No note meets these filters.").wait_for()
+    page.get_by_role("checkbox", name="Notes must have all of these topics").check()
+    page.get_by_text("No note matches these filters.").wait_for()
     page.get_by_role("link", name="Search without filters").click()
     page.locator(".grid .card").first.wait_for()
 
@@ -170,7 +170,7 @@ def test_pasting_a_note_with_a_picture(tab, service, world):
     ids = page.locator(".grid .card").evaluate_all("all => all.map((one) => one.dataset.note)")
     assert ids == [one["note_id"] for one in expected]
     page.reload()  # a file is in no link: the page says so, and searches with the rest
-    page.get_by_text("a link cannot hold it").wait_for()
+    page.get_by_text("a link cannot contain").wait_for()
     assert page.get_by_label("Title", exact=True).input_value() == note.title
     tab.failures_expected = True
     page.locator("input[type=file]").set_input_files(
@@ -212,13 +212,13 @@ def test_the_view_says_which_fallback_happened(tab, service):
 
 def test_users_of_all_kinds(tab, service):
     page = tab.open("#/user?id=waiting", key=service.read)
-    assert page.get_by_text("has not been put into words").count() == 1
+    assert page.get_by_text("has not been written yet").count() == 1
     page.goto(f"{service.address}/#/users")
     page.get_by_role("link", name='odd/"id"?&#').click()
     page.get_by_role("heading", name='User odd/"id"?&#').wait_for()
     tab.failures_expected = True
     page.goto(f"{service.address}/#/user?id=nobody")
-    page.get_by_role("alert").filter(has_text="Not there").wait_for()
+    page.get_by_role("alert").filter(has_text="Not found").wait_for()
 
 
 def test_a_written_note_is_found_again_and_deleted(tab, service):
@@ -235,7 +235,7 @@ def test_a_written_note_is_found_again_and_deleted(tab, service):
     assert page.locator(".grid .card", has_text="yours").get_attribute("data-note") == "from the page/1"
     stored = service.http.get("/v1/notes/from%20the%20page%2F1").json()
     assert stored["topics"] == ["house, by the", "sea"] and stored["has_image"]
-    page.get_by_role("link", name="Walk on from it").click()
+    page.get_by_role("link", name="Show its neighbours").click()
     page.get_by_role("heading", name="a blue house by the sea").wait_for()
     page.get_by_role("link", name="Change or delete it").click()
     page.get_by_role("heading", name="Change a note").wait_for()
@@ -262,11 +262,11 @@ def test_keys(new_tab, service):
     page.get_by_text("plain letters, digits and signs").wait_for()
     page.get_by_label("Key", exact=True).fill(service.read)
     page.keyboard.press("Enter")
-    page.get_by_role("heading", name="Notes by what is in them").wait_for()
+    page.get_by_role("heading", name="Find notes by their content").wait_for()
     tab.settled()
     page.get_by_role("link", name="Write", exact=True).click()
     page.get_by_role("button", name="Write it").click()
-    page.get_by_role("alert").filter(has_text="may not do that").wait_for()
+    page.get_by_role("alert").filter(has_text="does not allow that").wait_for()
     assert page.evaluate("Object.keys(localStorage).length") == 0 and page.context.cookies() == []
     page.get_by_role("button", name="API key, given").click()
     page.get_by_role("button", name="Forget it").click()
@@ -281,7 +281,7 @@ def test_a_key_that_is_given_late_costs_nothing_that_was_typed(new_tab, service)
     page.get_by_label("Title", exact=True).fill("a long day's work")
     note_id = page.get_by_label("Id", exact=True).input_value()
     page.get_by_role("button", name="Write it").click()
-    page.get_by_role("alert").filter(has_text="may not do that").wait_for()
+    page.get_by_role("alert").filter(has_text="does not allow that").wait_for()
     page.get_by_role("button", name="Enter a key").click()
     page.get_by_label("Key", exact=True).fill(service.write)
     page.keyboard.press("Enter")
@@ -311,7 +311,7 @@ def test_waiting_and_finding_nothing_are_told(tab, service):
     page.get_by_role("searchbox").fill("typed meanwhile")
     page.wait_for_timeout(100)
     waiting.pop().continue_()
-    page.get_by_text("No title, topic or id holds that.").wait_for()
+    page.get_by_text("No title, topic or id matches this.").wait_for()
     page.locator("#progress").wait_for(state="hidden")
     assert page.get_by_role("status").inner_text() == "0 notes found"
     assert page.get_by_role("searchbox").input_value() == "typed meanwhile"

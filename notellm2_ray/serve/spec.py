@@ -1,4 +1,4 @@
-"""What the deployments are told: paths and settings, as plain values that travel to every machine."""
+"""The specification of a service: paths and settings as plain values, which every deployment is given."""
 
 from __future__ import annotations
 
@@ -12,32 +12,32 @@ from notellm2_ray.core.settings.ranking import RankerSettings
 from notellm2_ray.core.settings.retrieval import IndexSettings
 from notellm2_ray.core.settings.serve import DeploymentSettings, ServeSettings
 
-# With Serve's own back-off of up to half a second a full deployment answers a fraction of what it could: at twice its
-# capacity 10 requests a second of 100, with this one 85.
+# Serve's default back-off of up to half a second leaves a busy deployment mostly idle: at twice its capacity of 100
+# requests a second it answered 10 a second, and 85 with this back-off.
 _BACKOFF = {"initial_backoff_s": 0.005, "max_backoff_s": 0.01}
 
 
 @dataclass(frozen=True)
-class Plan:
-    """One application.
+class ServiceSpec:
+    """What a service consists of.
 
     Attributes:
-        directory: serving directory: live table, users, keys; on storage that all replicas share.
-        model: directory of the embedder, where ``directory`` does not name one (:mod:`~notellm2_ray.live.current`).
+        directory: serving directory with live table, users and keys, on storage that all replicas share.
+        model: directory of the embedder, unless ``directory`` names another (:mod:`~notellm2_ray.live.current`).
         notes: prepared notes, for the first start.
         embeddings: their bulk vectors, for the first start.
         serve, index, ranker: settings.
         seed: of the index and of sampling.
         block_rule: where the blocks of a user's history end.
         actions: events that put a note into a user's history.
-        events: prepared events, histories at the first start where ``sequences`` and ``preferences`` are not there.
-        saved_index: directory of a built index, used at a first load if it fits the table.
-        sequences, preferences, summaries: what the recommender's bulk jobs left, for the first start and as inputs of
-            preferences; None where they have not run.
+        events: prepared events, for the first start without ``sequences`` and ``preferences``.
+        saved_index: directory of a built index, used by the first load if it fits the table.
+        sequences, preferences, summaries: outputs of the recommender's bulk jobs, for the first start and as inputs of
+            preferences; None for jobs that have not run.
         preference_engine: makes an object with ``async advance(previous, items, *, user, block)`` (see
             :mod:`~notellm2_ray.serve.deployments.preferences`); None: no preferences are written.
         ranker_engine: makes an object with ``async score(...)`` (see
-            :mod:`~notellm2_ray.serve.deployments.ranker`); None: none.
+            :mod:`~notellm2_ray.serve.deployments.ranker`); None: no ranker.
         environment: environment variables of the processes that hold an engine.
     """
 
@@ -102,7 +102,7 @@ def common_options(
     environment: dict[str, str] | None = None,
     resource: str | None = None,
 ) -> dict[str, Any]:
-    """Arguments of ``serve.deployment`` for every deployment; ``resource`` names what its node must have."""
+    """Arguments of ``serve.deployment`` for any deployment; ``resource``: a Ray resource that its node must have."""
     from ray.serve.config import RequestRouterConfig
 
     actor: dict[str, Any] = {"num_cpus": cpus, "num_gpus": gpus}
