@@ -1,4 +1,4 @@
-"""Every kind of index against a plain full-matrix search, and exclusions as a property."""
+"""Every kind of index compared with a plain search over all vectors; exclusions as a property."""
 
 import json
 import logging
@@ -34,7 +34,7 @@ def names(rows: int) -> list[str]:
 
 
 def twin(ids, vectors, query, k, excluded=()) -> list[str]:
-    """Plain search: score everything, sort, drop the excluded."""
+    """Plain search: score all notes, sort them, drop the excluded ones."""
     order = np.argsort(-(vectors @ query), kind="stable")
     return [ids[row] for row in order if ids[row] not in excluded][:k]
 
@@ -82,7 +82,7 @@ def test_recall_is_measured_honestly_when_too_few_cells_are_searched():
     assert starved.info["recall_at_100"] < 0.9
 
 
-def test_auto_is_exact_for_few_notes_and_copies_of_a_note_do_not_spoil_recall():
+def test_auto_is_exact_for_few_notes_and_copies_of_a_note_count_for_recall():
     vectors = np.repeat(clustered(3), 70, axis=0)
     index = AnnIndex.build(names(210), vectors, IndexSettings())
     assert index.info["kind"] == "exact"
@@ -92,9 +92,9 @@ def test_auto_is_exact_for_few_notes_and_copies_of_a_note_do_not_spoil_recall():
 @pytest.mark.parametrize("kind", KINDS)
 @settings(max_examples=25, deadline=None)
 @given(data=st.data())
-def test_an_excluded_note_never_returns_and_k_still_come(kind, data):
+def test_excluded_notes_are_never_returned_and_k_others_are(kind, data):
     excluded = set(data.draw(st.lists(st.sampled_from([*IDS, "unknown"]), max_size=30)))
-    if data.draw(st.booleans()):  # a tight filter: all but a few
+    if data.draw(st.booleans()):  # all but a few are excluded
         excluded = set(IDS) - set(data.draw(st.lists(st.sampled_from(IDS), min_size=1, max_size=9)))
     k = data.draw(st.integers(1, 420))
     query = data.draw(st.integers(0, len(IDS) - 1))
@@ -138,7 +138,7 @@ def test_the_same_seed_gives_the_same_cells():
         np.testing.assert_array_equal(one, two)
 
 
-def test_missing_and_damaged_indexes_are_named(tmp_path):
+def test_missing_and_damaged_index_files_are_named(tmp_path):
     with pytest.raises(OutputError, match=r"index\.json is missing"):
         AnnIndex.load(tmp_path)
     built("exact").save(tmp_path)
@@ -180,7 +180,7 @@ def test_bad_vectors_queries_and_pools_are_refused():
         built("exact").search(VECTORS[:1], 3, exclude_ids=IDS)
 
 
-def test_settings_that_do_not_fit_are_refused():
+def test_settings_that_do_not_fit_the_vectors_are_refused():
     for wrong, message in [
         ({"kind": "ivf", "num_lists": 500}, "only 400 notes"),
         ({"kind": "ivf", "num_lists": 4, "num_probes": 9}, "more than the 4 cells"),

@@ -1,4 +1,4 @@
-"""The embedding table: what goes in comes out, and nothing wrong goes in."""
+"""The embedding table: what is written is read back, and nothing invalid is written."""
 
 import errno
 

@@ -1,4 +1,4 @@
-"""The live index against a plain dict and a full-matrix search, through every kind of change."""
+"""The live index compared with a dict and a search over all vectors, through every kind of change."""
 
 import subprocess
 import sys
@@ -68,7 +68,7 @@ class Twin:
 
 
 def agree(hits, expected) -> None:
-    """Same notes in the same order, but for notes whose cosines are equal up to float32's rounding."""
+    """The same notes in the same order, except for notes whose cosines are equal up to float32 rounding."""
     assert len(hits.ids) == len(expected) == len(set(hits.ids))
     np.testing.assert_allclose(hits.scores, [score for score, _ in expected], atol=2e-6)
     for note_id, score in zip(hits.ids, hits.scores, strict=True):
@@ -180,7 +180,7 @@ def test_recall_with_fresh_and_deleted_notes(kind):
 
 
 @pytest.mark.parametrize("kind", ["exact", "ivf", "hnsw", "ivf_pq"])
-def test_k_notes_come_even_if_every_near_one_was_replaced(kind):
+def test_k_notes_are_found_even_if_every_near_one_was_replaced(kind):
     vectors = clustered(3000, 16, 10, seed=4)
     index = live(names(3000), vectors, IndexSettings(kind=kind, pq_bytes=8, recall_queries=50), rebuild_rows=10**9)
     order = np.argsort(-(vectors @ vectors[0]))
@@ -233,7 +233,7 @@ def test_similarity_by_modality_and_missing_vectors():
         index.similarity("n0", ["n1"], "other")
 
 
-def test_a_saved_index_over_the_same_notes_is_taken_over():
+def test_a_saved_index_of_the_same_notes_is_used():
     vectors = unit(50)
     saved = AnnIndex.build(names(50), vectors, EXACT)
     assert live(names(50), vectors, main=saved)._snapshot.main is saved
@@ -344,7 +344,7 @@ def test_changes_made_during_a_rebuild_are_kept(monkeypatch):
     assert len(index) == 50
 
 
-def test_a_process_that_ends_during_a_rebuild_ends_well():
+def test_a_process_that_ends_during_a_rebuild_exits_cleanly():
     script = """
 import numpy as np
 from notellm2_ray.core.settings.retrieval import IndexSettings

@@ -1,4 +1,4 @@
-"""The live notes: nothing acknowledged is ever lost, and followers hold what the table holds."""
+"""The live table: no acknowledged write is ever lost, and followers have what the table has."""
 
 import asyncio
 import json
@@ -42,7 +42,7 @@ def path(tmp_path):
 
 
 def titles(path) -> dict[str, str]:
-    """What the table holds, by a plain scan."""
+    """The table's notes, by a plain scan."""
     rows = LiveTable(path).dataset.to_table(columns=["note_id", "title", "deleted"]).to_pylist()
     assert len({row["note_id"] for row in rows}) == len(rows)
     return {row["note_id"]: row["title"] for row in rows if not row["deleted"]}
@@ -105,7 +105,7 @@ def test_coroutines_and_threads_share_groups(path):
     assert len(titles(path)) == 80
 
 
-def test_notes_that_do_not_fit_are_refused_alone(path):
+def test_invalid_notes_are_refused_without_affecting_others(path):
     with LiveStore.open(path, gather_seconds=0.05) as store:
         good = store.submit_upsert([note("good")])
         for bad, message in [
@@ -130,10 +130,10 @@ def test_a_second_writer_is_refused_and_a_foreign_write_is_noticed(path):
         with pytest.raises(OutputError, match=f"process {os.getpid()} on "):
             LiveStore.open(path)
         store.upsert([note("a")])
-        LiveTable(path).dataset.delete("note_id = 'n1'")  # who does not ask for the lock
+        LiveTable(path).dataset.delete("note_id = 'n1'")  # a writer that does not take the lock
         with pytest.raises(OutputError, match="another writer"):
             store.upsert([note("b")])
-        assert store.upsert([note("c")]) == 2  # it took notice and can go on
+        assert store.upsert([note("c")]) == 2  # it has read the new version and can continue
     LiveStore.open(path).close()
     assert "b" not in titles(path)
 
@@ -148,7 +148,7 @@ def test_a_failed_commit_reaches_its_callers_and_the_next_one_works(path, monkey
     assert "a" not in titles(path)
 
 
-def test_creation_is_whole_or_not_at_all(tmp_path):
+def test_a_creation_is_complete_or_leaves_nothing(tmp_path):
     path = tmp_path / "live.lance"
     with pytest.raises(DataError, match="seed it first"):
         LiveStore.open(path)
@@ -159,7 +159,7 @@ def test_creation_is_whole_or_not_at_all(tmp_path):
     with pytest.raises(KeyError):
         create_table(path, broken(), live_schema(DIM, model_fingerprint=MODEL))
     assert not path.exists()
-    (path / "data").mkdir(parents=True)  # what a killed creation leaves
+    (path / "data").mkdir(parents=True)  # left by a killed creation
     make_table(path, 30)
     assert len(titles(path)) == 30
     with pytest.raises(OutputError, match="there already"):
@@ -194,7 +194,7 @@ def test_compaction_purge_and_clean_up_keep_the_notes_and_followers(tmp_path):
     assert titles(path) == expected
     assert {note_id for change in heard for note_id in change.written} >= {"n1", "n228"}
     assert late.state.seq < LiveTable(path).purged_seq
-    for _ in range(200):  # tombstones that it never saw are gone: it must load anew
+    for _ in range(200):  # tombstones that it never saw were removed: it must load the table again
         late.poll()
         time.sleep(0.01)
         if late.freshness()["reloads"]:
@@ -209,7 +209,7 @@ def test_compaction_purge_and_clean_up_keep_the_notes_and_followers(tmp_path):
         assert store.upsert([note("x")]) == seq + 1
 
 
-def test_a_seq_is_never_given_twice_even_if_the_last_tombstone_was_purged(path):
+def test_a_seq_is_never_reused_even_if_the_last_tombstone_was_removed(path):
     with LiveStore.open(path, upkeep=Upkeep(tombstone_horizon=timedelta(0), **BUSY)) as store:
         seq = store.delete(["n1"])
         store._committer.close()
@@ -221,7 +221,7 @@ def test_a_seq_is_never_given_twice_even_if_the_last_tombstone_was_purged(path):
 
 
 def damage(path, part, how) -> None:
-    """What a loss of power may do to the newest file of a part of the table."""
+    """What a power failure may do to the newest file in a part of the table."""
     newest = max((path / part).iterdir(), key=lambda file: file.stat().st_mtime_ns)
     data = newest.read_bytes()
     if how == "gone":
@@ -234,7 +234,7 @@ HARMS = ["empty manifest", "zeroed manifest", "data cut short", "data gone", "de
 
 
 @pytest.mark.parametrize("harm", [*HARMS, "deletions gone", "all"])
-def test_a_loss_of_power_costs_only_what_was_not_acknowledged(path, harm):
+def test_a_power_failure_costs_only_unacknowledged_writes(path, harm):
     with LiveStore.open(path) as store:
         store.upsert([note("kept")])
         version = store.info()["version"]
@@ -270,12 +270,12 @@ FAILING = [
 
 
 @pytest.mark.parametrize("error", FAILING, ids=str)
-def test_a_disk_that_fails_for_a_moment_costs_nothing(path, monkeypatch, error):
+def test_a_temporary_disk_failure_costs_no_version(path, monkeypatch, error):
     import lance
 
     with LiveStore.open(path) as store:
         assert [store.upsert([note("a", value)]) for value in (1, 2, 3)] == [1, 2, 3]
-    files.manifest(path, LiveTable(path).version + 1).write_bytes(b"")  # damaged, and what is before it cannot be read
+    files.manifest(path, LiveTable(path).version + 1).write_bytes(b"")  # damaged, and the version before cannot be read
     before = files.listing(path)
     with monkeypatch.context() as patch:
         patch.setattr(lance, "dataset", lambda *_, **__: (_ for _ in ()).throw(error))
@@ -287,7 +287,7 @@ def test_a_disk_that_fails_for_a_moment_costs_nothing(path, monkeypatch, error):
         assert store.upsert([note("b")]) == 4
 
 
-def test_a_table_that_cannot_be_listed_is_not_taken_for_none(path, monkeypatch):
+def test_a_table_that_cannot_be_listed_is_not_mistaken_for_a_missing_one(path, monkeypatch):
     def denied(_):
         raise PermissionError(13, "Permission denied")
 
@@ -298,12 +298,12 @@ def test_a_table_that_cannot_be_listed_is_not_taken_for_none(path, monkeypatch):
     assert len(titles(path)) == 20
 
 
-def test_a_follower_goes_back_with_the_table(path):
+def test_a_follower_returns_to_an_older_version_with_the_table(path):
     follower = StoreFollower(path, EXACT)
     with LiveStore.open(path) as store:
         store.upsert([note("kept")])
         store.upsert([note("torn", 1)])
-    follower.state = follower._load(path)  # a version may be read before it is known to be on the disk
+    follower.state = follower._load(path)  # a version may be read before it is synced to the disk
     assert follower.state.seq == 2
     damage(path, "data", "cut short")
     with LiveStore.open(path) as store:
@@ -314,7 +314,7 @@ def test_a_follower_goes_back_with_the_table(path):
         assert follower.poll() and "after" in follower.index and follower.state.seq == 2
 
 
-def test_followers_swap_to_a_new_models_table_as_one(tmp_path):
+def test_followers_switch_to_a_new_models_table_in_one_step(tmp_path):
     make_table(tmp_path / "live.lance")
     follower = StoreFollower(tmp_path, EXACT, poll_seconds=0.01).start()
     old = follower.state
@@ -327,7 +327,7 @@ def test_followers_swap_to_a_new_models_table_as_one(tmp_path):
         time.sleep(0.01)
     assert (follower.index.model_fingerprint, len(follower.index)) == ("model-2", 30)
     assert follower.index.search(unit(30, seed=5)[3], 1).ids == ["n3"]
-    assert old.index.search(unit(20)[3], 1).ids == ["n3"]  # a request that began before ends with the old one
+    assert old.index.search(unit(20)[3], 1).ids == ["n3"]  # a request that began earlier finishes with the old index
     with LiveStore.open(tmp_path / "live-2.lance") as store:
         assert follower.wait_for(store.upsert([note("fresh", 3)]))
     assert follower.notes(["fresh"])[0].title == "3"
@@ -387,7 +387,7 @@ def test_the_table_and_its_follower_equal_a_plain_dict(tmp_path_factory, groups,
 
 
 @pytest.mark.slow
-def test_twenty_kills_lose_nothing_that_was_acknowledged(path, tmp_path):
+def test_twenty_kills_lose_no_acknowledged_write(path, tmp_path):
     log, total = tmp_path / "acknowledged", 0
     follower = StoreFollower(path, EXACT, poll_seconds=0.02).start()
     rng = np.random.default_rng(0)
@@ -442,7 +442,7 @@ def test_seeding_joins_notes_and_vectors_and_counts_what_is_missing(tmp_path):
         seed_from_bulk(tmp_path / "notes", tmp_path / "e.lance", tmp_path / "serving" / "live.lance")
 
 
-def test_a_version_that_was_compacted_away_is_read_from_the_newest(path):
+def test_reads_of_a_removed_version_use_the_newest(path):
     old = LiveTable(path)
     with LiveStore.open(path, upkeep=Upkeep(**BUSY)) as store:
         for value in range(1, 6):

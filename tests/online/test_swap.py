@@ -1,4 +1,4 @@
-"""Another model takes over: its table catches up with the served one and takes its place, and nothing is lost."""
+"""Switching to another model: its table is brought up to date with the served one and replaces it; nothing is lost."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ class Method:
 
 
 class NewModel:
-    """A handle of an encoder whose vectors of a note say its title; nothing can be made of the title 'bad'."""
+    """A handle of an encoder whose vectors depend on the title; the title 'bad' has no vector."""
 
     def __init__(self, directory):
         self.directory = directory
@@ -72,7 +72,7 @@ def vector_of(title):
 
 @pytest.fixture
 def filled(tmp_path):
-    """A serving directory whose next table was filled from the first version of the served one."""
+    """A serving directory whose next table was filled from the first version of the served table."""
     make_table(tmp_path / "live.lance")
     make_table(tmp_path / "live-2.lance", model=NEW, seed=5)
     (tmp_path / "models" / "m2").mkdir(parents=True)
@@ -84,18 +84,18 @@ def make_writer(directory, handle):
 
 
 async def taken_over(writer):
-    """The next look's outcome."""
+    """Run the next step and wait for it."""
     await writer.exchange("gateway-1", {})
     await writer.takeover.task
 
 
 def contents(path):
-    """Title and vector by id, of living notes."""
+    """Title and vector of living notes, by id."""
     rows = LiveTable(path).dataset.to_table(columns=["note_id", "title", "embedding"], filter="NOT deleted")
     return {row["note_id"]: (row["title"], np.array(row["embedding"], np.float32)) for row in rows.to_pylist()}
 
 
-def test_what_came_after_the_copy_is_carried_over(filled):
+def test_changes_after_the_copy_are_written_to_the_next_table(filled):
     async def run():
         writer = make_writer(filled, NewModel(filled))
         await writer.upsert([note("a", 1), note("n3", 2), note("gone", 3)], MODEL)
@@ -108,7 +108,7 @@ def test_what_came_after_the_copy_is_carried_over(filled):
         assert current.current(filled) == (filled / "live-2.lance", filled / "models" / "m2", "", 0)
         assert await writer.upsert([note("late", 6)], MODEL) == (None, NEW)
         done = await writer.upsert([note("late", 6)], NEW)
-        assert done.seq > seq and done.model_fingerprint == NEW  # numbers go on: who waits for one is not misled
+        assert done.seq > seq and done.model_fingerprint == NEW  # seqs continue across the switch
         writer.check_health()
         writer.store.close()
 
@@ -119,11 +119,11 @@ def test_what_came_after_the_copy_is_carried_over(filled):
     np.testing.assert_allclose(found["a"][1], vector_of("4"), atol=1e-6)
     np.testing.assert_allclose(found["n3"][1], vector_of("2"), atol=1e-6)
     np.testing.assert_allclose(found["n7"][1], old[7], atol=1e-6)
-    LiveStore.open(filled / "live.lance").close()  # the old table is free
+    LiveStore.open(filled / "live.lance").close()  # the old table is released
 
 
-def test_nothing_that_is_written_meanwhile_is_lost(filled):
-    """Writers that never stop, and an encoder that takes its time: what was acknowledged is in the new table."""
+def test_no_acknowledged_write_is_lost_during_the_switch(filled):
+    """Writers never stop and the encoder is slow: all acknowledged writes are in the new table."""
     expected, asked = {f"n{row}": "0" for row in range(20)}, itertools.count(1)
 
     async def write(writer, stop, mine):
@@ -168,7 +168,7 @@ def test_nothing_that_is_written_meanwhile_is_lost(filled):
             np.testing.assert_allclose(vector, vector_of(title), atol=1e-6)
 
 
-def test_deletions_whose_tombstones_are_gone_are_carried_over(filled):
+def test_deletions_whose_tombstones_were_removed_reach_the_next_table(filled):
     keep_nothing = Upkeep(small_files=1, idle_small_files=1, tombstone_horizon=timedelta(0))
     with LiveStore.open(filled / "live.lance", upkeep=keep_nothing) as store:
         store.delete(["n1", "n2"])
@@ -186,7 +186,7 @@ def test_deletions_whose_tombstones_are_gone_are_carried_over(filled):
     assert "n1" not in found and found["n2"][0] == "9" and len(found) == 19
 
 
-def test_until_the_new_model_works_the_old_one_is_served(filled):
+def test_the_old_model_is_served_until_the_new_one_works(filled):
     async def run():
         handle = NewModel(filled)
         handle.loaded = "of another precision"
@@ -201,7 +201,7 @@ def test_until_the_new_model_works_the_old_one_is_served(filled):
         async def fails_the_second_time():
             if next(calls):
                 raise ModelError("out of memory")
-            await writer.upsert([note("b", 2)], MODEL)  # so that something is left for the last round
+            await writer.upsert([note("b", 2)], MODEL)  # leaves a change for the last round
 
         handle.before = fails_the_second_time
         await taken_over(writer)
@@ -219,7 +219,7 @@ def test_until_the_new_model_works_the_old_one_is_served(filled):
     assert {"a", "b", "c"} <= set(contents(filled / "live-2.lance"))
 
 
-def test_a_writer_that_died_after_the_swap_clears_up(filled):
+def test_a_writer_cleans_up_after_one_that_died_after_the_switch(filled):
     current.set_upcoming(filled, "live-2.lance", "m2", "live.lance", 0)
     current.set_current(filled, "live-2.lance", "m2")
 
@@ -232,7 +232,7 @@ def test_a_writer_that_died_after_the_swap_clears_up(filled):
     asyncio.run(run())
 
 
-def test_the_service_keeps_a_copy_of_the_model_it_began_with(filled):
+def test_the_service_keeps_a_copy_of_its_first_model(filled):
     trained = filled / "trained"
     trained.mkdir()
     (trained / "weights").write_text("first")
@@ -259,7 +259,7 @@ def test_the_service_keeps_a_copy_of_the_model_it_began_with(filled):
     asyncio.run(run())
 
 
-def test_a_model_that_cannot_be_copied_is_served_from_where_it_lies(filled, monkeypatch, caplog):
+def test_a_model_that_cannot_be_copied_is_served_from_its_own_directory(filled, monkeypatch, caplog):
     (filled / "trained").mkdir()
     handle, tries = NewModel(filled), []
     described = {
@@ -288,7 +288,7 @@ def test_a_model_that_cannot_be_copied_is_served_from_where_it_lies(filled, monk
     asyncio.run(run())
 
 
-def test_a_table_filled_from_one_that_is_served_no_more_is_not_served(filled):
+def test_a_table_filled_from_one_that_is_no_longer_served_is_not_used(filled):
     async def run():
         writer = make_writer(filled, NewModel(filled))
         current.set_upcoming(filled, "live-2.lance", "m2", "live-0.lance", 0)
@@ -306,13 +306,13 @@ def test_a_table_filled_from_one_that_is_served_no_more_is_not_served(filled):
         assert writer.takeover.waits == "the swap was given up" and writer.store.path.name == "live.lance"
         await taken_over(writer)
         assert writer.takeover.waits is None
-        LiveStore.open(filled / "live-2.lance").close()  # let go
+        LiveStore.open(filled / "live-2.lance").close()  # released
         writer.store.close()
 
     asyncio.run(run())
 
 
-def test_it_is_served_once_every_replica_has_loaded_it(filled):
+def test_the_next_table_is_served_when_every_replica_has_loaded_it(filled):
     def report(ahead):
         return {"state": {"freshness": {"ahead": ahead}}}
 
@@ -331,7 +331,7 @@ def test_it_is_served_once_every_replica_has_loaded_it(filled):
     asyncio.run(run())
 
 
-def test_a_model_that_makes_nothing_of_many_notes_is_not_served(filled):
+def test_a_model_without_vectors_for_many_notes_is_not_served(filled):
     async def run():
         writer = make_writer(filled, NewModel(filled))
         await writer.upsert([note(f"b{row}", 5)._replace(title="bad") for row in range(3)], MODEL)
@@ -356,13 +356,13 @@ def test_followers_load_the_next_table_before_it_is_served(filled):
         follower.poll()
         current.set_current(filled, "live-2.lance", "m2")
         current.forget_upcoming(filled)
-        assert [one.title for one in follower.notes(["late"])] == ["3"]  # what is served is read, loaded or not
+        assert [one.title for one in follower.notes(["late"])] == ["3"]  # read from the served table, loaded or not
         assert follower.poll() and follower.index.model_fingerprint == NEW and "late" in follower.index
         store.upsert([note("later", 4)], NEW)
         assert follower.poll() and "later" in follower.index and follower.freshness()["ahead"] is None
 
 
-def test_a_next_table_that_cannot_be_loaded_is_no_problem_of_the_one_that_is_served(filled, monkeypatch, caplog):
+def test_a_next_table_that_cannot_be_loaded_does_not_affect_the_served_one(filled, monkeypatch, caplog):
     monkeypatch.setattr("notellm2_ray.live.follower._FAILING_SECONDS", 0.0)
     (filled / "live-3.lance" / "_versions").mkdir(parents=True)
     current.set_upcoming(filled, "live-3.lance", "m2", "live.lance", 0)
@@ -371,14 +371,14 @@ def test_a_next_table_that_cannot_be_loaded_is_no_problem_of_the_one_that_is_ser
     (filled / "NEXT").write_text("{}")
     assert not follower.poll() and follower.freshness()["ahead"] is None
     current.set_upcoming(filled, "live-3.lance", "m2", "live.lance", 0)
-    follower._stop.set()  # so that it does not wait before it tries again
+    follower._stop.set()  # skips the wait before the next attempt
     for _ in range(3):
         follower.poll()
         follower._loading.join()
     assert "live-3.lance" in caplog.text and follower.problem is None and follower.freshness()["ahead"] is None
 
 
-def test_a_table_that_somebody_makes_the_current_one_while_it_is_filled_is_written(filled):
+def test_a_next_table_that_is_made_current_by_hand_is_written(filled):
     async def run():
         handle = NewModel(filled)
         handle.loaded = "of another precision"
@@ -392,7 +392,7 @@ def test_a_table_that_somebody_makes_the_current_one_while_it_is_filled_is_writt
     asyncio.run(run())
 
 
-def test_what_is_served_next_must_be_there(filled):
+def test_the_next_table_and_model_must_exist(filled):
     with pytest.raises(DataError, match=r"live-3\.lance is not there"):
         current.set_upcoming(filled, "live-3.lance", "m2", "live.lance", 0)
     with pytest.raises(DataError, match="m3 is not there"):
@@ -444,7 +444,7 @@ def test_an_encoder_holds_both_models_while_one_takes_over(world, other_model, t
             np.testing.assert_allclose(vectors.columns["embedding"], model.encode(world.notes[:5]), atol=1e-5)
         current.set_current(directory, "live-2.lance", "other")
         current.forget_upcoming(directory)
-        assert loaded(one) == [old, new]  # replicas that still load the new table ask for the old one
+        assert loaded(one) == [old, new]  # replicas that are still loading the new table need the old model
         monkeypatch.setattr(encoder, "_KEPT_SECONDS", 0.0)
         assert loaded(one) == [new]
         monkeypatch.undo()
@@ -460,7 +460,7 @@ def swap_settings(workspace, *more):
 
 @pytest.fixture
 def workspace(world, other_model):
-    """A workspace whose embedder was trained anew since it was served."""
+    """A workspace whose embedder was trained again since it was first served."""
     workspace = world.base / "workspace"
     model = workspace / "embedders" / swap_settings(workspace).embedder_name / "model"
     if not model.exists():
@@ -469,14 +469,14 @@ def workspace(world, other_model):
 
 
 def trained(encoder, path):
-    """An embedder as train-embedder leaves it."""
+    """An embedder as train-embedder writes it."""
     path.parent.mkdir(parents=True, exist_ok=True)
     encoder.save_pretrained(path)
     (path.parent / "manifest.json").write_text(json.dumps({"fingerprint": encoder.fingerprint}))
 
 
 @pytest.mark.slow
-def test_a_running_service_goes_over_without_a_failed_request(world, other_model, workspace, start):
+def test_a_running_service_switches_without_a_failed_request(world, other_model, workspace, start):
     spec = world.spec("workspace/serving", gateway=SMALL.model_copy(update={"replicas": 2}))
     service = start(spec)
     stop, statuses, wanted = threading.Event(), [], {}
@@ -510,7 +510,7 @@ def test_a_running_service_goes_over_without_a_failed_request(world, other_model
     try:
         told = online_swap.swap_embedder(swap_settings(workspace))
         wait_for(lambda: all(_model(service) == other_model.fingerprint for _ in range(12)), 60)
-        threads[2].join(2)  # and a while longer
+        threads[2].join(2)  # and some more
     finally:
         stop.set()
         for thread in threads:
@@ -529,7 +529,7 @@ def test_a_running_service_goes_over_without_a_failed_request(world, other_model
     assert [one["note_id"] for one in answer["results"]] == [f"n{row}" for row in best]
     settings = swap_settings(workspace)
     assert "served already" in online_swap.swap_embedder(settings)
-    # Started again it serves the same, whatever the workspace's embedder has become.
+    # After a restart the same model is served, even if the workspace's embedder has changed.
     assert online.service_spec(settings).model == spec.directory / "models" / other_model.fingerprint
     service.stop()
 
@@ -539,7 +539,7 @@ def _model(service):
 
 
 @pytest.mark.slow
-def test_where_no_service_runs_the_command_swaps_by_itself(world, other_model, tmp_path):
+def test_without_a_running_service_the_command_does_the_switch(world, other_model, tmp_path):
     settings = swap_settings(tmp_path)
     directory, model = tmp_path / "serving", tmp_path / "embedders" / settings.embedder_name / "model"
     with pytest.raises(OutputError, match="no finished output"):
@@ -557,7 +557,7 @@ def test_where_no_service_runs_the_command_swaps_by_itself(world, other_model, t
     assert len(found) == len(world.notes) - 1
     np.testing.assert_allclose(found["n8"][1], other_model.encode(world.notes[8:9])[0], atol=1e-4)
     assert not list(directory.glob("next-*")) and current.upcoming(directory) is None
-    # The served copy outlives the workspace's embedder; going back makes the first model's table anew.
+    # The served copy outlives the workspace's embedder; swapping back makes the first model's table again.
     trained(world.encoder, model)
     online_swap.swap_embedder(settings)
     assert current.current(directory).model == directory / "models" / world.encoder.fingerprint

@@ -1,4 +1,4 @@
-"""The service's spec, from settings and what lies in a workspace."""
+"""The service's spec, from the settings and the outputs in a workspace."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from tests.support.live_notes import make_table
 
 @pytest.fixture
 def settings(tmp_path):
-    """Of a workspace with an embedder, but no vectors."""
+    """Settings of a workspace with an embedder but without vectors."""
     settings = load_settings(None, "demo", [f"workspace={tmp_path}"])
     (tmp_path / "embedders" / settings.embedder_name / "model").mkdir(parents=True)
     return settings
 
 
 def test_without_vectors_or_a_live_table_there_is_nothing_to_serve(settings, tmp_path):
-    online.create_key(settings, "page", ["read"])  # makes the serving directory
+    online.create_key(settings, "page", ["read"])  # creates the serving directory
     assert (tmp_path / "serving").is_dir()
     with pytest.raises(OutputError, match="run embed-notes first"):
         online.service_spec(settings)
-    make_table(tmp_path / "serving" / "live.lance")  # as after a clean-up of the bulk half's outputs
+    make_table(tmp_path / "serving" / "live.lance")  # as after the bulk outputs were removed
     assert online.service_spec(settings).directory == tmp_path / "serving"
 
 
-def test_tastes_that_cannot_be_advanced_block_by_block_are_refused(tmp_path):
+def test_preferences_that_cannot_be_advanced_block_by_block_are_refused(tmp_path):
     values = [f"workspace={tmp_path}", "serve.preferences={cpus: 1}", "preferences.variant=direct"]
     settings = load_settings(None, "demo", values)
     (tmp_path / "embedders" / settings.embedder_name / "model").mkdir(parents=True)

@@ -1,4 +1,4 @@
-"""Parts that fail: threads that panic, deployments that are away or busy, a table that is swapped for another."""
+"""Failures of parts: threads that panic, deployments that are not available or busy, a table replaced by another."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ EXACT = IndexSettings(kind="exact", recall_queries=5)
 
 
 class Panic(BaseException):
-    """As pyo3's PanicException: not an Exception."""
+    """Like pyo3's PanicException: not an Exception."""
 
 
 def panic(*_, **__):
@@ -80,16 +80,16 @@ def test_a_panic_in_upkeep_does_not_end_the_writer():
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
-def test_nothing_waits_for_a_writer_whose_thread_has_ended():
+def test_no_caller_waits_for_a_writer_whose_thread_has_ended():
     committer = GroupCommitter("test", lambda items: items, gather_seconds=0)
     committer._next_group = panic
-    assert committer.submit(1).result(5) == 1  # the last that it takes
+    assert committer.submit(1).result(5) == 1  # the last that is committed
     soon(lambda: not committer.alive)
     with pytest.raises(OutputError):
         committer.submit(2)
 
 
-def test_a_follower_that_fails_goes_on_and_says_so_after_a_while(path, monkeypatch):
+def test_a_follower_survives_failures_and_reports_lasting_ones(path, monkeypatch):
     monkeypatch.setattr(follower, "_FAILING_SECONDS", 0.2)
     one = StoreFollower(path, EXACT, poll_seconds=0.01).start()
     with monkeypatch.context() as patch:
@@ -104,7 +104,7 @@ def test_a_follower_that_fails_goes_on_and_says_so_after_a_while(path, monkeypat
     one.close()
 
 
-def test_what_was_loaded_is_not_loaded_again_before_it_is_taken(path):
+def test_a_loaded_table_is_not_loaded_again_before_it_is_used(path):
     one = StoreFollower(path, EXACT)
     one.state = one._load(path)
     one._load_beside(path)
@@ -115,7 +115,7 @@ def test_what_was_loaded_is_not_loaded_again_before_it_is_taken(path):
     assert one.poll() and one.state is loaded and not one.freshness()["errors"]
 
 
-def test_a_load_that_keeps_failing_is_told_until_it_is_no_longer_needed(path, tmp_path, monkeypatch):
+def test_a_load_that_keeps_failing_is_reported_while_it_is_needed(path, tmp_path, monkeypatch):
     monkeypatch.setattr(follower, "_FAILING_SECONDS", 0.2)
     one = StoreFollower(tmp_path, EXACT, poll_seconds=0.01).start()
     (tmp_path / "CURRENT").write_text(json.dumps({"table": "live-2.lance"}))
@@ -130,7 +130,7 @@ def test_a_load_that_keeps_failing_is_told_until_it_is_no_longer_needed(path, tm
     one.close()
 
 
-def test_a_saved_index_is_used_once_and_a_damaged_one_not_at_all(path, tmp_path, monkeypatch, caplog):
+def test_a_saved_index_is_used_once_and_a_damaged_one_never(path, tmp_path, monkeypatch, caplog):
     batch = StoreFollower(path, EXACT)._load(path).index._rows
     saved = AnnIndex.build(batch.ids[:20], batch.vectors[:20], EXACT, model_fingerprint=MODEL)
     (tmp_path / "index").mkdir()
@@ -156,7 +156,7 @@ def make_writer(directory) -> Writer:
     return Writer(SimpleNamespace(directory=directory, serve=ServeSettings()))
 
 
-def test_the_writer_goes_over_to_the_table_that_is_current(path, tmp_path):
+def test_the_writer_switches_to_the_current_table(path, tmp_path):
     async def run():
         writer = make_writer(tmp_path)
         assert await writer.upsert([note("a", 1)], MODEL) == (1, MODEL)
@@ -166,7 +166,7 @@ def test_the_writer_goes_over_to_the_table_that_is_current(path, tmp_path):
         assert await writer.upsert([note("c", 1)], "model-2") == (1, "model-2")
         done = await writer.delete(["n1", "a", "b"])
         assert (done.deleted, done.unknown) == (1, ["a", "b"])
-        LiveStore.open(path).close()  # the old table is free
+        LiveStore.open(path).close()  # the old table is released
         (tmp_path / "CURRENT").write_text(json.dumps({"table": "live-3.lance"}))
         with pytest.raises(OutputError, match="live-3"):
             await writer.upsert([note("d", 1)], "model-2")
@@ -203,7 +203,7 @@ def failing(error):
     return Handle(answer)
 
 
-def test_calls_to_a_part_that_is_away_are_bounded():
+def test_calls_to_an_unavailable_deployment_are_bounded():
     async def run():
         back = asyncio.Event()
 
@@ -223,14 +223,14 @@ def test_calls_to_a_part_that_is_away_are_bounded():
     asyncio.run(run())
 
 
-def test_work_beyond_ten_seconds_is_refused_whatever_the_number_of_requests():
+def test_more_than_ten_seconds_of_work_is_refused_for_any_number_of_requests():
     workload = Workload(10.0)
-    with workload.room_for(10_000), workload.room_for(64):  # nothing is known of their time yet
+    with workload.room_for(10_000), workload.room_for(64):  # the time per item is not known yet
         pass
     for _ in range(30):
         workload.took("preprocess", 0.1, 10)
         workload.took("model", 6.4, 64)
-    with workload.room_for(1000):  # nothing was in hand
+    with workload.room_for(1000):  # nothing else is in hand
         with pytest.raises(OverloadedError, match="106 s"):
             workload.room_for(64).__enter__()
         assert workload.items == 1000
@@ -242,7 +242,7 @@ def test_work_beyond_ten_seconds_is_refused_whatever_the_number_of_requests():
     assert workload.items == 0
 
 
-def test_a_refusal_of_another_deployment_is_told_as_it_is():
+def test_a_refusal_by_another_deployment_is_passed_on_unchanged():
     from ray.exceptions import RayTaskError
 
     told = OverloadedError("106 s of work")
@@ -254,7 +254,7 @@ def test_a_refusal_of_another_deployment_is_told_as_it_is():
 
 
 def gateway_of(problem=None, **handles):
-    """A gateway as far as looking around goes."""
+    """A gateway that can only ask the other deployments."""
     described = answering(describe={"models": [{"fingerprint": MODEL}]}, exchange={"other": {}})
     made = Gateway.__new__(Gateway)
     made.name, made.reports, made.writing_model = "gateway-1", {}, ""
@@ -269,25 +269,25 @@ def gateway_of(problem=None, **handles):
 
 
 @pytest.mark.parametrize("name", ["encoder", "writer", "users"])
-def test_a_part_that_is_needed_makes_a_replica_unready(name):
+def test_an_unavailable_required_deployment_makes_a_replica_unready(name):
     problems = asyncio.run(gateway_of(**{name: failing(UnavailableError("away"))}).problems_now())
     assert [one.startswith(name) for one in problems] == [True] and "away" in problems[0]
 
 
-def test_a_part_that_can_be_done_without_does_not():
+def test_an_unavailable_ranker_does_not_make_a_replica_unready():
     gateway = gateway_of(ranker=failing(UnavailableError("away")))
     asyncio.run(gateway._ask_optional())
     assert asyncio.run(gateway.problems_now()) == [] and gateway.missing == ["ranker: away"]
 
 
-def test_a_busy_part_is_there():
+def test_a_busy_deployment_is_available():
     gateway = gateway_of(writer=failing(OverloadedError("full")))
     gateway.reports = {"before": {}}
     assert asyncio.run(gateway.problems_now()) == []
     assert gateway.reports == {"before": {}}
 
 
-def test_ready_is_asked_for_again_and_once_for_all_who_ask_at_the_same_moment(monkeypatch):
+def test_readiness_is_checked_again_and_once_for_simultaneous_requests(monkeypatch):
     asked = []
 
     async def find_problems():
@@ -302,12 +302,12 @@ def test_ready_is_asked_for_again_and_once_for_all_who_ask_at_the_same_moment(mo
         monkeypatch.setattr("notellm2_ray.serve.deployments.gateway._READY_SECONDS", 0.0)
         assert await gateway.problems_now() == [] and len(asked) == 2
         assert await gateway.problems_now() == ["encoder: away"] and len(asked) == 3
-        assert await gateway.problems_now() == ["encoder: away"] and len(asked) == 3  # told without waiting again
+        assert await gateway.problems_now() == ["encoder: away"] and len(asked) == 3  # answered without asking again
 
     asyncio.run(run())
 
 
-def test_an_index_that_stands_still_makes_a_replica_unready_and_a_dead_thread_ends_it():
+def test_an_index_that_is_not_updated_makes_a_replica_unready_and_a_dead_thread_restarts_it():
     gateway = gateway_of(problem="the table cannot be followed: gone")
     assert asyncio.run(gateway.problems_now()) == ["the table cannot be followed: gone"]
     gateway.check_health()

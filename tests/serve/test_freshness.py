@@ -1,4 +1,4 @@
-"""How soon a written note is found, and a deleted one is not, on every replica while others search."""
+"""How soon every replica finds a written note, and no longer finds a deleted one, while others search."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def service(world, start):
 
 @pytest.fixture(scope="module")
 def clients(service):
-    """Four clients that search all the time; what they were answered."""
+    """Four clients that search all the time; the statuses of their answers."""
     stop, statuses = threading.Event(), []
 
     def search() -> None:

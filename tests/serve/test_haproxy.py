@@ -1,4 +1,4 @@
-"""What is added to Ray's HAProxy configuration: side doors on loopback, and refusals before a replica hears of them."""
+"""Changes to Ray's HAProxy configuration: ports on loopback, and refusals before a request reaches a replica."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from notellm2_ray.serve import haproxy
 from tests.support.serving import free_port, wait_for
 
 SETTINGS = ServeSettings(gateway=DeploymentSettings(max_ongoing=8, max_queued=4))  # 12 in all, 4 for the encoder
-# What Ray's own configuration has, as far as the rules meet it.
+# The parts of Ray's own configuration that the rules change.
 CONFIG = """\
 defaults
     mode http
@@ -39,7 +39,7 @@ backend lost
 """
 
 
-def test_side_doors_are_moved_to_loopback(tmp_path, monkeypatch):
+def test_statistics_and_metrics_ports_are_bound_to_loopback(tmp_path, monkeypatch):
     monkeypatch.setattr(haproxy, "real_binary", lambda: "/bin/echo")
     config = tmp_path / "haproxy.cfg"
     binds = [":9101", "*:8404", "127.0.0.1:8000", ":80"]
@@ -49,10 +49,10 @@ def test_side_doors_are_moved_to_loopback(tmp_path, monkeypatch):
     assert done.stdout.split() == ["-db", "-f", str(config), "-dR"]
     lines = [line.strip() for line in config.read_text().splitlines() if "bind" in line]
     assert lines == ["bind 127.0.0.1:9101", "bind 127.0.0.1:8404", "bind 127.0.0.1:8000", "bind :80"]
-    assert "nl2_" not in config.read_text()  # no backend yet that could be counted at
+    assert "nl2_" not in config.read_text()  # there is no backend yet
 
 
-def test_a_taken_side_port_is_replaced():
+def test_a_port_in_use_is_replaced():
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))
         taken.listen()
@@ -60,7 +60,7 @@ def test_a_taken_side_port_is_replaced():
         assert haproxy.free_port(port) != str(port)
 
 
-def test_two_services_of_a_machine_share_no_replicas_port(tmp_path, monkeypatch):
+def test_two_services_on_a_machine_use_different_replica_ports(tmp_path, monkeypatch):
     monkeypatch.setattr(haproxy, "real_binary", lambda: "/bin/echo")
     ranges = []
     for port in (8000, 8001, 9000):
@@ -68,14 +68,14 @@ def test_two_services_of_a_machine_share_no_replicas_port(tmp_path, monkeypatch)
         environment = haproxy.serve_environment(ServeSettings(port=port), tmp_path / str(port))
         names = ("RAY_SERVE_DIRECT_INGRESS_MIN_HTTP_PORT", "RAY_SERVE_DIRECT_INGRESS_MAX_HTTP_PORT")
         least, most = (int(environment[name]) for name in names)
-        assert 1024 < least < most < 32768  # below what Linux gives to clients
+        assert 1024 < least < most < 32768  # below Linux's ports for clients
         ranges.append(range(least, most + 1))
     assert len(set().union(*ranges)) == sum(map(len, ranges))
 
 
 @pytest.fixture
 def proxied(tmp_path):
-    """A real HAProxy before a server that answers when it is let; address, arrivals, what lets the server."""
+    """A real HAProxy in front of a server that answers when released: its address, arrivals, and the release."""
     let, arrived = threading.Event(), []
 
     class Slow(http.server.BaseHTTPRequestHandler):
@@ -112,7 +112,7 @@ def proxied(tmp_path):
         upstream.server_close()
 
 
-def test_what_the_replicas_have_no_room_for_is_refused_before_them(proxied):
+def test_requests_for_which_replicas_have_no_room_are_refused_by_haproxy(proxied):
     address, arrived, let = proxied
     answers: dict[str, list[int]] = {"/v1/embeddings": [], "/v1/similar": []}
     with httpx.Client(base_url=address, trust_env=False, timeout=30) as http:
@@ -133,19 +133,19 @@ def test_what_the_replicas_have_no_room_for_is_refused_before_them(proxied):
         assert refused.json()["error"]["type"] == "overloaded"
         assert refused.headers["retry-after"] == "1"
         assert refused.headers["content-type"] == "application/json"
-        hold("/v1/similar", 8)  # the encoder's requests left the others their slots
+        hold("/v1/similar", 8)  # requests to the encoder left room for others
         assert http.post("/v1/similar", content=b"{}").status_code == 429
         assert http.post("/v1/health").status_code == 200
         let.set()
         for thread in waiting:
             thread.join()
         assert set(answers["/v1/embeddings"]) == set(answers["/v1/similar"]) == {200}
-        assert http.post("/v1/embeddings").status_code == 200  # and there is room again
+        assert http.post("/v1/embeddings").status_code == 200  # there is room again
 
 
 def test_haproxys_own_errors_are_those_of_the_api(proxied):
     address, _, _ = proxied
-    for path, message in (("/lost", "went away"), ("/nothing", "not up yet")):
+    for path, message in (("/lost", "died"), ("/nothing", "not started yet")):
         answer = httpx.get(f"{address}{path}", trust_env=False)
         assert (answer.status_code, answer.headers["retry-after"]) == (503, "1")
         assert answer.json()["error"]["type"] == "unavailable"

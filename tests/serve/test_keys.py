@@ -1,4 +1,4 @@
-"""API keys and what the settings refuse."""
+"""API keys, and settings that are refused."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def test_a_key_is_random_and_kept_as_a_hash_only(tmp_path):
     assert ring.verify("") is None and ring.verify(first[:-1]) is None and ring.verify("\ud800") is None
 
 
-def test_a_revoked_key_is_forgotten_by_a_running_service(tmp_path, monkeypatch):
+def test_a_running_service_refuses_a_revoked_key(tmp_path, monkeypatch):
     path = tmp_path / "keys.json"
     key = create_key(path, "ann", ["read"])
     monkeypatch.setattr(keys, "_RELOAD_SECONDS", 0.01)

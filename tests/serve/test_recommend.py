@@ -1,4 +1,4 @@
-"""Merging recall, ranking, arms of experiments."""
+"""Merging neighbours, ranking, arms of experiments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from notellm2_ray.serve.recommend import merge, ranked, recent, weights
 SETTINGS = RecommendSettings(recency_decay=0.5, score_power=2.0, history_notes=2)
 
 
-def test_recent_notes_come_once_at_their_last_place():
+def test_recent_notes_appear_once_at_their_last_place():
     assert recent(["a", "b", "a", "c"], SETTINGS) == ["a", "c"]
     assert recent([], SETTINGS) == []
     np.testing.assert_allclose(weights(3, 0.5), [0.25, 0.5, 1.0])
@@ -27,14 +27,14 @@ def test_merging_adds_weighted_powers_and_names_the_strongest_source_first():
     assert candidates[1].score == pytest.approx(0.5 * 0.64) and candidates[2].score == 0.0
 
 
-def test_ranking_puts_scored_notes_first_and_keeps_recalls_order_behind():
+def test_ranking_puts_scored_notes_first_and_keeps_recalls_order_for_the_rest():
     candidates = merge(["a"], {"a": (["p", "q", "r", "s"], np.array([0.9, 0.8, 0.7, 0.6]))}, frozenset(), SETTINGS)
     order = ranked(candidates, [0.1, None, 0.7])
     assert [(one.note_id, p) for one, p in order] == [("r", 0.7), ("p", 0.1), ("q", None), ("s", None)]
     assert [one.note_id for one, _ in ranked(candidates, [])] == ["p", "q", "r", "s"]
 
 
-def test_arms_are_stable_shared_out_and_drawn_anew_by_name():
+def test_arms_are_stable_follow_their_shares_and_change_with_the_name():
     arms = (ArmSettings(name="a", share=0.25), ArmSettings(name="b", share=0.75, use_ranker=False, score_power=1.0))
     users = [f"u{row}" for row in range(4000)]
     names = [arm_of(user, "first", arms, SETTINGS).name for user in users]

@@ -1,4 +1,4 @@
-"""The running service over HTTP: two gateways, one of everything else, real Ray Serve."""
+"""The running service over HTTP, on a real Ray Serve: two gateways, and one replica of each other deployment."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ def similar(service, **body):
 
 
 def on_both(service, condition):
-    """Whether a condition holds on a run of answers, which two replicas take turns in."""
+    """Whether a condition holds for several answers in a row, which come from both replicas."""
     return wait_for(lambda: all(condition() for _ in range(12)))
 
 
-def test_it_is_ready_and_says_which_replicas_there_are(service):
+def test_it_is_ready_and_names_its_replicas(service):
     assert service.http.get("/v1/health").json() == {"status": "ok"}
     assert service.http.get("/v1/ready").json() == {"ready": True, "reasons": []}
     names = wait_for(lambda: [n for n in service.http.get("/v1/stats").json()["replicas"] if n.startswith("gateway")])
@@ -58,7 +58,7 @@ def test_served_vectors_equal_the_encoders(service, world):
     assert answer["usage"]["total_tokens"] > 0
 
 
-def test_a_text_is_embedded_as_a_note_of_that_content(service, world):
+def test_a_text_is_embedded_as_a_note_with_that_content(service, world):
     from notellm2_ray.core.schema import Note
 
     answer = service.http.post("/v1/embeddings", json={"input": ["a green house", "猫"]}).json()
@@ -149,7 +149,7 @@ def test_events_make_a_history_and_recommendations(service):
     assert "ann/1" in service.http.get("/v1/users", params={"limit": 5}).json()["users"]
 
 
-def test_who_is_new_gets_what_others_liked(service):
+def test_new_users_get_what_others_liked(service):
     event = {"event_id": "b1", "user_id": "bob", "note_id": "n8", "action": "click"}
     service.http.post("/v1/events", json={"events": [event]})
     answer = service.http.post("/v1/recommend", json={"user_id": "nobody", "k": 1}).json()
@@ -206,7 +206,7 @@ def test_hostile_requests_get_typed_errors(service, method, path, body, status):
     assert set(error) == {"type", "message", "param"} and error["type"] and error["message"]
 
 
-def test_the_document_describes_what_is_served(service):
+def test_the_openapi_document_describes_the_answers(service):
     document = service.http.get("/openapi.json").json()
     assert {"/v1/notes", "/v1/similar", "/v1/recommend", "/v1/events", "/v1/embeddings"} <= set(document["paths"])
     for path, methods in document["paths"].items():
@@ -223,7 +223,7 @@ def test_figures(service):
     service.http.post("/v1/similar", json={"k": 1})
     service.http.post("/v1/embeddings", json={"input": "a text"})
 
-    def complete():  # the replicas tell each other every two seconds
+    def complete():  # the replicas exchange reports every two seconds
         stats = service.http.get("/v1/stats").json()
         wanted = "not configured" in stats["fallbacks"] and "invalid_request" in stats["refused"]
         return stats if wanted and "/v1/similar" in stats["latency_ms"] else None
@@ -240,7 +240,7 @@ def test_neither_keys_nor_notes_are_in_the_log(service):
     assert "very-secret-title" not in service.output.read_text()
 
 
-def test_nothing_but_ray_listens_beyond_loopback_and_that_asks_for_a_token(service):
+def test_only_ray_listens_beyond_loopback_and_it_requires_a_token(service):
     from notellm2_ray.serve.doctor import examine
 
     finding = examine(service.process.pid, service.spec.serve.port)

@@ -81,7 +81,7 @@ def test_keys_and_scopes(service):
     assert service.reading not in log
 
 
-def test_a_taste_is_put_into_words_block_by_block(service):
+def test_preferences_are_written_block_by_block(service):
     user = user_in("ranked")("ann")
     click(service, user, *(f"n{row}" for row in range(1, 8)))
 
@@ -121,7 +121,7 @@ def test_a_ranker_that_is_late_or_fails_leaves_recalls_order(service, name, fall
     assert recommend(service, user, budget_ms=0.01)["fallback"] == "budget"
 
 
-def test_what_was_shown_and_clicked_is_kept_by_arm(service):
+def test_exposures_and_clicks_are_stored_by_arm(service):
     user = user_in("ranked")("carol")
     click(service, user, "n1")
     answer = recommend(service, user)
@@ -143,7 +143,7 @@ CUT_OFF = 0
 
 
 class Asked(NamedTuple):
-    """One request of those that go on all the time."""
+    """One of the requests that are sent all the time."""
 
     began: float
     status: int
@@ -151,7 +151,7 @@ class Asked(NamedTuple):
 
 
 def kill(service, deployment):
-    """Kill one replica of a deployment without a warning; wait until another process has taken its place."""
+    """Kill one replica of a deployment with SIGKILL; wait until another process has replaced it."""
     before = {one.pid for one in service.replicas(deployment)}
     victim = service.replicas(deployment)[0]
     victim.kill()
@@ -186,7 +186,7 @@ def test_a_killed_replica_comes_back_and_nothing_acknowledged_is_lost(service, d
             began = time.monotonic()
             try:
                 answer = service.http.request(method, path, json=body)
-            except httpx.TransportError:  # it was in flight at the killed gateway
+            except httpx.TransportError:  # the request was at the killed gateway
                 asked.append(Asked(began, CUT_OFF, ""))
                 continue
             asked.append(Asked(began, answer.status_code, answer.headers["content-type"].partition(";")[0]))
@@ -203,7 +203,7 @@ def test_a_killed_replica_comes_back_and_nothing_acknowledged_is_lost(service, d
         stop.set()
         asking.join()
     assert {one.status for one in asked if one.began > ready} == {200}
-    # While it was away: refusals that say when to come again, and never a failure without a type.
+    # Meanwhile requests are refused with a Retry-After, and every failure has a type.
     assert {one.status for one in asked} <= {200, 429, 503} | ({CUT_OFF} if deployment == "Gateway" else set())
     assert {one.kind for one in asked if one.status != CUT_OFF} == {"application/json"}
     failed = sum(one.status != 200 for one in asked)
@@ -215,7 +215,7 @@ def test_a_killed_replica_comes_back_and_nothing_acknowledged_is_lost(service, d
     assert wait_for(lambda: found.status_code == 200)
 
 
-def test_it_ends_softly(world, service):
+def test_it_finishes_requests_before_it_stops(world, service):
     started = time.monotonic()
     assert service.stop() == 0
     assert time.monotonic() - started < 40

@@ -1,4 +1,4 @@
-"""The typed builder, the configuration files, the doctor, small checks."""
+"""The typed builder, the configuration files, the doctor and small checks."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONFIGS = ROOT / "serve_configs"
 
 
 def test_the_builders_module_evaluates_its_annotations():
-    """Ray hands a builder whose annotation is a string a plain dict, and a misspelt key passes unseen."""
+    """If a builder's annotation is a string, Ray passes it a plain dict, and a misspelt key is not noticed."""
     from notellm2_ray.online import wiring as online
 
     assert inspect.get_annotations(online.build_app)["args"] is online.ServeArguments
@@ -44,7 +44,7 @@ def test_a_misspelt_key_is_an_error_through_rays_own_builder_call():
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.rglob("*.yaml")), ids=lambda path: path.name)
-def test_configuration_files_name_settings_that_there_are(path):
+def test_configuration_files_name_existing_settings(path):
     from notellm2_ray.online.wiring import ServeArguments
     from notellm2_ray.presets import load_settings
 
@@ -58,12 +58,12 @@ def test_configuration_files_name_settings_that_there_are(path):
         (application,) = inner["applications"]
         assert application["import_path"] == "notellm2_ray.online.wiring:build_app"
         arguments = ServeArguments.model_validate(application["args"])
-        settings = load_settings(None, arguments.preset, arguments.overrides)  # a file named there is the user's own
+        settings = load_settings(None, arguments.preset, arguments.overrides)  # without the user's config file
         assert settings.serve.port == inner["http_options"]["port"]
         assert settings.serve.host == inner["http_options"]["host"]
 
 
-def test_the_doctor_sees_who_listens_to_others():
+def test_the_doctor_finds_sockets_that_other_machines_can_reach():
     with socket.socket() as inner, socket.socket() as outer:
         for one, address in ((inner, "127.0.0.1"), (outer, "0.0.0.0")):
             one.bind((address, 0))
@@ -104,7 +104,7 @@ def bomb():
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-def test_images_are_looked_through_before_anything_decodes_them():
+def test_images_are_checked_before_they_are_decoded():
     import base64
 
     data = bomb()
@@ -119,7 +119,7 @@ def test_images_are_looked_through_before_anything_decodes_them():
 
 
 class Decoder(checks.Images):
-    """Looks images through once it is told to."""
+    """Checks images once it is released."""
 
     def __init__(self, **arguments):
         super().__init__(LimitSettings(), **arguments)
@@ -135,10 +135,10 @@ def prepare_all(images, count):
     return checks.prepare_notes(notes, LimitSettings(), None, images)
 
 
-def test_images_beyond_what_is_in_hand_are_refused_and_texts_are_not():
+def test_too_many_images_in_hand_are_refused_but_texts_are_not():
     async def run():
         images = Decoder(most=4)
-        first = asyncio.create_task(prepare_all(images, 6))  # alone: it always has room
+        first = asyncio.create_task(prepare_all(images, 6))  # there are no others: always accepted
         await asyncio.sleep(0)
         with pytest.raises(OverloadedError):
             await prepare_all(images, 1)
@@ -151,7 +151,7 @@ def test_images_beyond_what_is_in_hand_are_refused_and_texts_are_not():
     asyncio.run(run())
 
 
-def test_images_that_take_too_long_are_given_up(monkeypatch):
+def test_images_that_take_too_long_are_refused(monkeypatch):
     monkeypatch.setattr(checks, "PREPARE_SECONDS", 0.1)
 
     async def run():
@@ -167,7 +167,7 @@ def test_images_that_take_too_long_are_given_up(monkeypatch):
 
 
 @pytest.mark.parametrize("text", ["0001-01-01T00:00:00+01:00", "9999-12-31T23:59:59-01:00"])
-def test_a_time_that_its_zone_moves_out_of_the_calendar_is_refused(text):
+def test_a_time_that_its_zone_shifts_out_of_range_is_refused(text):
     with pytest.raises(ValidationError, match="year"):
         schemas.Note(note_id="a", created_at=text)
 

@@ -1,4 +1,4 @@
-"""Stand-ins for vLLM engines, to provoke what real ones do rarely: a slow answer, a failure."""
+"""Stand-ins for vLLM engines that can be slow or fail on demand, as real ones rarely do."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ class Preferences:
 
 
 class Ranker:
-    """P(yes) grows with the number in a title; a taste named slow or broken makes it so."""
+    """P(yes) grows with the number in a title; a preference 'slow' or 'broken' makes it slow or fail."""
 
     async def score(self, preference, history_titles, candidates):
         if preference and "slow" in preference:

@@ -1,4 +1,4 @@
-"""What the page's tests look at: users with tastes in words, hostile notes, and a tab of a browser that watches."""
+"""Material for the page's tests: users with preferences, hostile notes, and a browser tab that records problems."""
 
 from __future__ import annotations
 
@@ -32,14 +32,14 @@ HISTORY = {"reader": 7, "waiting": 3, "newcomer": 1, 'odd/"id"?&#': 2}  # notes 
 
 
 class Scorer:
-    """A ranker's engine that likes earlier candidates better; the page shows what it says, whatever it is."""
+    """A ranker's engine that prefers earlier candidates."""
 
     async def score(self, preference: str | None, titles: Sequence[str], candidates: Sequence[Any]) -> list[float]:
         return [0.9 / (1 + row) for row, _ in enumerate(candidates)]
 
 
 def save_users(base: Path, world: World) -> dict[str, Path]:
-    """Sequences, blocks and preferences as the bulk jobs leave them; arguments of ``World.spec``."""
+    """Sequences, blocks and preferences as the bulk jobs write them; arguments of ``World.spec``."""
     sequences, blocks, preferences = [], [], []
     for number, (user, length) in enumerate(HISTORY.items()):
         ids = [note.note_id for note in world.notes[number * 8 : number * 8 + length]]
@@ -58,7 +58,7 @@ def save_users(base: Path, world: World) -> dict[str, Path]:
 
 
 def add_hostile_notes(http: httpx.Client) -> None:
-    """Notes that a stranger may write: markup, endless words, another direction, an odd id."""
+    """Notes that a hostile user may write: markup, endless words, another writing direction, an odd id."""
     picture = base64.b64encode(tiny_models.picture(3)).decode()
     notes = [
         {"note_id": "attack", "title": ATTACK, "content": ATTACK, "topics": [ATTACK[:60], "red"], "image": picture},
@@ -72,14 +72,14 @@ def add_hostile_notes(http: httpx.Client) -> None:
 
 
 def find_chromium() -> str | None:
-    """A Chromium of this machine."""
+    """This machine's Chromium."""
     return next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 
 
 def wait_until(page: Any, condition: str) -> None:
     """Wait until a JavaScript function returns true.
 
-    Playwright's own ``wait_for_function`` looks again from within the page, whose content security policy forbids it.
+    Playwright's own ``wait_for_function`` polls inside the page, which the content security policy forbids.
     """
     for _ in range(200):
         if page.evaluate(condition):
@@ -89,7 +89,7 @@ def wait_until(page: Any, condition: str) -> None:
 
 
 class Tab:
-    """A page that remembers what it asked for and what it complained about.
+    """A page that records its requests and its errors.
 
     Attributes:
         page: Playwright's.
@@ -110,7 +110,7 @@ class Tab:
         self.page.on("console", lambda said: said.type in ("error", "warning") and self.complaints.append(said.text))
 
     def open(self, address: str = "", key: str | None = None) -> Any:
-        """Load the page at an address after #; a key lies in the tab already."""
+        """Load the page at an address after #, with a key stored in the tab."""
         if key is not None:
             self.page.add_init_script(
                 f"if (!sessionStorage.getItem('notellm2-key')) sessionStorage.setItem('notellm2-key', '{key}')"
@@ -120,19 +120,19 @@ class Tab:
         return self.page
 
     def settled(self) -> None:
-        """Wait until no view is loading; an address that has just changed is seen by the page a moment later."""
+        """Wait until no view is loading; the page notices a changed address only a moment later."""
         self.page.evaluate("() => new Promise((done) => requestAnimationFrame(() => requestAnimationFrame(done)))")
         self.page.wait_for_selector("main[aria-busy=false] h1", state="attached")
 
     def check(self) -> None:
-        """Nothing went to another host, and nothing went wrong in the console."""
+        """Assert that no request went to another host and that the console shows no error."""
         foreign = [one for one in self.requests if not one.startswith((self.address, f"blob:{self.address}"))]
         assert foreign == []
         allowed = "Failed to load resource" if self.failures_expected else "\0"
         assert [one for one in self.complaints if allowed not in one] == []
 
     def wide_elements(self) -> list[str]:
-        """What sticks out of the window to the right, other than in what scrolls by itself."""
+        """Elements that reach beyond the right edge of the window, except inside scrolling parts."""
         return self.page.evaluate(
             """() => [...document.querySelectorAll("body *")].filter((one) =>
                  one.getBoundingClientRect().right > document.documentElement.clientWidth + 1 &&

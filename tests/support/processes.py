@@ -24,7 +24,7 @@ def command(pid: int) -> str:
 
 
 def processes() -> Iterator[tuple[int, int]]:
-    """(pid, parent's pid) of all that run."""
+    """(pid, parent's pid) of all running processes."""
     for path in Path("/proc").glob("[0-9]*/stat"):
         with contextlib.suppress(OSError):
             state, parent = path.read_text(errors="replace").rpartition(")")[2].split()[:2]
@@ -44,7 +44,7 @@ def descendants(pid: int) -> list[int]:
 
 
 def end_family(family: list[int]) -> None:
-    """Ray's processes end with their driver; what is left of ours after some seconds is killed, by its pid."""
+    """Wait for Ray's processes, which end with their driver; after some seconds kill ours that are left, by pid."""
     end = time.monotonic() + 5
     while time.monotonic() < end and (left := {pid for pid, _ in processes()} & set(family)):
         time.sleep(0.1)

@@ -1,4 +1,4 @@
-"""A small service for tests: a tiny embedder, notes, their bulk vectors, and the spec of an application over them."""
+"""A small service for tests: a tiny embedder, notes, their bulk vectors, and a service's spec with them."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ START = datetime(2026, 1, 1, tzinfo=UTC)
 
 @dataclass
 class World:
-    """What the bulk half leaves: ``notes`` and their ``vectors`` by column."""
+    """Outputs of the bulk jobs: ``notes`` and their ``vectors`` by column."""
 
     base: Path
     model: Path
@@ -44,7 +44,7 @@ class World:
     vectors: dict[str, np.ndarray]
 
     def spec(self, name: str, **changes: Any) -> ServiceSpec:
-        """A spec with a serving directory of its own; ``changes`` are of ServeSettings, or ``spec_...`` of the spec."""
+        """A spec with its own serving directory; ``changes`` are ServeSettings, or ``spec_...``: the spec's fields."""
         own = {key.removeprefix("spec_"): changes.pop(key) for key in list(changes) if key.startswith("spec_")}
         serve = {"port": free_port(), "gateway": SMALL, "encoder": SMALL, "writer_cpus": 0.05, "users_cpus": 0.05}
         return ServiceSpec(
@@ -60,7 +60,7 @@ class World:
 
 
 def make_world(base: Path, num: int = 40, embedding_dim: int = 16) -> World:
-    """A tiny random embedder, ``num`` notes, and the tables that bulk jobs would have made of them."""
+    """A tiny random embedder, ``num`` notes, and the tables that the bulk jobs would write."""
     from notellm2_ray.index.table import embedding_schema, write_table
     from notellm2_ray.models.embedder.build import build_encoder
     from notellm2_ray.models.embedder.encoder import NoteEncoder
@@ -85,7 +85,7 @@ def make_world(base: Path, num: int = 40, embedding_dim: int = 16) -> World:
 
 
 class Service:
-    """An application in a process of its own, with a Ray of its own: it ends with that process.
+    """A service in its own process with its own Ray, which ends with that process.
 
     Attributes:
         http: a client of it.
@@ -110,11 +110,11 @@ class Service:
             raise
 
     def replicas(self, deployment: str) -> list[psutil.Process]:
-        """Processes of a deployment's replicas."""
+        """The processes of a deployment's replicas."""
         name = f"ray::ServeReplica:{self.spec.serve.name}:{deployment}"
         found = []
         for one in self._tree():
-            with contextlib.suppress(psutil.NoSuchProcess):  # a zombie is none any more either
+            with contextlib.suppress(psutil.NoSuchProcess):  # also raised for a zombie
                 if name in " ".join(one.cmdline()):
                     found.append(one)
         return found
@@ -146,7 +146,7 @@ class Service:
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 20) -> Any:
-    """What ``condition`` gives once it is true."""
+    """The value of ``condition`` once it is true."""
     until = time.monotonic() + seconds
     while True:
         value = condition()
@@ -157,14 +157,14 @@ def wait_for(condition: Callable[[], Any], seconds: float = 20) -> Any:
 
 
 def free_port() -> int:
-    """A port that nobody has just now."""
+    """A port that is free at the moment."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def main() -> None:
-    """Run the application of a pickled spec."""
+    """Run the service of a pickled spec."""
     import functools
     import logging
 

@@ -127,7 +127,7 @@ def test_the_same_events_give_the_same_blocks_and_the_same_prompts(
     words = PreferenceSettings(variant=variant, max_title_words=4, max_summary_words=3)
     for chain in plan_chains(path, TITLES, SUMMARIES, words, "model").chains:
         for step, (note_ids, previous) in zip(chain.steps, online.read.get(chain.user, []), strict=False):
-            # As a replica of the deployment Preferences makes them; the target is not read offline.
+            # As in the deployment Preferences. Offline the target is not part of the history.
             known = [one for one in note_ids if one in TITLES and one != targets[chain.user]]
             items = [Item(TITLES[one], SUMMARIES.get(one)) for one in known]
             before = preference(chain.user, step.block - 1) if step.block else None
@@ -146,7 +146,7 @@ def test_online_notes_of_one_moment_stand_in_order_of_arrival(tmp_path):
 
 
 def test_online_a_session_ends_by_the_clock_too(tmp_path):
-    """Offline it would go on, as its id comes again after the pause; online nobody can know that it will."""
+    """Offline the session would go on, because its id appears again after the pause. Online that cannot be known."""
     online = Online(tmp_path / "users.sqlite", BlockRule(3, 10 * MINUTE))
     with online.users as users:
         users.add_events([UserEvent("u", "n1", START, "click", "s1")])

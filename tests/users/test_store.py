@@ -1,4 +1,4 @@
-"""The users' database: nothing acknowledged is lost, nothing is there twice, and closed blocks stay closed."""
+"""The users' database: no acknowledged write is lost or doubled, and closed blocks stay closed."""
 
 import asyncio
 import itertools
@@ -56,7 +56,7 @@ def test_an_event_is_kept_once(users):
         "added",
     ]
     assert users.add_events([event("a", 0)]) == ["duplicate"]
-    assert users.add_events([event("a", 5)]) == ["added"]  # another event, but the note is liked already
+    assert users.add_events([event("a", 5)]) == ["added"]  # a new event, but the note was liked before
     assert users.add_events([event("c", 5, event_id="x"), event("d", 6, event_id="x")]) == ["added", "duplicate"]
     assert users.history("u").waiting == ["a", "c"]
     assert users.liked("u") == ["c", "a"]
@@ -89,7 +89,7 @@ def test_blocks_follow_time_then_arrival_and_need_the_preference_before(users):
     ]
 
 
-def test_a_taste_of_which_nothing_is_known_does_not_stop_the_chain(users):
+def test_an_empty_preference_does_not_stop_the_chain(users):
     users.add_events([event(note, minute) for minute, note in enumerate("abcdef")])
     first = pending_of(users)
     assert users.save_preference("u", 0, first.fingerprint, "") == "saved"
@@ -107,7 +107,7 @@ def test_a_taste_of_which_nothing_is_known_does_not_stop_the_chain(users):
         (BlockRule(5), BlockRule(5, 60 * MINUTE), ["a", "b", "c"]),
     ],
 )
-def test_another_rule_is_applied_to_what_waits_already(tmp_path, before, after, due):
+def test_a_new_rule_applies_to_waiting_notes(tmp_path, before, after, due):
     with UserStore(tmp_path / "u.sqlite", rule=before) as users:
         users.add_events([event(note, minute) for note, minute in zip("abcd", (0, 1, 2, 100), strict=True)])
     now = START + timedelta(minutes=101)
@@ -118,7 +118,7 @@ def test_another_rule_is_applied_to_what_waits_already(tmp_path, before, after, 
         assert bool(users.pending(at=now)) == (before.size == 2)
 
 
-def test_waiting_users_are_judged_again_only_where_the_rule_is_another(tmp_path, monkeypatch):
+def test_waiting_users_are_judged_again_only_after_the_rule_changed(tmp_path, monkeypatch):
     judged = []
     with UserStore(tmp_path / "u.sqlite") as users:
         users.add_events([event("a", 0)])
@@ -133,7 +133,7 @@ def test_a_late_event_goes_to_the_next_block_and_a_changed_block_is_stale(users)
     users.add_events([event(note, minute) for minute, note in enumerate("abc")])
     summarise(users)
     assert users.add_events([event("late", 0.5), event("new", 7)]) == ["late", "added"]
-    assert users.add_events([event("a", -5)]) == ["late"]  # its note's block is closed: it stays there
+    assert users.add_events([event("a", -5)]) == ["late"]  # the note's block is closed and does not change
     users.add_events([event("d", 8)])
     before = pending_of(users)
     assert before.note_ids == ["late", "new", "d"]
@@ -173,7 +173,7 @@ def test_bad_events_are_refused_and_change_nothing(users):
     assert users.info()["events"] == 0
 
 
-def test_one_write_that_fails_does_not_spoil_its_group(tmp_path):
+def test_one_failed_write_does_not_fail_its_group(tmp_path):
     with UserStore(tmp_path / "u.sqlite", gather_seconds=0.2) as users:
         good = users.submit_events([event("a", 0)])
         bad = users.submit(lambda db: db.execute("INSERT INTO events (event_id) VALUES ('half')") and 1 / 0)
@@ -248,7 +248,7 @@ def test_blocks_equal_a_plain_replay(tmp_path_factory, steps):
         assert [block.user_id for block in users.pending()] == (["u"] if len(waiting) >= 2 else [])
 
 
-def test_experiments_count_clicks_per_arm_whatever_came_first(users):
+def test_clicks_count_by_arm_in_any_order_of_click_and_exposure(users):
     rng = np.random.default_rng(0)
     clicks = {"a": 0, "b": 0}
     for user in range(300):
@@ -277,20 +277,20 @@ def test_experiments_count_clicks_per_arm_whatever_came_first(users):
     assert users.popular(1)[0] == "n11"
 
 
-def test_what_was_seen_long_ago_is_still_known(users):
+def test_notes_seen_long_ago_are_still_known(users):
     users.add_events([event(f"n{n}", n, action="view") for n in range(1200)])
     assert "n3" not in users.seen("u", 1000) and users.more_events("u", 1000) and not users.more_events("u", 1200)
     assert users.seen_among("u", ["n3", "n1199", "never"]) == {"n3", "n1199"}
     assert users.seen_among("v", ["n3"]) == set() == users.seen_among("u", [])
 
 
-def test_users_to_be_passed_over_take_nobodys_place(users):
+def test_skipped_users_do_not_use_up_the_limit(users):
     for number in range(6):
         users.add_events([event(note, number, f"u{number}") for note in "abc"])
     assert [block.user_id for block in users.pending(2, without={"u0", "u1", "u4", "gone"})] == ["u2", "u3"]
 
 
-def test_seeding_that_is_cut_short_is_done_again(tmp_path, monkeypatch):
+def test_an_interrupted_seeding_leaves_no_database_and_can_be_repeated(tmp_path, monkeypatch):
     (tmp_path / "events").mkdir()
     for name in "ab":
         rows = [
@@ -369,7 +369,7 @@ def test_seeding_closes_the_blocks_that_have_preferences(tmp_path):
 
 
 @pytest.mark.slow
-def test_twenty_kills_lose_nothing_and_double_nothing(tmp_path):
+def test_twenty_kills_lose_and_double_nothing(tmp_path):
     path, log = tmp_path / "users.sqlite", tmp_path / "acknowledged"
     rng = np.random.default_rng(0)
     for kill in range(20):

@@ -1,4 +1,4 @@
-"""Micro-batches: who goes with whom, and who is told what."""
+"""Micro-batches: which items form a batch, and which callers get which result."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from notellm2_ray.serve.deployments.micro_batch import MicroBatcher
 
 
 class Work:
-    """Doubles numbers, once it is let; keeps the batches that it saw."""
+    """Doubles numbers once it is released; records its batches."""
 
     def __init__(self) -> None:
         self.batches: list[list[int]] = []
@@ -33,16 +33,16 @@ async def settle():
         await asyncio.sleep(0)
 
 
-def test_what_comes_while_others_are_worked_on_goes_together_next():
+def test_items_that_arrive_during_a_batch_form_the_next_one():
     async def run():
         work = Work()
         batcher = MicroBatcher(work, most=4, side_by_side=2)
         first = submit_all(batcher, [0, 1])
         await settle()
-        assert work.batches == [[0, 1]]  # at once: nothing else was in hand
+        assert work.batches == [[0, 1]]  # immediately: nothing else was in progress
         rest = submit_all(batcher, range(2, 12))
         await settle()
-        assert work.batches[1:] == [[2, 3, 4, 5]]  # the second place; the others wait
+        assert work.batches[1:] == [[2, 3, 4, 5]]  # the second batch in progress; the others wait
         work.let.set()
         assert await asyncio.gather(*first, *rest) == [2 * item for item in range(12)]
         assert work.batches[2:] == [[6, 7, 8, 9], [10, 11]]
@@ -50,19 +50,19 @@ def test_what_comes_while_others_are_worked_on_goes_together_next():
     asyncio.run(run())
 
 
-def test_a_failure_is_told_to_its_own_batch_alone():
+def test_a_failure_reaches_only_the_callers_of_its_batch():
     async def run():
         work = Work()
         batcher = MicroBatcher(work, most=2, side_by_side=1)
         work.let.set()
         done = await asyncio.gather(*submit_all(batcher, [1, -1, 2, 3]), return_exceptions=True)
         assert [type(one) for one in done] == [ValueError, ValueError, int, int]
-        assert await batcher.submit(7) == 14  # and it goes on
+        assert await batcher.submit(7) == 14  # later batches work
 
     asyncio.run(run())
 
 
-def test_who_gives_up_while_waiting_is_not_worked_for():
+def test_items_of_cancelled_callers_are_not_processed():
     async def run():
         work = Work()
         batcher = MicroBatcher(work, most=1, side_by_side=1)
@@ -78,7 +78,7 @@ def test_who_gives_up_while_waiting_is_not_worked_for():
     asyncio.run(run())
 
 
-def test_an_item_larger_than_a_batch_goes_alone():
+def test_an_item_larger_than_a_batch_forms_its_own():
     async def run():
         work = Work()
         work.let.set()

@@ -1,4 +1,4 @@
-"""What the users' deployment does besides keeping: popular notes, views, tastes in words, the lift of an experiment."""
+"""The users' deployment around its store: popular notes, views, preferences; also the lift of an experiment."""
 
 from __future__ import annotations
 
@@ -43,7 +43,7 @@ def spec(tmp_path):
     )
 
 
-def test_popular_notes_are_counted_by_one_and_given_as_they_were_meanwhile(spec, monkeypatch):
+def test_popular_notes_are_counted_by_one_task_and_served_from_the_last_count_meanwhile(spec, monkeypatch):
     async def run():
         users = Users(spec)
         users.store.add_events([event("u", "a"), event("v", "a"), event("v", "b")])
@@ -70,7 +70,7 @@ def test_popular_notes_are_counted_by_one_and_given_as_they_were_meanwhile(spec,
     asyncio.run(run())
 
 
-def test_a_view_says_whether_it_holds_all_that_was_seen(spec, monkeypatch):
+def test_a_view_says_whether_it_has_all_seen_notes(spec, monkeypatch):
     monkeypatch.setattr(users_module, "_SEEN", 3)
 
     async def run():
@@ -89,7 +89,7 @@ def test_a_view_says_whether_it_holds_all_that_was_seen(spec, monkeypatch):
     asyncio.run(run())
 
 
-def test_users_whose_taste_cannot_be_written_do_not_keep_others_waiting(spec, monkeypatch):
+def test_users_whose_preference_keeps_failing_do_not_block_others(spec, monkeypatch):
     monkeypatch.setattr(users_module, "_AT_ONCE", 4)
     monkeypatch.setattr(users_module, "_LOOK_SECONDS", 0.01)
 
@@ -100,7 +100,7 @@ def test_users_whose_taste_cannot_be_written_do_not_keep_others_waiting(spec, mo
 
     async def run():
         users = Users(spec, SimpleNamespace(advance=SimpleNamespace(remote=advance)))
-        for number in range(10):  # the longest waiting, more than are written at once
+        for number in range(10):  # they wait longest, and are more than fit at once
             users.store.add_events([event(f"bad{number}", note, number) for note in "abc"])
         users.store.add_events([event("good", note, 100) for note in "abc"])
         users._start()
@@ -113,7 +113,7 @@ def test_users_whose_taste_cannot_be_written_do_not_keep_others_waiting(spec, mo
     asyncio.run(run())
 
 
-def test_an_empty_taste_is_kept_and_the_next_block_is_due(spec, monkeypatch):
+def test_an_empty_preference_is_stored_and_the_next_block_is_due(spec, monkeypatch):
     monkeypatch.setattr(users_module, "_LOOK_SECONDS", 0.01)
     asked = []
 
@@ -151,7 +151,7 @@ def test_complete_blocks_without_a_preference_are_shown_as_blocks(spec):
 
 
 @pytest.mark.parametrize(("previous", "kept"), [("likes cats", "likes cats"), (None, "")])
-def test_a_block_whose_notes_are_all_gone_keeps_the_taste_before_it(tmp_path, previous, kept):
+def test_a_block_whose_notes_are_all_deleted_keeps_the_preference_before_it(tmp_path, previous, kept):
     make_table(tmp_path / "live.lance")
     asked = []
 
@@ -167,7 +167,7 @@ def test_a_block_whose_notes_are_all_gone_keeps_the_taste_before_it(tmp_path, pr
     assert asyncio.run(replica.advance("u", 1, previous, ["gone", "n1"])) == "new" and asked == [["0"]]
 
 
-def test_who_is_new_gets_the_most_popular_notes_that_are_still_there():
+def test_new_users_get_the_most_popular_notes_that_still_exist():
     popular = [*(f"deleted{number}" for number in range(50)), "a", "seen", "b", "c"]
 
     async def call(method, most=None, *, seconds):
@@ -191,7 +191,7 @@ def test_who_is_new_gets_the_most_popular_notes_that_are_still_there():
     assert [one.note_id for one in asyncio.run(wanted._recall(view))] == ["a", "b"]
 
 
-def test_an_event_needs_something_to_be_known_again_by():
+def test_an_event_needs_an_id_or_a_time():
     with pytest.raises(ValidationError, match="event_id or timestamp"):
         Event(user_id="u", note_id="n", action="click")
     assert Event(user_id="u", note_id="n", action="click", event_id="e").timestamp is None
@@ -216,7 +216,7 @@ def test_the_lift_of_an_arm_is_printed_with_its_interval(tmp_path, capsys):
             clicked = [n for n in range(10) if (7 * user + n) % every == 0]
             store.add_events([event(f"u{user}", f"n{n}", user, request_id=f"r{user}") for n in clicked])
         arms = "serve.arms=[{name: plain, share: 0.5}, {name: better, share: 0.5}]"
-        lines = lift(capsys, tmp_path, arms)  # while the service has the database open
+        lines = lift(capsys, tmp_path, arms)  # with the database open in the service
     assert lines[0] == "experiment default" and lines[1].split()[:5] == [
         "arm",
         "users",

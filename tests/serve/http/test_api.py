@@ -1,4 +1,4 @@
-"""Routes of a gateway replica, called in this process: what browsers are told, and ids that look like paths."""
+"""Routes of a gateway replica, called in this process: headers for browsers, and ids that look like paths."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PICTURE = b"\x89PNG of "
 
 
 class Gateway:
-    """As far as reading notes goes; every note has a picture that names it."""
+    """A stand-in that can read notes; every note has a picture that names it."""
 
     def __init__(self, *note_ids):
         self.held, self.figures, self.keys = set(note_ids), Figures("test"), None
@@ -40,7 +40,7 @@ def ask(gateway, method, path, **arguments):
 
 
 @pytest.mark.parametrize("path", ["/", "/ui/index.html", "/ui/main.js"])
-def test_the_page_forbids_frames_and_foreign_scripts_by_whatever_address(path):
+def test_the_page_forbids_frames_and_foreign_scripts_at_each_of_its_addresses(path):
     answer = ask(Gateway(), "GET", path)
     assert answer.status_code == 200
     assert "frame-ancestors 'none'" in answer.headers["content-security-policy"]
@@ -48,7 +48,7 @@ def test_the_page_forbids_frames_and_foreign_scripts_by_whatever_address(path):
 
 
 @pytest.mark.parametrize("kind", [None, "text/plain", "application/x-www-form-urlencoded"])
-def test_a_body_that_another_sites_page_may_send_unasked_is_refused(kind):
+def test_bodies_that_a_foreign_page_can_send_without_preflight_are_refused(kind):
     headers = {} if kind is None else {"content-type": kind}
     answer = ask(Gateway("n1"), "POST", "/v1/notes/delete", content=b'{"note_ids": ["n1"]}', headers=headers)
     assert answer.status_code == 422 and answer.json()["error"]["type"] == "invalid_request"
@@ -67,7 +67,7 @@ def test_a_body_that_another_sites_page_may_send_unasked_is_refused(kind):
         (["b/c"], "/v1/notes/b/c", "b/c"),
     ],
 )
-def test_a_note_whose_id_ends_like_the_path_of_a_picture_can_be_read(held, path, found):
+def test_a_note_whose_id_ends_in_slash_image_can_be_read(held, path, found):
     answer = ask(Gateway(*held), "GET", path)
     if found is None:
         assert answer.status_code == 404 and answer.json()["error"]["type"] == "not_found"

@@ -1,4 +1,4 @@
-"""Fetching images by URL: only listed hosts, only public addresses, at every redirect, within bounds."""
+"""Fetching images by URL: only listed hosts and public addresses, also after redirects, within bounds."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ PUBLIC = "93.184.216.34"
 
 
 def fetch(url, answer, addresses=None, settings=SETTINGS, max_bytes=1000):
-    """The result, and the requests that were made."""
+    """The result, and the requests made."""
     seen = []
 
     async def resolve(name, port):
@@ -58,7 +58,7 @@ def test_the_connection_goes_to_the_address_that_was_checked():
         "",
     ],
 )
-def test_what_is_not_listed_is_not_fetched(url):
+def test_other_schemes_and_hosts_are_not_fetched(url):
     with pytest.raises(DataError, match="image_url"):
         fetch(url, lambda _: pytest.fail("it was asked"))
 
@@ -110,7 +110,7 @@ def test_size_and_time_are_bounded():
 @pytest.mark.parametrize(
     "location", ["https://[", "https://img.example.org:x/", "//[::1", "https://img.example.org/\x01"]
 )
-def test_a_redirect_to_nonsense_is_refused(location):
+def test_a_redirect_to_an_invalid_url_is_refused(location):
     with pytest.raises(DataError, match="image_url"):
         fetch("https://img.example.org/", lambda _: httpx.Response(302, headers={"location": location}))
 

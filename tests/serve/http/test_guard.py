@@ -1,4 +1,4 @@
-"""What stands before the API, over a tiny application: keys, host names, admission, bodies, depth."""
+"""The guard around a tiny application: keys, host names, admission, bodies, depth of JSON."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from notellm2_ray.serve.keys import KeyRing, create_key
 
 
 class App:
-    """Answers with the body's length; ``hold`` keeps it from answering."""
+    """An application that answers with the body's length, after waiting for ``hold``."""
 
     def __init__(self):
         self.hold = asyncio.Event()
@@ -104,7 +104,7 @@ def test_a_body_is_refused_as_soon_as_it_is_too_long():
     asyncio.run(run())
 
 
-def test_a_slow_body_is_given_up():
+def test_a_body_that_arrives_too_slowly_is_refused():
     async def run():
         _, guard, client = guarded(body_seconds=0.1)
 
@@ -119,7 +119,7 @@ def test_a_slow_body_is_given_up():
     asyncio.run(run())
 
 
-def test_one_request_too_many_is_refused_at_once_and_health_is_not():
+def test_one_request_too_many_is_refused_immediately_but_health_is_answered():
     async def run():
         app, _, client = guarded(most=3)
         app.hold.clear()
@@ -148,7 +148,7 @@ def test_all_bodies_together_are_bounded():
     asyncio.run(run())
 
 
-def test_a_failure_inside_says_nothing_of_the_inside():
+def test_an_internal_error_reveals_nothing():
     async def run():
         _, _, client = guarded()
         answer = await client.get("/broken")
@@ -157,18 +157,18 @@ def test_a_failure_inside_says_nothing_of_the_inside():
     asyncio.run(run())
 
 
-def test_depth_is_counted_outside_of_strings():
+def test_brackets_in_strings_do_not_count_as_depth():
     check_json(json.dumps({"a": "[" * 100, "b": 'q"\\"[[[['}).encode(), 4)
     check_json(b"[[[[1]]]]" * 10, 4)
     with pytest.raises(InvalidError, match="nested"):
         check_json(b"[" * 5, 4)
     with pytest.raises(InvalidError):
         check_json(b'{"a":' * 100_000, 16)
-    check_json(b'"' + b"[" * 1000, 4)  # an open string: the parser will say so
+    check_json(b'"' + b"[" * 1000, 4)  # an unterminated string: the parser refuses it
 
 
 @pytest.mark.parametrize("encoding", ["utf-16", "utf-16-le", "utf-16-be", "utf-32"])
-def test_brackets_in_another_encoding_do_not_pass_uncounted(encoding):
+def test_json_in_another_encoding_is_refused(encoding):
     body = ("[" * 100 + "]" * 100).encode(encoding)
     assert json.loads(body)
     with pytest.raises(MalformedError, match="UTF-8"):
@@ -176,7 +176,7 @@ def test_brackets_in_another_encoding_do_not_pass_uncounted(encoding):
 
 
 @pytest.mark.parametrize("unit", [b"[],", b'\\"', b'"",', b"1,", b'"', b"{}"])
-def test_looking_through_a_hostile_body_takes_no_time_to_speak_of(unit):
+def test_checking_a_hostile_body_is_fast(unit):
     started = time.perf_counter()
     with contextlib.suppress(InvalidError):
         check_json(b'["' + unit * (8_000_000 // len(unit)), 16)
@@ -185,7 +185,7 @@ def test_looking_through_a_hostile_body_takes_no_time_to_speak_of(unit):
     assert time.perf_counter() - started < 3
 
 
-def test_more_values_than_anybody_needs_are_refused():
+def test_too_many_values_are_refused():
     with pytest.raises(InvalidError, match="tokens"):
         check_json(b"[" + b"[]," * 600_000, 16)
 
@@ -199,7 +199,7 @@ def test_figures_of_two_replicas_become_one_page():
         figures.refused("overloaded")
         figures.fallback("budget")
         figures.state(notes=7)
-    snapshots = [json.loads(json.dumps(figures.snapshot())) for figures in replicas]  # as they travel
+    snapshots = [json.loads(json.dumps(figures.snapshot())) for figures in replicas]  # as sent between processes
     assert snapshots[0]
     found = summary([figures.snapshot() for figures in replicas])
     assert found["requests"] == {"/v1/similar 200": 2} and found["refused"] == {"overloaded": 2}

@@ -77,7 +77,7 @@ def pictures_loaded(page) -> None:
     page_world.wait_until(page, "() => [...document.querySelectorAll('.grid img')].some((one) => one.naturalWidth > 0)")
 
 
-def test_search_neighbours_walk_on_and_back(tab, service):
+def test_searching_following_neighbours_and_going_back(tab, service):
     page = tab.open(key=service.read)
     page.get_by_role("searchbox").fill("red cat 1")
     page.get_by_role("button", name="Search").click()
@@ -102,13 +102,13 @@ def test_search_neighbours_walk_on_and_back(tab, service):
     page.get_by_role("heading", name="red cat 12", exact=True).wait_for()
     tab.settled()
     focused = page.evaluate("document.activeElement.closest('.card')?.dataset.note")
-    assert focused == ids[0]  # where the reader was
+    assert focused == ids[0]  # the link that was followed
     page.go_back()
     page.get_by_role("heading", name="11 notes for “red cat 1”").wait_for()
     assert page.get_by_role("searchbox").input_value() == "red cat 1"
 
 
-def test_a_link_is_all_it_needs(new_tab, service):
+def test_a_link_holds_the_whole_state(new_tab, service):
     address = "#/note?id=n9&k=10&topic=red&not=n2&from=2026-01-01&to=2026-02-20"
     page = new_tab().open(address, key=service.read)
     body = {"note_id": "n9", "k": 10}
@@ -169,7 +169,7 @@ def test_pasting_a_note_with_a_picture(tab, service, world):
     expected = service.http.post("/v1/similar", json={"note": pasted, "k": 20}).json()["results"]
     ids = page.locator(".grid .card").evaluate_all("all => all.map((one) => one.dataset.note)")
     assert ids == [one["note_id"] for one in expected]
-    page.reload()  # a file is in no link: the page says so, and searches with the rest
+    page.reload()  # a link cannot contain a file: the page says so and searches with the rest
     page.get_by_text("a link cannot contain").wait_for()
     assert page.get_by_label("Title", exact=True).input_value() == note.title
     tab.failures_expected = True
@@ -200,7 +200,7 @@ def test_user_view(tab, service):
     pictures_loaded(page)
 
 
-def test_the_view_says_which_fallback_happened(tab, service):
+def test_the_view_names_the_fallback(tab, service):
     page = tab.open(READER, key=service.read)
     page.get_by_label("Time budget (ms)").fill("1")
     page.get_by_role("button", name="Recommend").click()
@@ -244,8 +244,8 @@ def test_a_written_note_is_found_again_and_deleted(tab, service):
     page.get_by_role("button", name="Write it").click()
     page.get_by_role("heading", name="Found again").wait_for()
     stored = service.http.get("/v1/notes/from%20the%20page%2F1").json()
-    assert stored["title"] == "a green house by the sea" and stored["has_image"]  # the picture was kept
-    tab.failures_expected = True  # the search for what is gone is a 404
+    assert stored["title"] == "a green house by the sea" and stored["has_image"]  # the picture is kept
+    tab.failures_expected = True  # the search for the deleted note is a 404
     page.get_by_role("button", name="Delete it").first.click()
     page.get_by_role("heading", name="Deleted").wait_for()
     assert service.http.get("/v1/notes/from%20the%20page%2F1").status_code == 404
@@ -274,7 +274,7 @@ def test_keys(new_tab, service):
     page.get_by_role("alert").filter(has_text="An API key is needed").wait_for()
 
 
-def test_a_key_that_is_given_late_costs_nothing_that_was_typed(new_tab, service):
+def test_entering_a_key_late_keeps_what_was_typed(new_tab, service):
     tab = new_tab()
     tab.failures_expected = True
     page = tab.open("#/write", key=service.read)
@@ -300,7 +300,7 @@ def test_a_key_that_is_given_late_costs_nothing_that_was_typed(new_tab, service)
     page.get_by_role("heading", name="Change a note").wait_for()
 
 
-def test_waiting_and_finding_nothing_are_told(tab, service):
+def test_waiting_and_empty_results_are_announced(tab, service):
     page = tab.open("#/users", key=service.read)
     waiting = []
     page.route("**/v1/notes/search", lambda route: waiting.append(route))
@@ -317,7 +317,7 @@ def test_waiting_and_finding_nothing_are_told(tab, service):
     assert page.get_by_role("searchbox").input_value() == "typed meanwhile"
 
 
-def test_typed_errors_and_faults_are_told(tab, service):
+def test_errors_and_faults_are_shown(tab, service):
     tab.failures_expected = True
     page = tab.open("#/note?id=n1&k=5000", key=service.read)
     page.get_by_role("alert").filter(has_text="k is at most 1000").wait_for()
@@ -338,7 +338,7 @@ def test_typed_errors_and_faults_are_told(tab, service):
     page.get_by_role("alert").filter(has_text="cannot be reached").wait_for()
 
 
-def test_what_strangers_write_is_text(tab, service):
+def test_what_users_write_is_shown_as_text(tab, service):
     page = tab.open("#/search?q=attack", key=service.read)
     assert page_world.ATTACK in titles(page)
     page.goto(f"{service.address}/#/note?id=attack")
@@ -383,7 +383,7 @@ def test_the_browser_itself_forbids_markup_inline_scripts_and_other_hosts(new_ta
         with pytest.raises(Exception, match="TrustedHTML|TrustedScriptURL|Failed to fetch"):
             page.evaluate(attempt)
     assert page.locator(".chip").count() >= len(HISTORY)
-    with pytest.raises(AssertionError):  # so the other tests would notice
+    with pytest.raises(AssertionError):  # so the other tests would notice it too
         tab.check()
     tab.complaints.clear()
     tab.requests.clear()
@@ -399,7 +399,7 @@ def test_a_phone_scrolls_in_one_direction(new_tab, service, address):
     assert page.evaluate("document.documentElement.scrollWidth") <= 360
     if address == "#/note?id=long":
         assert page.get_by_role("heading", level=1).inner_text() == LONG
-        assert not page.locator("details.filters").get_attribute("open")  # folded away on a phone
+        assert not page.locator("details.filters").get_attribute("open")  # folded on a phone
 
 
 def test_dark_and_light_can_be_read(new_tab, service):
@@ -431,7 +431,7 @@ def contrast(one, other) -> float:
     return (light + 0.05) / (dark + 0.05)
 
 
-def test_nothing_moves_for_who_wants_no_motion(new_tab, service):
+def test_nothing_moves_if_reduced_motion_is_preferred(new_tab, service):
     page = new_tab(reduced_motion="reduce").open("#/users", key=service.read)
     names = page.evaluate("[...document.querySelectorAll('*')].map((one) => getComputedStyle(one).animationName)")
     assert set(names) == {"none"}
@@ -451,7 +451,7 @@ def test_the_keyboard_is_enough(tab, service):
     press("Enter")
     page.get_by_role("heading", name="11 notes for “red cat 1”").wait_for()
     tab.settled()
-    assert page.evaluate(f"{focus}.tagName") == "H1"  # what a screen reader reads first
+    assert page.evaluate(f"{focus}.tagName") == "H1"  # a screen reader reads it first
     press("Tab")
     ids = page.locator(".grid .card").evaluate_all("all => all.map((one) => one.dataset.note)")
     here = f"{focus}.closest('.card').dataset.note"
@@ -488,7 +488,7 @@ def test_the_keyboard_is_enough(tab, service):
 
 
 @pytest.mark.parametrize("address", ["", "#/note?id=n5", "#/paste", READER, "#/write"])
-def test_everything_has_a_name(tab, service, address):
+def test_every_control_has_a_name(tab, service, address):
     page = tab.open(address, key=service.read)
     nameless = page.evaluate(
         """() => [...document.querySelectorAll("a, button, input, select, textarea, img, dialog")].filter((one) => {
