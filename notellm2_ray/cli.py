@@ -1,4 +1,4 @@
-"""The command line: one verb per arrow of the flow, every knob settable as ``key=value``.
+"""The command line: one verb per step, and every setting as ``key=value``.
 
 notellm2 run --preset demo
 notellm2 train-embedder --config jobs/configs/world.yaml train.num_workers=2
@@ -26,10 +26,10 @@ from notellm2_ray.presets import PRESETS, load_settings
 
 
 def describe(model: type[BaseModel], prefix: str, own: BaseModel | None = None) -> list[str]:
-    """One line per knob below ``prefix``: key, default, explanation.
+    """Help lines of the settings below ``prefix``: key, default, explanation.
 
     Args:
-        own: the defaults where they are not the model's.
+        own: defaults that replace those of ``model``.
     """
     lines = []
     for name, field in model.model_fields.items():
@@ -66,7 +66,7 @@ def _plain(value: Any) -> Any:
 
 
 def knobs(sections: Sequence[str]) -> str:
-    """The help text of some sections of the knob tree (all of it for none)."""
+    """The help text of some sections of the settings; of all if ``sections`` is empty."""
     lines: list[str] = []
     for name, field in Settings.model_fields.items():
         if sections and name not in (*sections, "workspace", "seed", "ray"):
@@ -84,7 +84,7 @@ def knobs(sections: Sequence[str]) -> str:
 
 
 def pipeline_verbs() -> dict[str, tuple[str, tuple[str, ...]]]:
-    """Verbs of the pipeline: what each does, and the sections of the settings that its help explains (none: all)."""
+    """Verbs of the pipeline, each with its help and the sections of the settings in its help (none: all)."""
     stages = {stage.verb: (stage.help, stage.sections) for stage in STAGES}
     return {**stages, SWEEP_VERB: (SWEEP_HELP, ("ranking",)), **{run.verb: (run.help, ()) for run in RUNS}}
 
@@ -109,21 +109,25 @@ def parser() -> argparse.ArgumentParser:
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         _common(sub)
-        sub.add_argument("--dry-run", action="store_true", help="print the resolved settings and the plan, do nothing")
+        sub.add_argument(
+            "--dry-run", action="store_true", help="print the resolved settings and the plan, and do nothing"
+        )
     settings = verbs.add_parser("settings", help="print the resolved settings as YAML")
     _common(settings)
     serve = verbs.add_parser(
         "serve",
-        help="the online service and its page, over a workspace",
-        description="Serve a workspace: embeddings, similar notes, recommendations, live notes and events, a page.",
+        help="run the online service and its web page on a workspace",
+        description="Serve a workspace: embeddings, similar notes, recommendations, live notes and events, a web page.",
         epilog="settings, as key=value:\n" + knobs(("serve", "generation")),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     _common(serve)
-    keys = verbs.add_parser("keys", help="make or revoke an API key of the service")
+    keys = verbs.add_parser("keys", help="create or revoke an API key of the service")
     keys.add_argument("action", choices=("create", "revoke"))
-    keys.add_argument("name", help="whose key it is")
-    keys.add_argument("--scope", action="append", choices=("read", "write"), help="what a new key may do; may repeat")
+    keys.add_argument("name", help="name of the key's owner")
+    keys.add_argument(
+        "--scope", action="append", choices=("read", "write"), help="what a new key may do; may be repeated"
+    )
     _common(keys)
     lift = verbs.add_parser(
         "lift",
@@ -133,9 +137,9 @@ def parser() -> argparse.ArgumentParser:
     _common(lift)
     swap = verbs.add_parser(
         "swap-embedder",
-        help="have the service go over to another embedder",
-        description="Embed every served note with the embedder that the settings name, beside the vectors that are "
-        "served; then serve it in their place, with the notes that came meanwhile. The service goes on all the while.",
+        help="switch the running service to another embedder",
+        description="Embed every served note with the embedder that the settings name, then switch the service to the "
+        "new vectors, including notes that were added meanwhile. The service stays up throughout.",
         epilog="settings, as key=value:\n" + knobs(("model", "embed")),
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
@@ -154,14 +158,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Entry point of ``notellm2`` and of every script under ``jobs/``."""
     top = parser()
     options, rest = top.parse_known_args(arguments)
-    # Overrides may stand anywhere among the options, which argparse cannot say of a sub-command's positionals.
+    # Overrides may be mixed with options, which argparse does not allow for positionals of a sub-command.
     options.overrides = rest
     for text in rest:
         if text.startswith("-") or "=" not in text:
             top.error(f"unknown argument {text!r}; settings are given as key=value")
     logging.basicConfig(stream=sys.stderr, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", level=logging.WARNING)
     logging.getLogger("notellm2_ray").setLevel(logging.INFO)
-    # It would write to standard output, where the tables go, that there is no GPU.
+    # DeepSpeed would report a missing GPU on standard output, where the tables go.
     logging.getLogger("DeepSpeed").addFilter(lambda record: record.levelno >= logging.ERROR)
     try:
         _dispatch(options)

@@ -1,4 +1,4 @@
-"""What this machine has: versions of the libraries that matter, and devices (`notellm2 env`)."""
+"""Versions of the libraries and devices on this machine (`notellm2 env`)."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ _LIBRARIES = (
 
 
 def environment() -> str:
-    """Versions and devices, one a line."""
+    """Versions and devices, one per line."""
     lines = [
         f"notellm2-ray     {__version__}",
         f"python           {platform.python_version()} ({sys.executable})",

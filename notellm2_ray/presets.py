@@ -1,6 +1,7 @@
-"""Named starting points: the CPU demo, the real data sets, and the papers' own settings.
+"""Presets: the CPU demo, the real data sets, and the papers' own settings.
 
-A preset is a nested mapping laid over the defaults; a YAML file (``preset: NAME`` on top) and ``key=value`` go over it.
+A preset is a nested mapping that replaces defaults. A YAML file (``preset: NAME`` at its top) and then ``key=value``
+override it.
 """
 
 from __future__ import annotations
@@ -14,17 +15,17 @@ from notellm2_ray.core.config import apply_overrides, build, load_yaml, merge
 from notellm2_ray.core.errors import ConfigError
 from notellm2_ray.core.settings import Settings
 
-# What two CPU cores train in minutes. The learning rates are those of small models trained from scratch: Table 8's
+# Sizes that two CPU cores train in minutes. The learning rates suit small models trained from scratch; Table 8's
 # 3e-6 is for fine-tuning seven billion parameters over 7,956 steps.
 _LAPTOP: dict[str, Any] = {
     "model": {
         "llm": "tiny",
         "vision": "tiny",
         "prompt_language": "en",
-        # At Table 8's 3 the quickest way down from a tiny model's weak vectors is to make them all equal, where
-        # gradients vanish; a softer softmax lets the text be learned first.
+        # Table 8 has 3. With that, a tiny model first makes all its vectors equal, and gradients vanish there. A
+        # softer softmax lets it learn from the text first.
         "initial_temperature": 1.5,
-        "attention": "eager",  # faster than sdpa for so small a model on a CPU
+        "attention": "eager",  # faster than sdpa for a model this small on a CPU
         "qformer": {"num_layers": 2, "num_heads": 4, "hidden_size": 128, "intermediate_size": 256, "num_queries": 8},
     },
     "train": {
@@ -41,11 +42,11 @@ _LAPTOP: dict[str, Any] = {
     },
     "embed": {"cpus_per_actor": 2, "block_rows": 512, "by_modality": True},
     "evaluate": {"cutoffs": [10, 100, 1000, 10000]},
-    # Five blocks a user: each is one call of the tiny LLM, a few dozen a second.
+    # Five blocks a user. Each block is one call of the tiny LLM, which answers a few dozen a second.
     "sequences": {"max_events": 16},
-    # One example a training user would be too few for a model this small.
+    # One example per training user would be too few for a model this small.
     "candidates": {"train_targets": "every_block"},
-    # In float32: a low precision ties candidates.
+    # float32, because lower precision gives many candidates equal scores.
     "generation": {"dtype": "float32", "max_model_len": 1024, "max_sequences": 64},
     "summaries": {"max_tokens": 40},
     "preferences": {"max_tokens": 64},
@@ -61,8 +62,8 @@ _LAPTOP: dict[str, Any] = {
     },
 }
 
-# Table 9's base connector and Table 8's optimisation; the published runs used 8 GPUs with 16 pairs each, ZeRO-3 and
-# parameters and optimizer offloaded to the CPU.
+# Table 9's base connector and Table 8's optimisation; the published runs used 8 GPUs with 16 pairs each, ZeRO-3, and
+# parameters and optimizer state offloaded to the CPU.
 _PAPER: dict[str, Any] = {
     "model": {
         "variant": "notellm2",
@@ -94,8 +95,8 @@ PRESETS: Mapping[str, tuple[str, dict[str, Any]]] = {
         merge(
             _LAPTOP,
             {
-                # The world's feed shows new notes: nine clicks in ten are on notes of at most four days. Among older
-                # ones the newest candidate would be the target nine times in ten.
+                # The world's feed shows new notes: nine of ten clicks are on notes at most four days old. With older
+                # negatives, the newest candidate would be the target in nine of ten cases.
                 "candidates": {"max_negative_age_days": 4},
                 "ranking": {"baselines": ["random", "popularity", "newest", "gru4rec", "sasrec", "untuned"]},
             },
@@ -126,7 +127,7 @@ PRESETS: Mapping[str, tuple[str, dict[str, Any]]] = {
                 "train": {"epochs": 1},
                 "model": {"variant": "text_only"},
                 "evaluate": {"embedders": ["text_only"], "inputs": ["text"]},
-                # There are no covers: preferences from titles, candidates by their titles.
+                # There are no images: preferences are made from titles, and candidates shown by their titles.
                 "preferences": {"variant": "no_image_summary"},
                 "ranker": {"variant": "no_image_summary"},
                 "ranking": {
@@ -139,12 +140,12 @@ PRESETS: Mapping[str, tuple[str, dict[str, Any]]] = {
             },
         ),
     ),
-    # Tomato is Xiaohongshu's own continuation of LLaMA-2 and not public: the published code takes LLaMA-2.
+    # Tomato is Xiaohongshu's LLaMA-2 with further pretraining. It is not public; the published code uses LLaMA-2.
     "mtomato-base": (
-        "the paper's MTomato-Base, with LLaMA-2-7B in Tomato's place",
+        "the paper's MTomato-Base, with LLaMA-2-7B instead of Tomato",
         merge(_PAPER, {"model": {"llm": "meta-llama/Llama-2-7b-hf"}}),
     ),
-    # Qwen-Chat's first release needs code from its repository; Qwen1.5 is its nearest kin within the library.
+    # The first Qwen-Chat needs code from its own repository; Qwen1.5 is the closest model in transformers.
     "mqwen-base": ("the paper's MQwen-Base", merge(_PAPER, {"model": {"llm": "Qwen/Qwen1.5-7B-Chat"}})),
     "mqwen-bigg": (
         "the paper's MQwen-bigG: OpenCLIP ViT-bigG and a wider connector",
@@ -166,19 +167,19 @@ def preset(name: str) -> dict[str, Any]:
     """The mapping of a preset.
 
     Raises:
-        ConfigError: there is none of that name.
+        ConfigError: there is no preset of that name.
     """
     if name not in PRESETS:
         listing = "\n".join(f"  {known:14s} {text}" for known, (text, _) in PRESETS.items())
-        raise ConfigError(f"unknown preset {name!r}; there are\n{listing}")
+        raise ConfigError(f"unknown preset {name!r}; the presets are\n{listing}")
     return PRESETS[name][1]
 
 
 def load_settings(config: str | None, preset_name: str | None, overrides: Sequence[str]) -> Settings:
-    """Defaults, then preset, then YAML, then overrides, checked together.
+    """Settings from the defaults, the preset, the YAML file and the overrides; later ones win.
 
     Raises:
-        ConfigError: naming every wrong key, or an unknown baseline.
+        ConfigError: a key or value is wrong (the message names all of them), or a baseline is unknown.
     """
     values = load_yaml(config) if config else {}
     name = preset_name or values.pop("preset", None)

@@ -1,1 +1,1 @@
-"""The stages, what each needs, and where its output lies."""
+"""The stages of the pipeline: what each needs, does and writes."""

@@ -12,7 +12,7 @@ from notellm2_ray.pipeline.table import planned, stages_of
 
 
 def dry_run(settings: Settings, verb: str) -> str:
-    """One line per output of ``verb``: done, to continue, to do, or waiting for one before it; then sizes."""
+    """The plan of ``verb``: the state of each output (done, to continue or to do), then how much work there is."""
     lines = [f"plan of `notellm2 {verb}`"]
     undone: set[Path] = set()
     outputs = _planned(settings, verb)
@@ -32,7 +32,7 @@ def _planned(settings: Settings, verb: str) -> list[Planned]:
 
 
 def _state(one: Planned, undone: set[Path]) -> tuple[str, bool]:
-    """What is to be done for an output, and whether that is nothing."""
+    """The state of an output in words, and whether it is done."""
     if undone & set(one.reads.values()):
         return f"to do, after the stages before it ({one.directory})", False
     try:

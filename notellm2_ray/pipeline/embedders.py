@@ -1,4 +1,4 @@
-"""The embedders of the recall table by name: settings of each, and what it is made from and shown."""
+"""The embedders of the recall table: the settings, pretrained models and inputs of each."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ from notellm2_ray.pipeline.stage import workspace_of
 
 
 def select(settings: Settings, name: str, seed: int) -> Settings:
-    """The settings with another embedder named: a variant of ``model``, or one that ``embedders`` defines."""
+    """The settings with another embedder selected: a variant of ``model``, or one that ``embedders`` defines."""
     train = settings.train.model_copy(update={"seed": seed})
     return settings.model_copy(update={"train": train, "embedder": name})
 
 
 def resolved(settings: Settings) -> Settings:
-    """The settings with ``model`` and ``train`` as they are for the embedder that is named.
+    """The settings with ``model`` and ``train`` filled in for the selected embedder.
 
-    Others can no longer be selected from the result: what is different for this one would be taken for theirs.
+    No other embedder can be selected from the result, because it would inherit this one's ``model`` and ``train``.
     """
     name = settings.embedder_row
     own = settings.embedders.get(name)
@@ -34,19 +34,19 @@ def resolved(settings: Settings) -> Settings:
 
 
 def compared_embedders(settings: Settings) -> list[Settings]:
-    """Settings of every embedder that ``evaluate`` names, resolved: each with each seed, an untrained one with one."""
+    """Resolved settings of every embedder in ``evaluate``: one per seed, for an untrained one the first seed only."""
     chosen = [select(settings, name, seed) for name in settings.evaluate.embedders for seed in settings.evaluate.seeds]
     first = settings.evaluate.seeds[0]
     return [resolved(each) for each in chosen if is_trained(each) or each.train.seed == first]
 
 
 def chosen_embedder(settings: Settings) -> Settings:
-    """Settings that name the embedder that a whole run embeds all notes with, indexes and serves."""
+    """Settings of the embedder whose vectors of all notes a whole run indexes and serves."""
     return select(settings, settings.embedder_row, settings.evaluate.seeds[0])
 
 
 def trained_embedders(settings: Settings) -> Iterator[Settings]:
-    """Settings, resolved, of every embedder that a whole run trains: those it compares, and the chosen one."""
+    """Resolved settings of every embedder that a whole run trains: the compared ones and the chosen one."""
     seen = set()
     for each in (*compared_embedders(settings), resolved(chosen_embedder(settings))):
         if each.embedder_name not in seen:
@@ -55,18 +55,18 @@ def trained_embedders(settings: Settings) -> Iterator[Settings]:
 
 
 def is_trained(settings: Settings) -> bool:
-    """Whether the embedder of these settings is trained at all, or is a row of the model as it comes."""
+    """Whether the embedder of these settings is trained; otherwise it is the model before any training."""
     own = settings.embedders.get(settings.embedder or "")
     return own is None or own.trained
 
 
 def natural_inputs(settings: Settings) -> str:
-    """What the embedder of these settings is meant to be given."""
+    """The inputs that the embedder of these settings is made for."""
     return kind_of(settings.model).natural_inputs(settings.model)
 
 
 def tested_inputs(settings: Settings) -> tuple[str, ...]:
-    """What it is tested with, its natural input first (Table 3 for an embedder that takes both)."""
+    """The inputs that the embedder is tested with, the natural one first (Table 3 if it takes text and images)."""
     natural = natural_inputs(settings)
     if natural != "multimodal":
         return (natural,)
@@ -74,9 +74,9 @@ def tested_inputs(settings: Settings) -> tuple[str, ...]:
 
 
 def shown_inputs(settings: Settings, pool: str) -> tuple[str, ...]:
-    """What it is shown of a pool of notes: of the test pool what it is tested with, of all notes its natural input.
+    """The inputs that a pool of notes is embedded with: for the test pool those tested, for all notes the natural one.
 
-    With ``embed.by_modality`` also each part of a note alone.
+    With ``embed.by_modality``, also image alone and text alone.
     """
     if pool == "test":
         return tested_inputs(settings)
@@ -85,7 +85,7 @@ def shown_inputs(settings: Settings, pool: str) -> tuple[str, ...]:
 
 
 def parts_of(settings: Settings) -> tuple[str, ...]:
-    """Which pretrained models the embedder of these settings is built from: ``llm``, ``vision``."""
+    """The pretrained models that the embedder of these settings is built from: ``llm``, ``vision`` or both."""
     return kind_of(settings.model).parts(settings.model)
 
 
@@ -95,14 +95,14 @@ def is_tiny(settings: Settings, part: str) -> bool:
 
 
 def baseline_parts(settings: Settings) -> tuple[str, ...]:
-    """Which of the embedder's pretrained models the ranking baselines take their features from."""
+    """The pretrained models of the embedder that ranking baselines compute features with."""
     needed = needs(settings)
     by_image = "image_tower" in needed and not settings.ranking.image_tower
     return (*(("llm",) if "llm" in needed else ()), *(("vision",) if by_image else ()))
 
 
 def tiny_parts(settings: Settings) -> list[str]:
-    """Which tiny models a run of these settings needs."""
+    """The tiny models that a run with these settings needs."""
     wanted = set()
     for each in (settings, *trained_embedders(settings)):
         wanted |= {(getattr(each.model, part), part) for part in parts_of(each)}
@@ -111,7 +111,7 @@ def tiny_parts(settings: Settings) -> list[str]:
 
 
 def model_paths(settings: Settings) -> tuple[str, str]:
-    """The LLM and the vision tower with 'tiny' resolved to the workspace's own."""
+    """Names or paths of the LLM and the vision tower, with 'tiny' replaced by the workspace's directory."""
     workspace = workspace_of(settings)
     llm = str(workspace.tiny_llm) if is_tiny(settings, "llm") else settings.model.llm
     vision = str(workspace.tiny_clip) if is_tiny(settings, "vision") else settings.model.vision
@@ -119,11 +119,11 @@ def model_paths(settings: Settings) -> tuple[str, str]:
 
 
 def model_reads(settings: Settings, parts: Sequence[str]) -> dict[str, Path]:
-    """The workspace's tiny models, if any of the parts is tiny."""
+    """Directory of the workspace's tiny models, if any of the parts is tiny."""
     return {"tiny": workspace_of(settings).tiny} if any(is_tiny(settings, part) for part in parts) else {}
 
 
 def model_versions(settings: Settings, parts: Sequence[str]) -> dict[str, str]:
-    """Versions of those parts that lie in directories here."""
+    """Versions of the parts that are local directories."""
     names = {part: getattr(settings.model, part) for part in parts}
     return {part: files_fingerprint(name) for part, name in names.items() if Path(name).is_dir()}

@@ -1,4 +1,4 @@
-"""Recall and ranking at the same time, a process each: once the notes are prepared they need nothing of each other."""
+"""Runs recall and ranking in two processes: once the notes are prepared, neither needs the other."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ _PR_SET_PDEATHSIG = 1
 
 
 def run_halves(settings: Settings, workspace: Path) -> None:
-    """Run both halves to their ends, each with Ray of its own or both in the cluster of RAY_ADDRESS.
+    """Run both halves, each with its own Ray, or both in the cluster of RAY_ADDRESS.
 
-    Progress of both goes to standard error as it comes; what they print, their tables, is printed whole, one half after
-    the other. A half that fails does not stop the other. On one machine with GPUs they run one after the other: each
-    would count on all of them.
+    Their progress goes to standard error at once; their tables are printed whole, one half after the other. A half that
+    fails does not stop the other. On one machine with GPUs they run one after the other, because each of them would
+    claim all GPUs.
 
     Raises:
-        OutputError: a half failed; its own message stands above.
+        OutputError: a half failed; it has printed the reason.
     """
     workspace.mkdir(parents=True, exist_ok=True)
     together = side_by_side(settings)
@@ -46,15 +46,15 @@ def run_halves(settings: Settings, workspace: Path) -> None:
             failed.append(half)
     if failed:
         raise OutputError(
-            f"{' and '.join(failed)} failed, for the reason given above. What is finished is kept: mend the cause and "
+            f"{' and '.join(failed)} failed, for the reason given above. Finished outputs are kept: fix the cause and "
             "run the same command again"
         )
 
 
 def side_by_side(settings: Settings) -> bool:
-    """Whether the halves run at the same time: in a cluster, and where no GPU is asked for.
+    """Whether the halves run at the same time: in a cluster, or if no GPUs are requested.
 
-    Where a baseline of the second reads tiny models that the first trains, they never do.
+    They do not if a ranking baseline reads tiny models that the recall half trains.
     """
     if needs_tiny_embedder_parts(settings):
         return False
@@ -62,8 +62,8 @@ def side_by_side(settings: Settings) -> bool:
     return bool(os.environ.get("RAY_ADDRESS")) or not any((*asked, settings.generation.gpus_per_engine))
 
 
-def shared_out(settings: Settings) -> dict[str, Any]:
-    """The settings as one half gets them: side by side on this machine, each works with half of its cores."""
+def settings_of_half(settings: Settings) -> dict[str, Any]:
+    """The settings for one half. If both run at once on this machine, each gets half of the cores."""
     plain = to_plain(settings)
     if os.environ.get("RAY_ADDRESS") or not side_by_side(settings):
         return plain
@@ -75,12 +75,12 @@ def shared_out(settings: Settings) -> dict[str, Any]:
 
 def _start(half: str, settings: Settings, workspace: Path) -> subprocess.Popen[str]:
     path = workspace / f".{half}.yaml"
-    path.write_text(yaml.safe_dump(shared_out(settings), allow_unicode=True), encoding="utf-8")
+    path.write_text(yaml.safe_dump(settings_of_half(settings), allow_unicode=True), encoding="utf-8")
     command = [sys.executable, "-m", "notellm2_ray.cli", half, "--config", str(path)]
     return subprocess.Popen(command, stdout=subprocess.PIPE, text=True, preexec_fn=_die_with_parent)
 
 
 def _die_with_parent() -> None:
-    """Else a killed command would leave halves at work that the next one starts again."""
+    """End this process with its parent: otherwise the halves would go on after the command was killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)

@@ -33,12 +33,12 @@ def compare_ranking(
     """All figures of all methods under every protocol, written as results.json, table.txt and the report.
 
     Args:
-        settings: those of the run; ``ranking`` says which baselines, cutoffs and seeds.
+        settings: of the run; ``ranking`` names baselines, cutoffs and seeds.
         scores: files of the score tables (SCORE_SCHEMA) of rankers, controls and untuned models.
         output: an existing directory.
 
     Returns:
-        Counts for the manifest, and each ranker's AUC. results.json holds ``{"protocols": {name: results of
+        Counts for the manifest, with each ranker's AUC. results.json holds ``{"protocols": {name: results of
         evaluate_protocol}, "remarks": [...]}``.
 
     Raises:
@@ -80,7 +80,7 @@ def _brief(results: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _methods(data: RankingData, protocol: ProtocolData, scores: Mapping[Scored, Path]) -> Iterator[MethodScores]:
-    """Rows in the order of the tables: baselines as the settings name them, rankers, controls."""
+    """Rows in the order of the tables: baselines in the order of the settings, then rankers, then controls."""
     from notellm2_ray.baselines.ranking.table import named
     from notellm2_ray.evaluate.ranking.results import MethodScores
 
@@ -94,7 +94,7 @@ def _methods(data: RankingData, protocol: ProtocolData, scores: Mapping[Scored, 
 
 
 def _by_method(protocol: ProtocolData, scores: Mapping[Scored, Path]) -> dict[str, MethodScores]:
-    """The score tables of a protocol; those of one method with several seeds are put together."""
+    """The scores of a protocol by method; the seeds of one method are put together."""
     from notellm2_ray.evaluate.ranking.results import MethodScores
 
     found: dict[str, tuple[Kind, dict[int | None, np.ndarray]]] = {}
@@ -118,9 +118,9 @@ def _remarks(data: RankingData) -> list[str]:
     from notellm2_ray.baselines.ranking.table import in_table_order
 
     remarks = [
-        "Cold and warm are by what may be known of a target's clicks. Sequential baselines are trained on the training "
-        "users' sequences and on what came before other users' targets, and stop by their AUC on validation targets; "
-        "a note that they never saw scores as one class that was never a target."
+        "Cold and warm targets differ in the clicks on them that may be known, without those to predict. Sequential "
+        "baselines are trained on the training users' sequences and on other users' events before their targets. "
+        "Training stops by AUC on validation targets. All notes unseen in training get the same score."
     ]
     return [*remarks, *(row.remark(data) for row in in_table_order(data.settings).values() if row.remark is not None)]
 
@@ -171,11 +171,11 @@ def _notes(workspace: Workspace, ids: Sequence[str]) -> dict[str, Note]:
 
 
 def _preferences(settings: Settings, ranker: str, protocol: str) -> dict[tuple[str, int], str]:
-    """(user, block) to preference; empty if the ranker reads no preferences."""
+    """Preferences by (user, block); empty if the ranker reads none."""
     variant = next((kind for name, kind in PREFERENCES.items() if name == ranker), None)
     if variant is None:
         return {}
-    # The published protocol has histories of its own, and so preferences of its own.
+    # The published protocol has its own histories and so its own preferences.
     history = "published" if protocol == "published" else ""
     path = workspace_of(settings).preference_table(variant, history)
     if not path.is_file():

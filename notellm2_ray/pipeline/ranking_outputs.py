@@ -1,4 +1,4 @@
-"""What the recommender's stages write, and what each output is made of."""
+"""The outputs of the recommender's stages, and what each depends on."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from notellm2_ray.core.settings.ranking import Control, PreferenceVariant, Proto
 from notellm2_ray.pipeline.embedders import model_reads, model_versions
 from notellm2_ray.pipeline.stage import Planned, workspace_of
 
-# The preferences that a ranker variant is given.
+# The preferences that each ranker variant reads.
 PREFERENCES: dict[RankerVariant, PreferenceVariant | None] = {
     "mllm_msr": "recurrent",
     "direct": "direct",
@@ -25,7 +25,7 @@ PREFERENCES: dict[RankerVariant, PreferenceVariant | None] = {
 
 
 class Scored(NamedTuple):
-    """One table of scores: a model's opinion of one protocol's candidates."""
+    """One table of scores: one model's P(yes) for one protocol's candidates."""
 
     method: str  # row of the tables
     ranker: RankerVariant  # how it is prompted
@@ -51,7 +51,7 @@ def for_ranker(settings: Settings, variant: RankerVariant, seed: int) -> Setting
 
 
 def rankers(settings: Settings) -> Iterator[Settings]:
-    """Settings of every ranker that ``ranking`` names: each variant with each seed."""
+    """Settings of every ranker in ``ranking``: each variant with each seed."""
     for variant in settings.ranking.rankers:
         for seed in settings.ranking.seeds:
             yield for_ranker(settings, variant, seed)
@@ -63,14 +63,14 @@ def for_preferences(settings: Settings, variant: PreferenceVariant) -> Settings:
 
 
 def preference_variants(settings: Settings) -> list[PreferenceVariant]:
-    """Every variant that the compared rankers, tuned and untuned, need; that of the rows' order."""
+    """The variants that the compared rankers need, tuned and untuned, in the order of the rows."""
     needed = [PREFERENCES[variant] for variant in settings.ranking.rankers]
     needed += [PREFERENCES[variant] for variant in untuned_rows(settings).values()]
     return list(dict.fromkeys(variant for variant in needed if variant is not None))
 
 
 def needs_image_summaries(settings: Settings) -> bool:
-    """Whether anything that is compared reads them."""
+    """Whether any compared ranker or baseline reads image summaries."""
     by_preferences = any(variant != "no_image_summary" for variant in preference_variants(settings))
     return by_preferences or "image_summaries" in needs(settings)
 
@@ -90,14 +90,14 @@ def scored(settings: Settings) -> list[Scored]:
 
 
 def preference_histories(settings: Settings) -> list[str]:
-    """Which histories preferences are made from: the users' own (""), and those of the "published" construction."""
+    """The histories that preferences are made from: the users' own ("") and those of the "published" protocol."""
     protocols = settings.candidates.protocols
     own = [""] if settings.ranking.rankers or set(protocols) != {"published"} else []
     return own + (["published"] if "published" in protocols else [])
 
 
 def ranking_model(settings: Settings, name: str) -> str:
-    """A model of the recommender with 'tiny' resolved to the workspace's own."""
+    """Name or path of a model of the recommender, with 'tiny' replaced by the workspace's directory."""
     return str(workspace_of(settings).tiny_mllm) if name == "tiny" else name
 
 
@@ -107,19 +107,19 @@ def uses_tiny_mllm(settings: Settings) -> bool:
 
 
 def needs_tiny_embedder_parts(settings: Settings) -> bool:
-    """Whether a baseline's features come from the tiny models that the other half trains."""
+    """Whether a ranking baseline reads the tiny LLM or CLIP, which the recall half trains."""
     needed = needs(settings)
     by_image = "image_tower" in needed and (settings.ranking.image_tower or settings.model.vision) == "tiny"
     return by_image or ("llm" in needed and settings.model.llm == "tiny")
 
 
 def _model_reads(settings: Settings, name: str) -> dict[str, Path]:
-    """The workspace's own model, where one of the recommender's models is it."""
+    """Directory of the workspace's tiny MLLM, if ``name`` is 'tiny'."""
     return {"model": workspace_of(settings).tiny_mllm} if name == "tiny" else {}
 
 
 def _model_versions(name: str) -> dict[str, str]:
-    """Version of a model in a directory here."""
+    """Version of a model that is a local directory."""
     return {"model": files_fingerprint(name)} if name != "tiny" and Path(name).is_dir() else {}
 
 
@@ -156,7 +156,7 @@ def image_summaries(settings: Settings) -> Planned:
 
 
 def preferences(settings: Settings, history: str = "") -> Planned:
-    """Preferences of ``preferences.variant``, made from a history."""
+    """Preferences of ``preferences.variant`` from one of :func:`preference_histories`."""
     workspace, variant, model = workspace_of(settings), settings.preferences.variant, settings.preferences.model
     shaped = {
         "preferences": shaping(settings.preferences),

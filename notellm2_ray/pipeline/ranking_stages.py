@@ -1,4 +1,4 @@
-"""The recommender's stages, as :mod:`notellm2_ray.pipeline.recall_stages` has those of recall."""
+"""The stages of ranking; those of recall are in :mod:`notellm2_ray.pipeline.recall_stages`."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SPLITS = ("train", "valid", "test")
 
 
 def make_sequences(settings: Settings) -> dict[str, Any]:
-    """Events to histories, blocks, targets and their candidates."""
+    """Make histories, blocks, targets and candidates from the events."""
     from notellm2_ray.data.sequences.make import make_sequences as work
 
     def run(output: Path) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def make_sequences(settings: Settings) -> dict[str, Any]:
 
 
 def build_tiny_mllm(settings: Settings) -> dict[str, Any]:
-    """Train the tiny multimodal LLM on drawings and texts, if the settings name it."""
+    """Train the tiny multimodal LLM on drawings and texts, if the settings use it."""
     if not outputs.uses_tiny_mllm(settings):
         return {}
     from notellm2_ray.lessons.tastes import lessons
@@ -46,7 +46,7 @@ def build_tiny_mllm(settings: Settings) -> dict[str, Any]:
 
 
 def _texts(notes: Path) -> Iterator[str]:
-    """The texts of all notes; whom they please stays unknown."""
+    """The texts of all notes, without any events."""
     import pyarrow.dataset as ds
 
     from notellm2_ray.core.schema import Note, iter_notes
@@ -58,7 +58,7 @@ def _texts(notes: Path) -> Iterator[str]:
 
 
 def summarize_images(settings: Settings) -> dict[str, Any]:
-    """Every note's image to a text."""
+    """Summarise every note's image in words."""
     from notellm2_ray.infer.summaries import summarize_images as work
 
     def run(output: Path) -> dict[str, Any]:
@@ -76,7 +76,7 @@ def summarize_images(settings: Settings) -> dict[str, Any]:
 
 
 def summarize_preferences(settings: Settings) -> dict[str, Any]:
-    """Blocks of history to tastes in words, for ``preferences.variant``."""
+    """Summarise users' blocks of history as preferences of ``preferences.variant``."""
     return {history or "own": _summarize(settings, history) for history in outputs.preference_histories(settings)}
 
 
@@ -106,7 +106,7 @@ def _summarize(settings: Settings, history: str) -> dict[str, Any]:
 
 
 def _needed(settings: Settings, history: str, output: Path) -> Path:
-    """The (user_id, block) that any example is about."""
+    """A Parquet file of every (user_id, block) whose preference an example needs."""
     import pyarrow.parquet as pq
 
     parts = (history,) if history else SPLITS
@@ -118,13 +118,13 @@ def _needed(settings: Settings, history: str, output: Path) -> Path:
 
 
 def train_ranker(settings: Settings) -> dict[str, Any]:
-    """Examples to a tuned recommender."""
+    """Fine-tune the ranker that the settings name."""
     from notellm2_ray.train.ranker import train_ranker as work
 
     kind = outputs.PREFERENCES[settings.ranker.variant]
     if kind is not None:
         written = outputs.preferences(outputs.for_preferences(settings, kind))
-        require(written, "run summarize-preferences, or `notellm2 run-ranking` for all of it")
+        require(written, "run summarize-preferences, or `notellm2 run-ranking` for everything")
 
     def run(output: Path) -> dict[str, Any]:
         connect(settings.ray)
@@ -148,7 +148,7 @@ def _preferences(settings: Settings, variant: RankerVariant, history: str = "") 
 
 
 def score_candidates(settings: Settings) -> dict[str, Any]:
-    """P(yes) of every compared model for every candidate; each model's engine is started once."""
+    """Compute P(yes) of every compared model for every candidate. Each model's engine is started once."""
     by_model: dict[str, list[outputs.Scored]] = defaultdict(list)
     for table in outputs.scored(settings):
         if table.seed is not None:
@@ -197,7 +197,7 @@ def _score(
 
 
 def eval_ranking(settings: Settings) -> dict[str, Any]:
-    """AUC, HR, MRR and NDCG of all rankers and baselines; prints the tables and writes the report."""
+    """Compare all rankers and baselines by AUC, HR, MRR and NDCG; print the tables and write the report."""
     from notellm2_ray.evaluate.front_page import write_front_page
     from notellm2_ray.pipeline.ranking_comparison import compare_ranking
 
@@ -205,8 +205,8 @@ def eval_ranking(settings: Settings) -> dict[str, Any]:
     missing = [f"{table.name}/{table.protocol}" for table in tables if not outputs.scores(settings, table).complete]
     if missing:
         raise OutputError(
-            f"candidates are not scored with these settings by {', '.join(missing)}: run score-candidates, or "
-            "`notellm2 run-ranking` for all of it"
+            f"{', '.join(missing)} have not scored the candidates with these settings: run score-candidates, or "
+            "`notellm2 run-ranking` for everything"
         )
     paths = {table: workspace.score_table(table.name, table.protocol) for table in tables}
     counts = run_stage(
@@ -223,7 +223,7 @@ def planned_sequences(settings: Settings) -> list[Planned]:
 
 
 def planned_tiny_mllm(settings: Settings) -> list[Planned]:
-    """The tiny MLLM, if the settings name it."""
+    """The tiny MLLM, if the settings use it."""
     return [outputs.tiny_mllm(settings)] if outputs.uses_tiny_mllm(settings) else []
 
 
@@ -248,13 +248,13 @@ def planned_evaluation(settings: Settings) -> list[Planned]:
 
 
 def each_with_image_summaries(settings: Settings) -> Iterator[Settings]:
-    """The settings, where anything that is compared reads image summaries."""
+    """The settings, if any compared ranker or baseline reads image summaries; else nothing."""
     if outputs.needs_image_summaries(settings):
         yield settings
 
 
 def each_preference_variant(settings: Settings) -> Iterator[Settings]:
-    """Settings of every variant of preferences that the compared rankers need."""
+    """Settings of each variant of preferences that the compared rankers need."""
     for variant in outputs.preference_variants(settings):
         yield outputs.for_preferences(settings, variant)
 

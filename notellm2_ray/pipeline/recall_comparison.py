@@ -30,10 +30,10 @@ def compare(
     """Recall of all methods on the test pairs, written as results.json, table.txt and the report.
 
     Args:
-        settings: those of the chosen embedder, whose index the report describes.
-        compared: those of every embedder to compare; each must have its embedding table of the test pool.
-        tokenizer: directory or hub name of the LLM whose tokens are counted to tell short notes from long ones.
-        output: directory to write into.
+        settings: of the chosen embedder, whose index the report describes.
+        compared: settings of each embedder to compare; each must have embedded the test pool.
+        tokenizer: directory or hub name of the LLM whose tokens decide which notes are short and long.
+        output: an existing directory.
 
     Returns:
         The results of :func:`notellm2_ray.evaluate.recall.results.evaluate`.
@@ -126,7 +126,7 @@ def test_table(workspace: Workspace, each: Settings) -> Path:
 
 
 def read_test_notes(workspace: Workspace) -> dict[str, Note]:
-    """Note id to note of the test pool, in the pool's order."""
+    """The notes of the test pool by id, in the pool's order."""
     pool = pq.read_table(workspace.test_pool).column("note_id")
     table = ds.dataset(workspace.notes).to_table(filter=ds.field("note_id").isin(pool))
     found = {note.note_id: note for note in iter_notes(table)}

@@ -1,4 +1,4 @@
-"""What the stages of recall write, and what each output is made of."""
+"""The outputs of the stages of recall, and what each depends on."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ def prepared(settings: Settings) -> Planned:
 
 
 def _source_versions(settings: Settings) -> dict[str, str]:
-    """Names, sizes and times of the source's tables, so that new content is noticed.
+    """Versions of the source's tables by name, size and time, to notice changes.
 
-    Images are compared by name, not by content. Where the tables are gone, what was prepared from them stays valid.
+    Images are compared by name, not by content. If the tables are gone, notes prepared from them stay valid.
     """
     from notellm2_ray.data.sources import table_versions
 
@@ -48,7 +48,7 @@ def tiny(settings: Settings) -> Planned:
     workspace = workspace_of(settings)
     sizes = {name: value for name, value in shaping(settings.tiny).items() if not name.startswith("mllm_")}
     shaped = {"tiny": sizes, "parts": tiny_parts(settings), "seed": settings.seed}
-    shaped["prompt_language"] = settings.model.prompt_language  # its words are in the tokenizer's corpus
+    shaped["prompt_language"] = settings.model.prompt_language  # the prompt's words are in the tokenizer's corpus
     return Planned("build-tiny", workspace.tiny, shaped, {"pairs": workspace.pairs})
 
 

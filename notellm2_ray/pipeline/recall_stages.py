@@ -1,4 +1,4 @@
-"""The stages of recall: each reads finished outputs and writes one, complete or absent."""
+"""The stages of recall. Each reads finished outputs and writes its own."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ log = logging.getLogger("notellm2_ray")
 
 
 def prepare(settings: Settings) -> dict[str, Any]:
-    """Source tables to checked notes and events."""
+    """Read and check the notes and events of the source."""
     from notellm2_ray.data.prepare import prepare as work
     from notellm2_ray.data.sources import open_source
 
@@ -32,7 +32,7 @@ def prepare(settings: Settings) -> dict[str, Any]:
 
 
 def mine_pairs(settings: Settings) -> dict[str, Any]:
-    """Events to related pairs, split into training, validation and test."""
+    """Mine related pairs from the events, and split them into training, validation and test pairs."""
     from notellm2_ray.data.pairs.mine import mine
 
     def run(output: Path) -> dict[str, Any]:
@@ -43,7 +43,7 @@ def mine_pairs(settings: Settings) -> dict[str, Any]:
 
 
 def build_tiny(settings: Settings) -> dict[str, Any]:
-    """Train the tiny models from the training notes, if the settings name any."""
+    """Train the tiny models on the training notes, if the settings use any."""
     parts = embedders.tiny_parts(settings)
     if not parts:
         return {}
@@ -52,7 +52,7 @@ def build_tiny(settings: Settings) -> dict[str, Any]:
     from notellm2_ray.models.tiny.llm import train_tiny_llm
 
     def run(output: Path) -> dict[str, Any]:
-        # Training notes alone: a model that had read the test notes' texts would have an edge no checkpoint has.
+        # Training notes only: a model trained on the texts of test notes would have an unfair advantage.
         store = NoteStore(workspace_of(settings).train_notes)
         counts = {}
         if "llm" in parts:
@@ -67,12 +67,12 @@ def build_tiny(settings: Settings) -> dict[str, Any]:
 
 
 def planned_tiny(settings: Settings) -> list[Planned]:
-    """The tiny models, if the settings name any."""
+    """The tiny models, if the settings use any."""
     return [outputs.tiny(settings)] if embedders.tiny_parts(settings) else []
 
 
 def train_embedder(settings: Settings) -> dict[str, Any]:
-    """Pairs to the embedder that the settings name."""
+    """Train the embedder that the settings name."""
     from notellm2_ray.train.embedder import train_embedder as work
 
     settings = embedders.resolved(settings)
@@ -90,7 +90,7 @@ def train_embedder(settings: Settings) -> dict[str, Any]:
             output=output,
         )
 
-    def as_it_comes(output: Path) -> dict[str, Any]:
+    def save_untrained(output: Path) -> dict[str, Any]:
         from notellm2_ray.models.embedder.build import build_encoder
 
         encoder = build_encoder(settings.model, settings.train.seed, llm_path=llm, vision_path=vision)
@@ -98,7 +98,7 @@ def train_embedder(settings: Settings) -> dict[str, Any]:
         (output / "history.jsonl").write_text("", encoding="utf-8")
         return {"steps": 0, "model_fingerprint": encoder.fingerprint}
 
-    return run_stage(outputs.embedder(settings), run if embedders.is_trained(settings) else as_it_comes)
+    return run_stage(outputs.embedder(settings), run if embedders.is_trained(settings) else save_untrained)
 
 
 def planned_embedder(settings: Settings) -> list[Planned]:
@@ -106,7 +106,7 @@ def planned_embedder(settings: Settings) -> list[Planned]:
 
 
 def embed_notes(settings: Settings) -> dict[str, Any]:
-    """Every note to a vector in the embedding table."""
+    """Embed every note and write the embedding table."""
     return _embed(embedders.resolved(settings), "all")
 
 
@@ -134,7 +134,7 @@ def _embed(settings: Settings, pool: str) -> dict[str, Any]:
 
 
 def build_index(settings: Settings) -> dict[str, Any]:
-    """Embedding table to ANN index, its recall against exact search measured."""
+    """Build the ANN index of the embedding table, and measure its recall against exact search."""
     from notellm2_ray.index.ann import AnnIndex
     from notellm2_ray.index.table import read_vectors
 
@@ -154,7 +154,7 @@ def planned_index(settings: Settings) -> list[Planned]:
 
 
 def eval_retrieval(settings: Settings) -> dict[str, Any]:
-    """Recall of every embedder that is trained, beside the baselines; prints the table and writes the report."""
+    """Compare the recall of all trained embedders and baselines; print the table and write the report."""
     from notellm2_ray.evaluate.front_page import write_front_page
 
     compared = embedders.compared_embedders(settings)
@@ -163,11 +163,11 @@ def eval_retrieval(settings: Settings) -> dict[str, Any]:
     missing = [each.embedder_name for each in compared if each not in trained]
     if not trained:
         raise OutputError(
-            f"none of the embedders that evaluate.embedders and evaluate.seeds name is trained with these settings "
+            f"no embedder of evaluate.embedders and evaluate.seeds has been trained with these settings "
             f"({', '.join(missing)}): run train-embedder, or `notellm2 run` for all of them"
         )
     if missing:
-        log.warning("not trained with these settings, and left out: %s", ", ".join(missing))
+        log.warning("left out, because not trained with these settings: %s", ", ".join(missing))
     for each in trained:
         _embed(each, "test")
     workspace = workspace_of(settings)
@@ -185,7 +185,7 @@ def eval_retrieval(settings: Settings) -> dict[str, Any]:
 
 
 def planned_evaluation(settings: Settings) -> list[Planned]:
-    """The embeddings of the test pool by every compared embedder, and the report."""
+    """The test pool's embeddings of every compared embedder, and the report."""
     compared = embedders.compared_embedders(settings)
     settings = embedders.resolved(settings)
     return [*(outputs.embeddings(each, "test") for each in compared), outputs.evaluation(settings, compared)]

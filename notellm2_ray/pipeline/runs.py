@@ -1,4 +1,4 @@
-"""Doing what a verb of the pipeline says: one stage, a sweep, or a run of many stages."""
+"""Executes a verb of the pipeline: one stage, a run of several, or a sweep."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from notellm2_ray.pipeline.table import do, writer_of
 
 
 def run_verb(verb: str, settings: Settings) -> None:
-    """Do a stage, a run or a sweep; `run` does both halves at the same time.
+    """Execute a verb; `run` executes both halves at the same time where possible.
 
     Raises:
-        OutputError: an output that is read is not there; the message says which verb makes it.
+        OutputError: an input is missing; the message names the verb that makes it.
     """
     try:
         if verb == SWEEP_VERB:
@@ -30,7 +30,7 @@ def run_verb(verb: str, settings: Settings) -> None:
         if writer is None:
             raise
         raise OutputError(
-            f"{verb} reads {error.directory}, which is not there or not finished: run `notellm2 {writer}` first, with "
+            f"{verb} reads {error.directory}, which is missing or unfinished: run `notellm2 {writer}` first, with "
             "the same settings"
         ) from None
 

@@ -1,6 +1,6 @@
-"""What a stage is, and running one.
+"""What a stage is, and how it is run.
 
-A stage is skipped where its output is there, continued where it was stopped, and else done anew.
+A stage is skipped if its output is complete, continued if it was stopped, and otherwise run from the start.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ log = logging.getLogger("notellm2_ray")
 
 @dataclass(frozen=True)
 class Planned:
-    """An output that a stage would write: what it is made of, whether or not that is there yet.
+    """An output that a stage will write, with everything that it depends on; inputs need not exist yet.
 
     Attributes:
         verb: the stage that writes it.
-        directory: where it lies.
-        settings: the settings that shape it, as JSON values.
-        reads: name to directory of every finished output that it is made of.
-        reads_if_there: the same for outputs that it can do without.
-        versions: name to version of what comes from outside the workspace: source tables, model directories.
-        name: tells it from the stage's other outputs, as in ``mllm_msr-seed42``; "" for a stage's only output.
+        directory: where it is written.
+        settings: the settings that change it, as JSON values.
+        reads: directories of the finished outputs that it needs, by name.
+        reads_if_there: directories of outputs that it uses if they exist, by name.
+        versions: versions of inputs from outside the workspace (source tables, model directories), by name.
+        name: distinguishes the outputs of one stage, as in ``mllm_msr-seed42``; "" for a stage with one output.
     """
 
     verb: str
@@ -46,14 +46,14 @@ class Planned:
 
     @property
     def label(self) -> str:
-        """As it stands in a dry run."""
+        """Its name in a dry run."""
         return f"{self.verb} {self.name}".strip()
 
     def output(self) -> Output:
-        """The output with the fingerprints of what it is made of.
+        """The output with the fingerprints of its inputs.
 
         Raises:
-            OutputError: something that it reads is not there.
+            OutputError: an input is missing.
         """
         inputs = {name: fingerprint_of(directory) for name, directory in self.reads.items()}
         there = {name: path for name, path in self.reads_if_there.items() if (path / MANIFEST).is_file()}
@@ -62,10 +62,10 @@ class Planned:
 
     @property
     def complete(self) -> bool:
-        """Whether exactly this output is there.
+        """Whether the output exists, is finished, and was made with these settings and inputs.
 
         Raises:
-            OutputError: something that it reads is not there.
+            OutputError: an input is missing.
         """
         return self.output().complete
 
@@ -80,15 +80,15 @@ class Stage:
 
     Attributes:
         verb: its name on the command line.
-        help: what it does, as the command line says it.
-        sections: the sections of the settings that it reads beside those of the stages before it.
+        help: its help text on the command line.
+        sections: the sections of the settings that it reads, beside those of the stages before it.
         needs: verbs of the stages whose outputs it reads.
-        outputs: what it writes with given settings.
-        work: does it with given settings.
-        in_a_run: the settings with which a whole run does it: several where it makes several, none where nothing needs
-            it.
-        also_needs: further verbs that it needs with given settings.
-        size: one line on how much it does and with what, for a dry run.
+        outputs: settings -> the outputs that it writes.
+        work: settings -> runs the stage.
+        in_a_run: settings of a whole run -> the settings to run the stage with: one for each embedder, say, or none if
+            the run does not need it.
+        also_needs: settings -> further verbs that it needs.
+        size: settings -> one line for a dry run on the amount of work and the resources.
     """
 
     verb: str
@@ -103,11 +103,11 @@ class Stage:
 
 
 def workspace_of(settings: Settings) -> Workspace:
-    """The workspace of the settings; warns where a submitted job would lose it."""
+    """The workspace of the settings; logs a warning if a submitted Ray job would lose it."""
     if os.environ.get("RAY_JOB_SUBMISSION_ID") and not settings.workspace.is_absolute():
         log.warning(
-            "workspace %s is relative: a submitted job runs in a temporary copy of its working directory, and what it "
-            "writes there is lost; give an absolute workspace on shared storage",
+            "workspace %s is relative: a submitted job runs in a temporary copy of its working directory, and what "
+            "it writes there is lost. Give an absolute workspace on shared storage",
             settings.workspace,
         )
     return Workspace(settings.workspace)
@@ -117,37 +117,37 @@ def fingerprint_of(directory: Path) -> str:
     """Fingerprint of a finished output.
 
     Raises:
-        OutputError: there is none.
+        OutputError: there is none in ``directory``.
     """
     return read_manifest(directory)["fingerprint"]
 
 
 def require(planned: Planned, advice: str) -> None:
-    """Check that an output is there as planned.
+    """Check that an output is complete.
 
     Raises:
-        OutputError: it is not; the message ends in ``advice``.
+        OutputError: it is not; the message ends with ``advice``.
     """
     try:
         there = planned.complete
     except OutputError:
         there = False
     if not there:
-        raise OutputError(f"{planned.label} is not done with these settings: {advice}")
+        raise OutputError(f"{planned.label} has not been made with these settings: {advice}")
 
 
 def run_stage(planned: Planned | Output, work: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
-    """Do a stage's work unless its output is there.
+    """Make an output of a stage unless it is complete.
 
     Args:
-        planned: what it writes.
-        work: writes into the directory it is given, and returns the counts for the manifest.
+        planned: the output.
+        work: writes into the given directory and returns the counts for the manifest.
 
     Returns:
         The manifest's counts.
 
     Raises:
-        OutputError: an output that it reads is not there.
+        OutputError: an input is missing.
     """
     output = planned.output() if isinstance(planned, Planned) else planned
     name = f"{output.stage} ({output.directory.name})"
@@ -165,10 +165,10 @@ def run_stage(planned: Planned | Output, work: Callable[[Path], Mapping[str, Any
 def run_together(
     planned: Sequence[Planned | Output], work: Callable[[Sequence[int], Sequence[Path]], Sequence[Mapping[str, Any]]]
 ) -> list[dict[str, Any]]:
-    """Make several outputs of one stage in one go, but those that are there.
+    """Make several outputs of one stage with one call of ``work``; complete ones are skipped.
 
     Args:
-        work: gets the places in ``planned`` of the outputs to make, and their directories; returns the counts of each.
+        work: gets the positions in ``planned`` of the outputs to make, and their directories; returns counts for each.
 
     Returns:
         The counts of all of them.

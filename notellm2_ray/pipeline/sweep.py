@@ -1,7 +1,7 @@
-"""How the ranking changes with one setting (Figures 5 and 6 of MLLM-MSR): trials through Ray Tune.
+"""Sweeps of one setting of the recommender (Figures 5 and 6 of MLLM-MSR), with Ray Tune.
 
-A trial is the whole pipeline with that setting changed, in a workspace of its own below the parent's that shares what
-the setting does not touch. Trials resume like any run: what a stopped sweep finished is not done again.
+A trial is a whole run with that setting changed. It has its own workspace inside the parent's, and shares the outputs
+that do not depend on the setting. A sweep resumes like any run: finished outputs are not made again.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ _SHARED = ("prepared", "tiny", "tiny_mllm", "image_summaries")
 
 
 class Sweep(NamedTuple):
-    """A swept setting."""
+    """A setting to sweep, and its values."""
 
     name: str  # directory and command-line name
     parameter: str  # dotted name in the settings
     values: tuple[int, ...]
     text: str
-    together: tuple[str, ...] = ()  # settings that are set to the same value
+    together: tuple[str, ...] = ()  # further settings that get the same value
 
 
 SWEEPS: dict[str, Sweep] = {
@@ -45,8 +45,8 @@ SWEEPS: dict[str, Sweep] = {
             "context_length",
             "ranker.max_preference_tokens",
             (16, 32, 64, 128, 256),
-            "Tokens of a preference, as written and as read by the ranker (the paper's Figure 6: flat from the third "
-            "of five points on).",
+            "Tokens of a preference, both when it is written and when the ranker reads it (the paper's Figure 6: flat "
+            "from the third of five points).",
             ("preferences.max_tokens",),
         ),
     )
@@ -54,7 +54,7 @@ SWEEPS: dict[str, Sweep] = {
 
 
 def overrides(sweep: Sweep, value: int) -> dict[str, int]:
-    """What a trial changes in the settings."""
+    """The settings that a trial changes."""
     return {name: value for name in (sweep.parameter, *sweep.together)}
 
 
@@ -70,20 +70,21 @@ def run_sweep(
     """Run a trial per value and write ``sweeps/<name>/sweep.json`` in the workspace; Ray must be connected.
 
     Args:
-        sweep: what is varied.
-        run_trial: ``(overrides, its workspace) -> figures`` (shares from 0 to 1); runs the pipeline, in a Ray Tune
-            trial's process, so it must pickle.
-        workspace: the parent's, absolute, with prepared notes.
-        values: others than the sweep's own.
-        concurrent: trials at once; each also takes what its own stages reserve.
-        cpus_per_trial: reserved for a trial's own process, which mostly waits for its stages.
+        sweep: the setting and its values.
+        run_trial: ``(overrides, trial's workspace) -> figures`` from 0 to 1. It runs the pipeline in a process of Ray
+            Tune, so it must be picklable.
+        workspace: the parent's workspace, absolute, with prepared notes.
+        values: replace the sweep's own values.
+        concurrent: trials at once; the stages of each reserve their resources on top.
+        cpus_per_trial: reserved for the process of a trial, which mostly waits for its stages.
 
     Returns:
         ``name, parameter, text, points``: per value, in order, ``value``, ``metrics`` (empty where it failed) and
         ``error`` (None, or the failure's last line).
 
     Raises:
-        ConfigError: no values, or one twice; OutputError: every trial failed.
+        ConfigError: there are no values, or duplicates.
+        OutputError: every trial failed.
     """
     from ray import tune
 
@@ -97,7 +98,7 @@ def run_sweep(
         import ray
 
         value = config["value"]
-        # Outside of the trial's placement group, which holds none of the CPUs and GPUs that its stages reserve.
+        # A task outside the trial's placement group, which lacks the CPUs and GPUs that the stages reserve.
         apart = ray.remote(num_cpus=0, max_retries=0, scheduling_strategy="DEFAULT")(_run)
         work = apart.remote(run_trial, overrides(sweep, value), trial_workspace(workspace, sweep, value))
         tune.report({"figures": ray.get(work)})
@@ -121,7 +122,7 @@ def run_sweep(
 def _run(
     run_trial: Callable[[Mapping[str, int], Path], Mapping[str, float]], changed: Mapping[str, int], home: Path
 ) -> dict[str, float]:
-    """A trial in a process of its own, whose log Ray forwards."""
+    """Run a trial in this worker process, with its log on standard error, which Ray forwards."""
     logging.basicConfig(
         stream=sys.stderr, format=f"%(asctime)s {home.name}: %(message)s", datefmt="%H:%M:%S", force=True
     )
@@ -130,10 +131,10 @@ def _run(
 
 
 def trial_workspace(workspace: Path, sweep: Sweep, value: int) -> Path:
-    """A trial's workspace, in which the parent's outputs that no sweep changes are linked.
+    """Make a trial's workspace, with links to the parent's outputs that no sweep changes.
 
-    A stage that finds such an output made of other settings would write it anew; through a link it fails instead, so a
-    trial never changes its parent.
+    A stage that finds a linked output made with other settings fails instead of overwriting it, so a trial never
+    changes its parent.
     """
     home = workspace / "sweeps" / sweep.name / f"{sweep.parameter.rsplit('.', 1)[-1]}-{value}"
     home.mkdir(parents=True, exist_ok=True)
@@ -145,7 +146,7 @@ def trial_workspace(workspace: Path, sweep: Sweep, value: int) -> Path:
 
 
 def figures_of(results: Mapping[str, Any], method: str) -> dict[str, float]:
-    """A ranker's main figures under the first protocol, of what an evaluation returned."""
+    """A ranker's main figures under the first protocol, from the results of an evaluation."""
     first = next(iter(results["protocols"].values()))
     figures = next(row["figures"]["all"] for row in first["rows"] if row["method"] == method)
     return {name: figures[name]["mean"] for name in METRICS if name in figures}
@@ -155,5 +156,5 @@ def _point(result: Any) -> dict[str, Any]:
     value = result.config["value"]
     error = str(result.error).strip().splitlines()[-1] if result.error else None
     if error:
-        log.warning("the trial at %s failed: %s", value, error)
+        log.warning("the trial with value %s failed: %s", value, error)
     return {"value": value, "metrics": (result.metrics or {}).get("figures", {}), "error": error}

@@ -16,17 +16,17 @@ from notellm2_ray.pipeline.sweep import SWEEPS, figures_of, run_sweep
 from notellm2_ray.pipeline.table import STAGES, do
 
 SWEEP_VERB = "sweep"
-SWEEP_HELP = "tune and test the first ranker once per block size, or context length, through Ray Tune"
-_SHARED = ("build-tiny-mllm", "summarize-images")  # what the trials have in common, beside the prepared notes
+SWEEP_HELP = "tune and test the first ranker once per block size or context length, with Ray Tune"
+_SHARED = ("build-tiny-mllm", "summarize-images")  # shared by the trials, beside the prepared notes
 
 
 def sweep_stages(settings: Settings) -> list[Stage]:
-    """The stages that are done once, before the trials."""
+    """The stages that run once, before the trials."""
     return [stage for stage in STAGES if stage.verb in _SHARED and list(stage.in_a_run(settings))]
 
 
 def sweep(settings: Settings) -> None:
-    """Run the trials of ``ranking.sweep``; a plot joins the next report."""
+    """Run the trials of ``ranking.sweep`` and print their figures; the next report has a plot of them."""
     connect(settings.ray)
     for stage in sweep_stages(settings):
         stage.work(settings)

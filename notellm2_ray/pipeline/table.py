@@ -1,7 +1,7 @@
-"""The table of stages: what there is, what each needs, and so in which order a run does them.
+"""The table of stages, with what each needs and so the order in which a run executes them.
 
-The command line's verbs, ``--dry-run``, the runs, the scripts under ``jobs/`` and the documentation's list of steps all
-follow from it. A further stage is one row: :func:`add_stage`.
+The verbs of the command line, ``--dry-run``, the runs, the scripts in ``jobs/`` and the documentation's list of steps
+are all derived from it. :func:`add_stage` adds a stage.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ def _tiny_embedder_parts(settings: Settings) -> tuple[str, ...]:
     return ("build-tiny",) if ranking_outputs.needs_tiny_embedder_parts(settings) else ()
 
 
-# A stage stands after those that it needs.
+# Each stage comes after those that it needs.
 STAGES: list[Stage] = [
     Stage(
         "prepare",
-        "read and check the source tables, quarantine what is broken",
+        "read and check the source tables, quarantine broken rows",
         ("source", "prepare"),
         needs=(),
         outputs=lambda settings: [recall_outputs.prepared(settings)],
@@ -41,7 +41,7 @@ STAGES: list[Stage] = [
     ),
     Stage(
         "build-tiny",
-        "train a small tokenizer, LLM and CLIP from scratch, where model.llm or model.vision is 'tiny'",
+        "train a small tokenizer, LLM and CLIP from scratch, if model.llm or model.vision is 'tiny'",
         ("tiny",),
         needs=("mine-pairs",),
         outputs=recall.planned_tiny,
@@ -95,7 +95,7 @@ STAGES: list[Stage] = [
     ),
     Stage(
         "build-tiny-mllm",
-        "train a small multimodal LLM from scratch, where the recommender's models are 'tiny'",
+        "train a small multimodal LLM from scratch, if a model of the recommender is 'tiny'",
         ("tiny",),
         needs=("prepare",),
         outputs=ranking.planned_tiny_mllm,
@@ -103,7 +103,7 @@ STAGES: list[Stage] = [
     ),
     Stage(
         "summarize-images",
-        "turn every note's image into text with an MLLM",
+        "summarise every note's image in words with an MLLM",
         ("summaries", "generation", "prompts"),
         needs=("prepare", "build-tiny-mllm"),
         outputs=ranking.planned_image_summaries,
@@ -113,7 +113,7 @@ STAGES: list[Stage] = [
     ),
     Stage(
         "summarize-preferences",
-        "state each user's taste in words, block by block",
+        "summarise each user's preferences in words, block by block",
         ("preferences", "generation", "prompts"),
         needs=("make-sequences", "build-tiny-mllm", "summarize-images"),
         outputs=ranking.planned_preferences,
@@ -123,7 +123,7 @@ STAGES: list[Stage] = [
     ),
     Stage(
         "train-ranker",
-        "fine-tune the MLLM that says yes or no to a candidate",
+        "fine-tune the MLLM that answers yes or no to a candidate",
         ("ranker", "tune", "prompts"),
         needs=("make-sequences", "build-tiny-mllm", "summarize-preferences"),
         outputs=ranking.planned_ranker,
@@ -133,7 +133,7 @@ STAGES: list[Stage] = [
     ),
     Stage(
         "score-candidates",
-        "let the tuned and untuned models score the test candidates",
+        "score the test candidates with the tuned and untuned models",
         ("ranker", "generation", "prompts"),
         needs=("make-sequences", "build-tiny-mllm", "summarize-preferences", "train-ranker"),
         outputs=ranking.planned_scores,
@@ -154,7 +154,7 @@ STAGES: list[Stage] = [
 
 @dataclass(frozen=True)
 class Run:
-    """Several stages under one verb: those that ``ends`` name, and all that they need."""
+    """Several stages under one verb: those named in ``ends`` and everything that they need."""
 
     verb: str
     help: str
@@ -164,44 +164,44 @@ class Run:
 RUNS = (
     Run(
         "run-retrieval",
-        "prepare to eval-retrieval in order, for every embedder and seed of `evaluate`",
+        "run all steps of recall, for every embedder and seed of `evaluate`",
         ("build-index", "eval-retrieval"),
     ),
     Run(
         "run-ranking",
-        "prepare, and make-sequences to eval-ranking, for every variant and seed of `ranking`",
+        "run all steps of ranking, for every variant and seed of `ranking`",
         ("eval-ranking",),
     ),
-    Run("run", "both halves, and the report", ("build-index", "eval-retrieval", "eval-ranking")),
+    Run("run", "run recall and ranking, and write the report", ("build-index", "eval-retrieval", "eval-ranking")),
 )
 
 
 def add_stage(stage: Stage) -> None:
-    """Add a row to the table; its verb is then on the command line.
+    """Add a row to the table, and so a verb to the command line.
 
     Raises:
-        ValueError: the verb is taken, or it needs a stage that is not there.
+        ValueError: the verb is taken, or the stage needs one that is not in the table.
     """
     known = [one.verb for one in STAGES]
     if stage.verb in known or stage.verb in [run.verb for run in RUNS]:
-        raise ValueError(f"there is a verb {stage.verb} already")
+        raise ValueError(f"there already is a verb {stage.verb}")
     if unknown := set(stage.needs) - set(known):
         raise ValueError(f"stage {stage.verb} needs {', '.join(sorted(unknown))}, which is not in the table of stages")
     STAGES.append(stage)
 
 
 def stage_of(verb: str) -> Stage | None:
-    """The stage of a verb; None where the verb is a run's or another's."""
+    """The stage of a verb; None if the verb is not a stage's."""
     return next((stage for stage in STAGES if stage.verb == verb), None)
 
 
 def run_of(verb: str) -> Run | None:
-    """The run of a verb, if it is one."""
+    """The run of a verb; None if the verb is not a run's."""
     return next((run for run in RUNS if run.verb == verb), None)
 
 
 def stages_of(verb: str, settings: Settings) -> list[Stage]:
-    """The stages that a verb does, in order: its own, or all that a run needs."""
+    """The stages that a verb executes, in order: the one it names, or all that its run needs."""
     run = run_of(verb)
     if run is None:
         return [stage for stage in STAGES if stage.verb == verb]
@@ -213,7 +213,7 @@ def stages_of(verb: str, settings: Settings) -> list[Stage]:
 
 
 def planned(verb: str, settings: Settings) -> Iterator[tuple[Stage, Planned]]:
-    """Every output that a verb would write, in the order in which it would."""
+    """Every output that a verb would write, in order."""
     whole = run_of(verb) is not None
     for stage in stages_of(verb, settings):
         for each in stage.in_a_run(settings) if whole else (settings,):
@@ -231,7 +231,7 @@ def writer_of(directory: Path, settings: Settings) -> str | None:
 
 
 def do(verb: str, settings: Settings, *, leave_out: Sequence[str] = ()) -> None:
-    """Do a stage, or all stages of a run one after another."""
+    """Execute a stage, or all stages of a run one after another."""
     whole = run_of(verb) is not None
     for stage in stages_of(verb, settings):
         if stage.verb not in leave_out:

@@ -69,7 +69,7 @@ def test_a_stage_from_outside_runs_as_the_others_do(with_toy, tmp_path, capsys, 
 
 
 def test_a_row_that_cannot_stand_is_refused(with_toy):
-    with pytest.raises(ValueError, match="there is a verb count-notes already"):
+    with pytest.raises(ValueError, match="there already is a verb count-notes"):
         table.add_stage(Stage("count-notes", "again", (), (), planned_count, count_notes))
     with pytest.raises(ValueError, match="needs tell-fortunes"):
         table.add_stage(Stage("plot", "plot", (), ("tell-fortunes",), planned_count, count_notes))

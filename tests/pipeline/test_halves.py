@@ -11,14 +11,14 @@ def test_each_half_gets_half_of_this_machine_and_all_of_a_cluster(monkeypatch):
     settings = load_settings(None, "demo", ["train.cpus_per_worker=64"])
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     monkeypatch.setattr("os.cpu_count", lambda: 8)
-    shared = halves.shared_out(settings)
+    shared = halves.settings_of_half(settings)
     assert (shared["train"]["cpus_per_worker"], shared["embed"]["cpus_per_actor"]) == (4, 2)
     on_gpu = load_settings(None, "demo", ["train.cpus_per_worker=64", "generation.gpus_per_engine=1"])
     assert not halves.side_by_side(on_gpu)
-    assert halves.shared_out(on_gpu)["train"]["cpus_per_worker"] == 64
+    assert halves.settings_of_half(on_gpu)["train"]["cpus_per_worker"] == 64
     monkeypatch.setenv("RAY_ADDRESS", "auto")
     assert halves.side_by_side(on_gpu)
-    assert halves.shared_out(settings)["train"]["cpus_per_worker"] == 64
+    assert halves.settings_of_half(settings)["train"]["cpus_per_worker"] == 64
 
 
 @pytest.mark.parametrize("together", [True, False])

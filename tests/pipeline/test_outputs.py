@@ -213,12 +213,12 @@ def test_features_of_tiny_models_are_waited_for(tmp_path, monkeypatch, baseline,
 def test_the_engine_without_deepspeed_survives_being_written_down(tmp_path):
     settings = settings_of(tmp_path, "train.engine=plain", "tune.engine=plain")
     path = tmp_path / "half.yaml"
-    path.write_text(yaml.safe_dump(halves.shared_out(settings)))
+    path.write_text(yaml.safe_dump(halves.settings_of_half(settings)))
     assert load_settings(path, None, []).train.engine == "plain"
 
 
 def test_controls_of_what_sees_neither_images_nor_tastes_are_refused(tmp_path):
-    with pytest.raises(ConfigError, match="tallrec sees neither"):
+    with pytest.raises(ConfigError, match="tallrec uses neither"):
         settings_of(tmp_path, "ranking.rankers=[tallrec,mllm_msr]")
 
 

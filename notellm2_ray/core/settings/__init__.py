@@ -1,6 +1,7 @@
-"""The whole knob tree: every setting of every stage, checked together.
+"""The whole tree of settings: every setting of every stage, checked together.
 
-Defaults are the papers' where the papers say; what a laptop needs otherwise is a preset (:mod:`notellm2_ray.presets`).
+The defaults are the papers' values where the papers give them. Smaller values for a laptop come as presets
+(:mod:`notellm2_ray.presets`).
 """
 
 from __future__ import annotations
@@ -68,39 +69,43 @@ __all__ = [
 
 
 class RaySettings(Frozen):
-    """How a job starts Ray when it is run alone; under `ray job submit` or RAY_ADDRESS it joins that cluster."""
+    """How a job that runs alone starts Ray. Under `ray job submit` or with RAY_ADDRESS it joins that cluster."""
 
-    num_cpus: int = Field(0, ge=0, description="logical CPUs of the embedded cluster; 0: at least 4, or what there is")
+    num_cpus: int = Field(
+        0, ge=0, description="logical CPUs of the embedded cluster; 0: all of the machine's, at least 4"
+    )
     object_store_gb: float = Field(1.0, gt=0, description="object store of the embedded cluster, in GiB")
 
 
 class Settings(Frozen):
     """All settings of a workspace."""
 
-    workspace: Path = Field(Path("runs/world"), description="directory that every stage of this data set writes under")
-    seed: int = Field(42, ge=0, description="seed of the data: world, splits, tiny models (training: train.seed)")
+    workspace: Path = Field(Path("runs/world"), description="directory that all stages write into")
+    seed: int = Field(
+        42, ge=0, description="seed of the synthetic world, the splits and the tiny models; training has train.seed"
+    )
     source: AnySource = Field(default_factory=default_source, description="where notes and events come from")
     prepare: PrepareSettings = Field(PrepareSettings(), description="checks on the source")
     pairs: PairSettings = Field(PairSettings(), description="mining of related notes")
-    split: SplitSettings = Field(SplitSettings(), description="train, validation and test")
+    split: SplitSettings = Field(SplitSettings(), description="train, validation and test sets")
     tiny: TinySettings = Field(TinySettings(), description="models trained from scratch")
     model: ModelSettings = Field(ModelSettings(), description="the embedder")
     train: TrainSettings = Field(TrainSettings(), description="training")
     embedders: dict[str, EmbedderSettings] = Field(
-        {}, description="further embedders by name, for `evaluate.embedders` and `embedder`"
+        {}, description="further embedders by name; `evaluate.embedders` and `embedder` can refer to them"
     )
     embedder: str | None = Field(
-        None, description="the embedder that is trained, embedded with and served; null: that of model.variant"
+        None, description="name of the embedder to train, embed with and serve; null: the one of model.variant"
     )
     embed: EmbedSettings = Field(EmbedSettings(), description="bulk embedding")
     index: IndexSettings = Field(IndexSettings(), description="ANN index")
     evaluate: EvaluateSettings = Field(EvaluateSettings(), description="evaluation of recall")
-    sequences: SequenceSettings = Field(SequenceSettings(), description="users' histories and their blocks")
-    candidates: CandidateSettings = Field(CandidateSettings(), description="targets, negatives, splits of users")
+    sequences: SequenceSettings = Field(SequenceSettings(), description="user histories and their blocks")
+    candidates: CandidateSettings = Field(CandidateSettings(), description="targets, negatives and user splits")
     generation: GenerationSettings = Field(GenerationSettings(), description="vLLM engines")
-    prompts: PromptSettings = Field(PromptSettings(), description="the recommender's prompts")
+    prompts: PromptSettings = Field(PromptSettings(), description="prompts of the recommender")
     summaries: SummarySettings = Field(SummarySettings(), description="image summaries")
-    preferences: PreferenceSettings = Field(PreferenceSettings(), description="users' tastes in words")
+    preferences: PreferenceSettings = Field(PreferenceSettings(), description="user preferences in words")
     ranker: RankerSettings = Field(RankerSettings(), description="the recommender")
     tune: TuneSettings = Field(TuneSettings(), description="fine-tuning of the recommender")
     ranking: RankEvaluateSettings = Field(RankEvaluateSettings(), description="evaluation of ranking")
@@ -122,7 +127,7 @@ class Settings(Frozen):
                 raise ValueError(f"embedders.{name}: that is a variant of `model`; choose another name")
             if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_.-]{0,60}", name):
                 raise ValueError(
-                    f"embedders: {name!r} is no name of a directory: use letters, digits, '-', '_' and '.'"
+                    f"embedders: {name!r} cannot be a directory name: use letters, digits, '-', '_' and '.'"
                 )
         known = (*VARIANT_NAMES, *self.embedders)
         own = () if self.embedder is None else (self.embedder,)

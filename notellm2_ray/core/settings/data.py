@@ -1,4 +1,4 @@
-"""Knobs of the checks on a source, of pair mining and of the split."""
+"""Settings of the checks on a source, of pair mining and of the split."""
 
 from __future__ import annotations
 
@@ -14,38 +14,46 @@ Share = Annotated[float, Field(ge=0.0, le=1.0)]
 class PrepareSettings(Frozen):
     """Checks on the source tables."""
 
-    max_bad_share: Share = resource(0.05, description="above this share of quarantined rows in a table the job stops")
+    max_bad_share: Share = resource(
+        0.05, description="the job stops if more than this share of a table's rows is quarantined"
+    )
     max_image_pixels: int = Field(
         50_000_000,
         ge=1,
-        le=178_956_970,  # beyond, Pillow opens no image
-        description="images declaring more pixels are quarantined undecoded",
+        le=178_956_970,  # Pillow refuses larger images
+        description="images that declare more pixels are quarantined without decoding them",
     )
-    max_image_bytes: int = Field(20_000_000, ge=1, description="image files larger than this are quarantined unread")
+    max_image_bytes: int = Field(
+        20_000_000, ge=1, description="larger image files are quarantined without reading them"
+    )
     bad_image: Literal["quarantine", "drop"] = Field(
-        "quarantine", description="a note with an unusable image: quarantine the note, or keep it without the image"
+        "quarantine", description="a note whose image is unusable: quarantine the note, or keep it and drop the image"
     )
-    rows_per_file: int = resource(10_000, ge=1, description="rows in one output Parquet file")
+    rows_per_file: int = resource(10_000, ge=1, description="rows per output Parquet file")
 
 
 class PairSettings(Frozen):
     """Related notes by co-occurrence (NoteLLM-2, Eq. 2 and section 2.3)."""
 
-    view_actions: tuple[str, ...] = Field(("view", "click"), description="actions by which a user has viewed a note")
-    click_actions: tuple[str, ...] = Field(("click",), description="actions by which a user has clicked a note")
+    view_actions: tuple[str, ...] = Field(("view", "click"), description="actions that count as a view")
+    click_actions: tuple[str, ...] = Field(("click",), description="actions that count as a click")
     window_days: float | None = Field(
         14.0,
         gt=0,
-        description="length of the behaviour log that pairs are mined from, ending at the split "
-        "(by notes: at the end of the log); null: all",
+        description="pairs are mined from the last so many days of the log before the split boundary "
+        "(split.by=notes: before the end of the log); null: the whole log",
     )
     max_gap_hours: float | None = Field(
-        None, gt=0, description="a click counts only this long after the view; null: any later click in the window"
+        None,
+        gt=0,
+        description="longest time between a view and a click that counts; null: any later click in the window",
     )
-    lower: float = Field(0.01, ge=0, description="co-occurrence scores below are dropped")
-    upper: float = Field(30.0, gt=0, description="co-occurrence scores above are dropped")
+    lower: float = Field(0.01, ge=0, description="lower co-occurrence scores are dropped")
+    upper: float = Field(30.0, gt=0, description="higher co-occurrence scores are dropped")
     top: int = Field(3, ge=1, description="related notes kept per note (the paper's t)")
-    partitions: int = resource(0, ge=0, description="parts the log is mined in, for memory; 0: by its size")
+    partitions: int = resource(
+        0, ge=0, description="number of parts that the log is mined in, to limit memory; 0: chosen by its size"
+    )
 
     @model_validator(mode="after")
     def _bounds(self) -> PairSettings:
@@ -55,14 +63,15 @@ class PairSettings(Frozen):
 
 
 class SplitSettings(Frozen):
-    """Which notes and pairs train, validate and test."""
+    """Which notes and pairs are for training, validation and testing."""
 
     by: Literal["time", "notes"] = Field(
         "time",
         description="time: notes created after the boundary are test notes (needs created_at); "
-        "notes: a random part of the notes is held out, for catalogues whose notes all exist from the start",
+        "notes: a random share of the notes is held out, for catalogues whose notes all exist from the start",
     )
     test_share: Share = Field(
-        0.33, description="by time: last part of the log's time span; by notes: share of the notes held out"
+        0.33,
+        description="by time: share of the log's time span after the boundary; by notes: share of the notes held out",
     )
-    valid_share: Share = Field(0.1, description="share of the training pairs used for validation (one-tenth)")
+    valid_share: Share = Field(0.1, description="share of the training pairs used for validation (paper: one tenth)")

@@ -1,4 +1,4 @@
-"""Knobs of bulk embedding, the ANN index and the evaluation of recall."""
+"""Settings of bulk embedding, the ANN index and the evaluation of recall."""
 
 from __future__ import annotations
 
@@ -19,35 +19,37 @@ class EmbedSettings(Frozen):
     cpus_per_actor: float = resource(1, gt=0, description="CPUs reserved for an actor")
     gpus_per_actor: float = resource(0, ge=0, description="GPUs reserved for an actor")
     preprocess_threads: int = resource(
-        1, ge=1, description="threads of an actor that decode and tokenise the next block while the model has this one"
+        1,
+        ge=1,
+        description="threads of an actor that decode and tokenise the next block while the model embeds this one",
     )
-    block_rows: int = Field(1024, ge=1, description="notes in a block: the unit that is redone after a kill")
-    batch_tokens: int = Field(
-        16_384, ge=64, description="padded tokens in a forward batch; notes of like length together"
-    )
-    max_batch_notes: int = Field(256, ge=1, description="notes in a forward batch at most")
+    block_rows: int = Field(1024, ge=1, description="notes in a block: the unit of work that a killed run repeats")
+    batch_tokens: int = Field(16_384, ge=64, description="padded tokens in a forward batch, of notes of similar length")
+    max_batch_notes: int = Field(256, ge=1, description="most notes in a forward batch")
     precision: Literal["bf16", "fp32"] = Field("fp32", description="precision of the forward pass")
-    max_bad_share: float = resource(0.05, ge=0, le=1, description="above this share of quarantined notes the job stops")
+    max_bad_share: float = resource(
+        0.05, ge=0, le=1, description="the job stops if more than this share of notes is quarantined"
+    )
     by_modality: bool = Field(
         False,
-        description="keep vectors of a note's image alone and text alone too (three passes for one): the service then "
-        "tells whether two notes are alike by image, by text or by both",
+        description="also embed each note's image alone and text alone (three passes instead of one): the service then "
+        "tells whether two notes are similar by image, by text or by both",
     )
 
 
 class IndexSettings(Frozen):
-    """The FAISS index over the embedding table; vectors are unit length, the score is the cosine."""
+    """The FAISS index over the embedding table. Vectors have unit length; the score is the cosine."""
 
     kind: Literal["auto", "exact", "ivf", "ivf_pq", "hnsw"] = Field(
-        "auto", description="auto: exact up to 50,000 notes, IVF beyond"
+        "auto", description="auto: exact up to 50,000 notes, IVF above"
     )
-    num_lists: int = Field(0, ge=0, description="IVF: cells; 0: about 4 times the square root of the notes")
-    num_probes: int = Field(0, ge=0, description="IVF: cells searched; 0: raised until recall_target is met")
+    num_lists: int = Field(0, ge=0, description="IVF: cells; 0: about 4 times the square root of the number of notes")
+    num_probes: int = Field(0, ge=0, description="IVF: cells searched; 0: as many as recall_target needs")
     pq_bytes: int = Field(16, ge=1, description="IVF-PQ: bytes per vector")
     hnsw_neighbors: int = Field(32, ge=4, description="HNSW: links per note")
     hnsw_search: int = Field(128, ge=8, description="HNSW: candidates followed in a search")
     recall_target: float = Field(
-        0.99, gt=0, le=1, description="recall@100 against exact search that num_probes=0 aims at"
+        0.99, gt=0, le=1, description="with num_probes=0: recall@100 against exact search to reach"
     )
     gpu: bool = resource(False, description="search on a GPU (needs faiss-gpu)")
     recall_queries: int = Field(1000, ge=1, description="notes searched to measure recall against exact search")
@@ -56,7 +58,7 @@ class IndexSettings(Frozen):
     def _nothing_ignored(self) -> IndexSettings:
         if self.kind in ("exact", "hnsw") and (self.num_lists or self.num_probes):
             raise ValueError(
-                f"index.num_lists and index.num_probes are IVF's: with index.kind={self.kind} they would be ignored"
+                f"index.num_lists and index.num_probes are for IVF: with index.kind={self.kind} they would be ignored"
             )
         if self.kind == "hnsw" and self.gpu:
             raise ValueError("index.kind=hnsw has no GPU search in FAISS: use index.kind=ivf, or index.gpu=false")
@@ -64,26 +66,26 @@ class IndexSettings(Frozen):
 
 
 class EvaluateSettings(Frozen):
-    """Recall of the target note among the test pool, as the paper measures it."""
+    """Recall of the target note in the test pool, as the paper measures it."""
 
     embedders: tuple[str, ...] = Field(
         ("basic", "notellm2", "text_only", "image_only"),
         min_length=1,
-        description="embedders trained and compared by `run`: variants of `model`, or names from `embedders`",
+        description="embedders that `run` trains and compares: variants of `model`, or names from `embedders`",
     )
-    seeds: tuple[int, ...] = Field(
-        (42,), min_length=1, description="seeds each of them is trained with (paper: 42,43,44)"
-    )
+    seeds: tuple[int, ...] = Field((42,), min_length=1, description="training seeds of each embedder (paper: 42,43,44)")
     cutoffs: tuple[int, ...] = Field((10, 100, 1000, 10000), min_length=1, description="k of Recall@k")
-    short_tokens: int = Field(50, ge=1, description="a note with fewer tokens of text is short")
-    long_tokens: int = Field(165, ge=1, description="a note with more tokens of text is long")
+    short_tokens: int = Field(50, ge=1, description="a note with fewer text tokens is short")
+    long_tokens: int = Field(165, ge=1, description="a note with more text tokens is long")
     inputs: tuple[Inputs, ...] = Field(
-        ("multimodal", "image", "text"), min_length=1, description="inputs each embedder is tested with (Table 3)"
+        ("multimodal", "image", "text"), min_length=1, description="inputs that each embedder is tested with (Table 3)"
     )
-    baselines: tuple[str, ...] = Field(("bm25", "popularity", "random"), description="rows beside the embedders")
+    baselines: tuple[str, ...] = Field(
+        ("bm25", "popularity", "random"), description="baselines compared with the embedders"
+    )
     one_pair_per_note: bool = Field(
         False,
-        description="use each note in one test pair at most and drop queries from the pool, as the published code",
+        description="use each note in at most one test pair and drop queries from the pool, as the published code does",
     )
     sample_queries: int = Field(24, ge=0, description="query notes shown with their neighbours in the report")
 
@@ -91,12 +93,12 @@ class EvaluateSettings(Frozen):
     def _consistent(self) -> EvaluateSettings:
         if min(self.cutoffs) < 1 or sorted(set(self.cutoffs)) != list(self.cutoffs):
             raise ValueError(
-                f"evaluate.cutoffs must be rising numbers from 1 on, as in [10, 100]; got {list(self.cutoffs)}"
+                f"evaluate.cutoffs must be increasing numbers of at least 1, as in [10, 100]; got {list(self.cutoffs)}"
             )
         for name in ("seeds", "embedders"):
             values = getattr(self, name)
             if len(set(values)) != len(values):
-                raise ValueError(f"evaluate.{name} names one twice: {list(values)}")
+                raise ValueError(f"evaluate.{name} has a duplicate: {list(values)}")
         if self.short_tokens > self.long_tokens + 1:
             raise ValueError(
                 f"evaluate.short_tokens ({self.short_tokens}) is above evaluate.long_tokens ({self.long_tokens}): "

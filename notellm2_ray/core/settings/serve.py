@@ -1,4 +1,4 @@
-"""Knobs of the online service: where it listens, how its deployments scale, what it refuses, how it recommends."""
+"""Settings of the online service: address, scaling of its deployments, request limits, recommendation."""
 
 from __future__ import annotations
 
@@ -14,13 +14,15 @@ from notellm2_ray.core.config import Frozen
 class DeploymentSettings(Frozen):
     """Replicas of one deployment."""
 
-    replicas: int = Field(1, ge=1, description="replicas; with max_replicas the fewest")
-    max_replicas: int | None = Field(None, ge=1, description="scale up to so many by ongoing requests; null: do not")
-    target_ongoing: float = Field(4, gt=0, description="ongoing requests per replica that scaling aims at")
+    replicas: int = Field(1, ge=1, description="replicas; with max_replicas the minimum")
+    max_replicas: int | None = Field(
+        None, ge=1, description="scale up to so many replicas with the load; null: do not scale"
+    )
+    target_ongoing: float = Field(4, gt=0, description="requests in progress per replica that scaling aims at")
     cpus: float = Field(0.5, ge=0, description="CPUs reserved for a replica")
     gpus: float = Field(0, ge=0, description="GPUs reserved for a replica")
     max_ongoing: int = Field(64, ge=1, description="requests that a replica works on at once")
-    max_queued: int = Field(64, ge=0, description="requests that wait for a replica; beyond it they are refused")
+    max_queued: int = Field(64, ge=0, description="requests that may wait for a replica; further ones are refused")
 
     @model_validator(mode="after")
     def _order(self) -> DeploymentSettings:
@@ -34,22 +36,24 @@ class DeploymentSettings(Frozen):
 
     @property
     def slots(self) -> int:
-        """Requests in hand of a replica, beyond which it refuses."""
+        """Most requests that a replica accepts at a time; further ones are refused."""
         return self.max_ongoing + self.max_queued
 
     @property
     def slots_of_one(self) -> int:
-        """Of its slots, those that calls of one other deployment may take: while that one is away they all wait."""
+        """Most slots that calls to one other deployment may take: while that one is down, all of its calls wait."""
         return max(4, self.slots // 4)
 
 
 class LimitSettings(Frozen):
-    """What a request may ask for; beyond it 413 or 422, before anything is parsed where that can be told."""
+    """Limits of a request. Above them the answer is 413 or 422, before parsing where possible."""
 
     body_bytes: int = Field(32_000_000, ge=1024, description="bytes of a request's body")
-    bodies_bytes: int = Field(256_000_000, ge=1024, description="bytes of all bodies in hand of a replica; then 429")
+    bodies_bytes: int = Field(
+        256_000_000, ge=1024, description="bytes of all bodies that a replica holds at once; above: 429"
+    )
     body_seconds: float = Field(30, gt=0, description="time a body may take to arrive")
-    json_depth: int = Field(16, ge=4, description="nesting of a body's JSON")
+    json_depth: int = Field(16, ge=4, description="nesting depth of a body's JSON")
     notes: int = Field(64, ge=1, description="notes in a request")
     ids: int = Field(1000, ge=1, description="ids in a list of a request")
     events: int = Field(1000, ge=1, description="events in a request")
@@ -65,40 +69,44 @@ class LimitSettings(Frozen):
 
 
 class FetchSettings(Frozen):
-    """Images named by URL; nothing is fetched unless hosts are listed."""
+    """Images given by URL; nothing is fetched unless hosts are listed."""
 
     hosts: tuple[str, ...] = Field((), description="hosts that images may come from; *.example.org: its subdomains")
     seconds: float = Field(5, gt=0, description="time for one image, redirects included")
-    redirects: int = Field(3, ge=0, description="redirects followed, each checked as the first address was")
+    redirects: int = Field(3, ge=0, description="most redirects followed; each is checked like the first address")
     plain_http: bool = Field(False, description="also fetch http:// addresses")
 
 
 class EncodeSettings(Frozen):
     """Micro-batches of the encoder's replicas."""
 
-    batch: int = Field(32, ge=1, description="notes in a micro-batch at most (and in a forward pass)")
-    threads: int = Field(1, ge=1, description="threads that decode and tokenise, apart from the model's own")
+    batch: int = Field(32, ge=1, description="most notes in a micro-batch (and in a forward pass)")
+    threads: int = Field(1, ge=1, description="threads that decode and tokenise, beside the model's")
     batch_tokens: int = Field(16_384, ge=64, description="padded tokens in a forward pass")
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="of the forward pass; as embed.precision")
-    timeout_seconds: float = Field(20, gt=0, description="time for the vectors of one request; then 503")
+    precision: Literal["fp32", "bf16"] = Field(
+        "fp32", description="precision of the forward pass; keep it equal to embed.precision"
+    )
+    timeout_seconds: float = Field(20, gt=0, description="time limit for the vectors of one request; after it: 503")
 
 
 class RecommendSettings(Frozen):
-    """Recall from recent history, and its ranking."""
+    """Recommendation: recall from the recent history, then ranking."""
 
-    history_notes: int = Field(10, ge=1, description="last notes of the history that are searched from")
-    per_note: int = Field(30, ge=1, description="neighbours taken from each of them")
-    recency_decay: float = Field(0.85, gt=0, le=1, description="weight of the note before relative to the one after")
-    score_power: float = Field(2.0, gt=0, description="a neighbour counts weight * max(cosine, 0) ** score_power")
-    ranked: int = Field(20, ge=1, description="candidates that the ranker scores, the best by recall")
-    budget_ms: float = Field(800, gt=0, description="time for an answer; ranking that takes longer is left out")
-    use_ranker: bool = Field(True, description="rank by P(yes) where a ranker is deployed")
+    history_notes: int = Field(10, ge=1, description="latest notes of the history, each used as a query")
+    per_note: int = Field(30, ge=1, description="neighbours taken for each of these notes")
+    recency_decay: float = Field(0.85, gt=0, le=1, description="weight of a note relative to the next more recent one")
+    score_power: float = Field(2.0, gt=0, description="score of a neighbour: weight * max(cosine, 0) ** score_power")
+    ranked: int = Field(20, ge=1, description="best candidates of recall that the ranker scores")
+    budget_ms: float = Field(800, gt=0, description="time limit of an answer; ranking that takes longer is skipped")
+    use_ranker: bool = Field(True, description="rank by P(yes) if a ranker is deployed")
 
 
 class ArmSettings(Frozen):
-    """One arm of an experiment: what is different for its users."""
+    """One arm of an experiment: the settings that differ for its users."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9_.-]{1,40}$", description="name in answers, exposures and the lift table")
+    name: str = Field(
+        pattern=r"^[A-Za-z0-9_.-]{1,40}$", description="name of the arm in answers, exposures and the lift table"
+    )
     share: float = Field(gt=0, le=1, description="share of users")
     use_ranker: bool | None = Field(None, description="overrides recommend.use_ranker")
     recency_decay: float | None = Field(None, gt=0, le=1, description="overrides recommend.recency_decay")
@@ -109,52 +117,63 @@ class ArmSettings(Frozen):
 class ServeSettings(Frozen):
     """The online service: one Ray Serve application."""
 
-    host: str = Field("127.0.0.1", description="address to listen at; beyond loopback keys are required")
-    port: int = Field(8000, ge=1, le=65535, description="port of the API and the page")
+    host: str = Field("127.0.0.1", description="address to listen at; API keys are required unless it is loopback")
+    port: int = Field(8000, ge=1, le=65535, description="port of the API and the web page")
     name: str = Field("notellm2", pattern=r"^[a-z0-9-]{1,40}$", description="name of the Ray Serve application")
-    haproxy: bool = Field(True, description="Ray's HAProxy in front: four times the requests of its Python proxy")
-    auth: Literal["auto", "on", "off"] = Field(
-        "auto", description="API keys; auto: off on loopback, on elsewhere; off elsewhere is refused"
+    haproxy: bool = Field(
+        True, description="use Ray's HAProxy, which handles four times the requests of its Python proxy"
     )
-    keys_file: Path | None = Field(None, description="API keys, hashed; null: serving/keys.json of the workspace")
-    ready_seconds: float = Field(300, gt=0, description="time for the deployments to come up")
-    drain_seconds: float = Field(20, ge=0, description="time that requests in hand have at a shutdown")
+    auth: Literal["auto", "on", "off"] = Field(
+        "auto", description="API keys; auto: on unless the host is loopback; off is refused on other hosts"
+    )
+    keys_file: Path | None = Field(
+        None, description="file of hashed API keys; null: serving/keys.json of the workspace"
+    )
+    ready_seconds: float = Field(300, gt=0, description="time limit for the deployments to start")
+    drain_seconds: float = Field(20, ge=0, description="time that open requests have to finish at a shutdown")
     gateway: DeploymentSettings = Field(
         DeploymentSettings(cpus=0.5, target_ongoing=16, max_ongoing=64, max_queued=128),
-        description="HTTP and a copy of the index, so that a search by id never leaves its process",
+        description="handles HTTP and holds a copy of the index, so that a search by id stays in one process",
     )
     encoder: DeploymentSettings = Field(
-        DeploymentSettings(cpus=1, target_ongoing=8, max_ongoing=64, max_queued=64), description="notes to vectors"
+        DeploymentSettings(cpus=1, target_ongoing=8, max_ongoing=64, max_queued=64),
+        description="computes vectors of notes",
     )
-    writer_cpus: float = Field(0.5, ge=0, description="CPUs reserved for the one writer")
-    users_cpus: float = Field(0.2, ge=0, description="CPUs reserved for the one keeper of users")
+    writer_cpus: float = Field(0.5, ge=0, description="CPUs reserved for the writer (a single actor)")
+    users_cpus: float = Field(0.2, ge=0, description="CPUs reserved for the user store (a single actor)")
     state_resource: str | None = Field(
         None,
-        description="Ray resource of the node that writer and users run on, where several could; the users' database "
-        "must lie on a local disk",
+        description="Ray resource that marks the node for the writer and the user store, in a cluster of several "
+        "nodes; the user database must be on a local disk",
     )
-    users_file: Path | None = Field(None, description="users' database; null: serving/users.sqlite of the workspace")
+    users_file: Path | None = Field(None, description="user database; null: serving/users.sqlite of the workspace")
     preferences: DeploymentSettings | None = Field(
-        None, description="vLLM that puts tastes into words as users' blocks fill; null: none"
+        None, description="vLLM engine that updates preferences when a user's block is full; null: none"
     )
-    ranker: DeploymentSettings | None = Field(None, description="vLLM that scores candidates by P(yes); null: none")
+    ranker: DeploymentSettings | None = Field(
+        None, description="vLLM engine that scores candidates by P(yes); null: none"
+    )
     ranker_model: str | None = Field(None, description="directory of the tuned ranker; null: the workspace's own")
     encode: EncodeSettings = Field(EncodeSettings(), description="micro-batches of the encoder")
-    limits: LimitSettings = Field(LimitSettings(), description="what a request may ask for")
-    fetch: FetchSettings = Field(FetchSettings(), description="images named by URL")
+    limits: LimitSettings = Field(LimitSettings(), description="limits of a request")
+    fetch: FetchSettings = Field(FetchSettings(), description="images given by URL")
     recommend: RecommendSettings = Field(RecommendSettings(), description="recall and ranking for a user")
-    experiment: str = Field("default", pattern=r"^[A-Za-z0-9_.-]{1,40}$", description="name: draws users anew")
-    arms: tuple[ArmSettings, ...] = Field((), description="arms that users are split into; none: everybody alike")
-    poll_ms: float = Field(50, ge=5, description="how often a replica looks for commits: a note is found so soon")
-    commit_wait_ms: float = Field(2, ge=0, description="time that a commit waits for others to join it")
-    commit_rows: int = Field(512, ge=1, description="rows in a commit")
-    rebuild_share: float = Field(0.1, gt=0, description="fresh and dead rows, as a share of the index, that rebuild it")
-    rebuild_rows: int = Field(2000, ge=1, description="fresh and dead rows below which it is not rebuilt")
+    experiment: str = Field(
+        "default", pattern=r"^[A-Za-z0-9_.-]{1,40}$", description="name; a new one assigns users to arms anew"
+    )
+    arms: tuple[ArmSettings, ...] = Field((), description="arms that users are split into; empty: no experiment")
+    poll_ms: float = Field(
+        50, ge=5, description="how often a replica looks for commits: the delay until a new note is found"
+    )
+    commit_wait_ms: float = Field(2, ge=0, description="time that a commit waits for further rows")
+    commit_rows: int = Field(512, ge=1, description="most rows in a commit")
+    rebuild_share: float = Field(0.1, gt=0, description="rebuild the index at this share of new and deleted rows")
+    rebuild_rows: int = Field(2000, ge=1, description="fewest new and deleted rows for a rebuild")
 
     @model_validator(mode="before")
     @classmethod
     def _keep_what_is_not_given(cls, values: Any) -> Any:
-        """A part of ``gateway`` or ``encoder`` leaves the rest of it as it is here, and not as of any deployment."""
+        """Complete a partly given ``gateway`` or ``encoder`` with its own defaults, not DeploymentSettings'."""
         if not isinstance(values, dict):
             return values
         parts = {name: values[name] for name in ("gateway", "encoder") if isinstance(values.get(name), dict)}
@@ -165,18 +184,18 @@ class ServeSettings(Frozen):
     def _consistent(self) -> ServeSettings:
         if self.auth == "off" and not self.on_loopback:
             raise ValueError(
-                f"serve.auth=off with serve.host={self.host}: whoever reaches it could write. Keep serve.auth=auto and "
-                "make a key with `notellm2 keys create`, or listen at 127.0.0.1"
+                f"serve.auth=off with serve.host={self.host}: anyone who can reach it could write. Keep "
+                "serve.auth=auto and make a key with `notellm2 keys create`, or listen at 127.0.0.1"
             )
         if self.arms and abs(sum(arm.share for arm in self.arms) - 1) > 1e-6:
             raise ValueError(f"serve.arms: the shares add up to {sum(arm.share for arm in self.arms):g}, not to 1")
         if len({arm.name for arm in self.arms}) != len(self.arms):
-            raise ValueError("serve.arms: two arms have one name")
+            raise ValueError("serve.arms: two arms have the same name")
         return self
 
     @property
     def on_loopback(self) -> bool:
-        """Whether only this machine can reach it."""
+        """Whether only this machine can reach the service."""
         try:
             return ipaddress.ip_address(self.host).is_loopback
         except ValueError:

@@ -1,7 +1,7 @@
-"""The table of sources, which notes and events come from. A kind of source is one file, and one row here.
+"""The table of sources of notes and events. A kind of source is one file and one row here.
 
-The file is below :mod:`notellm2_ray.data.sources`: it holds all that is special to its kind, and ends in a
-:class:`Source`. Another package adds a source through an entry point, a script through :func:`register_source`.
+The file is in :mod:`notellm2_ray.data.sources`: it holds everything specific to its kind and ends in a
+:class:`Source`. Another package adds a source by an entry point, a script by :func:`register_source`.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from notellm2_ray.core.config import Kinds
 from notellm2_ray.core.errors import ConfigError
 from notellm2_ray.core.registry import Registry
 
-Version = list[tuple[str, int, int]]  # path, bytes, nanoseconds of the last change; an image has its path alone
+Version = list[tuple[str, int, int]]  # path, bytes, nanoseconds of the last change; for an image the path alone
 
 
 class SourceSettings(Kinds):
@@ -29,21 +29,21 @@ class SourceSettings(Kinds):
         """The settings class of every kind of source that can be loaded in this process."""
         found = {}
         for kind in SOURCES.names():
-            with suppress(ConfigError):  # a broken package is an error for whoever chooses its source, not for all
+            with suppress(ConfigError):  # a broken package is an error only when its source is chosen
                 found[kind] = SOURCES.get(kind).settings
         return found
 
 
 @dataclass(frozen=True)
 class Source:
-    """All that the rest of the package asks of a kind of source.
+    """Everything that the rest of the package needs of a kind of source.
 
     Attributes:
-        settings: the settings below ``source``, with a description at each field.
-        read: (settings, seed) -> the raw rows, as :class:`notellm2_ray.data.sources.SourceTables`; Ray is connected. It
-            raises DataError where a file or a required column is missing.
-        versions: settings -> what is watched for changes: setting -> the version of its files. What was prepared is
-            prepared anew when one changes. It raises DataError or FileNotFoundError where a file is missing.
+        settings: the class of the settings in ``source``; every field has a description.
+        read: (settings, seed) -> the raw rows, as :class:`notellm2_ray.data.sources.SourceTables`. Ray is connected
+            when it is called. It raises DataError if a file or a required column is missing.
+        versions: settings -> {setting: version of its files}. When a version changes, the notes are prepared again.
+            It raises DataError or FileNotFoundError if a file is missing.
         has_creation_times: whether its notes have ``created_at``.
     """
 
@@ -54,7 +54,7 @@ class Source:
 
     @property
     def kind(self) -> str:
-        """The ``source.kind`` that chooses it."""
+        """The value of ``source.kind`` that selects this source."""
         (kind,) = get_args(self.settings.model_fields["kind"].annotation)
         return kind
 
@@ -73,7 +73,7 @@ DEFAULT = "world"
 
 
 def register_source(source: Source) -> None:
-    """Make a source of your own available in this process, as ``source.kind``, and to the Ray tasks that it starts.
+    """Add a source of your own to this process and to the Ray tasks that it starts.
 
     Call it before :func:`notellm2_ray.cli.main`. `notellm2 run` and an online service start processes of their own,
     which find only installed sources: for those, declare the :class:`Source` as an entry point instead::
@@ -82,7 +82,7 @@ def register_source(source: Source) -> None:
         mine = "my_package.my_module:SOURCE"
 
     Raises:
-        ConfigError: there is another source of that kind.
+        ConfigError: there already is another source of that kind.
     """
     SOURCES.add(source.kind, source)
 
@@ -92,8 +92,8 @@ def default_source() -> SourceSettings:
     return SOURCES.get(DEFAULT).settings()  # type: ignore[call-arg]
 
 
-def _of_its_kind(value: Any) -> Any:
-    """A mapping as the settings of its kind."""
+def _validated_by_kind(value: Any) -> Any:
+    """The settings class of a mapping's kind, filled from the mapping."""
     if not isinstance(value, Mapping):
         return value
     kind = str(value.get("kind", DEFAULT))
@@ -106,4 +106,4 @@ def _of_its_kind(value: Any) -> Any:
     return row.settings.model_validate({**value, "kind": kind})
 
 
-AnySource = Annotated[SerializeAsAny[SourceSettings], BeforeValidator(_of_its_kind)]
+AnySource = Annotated[SerializeAsAny[SourceSettings], BeforeValidator(_validated_by_kind)]

@@ -1,4 +1,4 @@
-"""Knobs of training (NoteLLM-2, Table 8)."""
+"""Settings of training (NoteLLM-2, Table 8)."""
 
 from __future__ import annotations
 
@@ -12,27 +12,31 @@ from notellm2_ray.core.config import Frozen, resource
 class TrainSettings(Frozen):
     """How the embedder is trained; the defaults are the paper's Table 8."""
 
-    seed: int = Field(42, ge=0, description="seed of initialisation, order and dropout (the paper's runs: 42, 43, 44)")
+    seed: int = Field(42, ge=0, description="seed of initialisation, order and dropout (paper: 42, 43, 44)")
     engine: Literal["deepspeed", "plain"] = Field("deepspeed", description="DeepSpeed ZeRO, or PyTorch (DDP) alone")
-    zero_stage: Literal[0, 1, 2, 3] = Field(3, description="DeepSpeed: what is sharded over the ranks; plain: nothing")
+    zero_stage: Literal[0, 1, 2, 3] = Field(3, description="DeepSpeed's ZeRO stage; unused with engine=plain")
     offload: Literal["none", "optimizer", "parameters_and_optimizer"] = Field(
         "none", description="DeepSpeed: what is kept in CPU memory (parameters: stage 3 only)"
     )
     num_workers: int = Field(1, ge=1, description="ranks, one Ray Train worker each")
     cpus_per_worker: float = resource(1, gt=0, description="CPUs reserved for a rank")
     gpus_per_worker: float = resource(0, ge=0, description="GPUs reserved for a rank")
-    objective: str = Field("contrastive", description="what is minimised: contrastive, or one of another package")
+    objective: str = Field(
+        "contrastive", description="what is minimised: contrastive, or one that another package adds"
+    )
     batch_pairs: int = Field(128, ge=1, description="pairs in a global batch (B); a batch holds 2B notes")
     epochs: int = Field(1, ge=1, description="passes over the training pairs")
-    max_steps: int | None = Field(None, ge=1, description="stop after so many steps; null: when the epochs are over")
+    max_steps: int | None = Field(None, ge=1, description="stop after so many steps; null: after the epochs")
     learning_rate: float = Field(3e-6, gt=0, description="peak learning rate of AdamW")
     connector_learning_rate: float | None = Field(
-        None, gt=0, description="peak learning rate of the parts that start random; null: the same"
+        None, gt=0, description="peak learning rate of randomly initialised parts; null: learning_rate"
     )
-    betas: tuple[float, float] = Field((0.9, 0.999), description="AdamW's moments")
+    betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of AdamW's moments")
     epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")
     weight_decay: float = Field(1e-3, ge=0, description="decoupled weight decay (not on biases, norms, temperature)")
-    warmup_ratio: float = Field(0.1, ge=0, lt=1, description="share of the steps that warm up; then linear to zero")
+    warmup_ratio: float = Field(
+        0.1, ge=0, lt=1, description="share of the steps with linear warm-up; then linear decay to zero"
+    )
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
     precision: Literal["bf16", "fp32", "auto"] = Field(
         "bf16",
@@ -43,19 +47,21 @@ class TrainSettings(Frozen):
         False, description="recompute activations: less memory, about a third slower"
     )
     length_chunks: int = Field(
-        4, ge=1, description="a rank's notes go through the model in so many groups of like length (same result)"
+        4, ge=1, description="a rank's notes go through the model in so many groups of similar length (same result)"
     )
-    mask_duplicates: bool = Field(True, description="a note that stands twice in a batch is no negative of itself")
+    mask_duplicates: bool = Field(True, description="do not use another copy of a note in the batch as its negative")
     prefetch_batches: int = resource(2, ge=0, description="batches prepared ahead by each rank")
     validate_every_steps: int = Field(1750, ge=1, description="steps between validations by recall")
     checkpoint_every_steps: int = resource(
         500, ge=1, description="steps between checkpoints, which a killed run resumes from"
     )
-    max_validation_pairs: int = Field(2000, ge=1, description="validation pairs used at most")
-    best_by: Literal["recall", "loss"] = Field("recall", description="validation figure that picks the kept checkpoint")
+    max_validation_pairs: int = Field(2000, ge=1, description="most validation pairs used")
+    best_by: Literal["recall", "loss"] = Field(
+        "recall", description="validation metric that selects the best checkpoint"
+    )
     max_failures: int = resource(3, ge=-1, description="worker failures survived in one run; -1: any number")
     logger: Literal["none", "tensorboard", "wandb", "mlflow"] = resource(
-        "none", description="where curves go besides disk"
+        "none", description="where training curves go besides disk"
     )
 
     @model_validator(mode="after")
