@@ -1,10 +1,10 @@
-"""Makes the project's own virtual environment with the locked CPU stack; run again it does nothing.
+"""Makes the project's virtual environment with the locked CPU stack. A second run does nothing.
 
     python3 requirements/install.py .venv
 
 Needs Python 3.11 and a C++ compiler (DeepSpeed builds its shared-memory collectives at first use). Takes about two
-minutes and 6 GB. torch and torchvision come from PyTorch's own package index (CPU builds) where it can be reached, else
-from the indexes pip is configured with. Nothing outside the given folder is changed.
+minutes and 6 GB. torch and torchvision come from PyTorch's package index (CPU builds) if it can be reached, else from
+the indexes that pip is configured with. Nothing outside the given folder is changed.
 """
 
 import hashlib
@@ -36,7 +36,7 @@ def place_hook(packages: Path, *, wanted: bool) -> None:
         shutil.copy(HERE / module.name, module)
         starter.write_text("import torchvision_cpu_hook\n")
     else:
-        starter.unlink(missing_ok=True)  # first: it imports the other at every start
+        starter.unlink(missing_ok=True)  # first, because it imports the module at every start of Python
         module.unlink(missing_ok=True)
 
 

@@ -1,9 +1,9 @@
-"""Lets a CUDA build of torchvision be imported beside a CPU-only torch; installed by install.py where that may be so.
+"""Lets a CUDA build of torchvision be imported with a CPU-only torch; install.py installs it if that can happen.
 
-torchvision from PyPI is a CUDA build. Beside a CPU-only torch its C++ operators cannot load, and importing it fails
-with `operator torchvision::nms does not exist`. Declaring the schemas of the two operators it registers fake versions
-of is enough for its Python parts, which is all that is used. This acts only when torchvision is first imported, and not
-on a build for the CPU, which registers the operators itself.
+torchvision from PyPI is a CUDA build. With a CPU-only torch its C++ operators cannot be loaded, and its import fails
+with `operator torchvision::nms does not exist`. This package uses only its Python parts. For those it is enough to
+declare the schemas of two operators, nms and qnms. The hook does so when torchvision is first imported, but not for a
+CPU build, which registers the operators itself.
 """
 
 import importlib.abc
@@ -16,12 +16,12 @@ class _DeclareOperators(importlib.abc.MetaPathFinder):
     def find_spec(self, fullname, path=None, target=None):
         if fullname == "torchvision":
             sys.meta_path.remove(self)
-            from importlib.metadata import version  # not above: every start of Python comes by there
+            from importlib.metadata import version  # imported here to keep the start of Python fast
 
             import torch
 
             if not torch.version.cuda and not version("torchvision").endswith("+cpu"):
-                # Kept alive on the module: the schemas go when the library object does.
+                # Stored on the module, because the schemas are removed with the library object.
                 torch._torchvision_operators = torch.library.Library("torchvision", "FRAGMENT")
                 for name in ("nms", "qnms"):
                     torch._torchvision_operators.define(name + _SCHEMA)

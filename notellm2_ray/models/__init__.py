@@ -1,1 +1,1 @@
-"""The NoteLLM-2 model: plain single-device PyTorch, without Ray, vLLM or DeepSpeed."""
+"""The models, in plain single-device PyTorch without Ray, vLLM or DeepSpeed."""

@@ -11,7 +11,7 @@ from notellm2_ray.core.errors import ModelError
 from notellm2_ray.models.llm import first_line
 
 _SYSTEM, _USER = "0SYSTEM0WORDS0", "0USER0WORDS0"  # stand-ins that no template alters
-# How a template fails on messages or lists that it was not written for: it refuses them, or raises an error of Python.
+# Errors of a template that does not support the given messages: its own refusal, or any Python error.
 _RENDERING = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
 
 
@@ -21,8 +21,8 @@ class TemplateWords(NamedTuple):
     before: str  # before the user's turn, if there is no system message
     before_system: str | None  # before the system message; None: the template takes no system message
     after_system: str  # between the system message and the user's turn
-    after: str  # after the user's turn, up to the place of the answer
-    image: str  # stands for one image; empty: the model reads none
+    after: str  # after the user's turn, up to the answer
+    image: str  # stands for one image; empty: the model takes no images
     answer_space: str  # white space before the answer in a finished conversation
     answer_end: str  # after the answer
 
@@ -67,7 +67,7 @@ def _render(tokenizer: Any, template: str, content: Any, system: str | None, ans
     if answer is not None:
         text = [{"type": "text", "text": answer}] if in_lists else answer
         messages.append({"role": "assistant", "content": text})
-    # Without a fixed date the prompts would change every day. A model that can write out its thinking is told not to.
+    # Without a fixed date the prompts would change every day. Models that can write out reasoning are told not to.
     fixed = {"date_string": "26 Jul 2024", "enable_thinking": False}
     return tokenizer.apply_chat_template(
         messages, chat_template=template, tokenize=False, add_generation_prompt=answer is None, **fixed
@@ -85,7 +85,7 @@ def _cut_or_fail(render: Any) -> tuple[str, str]:
     except _RENDERING as error:
         raise ModelError(f"the model's chat template cannot be rendered: {first_line(error)}") from error
     if around is None:
-        raise ModelError("the model's chat template must contain the user's text exactly once, and it does not")
+        raise ModelError("the model's chat template must contain the user's text exactly once, but does not")
     return around
 
 

@@ -1,4 +1,4 @@
-"""What a device is good at."""
+"""Capabilities of a device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The language model LLM_mu: any Hugging Face causal LM without its head, and its tokenizer with two tokens more."""
+"""The language model LLM_mu: any Hugging Face causal LM without its head, and its tokenizer with two added tokens."""
 
 from __future__ import annotations
 
@@ -33,10 +33,10 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     """Configuration of the causal LM at ``path`` (a directory or a hub name).
 
     Raises:
-        ModelError: nothing is there, or it is something else than a causal LM.
+        ModelError: the model does not exist or is not a causal LM.
     """
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
-        raise ModelError(f"{path} is no model directory: it has no config.json. {_NEEDED}")
+        raise ModelError(f"{path} is not a model directory: it has no config.json. {_NEEDED}")
     try:
         config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
@@ -47,7 +47,7 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not hasattr(config, "hidden_size"):
         raise ModelError(f"{kind}, not a causal language model. {_NEEDED}")
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
-        # Its attention looks both ways, so that the visual vector would read the text.
+        # Bidirectional attention would let the visual vector see the text.
         raise ModelError(f"{kind}, a masked language model. {_NEEDED}")
     return config
 
@@ -56,10 +56,10 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
 def load_llm(
     path: str, attention: str, dtype: torch.dtype = torch.float32, revision: str | None = None
 ) -> PreTrainedModel:
-    """The pretrained LM without its head: token embeddings in, states after the final norm out.
+    """The pretrained LM without its head; it returns the states after the final norm.
 
     Raises:
-        ModelError: as :func:`load_config`; or its weights are missing or not safetensors.
+        ModelError: as in :func:`load_config`, or the weights are missing or not safetensors.
     """
     load_config(path, revision)
     try:
@@ -81,7 +81,7 @@ def load_llm(
 
 
 def llm_from_config(config: PretrainedConfig, attention: str) -> PreTrainedModel:
-    """The LM with the weights of its own initialisation, or none on the meta device."""
+    """The LM with randomly initialised weights; on the meta device without any."""
     return AutoModel.from_config(config, attn_implementation=attention)
 
 
@@ -91,7 +91,7 @@ def require_all_weights(report: dict[str, Any], path: str) -> None:
     if wrong:
         raise ModelError(
             f"the checkpoint {path} lacks {len(wrong)} of its model's weights ({', '.join(wrong[:3])}, ...): it is "
-            "incomplete or of another kind"
+            "incomplete or of another architecture"
         )
 
 
@@ -100,7 +100,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     """The LM's tokenizer with :data:`IMAGE_TOKEN` and :data:`VISUAL_MARK_TOKEN` added.
 
     Raises:
-        ModelError: there is none.
+        ModelError: there is no usable tokenizer.
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
@@ -112,9 +112,9 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
 
 
 def embed_added_tokens(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Give the embedding rows of the two added tokens the mean of all others, adding rows where they lack.
+    """Set the embeddings of the two added tokens to the mean of all others, and enlarge the table if needed.
 
-    Rows beyond the tokenizer's length only pad the vocabulary; they have no share in the mean.
+    Rows beyond the tokenizer's length only pad the vocabulary and are left out of the mean.
     """
     if len(tokenizer) > len(_embedding_table(llm)):
         llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -134,6 +134,6 @@ def _embedding_table(llm: PreTrainedModel) -> torch.Tensor:
 
 
 def first_line(error: Exception) -> str:
-    """What an exception says, on one line."""
+    """The first line of an exception's message."""
     text = str(error).strip()
     return text.splitlines()[0] if text else type(error).__name__

@@ -1,4 +1,4 @@
-"""Hugging Face's loading, without its progress bars and reports: what is wrong we say ourselves, as an error."""
+"""Silences Hugging Face's progress bars and loading reports; problems are raised as errors of this package instead."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from transformers.utils import logging
 
 @contextlib.contextmanager
 def quiet_loading() -> Iterator[None]:
-    """Silence transformers' warnings and progress bars inside (also as a decorator)."""
+    """Silence transformers' warnings and progress bars; a context manager and a decorator."""
     level, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()
     logging.disable_progress_bar()

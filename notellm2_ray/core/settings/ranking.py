@@ -59,8 +59,8 @@ class CandidateSettings(Frozen):
         ("uniform", "popular"),
         min_length=1,
         description="test negatives: drawn uniformly, matched to the target's popularity, or as published. The "
-        "published construction puts each user's most popular notes into the history and so leaks popularity; it changes "
-        "test examples only, training and validation keep the last events as targets",
+        "published construction puts each user's most popular notes into the history and so leaks popularity; "
+        "it changes test examples only, training and validation keep the last events as targets",
     )
     num_negatives: int = Field(20, ge=1, description="negatives per validation and test target")
     num_train_negatives: int = Field(1, ge=1, description="negatives per training target")

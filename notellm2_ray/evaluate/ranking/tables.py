@@ -59,7 +59,7 @@ def strata_table(results: Mapping[str, Any]) -> Table:
         values = [row["figures"][stratum] for stratum in strata]
         cells.append([row["method"], *(percent(value[name]) for value in values for name in chosen)])
     groups = [("", 1), *((f"{STRATUM_NAMES[name]} ({results['examples'][name]:,})", len(chosen)) for name in strata)]
-    notes = ("In %. A target is cold when nobody clicked it, the clicks that are to be foretold not counted.",)
+    notes = ("In %. A target is cold if it has no clicks besides those to predict.",)
     columns = ("Method", *[figure_label(name) for name in chosen] * len(strata))
     return Table(columns, cells, groups, notes=notes)
 

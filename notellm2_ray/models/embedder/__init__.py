@@ -1,1 +1,1 @@
-"""The note embedder: what is trained, and its directory."""
+"""The note embedder: network, preprocessing, losses, and the directory it is saved in."""

@@ -1,4 +1,4 @@
-"""The networks of the paper's Table 9 as Hugging Face configurations, to count or to time without their weights."""
+"""The networks of the paper's Table 9 as Hugging Face configurations: to count parameters, or measure speed."""
 
 from __future__ import annotations
 
@@ -23,10 +23,10 @@ def tomato() -> PretrainedConfig:
 
 
 def qwen_chat() -> PretrainedConfig:
-    """Qwen-7B-Chat as a Qwen2, which has the same network.
+    """Qwen-7B-Chat as a Qwen2, which has the same architecture.
 
-    Table 9 prints an intermediate size of 22,016: Qwen-7B's configuration counts the gate and the value of its gated
-    feed-forward together, 11,008 each.
+    Table 9 prints an intermediate size of 22,016: Qwen-7B's configuration adds up the two projections of its gated
+    feed-forward, of 11,008 each.
     """
     return Qwen2Config(
         vocab_size=151_936,

@@ -1,4 +1,4 @@
-"""The embedder as its users have it: a self-describing directory, and notes in, unit vectors out."""
+"""The embedder's interface: it turns notes into unit vectors, and is saved in a self-describing directory."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ from notellm2_ray.models.embedder.storage import (
     save_weights,
 )
 
-_QUEUED_BATCHES = 8  # on a GPU, before the oldest one's vectors are fetched
+_QUEUED_BATCHES = 8  # on a GPU, before the vectors of the oldest batch are fetched
 
 
 class NoteEncoder:
     """A trained embedder.
 
     Attributes:
-        model: the network, a module that is a :class:`~notellm2_ray.models.embedder.kinds.Network`.
-        preprocessor: notes to features and batches (:class:`~notellm2_ray.models.embedder.kinds.Preprocessor`).
+        model: the network (:class:`~notellm2_ray.models.embedder.kinds.Network`).
+        preprocessor: makes features and batches of notes (:class:`~notellm2_ray.models.embedder.kinds.Preprocessor`).
     """
 
     def __init__(self, model: Any, preprocessor: Any) -> None:
@@ -57,7 +57,7 @@ class NoteEncoder:
 
     @property
     def fingerprint(self) -> str:
-        """Hash of configuration and weights (16 hex digits). Reads every weight: seconds for a large model."""
+        """Hash of configuration and weights (16 hex digits). Reads all weights: seconds for a large model."""
         digest = hashlib.sha256(json.dumps(self._config(), sort_keys=True).encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
@@ -72,12 +72,12 @@ class NoteEncoder:
         batch_tokens: int = 16_384,
         max_batch_notes: int = 256,
     ) -> np.ndarray:
-        """Vectors of notes, in their order. Leaves the model in evaluation mode.
+        """Vectors of notes, in the same order. Leaves the model in evaluation mode.
 
         Args:
-            inputs: what of each note is shown to the model (Table 3).
-            batch_tokens: padded tokens in a forward pass at most; notes of like length go together.
-            max_batch_notes: notes in a forward pass at most.
+            inputs: the parts of each note that the model gets (Table 3).
+            batch_tokens: most padded tokens in a forward pass; notes of similar length go together.
+            max_batch_notes: most notes in a forward pass.
 
         Returns:
             (N, D) float32, each row of length one.
@@ -92,20 +92,20 @@ class NoteEncoder:
             names = ", ".join(features[row].note_id for row in wrong[:5])
             raise DataError(
                 f"the model gave vectors that are not finite for {len(wrong)} of {len(features)} notes ({names}): "
-                "its weights are damaged, or they overflow in this precision (try precision=fp32)"
+                "its weights are damaged, or its activations overflow in this precision (try precision=fp32)"
             )
         return vectors
 
     def encode_features(
         self, features: Sequence[Features], *, batch_tokens: int = 16_384, max_batch_notes: int = 256
     ) -> np.ndarray:
-        """As :meth:`encode`, for notes that went through the preprocessor already.
+        """As :meth:`encode`, for features of notes.
 
         Returns:
-            (N, D) float32; a row that is not finite is left to the caller to judge.
+            (N, D) float32. Rows can be non-finite; the caller must check.
         """
         vectors = np.empty((len(features), self.embedding_dim), np.float32)
-        if self.model.training:  # eval() visits every module: a millisecond, as long as a tiny model's forward pass
+        if self.model.training:  # eval() visits every module, which takes as long as a tiny model's forward pass
             self.model.eval()
         on_gpu = self.device.type == "cuda"
         queued: deque[tuple[np.ndarray, torch.Tensor]] = deque()  # rows, and their vectors on the device
@@ -119,7 +119,7 @@ class NoteEncoder:
                 batch = self.preprocessor.collate([features[row] for row in rows])
                 batch = batch.pin_memory().to(self.device, non_blocking=True) if on_gpu else batch.to(self.device)
                 queued.append((rows, F.normalize(self.model(batch).multimodal, dim=-1)))
-                # Fetching waits for the GPU: with batches queued, it has work while the next one is put together.
+                # Fetching waits for the GPU. Queued batches keep it busy while the next one is prepared.
                 if len(queued) > (_QUEUED_BATCHES if on_gpu else 0):
                     fetch()
             while queued:
@@ -132,7 +132,7 @@ class NoteEncoder:
         save_weights(self.model.state_dict(), Path(path))
 
     def save_description(self, path: str | Path) -> None:
-        """Write all of the directory but the weights, for a caller that gathers those from elsewhere."""
+        """Write everything except the weights, for a caller that writes those itself."""
         directory = Path(path)
         directory.mkdir(parents=True, exist_ok=True)
         kind_of(self.settings).describe(self.model, self.preprocessor, directory)
@@ -157,10 +157,10 @@ class NoteEncoder:
 
         Args:
             precision: of the weights, ``fp32`` or ``bf16``; the temperature stays float32.
-            attention: implementation; as in training by default, but for flash attention, which a CPU does not have.
+            attention: implementation; default: as in training, except flash attention, which does not run on a CPU.
 
         Raises:
-            ModelError: the directory is missing, of another kind or incomplete.
+            ModelError: the directory is missing or incomplete, or holds another kind of model.
         """
         settings, values = read_config(path)
         trained_with = settings.attention
@@ -173,9 +173,9 @@ class NoteEncoder:
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int, max_notes: int) -> Iterator[np.ndarray]:
-    """Row numbers of batches, longest notes first, so that hardly anything is padding.
+    """Row numbers of batches, longest notes first, so that there is little padding.
 
-    A batch's longest note times its notes stays within ``batch_tokens``; a note longer than that goes alone.
+    A batch's number of notes times its longest length is at most ``batch_tokens``; a longer note gets its own batch.
     """
     order = np.argsort(-np.asarray(lengths, np.int64), kind="stable")
     begin = 0

@@ -1,4 +1,4 @@
-"""Gated late fusion (Eq. 7): the tower's own view of the image joins the vector after the LLM."""
+"""Gated late fusion (Eq. 7): the tower's pooled image features are added to the vector after the LLM."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from torch import nn
 
 
 class LateFusion(nn.Module):
-    """The gate, shared by the visual and the multimodal vector, and the map of visual features into the LLM's width.
+    """The projection of visual features to the LLM's width, and the gate, which both kinds of vectors share.
 
     z = sigmoid(W [v, n] + b), fused = z * v + (1 - z) * n.
     """
@@ -20,7 +20,7 @@ class LateFusion(nn.Module):
         nn.init.zeros_(self.gate.bias)
 
     def forward(self, pooled: torch.Tensor, states: torch.Tensor) -> torch.Tensor:
-        """Pooled visual features (N, h_v) and LLM states (N, h_t) to fused states (N, h_t)."""
+        """Fuse pooled visual features (N, h_v) with LLM states (N, h_t) into states (N, h_t)."""
         v = self.visual(pooled)
         z = torch.sigmoid(self.gate(torch.cat([v, states], dim=-1)))
         return z * v + (1 - z) * states

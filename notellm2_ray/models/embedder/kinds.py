@@ -1,8 +1,8 @@
-"""The table of embedders that can be trained: a kind is one file that ends in an :class:`EmbedderKind`, and a row here.
+"""The table of kinds of embedders. A kind is one file that ends in an :class:`EmbedderKind`, and one row here.
 
-A kind brings a network and a preprocessor. Everything else is shared: training, the self-describing directory, bulk
-embedding, the index and the service ask for no more than the protocols below. Another package adds a kind through the
-entry-point group ``notellm2_ray.embedders``, which every process sees that Ray starts.
+A kind has a network and a preprocessor. Training, the self-describing directory, bulk embedding, the index and the
+service are shared by all kinds; they rely only on the protocols below. Another package adds a kind through the
+entry-point group ``notellm2_ray.embedders``, which all processes of Ray see.
 """
 
 from __future__ import annotations
@@ -25,14 +25,14 @@ Inputs = Literal["multimodal", "image", "text"]
 
 
 class Features(Protocol):
-    """One note, ready to be put into a batch. Picklable."""
+    """One preprocessed note. Picklable."""
 
     @property
     def note_id(self) -> str: ...
 
     @property
     def num_tokens(self) -> int:
-        """What the note costs in a batch: notes of like cost go together."""
+        """The length of the note in a batch; notes of similar length are batched together."""
         ...
 
 
@@ -45,7 +45,7 @@ class FeatureBatch(Protocol):
 
 
 class Preprocessor(Protocol):
-    """Notes to features, features to batches, without weights. Picklable; a thread uses a copy of its own."""
+    """Makes features of notes and batches of features, without weights. Picklable; each thread uses its own copy."""
 
     settings: ModelSettings
 
@@ -54,12 +54,12 @@ class Preprocessor(Protocol):
         ...
 
     def collate(self, features: Sequence[Any]) -> Any:
-        """A :class:`FeatureBatch` of features, in their order."""
+        """A :class:`FeatureBatch` of features, in the same order."""
         ...
 
 
 class Network(Protocol):
-    """A ``torch.nn.Module`` that makes vectors of batches.
+    """A ``torch.nn.Module`` that computes the vectors of a batch.
 
     Attributes:
         temperature: float32 parameter of shape (1,); its exponential multiplies the cosine in the loss.
@@ -68,19 +68,19 @@ class Network(Protocol):
     temperature: torch.nn.Parameter
 
     def __call__(self, batch: Any) -> NoteVectors:
-        """Named vectors of a batch. In training every parameter takes part, whatever the notes hold."""
+        """Named vectors of a batch. In training all parameters must take part, even if no note has an image, say."""
         ...
 
     def to_precision(self, precision: str) -> Any:
-        """Weights in float32 (``fp32``) or bfloat16 (``bf16``); the temperature stays float32."""
+        """Convert the weights to float32 (``fp32``) or bfloat16 (``bf16``); the temperature stays float32."""
         ...
 
     def is_fresh(self, name: str) -> bool:
-        """Whether the parameter of that name starts random, as against pretrained."""
+        """Whether the named parameter is randomly initialised, not pretrained."""
         ...
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute activations in the backward pass, where the network can."""
+        """Recompute activations in the backward pass, if the network supports it."""
         ...
 
 
@@ -91,12 +91,12 @@ class EmbedderKind:
     Attributes:
         build: (settings, seed, llm_path, vision_path, precision) -> network with pretrained and random weights, and
             preprocessor. Equal seeds give equal random weights.
-        config: network -> further entries of the directory's config.json.
-        describe: (network, preprocessor, directory) -> writes tokenizer and the like into the directory.
-        load: (settings, config.json's values, directory, attention implementation or None) -> network whose weights
-            are then read into it, and preprocessor.
-        parts: settings -> which of ``llm`` and ``vision`` it is built from.
-        natural_inputs: settings -> what of a note it is meant to be given.
+        config: network -> further entries for the directory's config.json.
+        describe: (network, preprocessor, directory) -> None; writes the tokenizer and the like into the directory.
+        load: (settings, config.json's values, directory, attention implementation or None) -> network and preprocessor;
+            the caller then loads the weights into the network.
+        parts: settings -> the pretrained models that it is built from, of ``llm`` and ``vision``.
+        natural_inputs: settings -> the parts of a note that it is made for.
     """
 
     build: Callable[[ModelSettings, int, str, str, str], tuple[Any, Any]]
@@ -116,6 +116,6 @@ def kind_of(settings: ModelSettings) -> EmbedderKind:
     """The row that ``model.kind`` names.
 
     Raises:
-        ConfigError: there is none.
+        ConfigError: there is no such kind.
     """
     return EMBEDDERS.get(settings.kind)

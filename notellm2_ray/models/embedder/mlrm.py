@@ -1,11 +1,11 @@
-"""The multimodal large representation model (sections 2.2 and 3): a note to its vectors.
+"""The multimodal large representation model (sections 2.2 and 3): from a note to its vectors.
 
-Z_v, pooled = V(image)            the tower's patches and its one vector        vision.py
+Z_v, pooled = V(image)            patches and pooled vector                     vision/tower.py
 E_v = C(Z_v)                      visual tokens                                 qformer.py
 H = LLM([text with E_v in it])    states after the final norm                   llm.py
 n_v, n_m = H at the opening quotation mark of the visual half, and of the end
 n = z * v + (1 - z) * n           gated late fusion, Eq. 7                      fusion.py
-vector = P n                      to 64 numbers, P shared by both
+vector = P n                      64 numbers; n_v and n_m share P
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ class NoteModel(nn.Module):
     """The embedder's network.
 
     Args:
-        settings: which variant, and the sizes of what starts random.
+        settings: the variant, and the sizes of the randomly initialised parts.
         llm: a causal LM without its head (h_t wide); None for ``image_only``.
         tower: the vision tower (h_v wide); None for ``text_only``.
 
@@ -51,9 +51,9 @@ class NoteModel(nn.Module):
         self.temperature = nn.Parameter(torch.full((1,), settings.initial_temperature, dtype=torch.float32))
 
     def forward(self, batch: NoteBatch) -> NoteVectors:
-        """Vectors of a batch's notes. In training every parameter takes part, whether or not there is an image.
+        """Vectors of a batch's notes. In training every parameter takes part, even if no note has an image.
 
-        Where some ranks have an image and others have none, those would otherwise wait for each other for ever.
+        Otherwise ranks with images would wait for ever for ranks without.
         """
         dummy = self.training and self.tower is not None and len(batch.pixels) == 0
         if dummy:
@@ -73,7 +73,7 @@ class NoteModel(nn.Module):
         return self._vectors(multimodal, visual, batch, dummy)
 
     def _read(self, batch: NoteBatch, views: Views | None, dummy: bool) -> torch.Tensor:
-        """Hidden states (N, T, h_t) of the prompts, the images' visual tokens in their places."""
+        """Hidden states (N, T, h_t) of the prompts, with the visual tokens of the images in place."""
         assert self.llm is not None
         embeddings = self.llm.get_input_embeddings()(batch.input_ids)
         if self.variant.visual_tokens and views is not None:
@@ -87,7 +87,7 @@ class NoteModel(nn.Module):
     def _vectors(
         self, multimodal: torch.Tensor, visual: torch.Tensor | None, batch: NoteBatch, dummy: bool
     ) -> NoteVectors:
-        """Project; the K visual vectors go to the rows of their notes."""
+        """Project the states, and put the K visual vectors into the rows of their notes."""
         multimodal = self.projection(multimodal).float()
         temperature = self.temperature.float().squeeze().clone()
         if visual is None:
@@ -99,15 +99,15 @@ class NoteModel(nn.Module):
         return NoteVectors({NOTE: multimodal, VISUAL: visual}, {VISUAL: has_visual}, temperature)
 
     def to_precision(self, precision: str) -> NoteModel:
-        """Weights in float32 (``fp32``) or bfloat16 (``bf16``); the temperature stays float32."""
-        # Parameters only: the angles of rotary positions are buffers, and wrong in bfloat16.
+        """Convert the weights to float32 (``fp32``) or bfloat16 (``bf16``); the temperature stays float32."""
+        # Parameters only. The angles of rotary positions are buffers, and bfloat16 is too coarse for them.
         for parameter in self.parameters():
             parameter.data = parameter.data.to(torch.bfloat16 if precision == "bf16" else torch.float32)
         self.temperature.data = self.temperature.data.float()
         return self
 
     def is_fresh(self, name: str) -> bool:
-        """Whether the parameter of that name starts random, as against pretrained."""
+        """Whether the named parameter is randomly initialised, not pretrained."""
         return name.startswith(("connector.", "fusion.", "projection."))
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
@@ -123,13 +123,13 @@ class NoteModel(nn.Module):
 
 
 def _with_dummy_image(batch: NoteBatch) -> NoteBatch:
-    """One black image for the first note, whose outcome is then multiplied by zero."""
+    """The batch with a black image for its first note; the image's outputs are later multiplied by zero."""
     zero = torch.zeros(1, dtype=torch.int64, device=batch.input_ids.device)
     pixels = batch.pixels.new_zeros((1, *batch.pixels.shape[1:]))
     return batch._replace(pixels=pixels, image_rows=zero, image_starts=zero, visual_ends=zero)
 
 
 def _put(target: torch.Tensor, places: tuple[torch.Tensor, ...], values: torch.Tensor, dummy: bool) -> torch.Tensor:
-    """``target`` with ``values`` at ``places``; unchanged, but depending on them, if they come of a dummy image."""
+    """``target`` with ``values`` at ``places``. For a dummy image unchanged, but a function of both."""
     values = values.to(target.dtype)
     return target + 0.0 * values.sum() if dummy else target.index_put(places, values)

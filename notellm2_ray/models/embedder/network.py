@@ -1,4 +1,4 @@
-"""The network that goes with given configurations, and its preprocessor; no weights are read here."""
+"""Builds the network from configurations, and its preprocessor; reads no weights."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def model_from_configs(
     *,
     attention: str | None = None,
 ) -> NoteModel:
-    """A network of these configurations with random weights, or with none on the meta device."""
+    """The network of these configurations, with random weights; on the meta device without any."""
     variant = VARIANTS[settings.variant]
     llm = tower = None
     if variant.prompt is not None:
@@ -44,14 +44,14 @@ def make_preprocessor(
     """The preprocessor that goes with these parts.
 
     Raises:
-        ModelError: its longest prompts are longer than what the LLM was made for.
+        ModelError: the longest prompts are longer than the LLM supports.
     """
     image, num_patches = (tower.image, tower.num_patches) if tower is not None else (None, 0)
     preprocessor = NotePreprocessor(settings, tokenizer, image, num_patches)
     limit = getattr(llm_config, "max_position_embeddings", None)
     if limit is not None and preprocessor.max_tokens > limit:
         raise ModelError(
-            f"the longest prompts take {preprocessor.max_tokens} tokens, but the LLM was made for {limit}: lower "
+            f"the longest prompts take {preprocessor.max_tokens} tokens, but the LLM supports {limit}: lower "
             f"model.max_body_tokens ({settings.max_body_tokens}) or model.qformer.num_queries "
             f"({settings.qformer.num_queries})"
         )
@@ -59,7 +59,7 @@ def make_preprocessor(
 
 
 def freezes_vision(settings: ModelSettings) -> bool:
-    """Whether the tower stays as it is: by default yes, except where it is all there is (Table 2's CLIP ViT-B)."""
+    """Whether the tower is frozen: by default yes, except in the image_only variant (Table 2's CLIP ViT-B)."""
     return settings.variant != "image_only" if settings.freeze_vision is None else settings.freeze_vision
 
 

@@ -1,4 +1,4 @@
-"""NoteLLM-2's embedder and its variants, as a row of the table of kinds."""
+"""The embedder of NoteLLM-2 and its variants: its row in the table of kinds."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 def _build(
     settings: ModelSettings, seed: int, llm_path: str, vision_path: str, precision: str
 ) -> tuple[NoteModel, NotePreprocessor]:
-    """Pretrained LLM and tower, everything between and after them random. The tokenizer is always the LLM's."""
+    """Load the LLM and the tower, and initialise the other parts randomly. The tokenizer is always the LLM's."""
     import torch
 
     from notellm2_ray.models import llm as llms
@@ -53,7 +53,7 @@ def _describe(model: NoteModel, preprocessor: NotePreprocessor, directory: Path)
 
 
 def _config(model: NoteModel) -> dict[str, Any]:
-    """The configurations of LLM and tower, as config.json has them."""
+    """The configurations of LLM and tower, for config.json."""
     return {
         "llm_config": model.llm.config.to_dict() if model.llm is not None else None,
         "vision_config": model.tower.config.to_dict() if model.tower is not None else None,
@@ -91,7 +91,7 @@ def _read_image(directory: Path, vision_config: Mapping[str, Any] | None) -> Ima
 
 
 def _parts(settings: ModelSettings) -> tuple[str, ...]:
-    """Every variant needs the LLM, if only for its tokenizer."""
+    """Every variant needs the LLM, at least for its tokenizer."""
     return ("llm", "vision") if VARIANTS[settings.variant].sees_images else ("llm",)
 
 

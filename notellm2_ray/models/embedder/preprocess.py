@@ -1,4 +1,4 @@
-"""From notes to tensors: prompt, truncation, pixels, padding. No weights here, so it can be sent to any process."""
+"""From notes to tensors: prompt, truncation, pixels, padding. Holds no weights, so it can be sent to any process."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ _MIN_TEXT_TOKENS = 8
 
 
 class NoteFeatures(NamedTuple):
-    """One note, ready to be put into a batch."""
+    """One preprocessed note."""
 
     note_id: str
-    input_ids: np.ndarray  # (T,) int64; the image's place holds L_c copies of <IMG>; empty without an LLM
-    image_start: int  # where the visual tokens begin; -1: none in the prompt
+    input_ids: np.ndarray  # (T,) int64; with L_c copies of <IMG> for the image; empty without an LLM
+    image_start: int  # where the visual tokens begin; -1: there are none
     visual_end: int  # where the visual vector is read; -1: there is none
     pixels: np.ndarray | None  # (3, S, S) uint8
-    num_tokens: int  # what the note costs in a batch: T, or the tower's patches without an LLM
+    num_tokens: int  # length in a batch: T; without an LLM, the tower's number of patches
 
 
 class NoteBatch(NamedTuple):
@@ -40,8 +40,8 @@ class NoteBatch(NamedTuple):
     attention_mask: torch.Tensor  # (N, T) int64, 0 on padding
     last: torch.Tensor  # (N,) int64, position of the last token: the multimodal vector is read there
     pixels: torch.Tensor  # (K, 3, S, S) uint8
-    image_rows: torch.Tensor  # (K,) int64, note of each image
-    image_starts: torch.Tensor  # (K,) int64, where its visual tokens begin; -1: not in the prompt
+    image_rows: torch.Tensor  # (K,) int64, the row of each image's note
+    image_starts: torch.Tensor  # (K,) int64, where its visual tokens begin; -1: there are none
     visual_ends: torch.Tensor  # (K,) int64, where its visual vector is read; -1: there is none
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> NoteBatch:
@@ -49,18 +49,18 @@ class NoteBatch(NamedTuple):
         return NoteBatch(*(tensor.to(device, non_blocking=non_blocking) for tensor in self))
 
     def pin_memory(self) -> NoteBatch:
-        """The same batch in page-locked memory, from which copies to a GPU need not wait."""
+        """The same batch in page-locked memory, for asynchronous copies to a GPU."""
         return NoteBatch(*(tensor.pin_memory() for tensor in self))
 
 
 class NotePreprocessor:
-    """Notes to features, features to batches; the same for training, bulk embedding and serving. Picklable.
+    """Makes features and batches of notes, in the same way for training, bulk embedding and serving. Picklable.
 
     Args:
         settings: of the embedder.
         tokenizer: the LLM's, with <IMG> and <IMG_EMB> added (:func:`notellm2_ray.models.llm.load_tokenizer`).
-        image: what the tower takes; None for a variant without one.
-        num_patches: L of that tower.
+        image: the tower's input format; None for a variant without a tower.
+        num_patches: L of the tower.
 
     Raises:
         ModelError: ``max_body_tokens`` leaves no room for the note's text.
@@ -87,8 +87,8 @@ class NotePreprocessor:
         """One note's features.
 
         Args:
-            inputs: ``text`` leaves the image out (or blank: ``settings.missing_image``), ``image`` leaves the texts
-                empty in the same prompt (Table 3).
+            inputs: ``text`` treats the note as one without an image (``settings.missing_image``); ``image`` leaves the
+                texts of the prompt empty (Table 3).
 
         Raises:
             DataError: the image cannot be decoded; the message names the note.
@@ -103,7 +103,7 @@ class NotePreprocessor:
         return NoteFeatures(note.note_id, np.asarray(ids, np.int64), start, end, pixels, len(ids))
 
     def collate(self, features: Sequence[NoteFeatures]) -> NoteBatch:
-        """A batch of features, in their order."""
+        """A batch of features, in the same order."""
         lengths = np.array([len(item.input_ids) for item in features], np.int64)
         longest = int(lengths.max(initial=0))
         input_ids = np.full((len(features), longest), self.pad_id, np.int64)
@@ -124,23 +124,23 @@ class NotePreprocessor:
         )
 
     def text_length(self, note: Note) -> int:
-        """Tokens of title, topics and content, nothing cut: what makes a note short (< 50) or long (> 165)."""
+        """Tokens of title, topics and content before truncation, which tell short notes from long ones."""
         topics = join_topics(note.topics, self.settings.prompt_language)
         return sum(len(ids) for ids in self.encode_texts([note.title, topics, note.content]))
 
     def encode_texts(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of users' texts; none of them is a special token or another mark of the tokenizer's."""
+        """Token ids of users' texts, which never include special tokens or other marks of the tokenizer."""
         return self._texts.encode(texts)
 
     @property
     def max_tokens(self) -> int:
-        """Length of the longest prompt there can be."""
+        """Length of the longest possible prompt."""
         return max(template.max_tokens for template in self._templates.values())
 
     def _pixels(self, note: Note, inputs: Inputs) -> np.ndarray | None:
-        """Pixels of the note's image, blank ones where the settings want that, or None.
+        """Pixels of the note's image. For a note without one: a blank image or None, as the settings say.
 
-        Without an LLM a note that has no image has nothing at all: there it is always blank.
+        Without an LLM it is always a blank image, since the model has no other input.
         """
         if self.image is None or not self.variant.sees_images:
             return None
@@ -150,7 +150,7 @@ class NotePreprocessor:
         from notellm2_ray.core.images import decode_image
 
         try:
-            # Twice the size that is needed: what JPEG's own coarse scaling does to an image is then lost in the resize.
+            # JPEG is decoded at twice the needed size, so that the resize hides the coarse scaling of the decoder.
             return self.image.pixels(decode_image(note.image, min_side=2 * self.image.resize_to))
         except DataError as error:
             raise DataError(f"note {note.note_id}: {error}") from error
@@ -184,7 +184,7 @@ class NotePreprocessor:
 
     @staticmethod
     def _fit(texts: dict[Slot, list[int]], budget: int) -> dict[Slot, list[int]]:
-        """Texts cut from the end to ``budget`` tokens: the title is served first, then the topics, then the content."""
+        """Texts cut to ``budget`` tokens in all. The title gets its tokens first, then the topics, then the content."""
         fitted: dict[Slot, list[int]] = {}
         for slot, ids in texts.items():
             fitted[slot] = ids[:budget]
@@ -194,9 +194,9 @@ class NotePreprocessor:
     def _encode_template(self, kind: PromptKind) -> _Template:
         parts = note_prompt(kind, self.settings.prompt_language)
         encoded = [part if isinstance(part, Slot) else self._texts.encode_raw([part])[0] for part in parts]
-        # What max_body_tokens counts: the half of the prompt that holds the text, up to its closing words, and the
-        # image as one token wherever it stands. The paper's longest prompts grow when mICL adds its visual half, as
-        # its slower inference on them shows (Table 7).
+        # max_body_tokens counts the half of the prompt with the text, up to its closing words, and the image as one
+        # token. It does not count the visual half of mICL: in the paper the longest prompts grow with it, as the
+        # slower inference shows (Table 7).
         begins = parts.index(Slot.VISUAL_MARK) + 1 if Slot.VISUAL_MARK in parts else 0
         taken = sum(len(part) for part in encoded[begins:-1] if not isinstance(part, Slot)) + (Slot.IMAGE in parts)
         budget = self.settings.max_body_tokens - taken

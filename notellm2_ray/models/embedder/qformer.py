@@ -1,4 +1,4 @@
-"""The connector C_pi: learned queries read the patches (Q-Former) and are mapped into the LLM's width (Table 9)."""
+"""The connector C_pi: learned queries attend to the patches (Q-Former) and are mapped to the LLM's width (Table 9)."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from notellm2_ray.core.settings.model import QFormerSettings
 
 
 class QFormer(nn.Module):
-    """Transformer over L_c learned queries, every n-th layer of which attends to the patches.
+    """Transformer over L_c learned queries; every n-th layer also attends to the patches.
 
-    The queries start from N(0, 0.02): from zeros all of them would stay alike but for dropout.
+    The queries are initialised from N(0, 0.02): with zeros they would all stay equal, except for dropout.
     """
 
     def __init__(self, settings: QFormerSettings, vision_width: int) -> None:
@@ -35,22 +35,22 @@ class QFormer(nn.Module):
         self.layers = Blip2QFormerModel(config)
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Patches (N, L, h_v) to query states (N, L_c, hidden_size)."""
+        """From patches (N, L, h_v) to query states (N, L_c, hidden_size)."""
         queries = self.queries.expand(len(patches), -1, -1)
         return self.layers(query_embeds=queries, encoder_hidden_states=patches).last_hidden_state
 
 
 def _initial_deviation(width: int) -> float:
-    """BERT's 0.02 at the paper's widths (768 and more), and the same gain per layer where a connector is narrower.
+    """BERT's 0.02 at the paper's widths (768 and more); more for narrower connectors, to keep the gain per layer.
 
-    At a width of 16 plain 0.02 would let 0.5% of the patches' signal through two projections: such a connector shows
-    the LLM the same visual tokens for every image, and learns to look only after hundreds of steps.
+    At a width of 16, 0.02 would pass only 0.5% of the patches' signal through two projections. The visual tokens would
+    be nearly the same for every image, and training would need hundreds of steps to change that.
     """
     return 0.02 * max(1.0, math.sqrt(768 / width))
 
 
 class Connector(nn.Module):
-    """Q-Former, then Linear, GELU, Linear into the LLM: E_v = C_pi(Z_v)."""
+    """Q-Former, then Linear, GELU, Linear to the LLM's width: E_v = C_pi(Z_v)."""
 
     def __init__(self, settings: QFormerSettings, vision_width: int, llm_width: int) -> None:
         super().__init__()
@@ -60,5 +60,5 @@ class Connector(nn.Module):
         )
 
     def forward(self, patches: torch.Tensor) -> torch.Tensor:
-        """Patches (N, L, h_v) to visual tokens (N, L_c, h_t)."""
+        """From patches (N, L, h_v) to visual tokens (N, L_c, h_t)."""
         return self.projector(self.qformer(patches))

@@ -1,4 +1,4 @@
-"""Random weights that depend on a seed and a name alone."""
+"""Random weights that depend only on a seed and a name."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from notellm2_ray.core.run import stream_seed
 
 @contextlib.contextmanager
 def random_stream(seed: int, name: str) -> Iterator[None]:
-    """Torch's CPU generator seeded by the named stream inside, and left untouched outside."""
+    """Seed torch's CPU generator from ``seed`` and ``name`` inside the context; restore it afterwards."""
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(stream_seed(seed, name))
         yield

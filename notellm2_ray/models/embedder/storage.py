@@ -1,4 +1,4 @@
-"""The files of an embedder's directory: a configuration that names its own kind, and safetensors weights."""
+"""The files of an embedder's directory: a configuration that names the kind of embedder, and safetensors weights."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ _SINGLE_FILE = "model.safetensors"
 
 
 def read_config(path: str | Path) -> tuple[ModelSettings, dict[str, Any]]:
-    """The settings of the embedder in a directory, and all that its config.json says.
+    """The settings of the embedder in a directory, and all values of its config.json.
 
     Raises:
-        ModelError: there is no embedder, or one of a later format.
+        ModelError: the directory holds no embedder, or one of another format.
     """
     directory = Path(path)
     try:
@@ -53,7 +53,7 @@ def read_config(path: str | Path) -> tuple[ModelSettings, dict[str, Any]]:
 
 
 def save_weights(state: Mapping[str, torch.Tensor], directory: Path, max_shard_size: str = "5GB") -> None:
-    """Write weights as safetensors, in several files with an index when they are large."""
+    """Write weights as safetensors; large ones in several files with an index."""
     from huggingface_hub import save_torch_state_dict
 
     directory.mkdir(parents=True, exist_ok=True)
@@ -61,10 +61,10 @@ def save_weights(state: Mapping[str, torch.Tensor], directory: Path, max_shard_s
 
 
 def load_weights(model: nn.Module, directory: Path, device: str) -> None:
-    """Put the weights of a directory into ``model``, all of them or an error.
+    """Load the weights of a directory into ``model``. Names and shapes must match exactly.
 
     Raises:
-        ModelError: a file is missing or damaged, or files and model do not fit.
+        ModelError: a file is missing or damaged, or the weights do not match the model.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file

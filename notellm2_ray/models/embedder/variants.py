@@ -1,4 +1,4 @@
-"""The variants of the paper as rows of one table of switches (Tables 2 and 4)."""
+"""The variants of the paper, as rows of one table (Tables 2 and 4)."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from notellm2_ray.core.settings.model import VariantName
 
 @dataclasses.dataclass(frozen=True)
 class Variant:
-    """What an embedder consists of.
+    """The parts of an embedder.
 
     Attributes:
-        prompt: how the note is put to the LLM; None: there is no LLM, the tower's pooled vector is projected.
-        late_fusion: whether the tower's pooled vector joins the LLM's by the gate of Eq. 7.
+        prompt: the form of the LLM's prompt; None: no LLM, the tower's pooled vector is projected.
+        late_fusion: whether the tower's pooled vector is fused with the LLM's state (Eq. 7).
     """
 
     prompt: PromptKind | None
@@ -23,17 +23,17 @@ class Variant:
 
     @property
     def visual_tokens(self) -> bool:
-        """Whether the image stands in the prompt, through the connector (early fusion)."""
+        """Whether the prompt contains the image as visual tokens of the connector (early fusion)."""
         return self.prompt in ("basic", "micl")
 
     @property
     def visual_vector(self) -> bool:
-        """Whether there is a visual vector beside the multimodal one, with a loss of its own (Eqs. 8 and 9)."""
+        """Whether there is also a visual vector, with its own loss (Eqs. 8 and 9)."""
         return self.prompt == "micl"
 
     @property
     def pooled(self) -> bool:
-        """Whether the tower's pooled vector is read."""
+        """Whether the tower's pooled vector is used."""
         return self.late_fusion or self.prompt is None
 
     @property

@@ -1,4 +1,4 @@
-"""What an embedder makes of notes: named vectors, some of which not every note has."""
+"""The vectors that an embedder computes: named, and some of them only for some notes."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ VISUAL = "visual"  # the vector of the visual half of an mICL prompt
 
 
 class NoteVectors(NamedTuple):
-    """Vectors of N notes. Not of unit length: the loss and the encoder normalise."""
+    """Vectors of N notes, not normalised."""
 
     named: dict[str, torch.Tensor]  # name to (N, D) float32; :data:`NOTE` is always there
-    present: dict[str, torch.Tensor]  # name to (N,) bool, for vectors that not every note has; zero where it has none
-    temperature: torch.Tensor  # () float32, tau; here because a sharded parameter is whole only inside forward
+    present: dict[str, torch.Tensor]  # name to (N,) bool, if only some notes have the vector; the others have zeros
+    temperature: torch.Tensor  # () float32, tau; returned because a sharded parameter is complete only inside forward
 
     @property
     def multimodal(self) -> torch.Tensor:
@@ -25,12 +25,12 @@ class NoteVectors(NamedTuple):
 
     @property
     def visual(self) -> torch.Tensor | None:
-        """(N, D), or None where the embedder has no such vector."""
+        """(N, D), or None if the embedder has no visual vector."""
         return self.named.get(VISUAL)
 
     @property
     def has_visual(self) -> torch.Tensor:
-        """(N,) bool, the notes with a visual vector."""
+        """(N,) bool, whether each note has a visual vector."""
         none = torch.zeros(len(self.multimodal), dtype=torch.bool, device=self.multimodal.device)
         return self.present.get(VISUAL, none)
 
@@ -41,7 +41,7 @@ class NoteVectors(NamedTuple):
 
 
 def join_vectors(parts: Sequence[NoteVectors], order: torch.Tensor | None = None) -> NoteVectors:
-    """Vectors of several batches as those of one.
+    """Concatenate the vectors of several batches.
 
     Args:
         order: (N,) int64; row i of the result is row ``order[i]`` of the concatenated parts.

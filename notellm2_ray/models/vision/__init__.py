@@ -1,1 +1,1 @@
-"""Vision towers and the pixels that they take."""
+"""Vision towers and image preprocessing for them."""

@@ -1,6 +1,6 @@
-"""OpenCLIP towers, brought into Hugging Face's CLIP: the same network under other names.
+"""Converts OpenCLIP towers to Hugging Face's CLIP, which is the same network with other names.
 
-So a trained embedder is read again without the open_clip package, and there is one code path for every tower.
+So a trained embedder can be loaded without the open_clip package, and all towers share one code path.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from notellm2_ray.models.vision.pixels import CLIP_MEAN, CLIP_STD, ImageSettings
 
 _CONFIG = "open_clip_config.json"
 _WEIGHTS = "open_clip_model.safetensors"
-# What Hugging Face's CLIP cannot express; a vision_cfg that sets one of them to something else is another network.
+# Options that Hugging Face's CLIP lacks. A vision_cfg with another value for one of them is a different network.
 _PLAIN = {
     "timm_model_name": None,
     "ls_init_value": None,
@@ -44,7 +44,7 @@ def load(name: str) -> tuple[CLIPVisionModel, ImageSettings]:
     """The tower of a local OpenCLIP directory, or of ``openclip:ARCHITECTURE[:PRETRAINED]``.
 
     Raises:
-        ModelError: it is unknown, is no plain vision transformer, or has no safetensors weights.
+        ModelError: it is unknown, not a plain vision transformer, or has no safetensors weights.
     """
     if name.startswith("openclip:"):
         return _load_named(*name.removeprefix("openclip:").partition(":")[::2])
@@ -91,7 +91,7 @@ def _load(
 
     config = vision_config(model_config, where)
     if weights.suffix != ".safetensors":
-        raise ModelError(f"{where}: its weights are pickled ({weights.name}), and only safetensors are read")
+        raise ModelError(f"{where}: its weights are pickled ({weights.name}), but only safetensors are read")
     if not weights.is_file():
         raise ModelError(f"{where}: {weights} does not exist")
     visual = {key[len("visual.") :]: value for key, value in load_file(weights).items() if key.startswith("visual.")}
@@ -108,7 +108,7 @@ def vision_config(model_config: Mapping[str, Any], where: str) -> CLIPVisionConf
     """OpenCLIP's ``vision_cfg`` as a Hugging Face CLIP configuration.
 
     Raises:
-        ModelError: the tower is no plain vision transformer.
+        ModelError: the tower is not a plain vision transformer.
     """
     vision = dict(model_config["vision_cfg"])
     unlike = [key for key, plain in _PLAIN.items() if vision.get(key, plain) != plain]
@@ -132,7 +132,7 @@ def vision_config(model_config: Mapping[str, Any], where: str) -> CLIPVisionConf
 
 
 def image_settings(preprocess: Mapping[str, Any], size: int, where: str) -> ImageSettings:
-    """OpenCLIP's ``preprocess_cfg`` as ours."""
+    """Image settings from OpenCLIP's ``preprocess_cfg``."""
     mode = preprocess.get("resize_mode", "shortest")
     if mode == "longest":
         raise ModelError(f"{where}: resize_mode 'longest' pads images, which is not supported; set it to 'shortest'")
@@ -147,7 +147,7 @@ def image_settings(preprocess: Mapping[str, Any], size: int, where: str) -> Imag
 
 
 def _renamed(visual: Mapping[str, torch.Tensor], model: CLIPVisionModel) -> dict[str, torch.Tensor]:
-    """OpenCLIP's ``visual.*`` weights under the names of ``model``; its projection has no place there."""
+    """OpenCLIP's ``visual.*`` weights under the names of ``model``, without the projection, which ``model`` lacks."""
     outer = "vision_model." if hasattr(model, "vision_model") else ""
     names = {
         "class_embedding": "embeddings.class_embedding",
@@ -165,7 +165,7 @@ def _renamed(visual: Mapping[str, torch.Tensor], model: CLIPVisionModel) -> dict
             _, _, layer, part = key.split(".", 3)
             target = f"{outer}encoder.layers.{layer}."
             part, _, leaf = part.rpartition(".")
-            if part == "attn":  # in_proj_weight and in_proj_bias hold q, k and v one upon the other
+            if part == "attn":  # in_proj_weight and in_proj_bias are q, k and v stacked
                 for name, third in zip(("q_proj", "k_proj", "v_proj"), value.chunk(3), strict=True):
                     renamed[f"{target}self_attn.{name}.{leaf.removeprefix('in_proj_')}"] = third
             else:

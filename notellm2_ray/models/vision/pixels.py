@@ -1,7 +1,7 @@
-"""From a decoded image to the pixels that a vision tower takes: resize, centre crop, uint8.
+"""From a decoded image to the input pixels of a vision tower: resize, centre crop, uint8.
 
-Always the same pixels for the same image (no flip, no random crop). Normalisation is left to the tower, on its own
-device: a uint8 image is a quarter of the size of a float one on its way there.
+The same image always gives the same pixels (no flip, no random crop). The tower normalises on its own device, because
+a uint8 image is a quarter of the size of a float one to transfer.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ PREPROCESSOR_FILE = "preprocessor_config.json"
 
 @dataclasses.dataclass(frozen=True)
 class ImageSettings:
-    """How a tower wants its images.
+    """The image format of a tower.
 
     Attributes:
-        size: side of the square the tower takes, in pixels.
+        size: side of the tower's square input, in pixels.
         mean, std: of the channels R, G, B on the scale 0 to 1.
-        resize: ``shortest`` brings the short side to ``resize_to`` and crops the centre; ``squash`` ignores the shape.
+        resize: ``shortest`` brings the short side to ``resize_to`` and crops the centre; ``squash`` ignores the
+            aspect ratio.
         resize_to: the short side before the crop.
-        resample: Pillow's number of the filter (3: bicubic, 2: bilinear).
+        resample: Pillow's number for the filter (3: bicubic, 2: bilinear).
     """
 
     size: int
@@ -69,7 +70,7 @@ class ImageSettings:
         return np.ascontiguousarray(np.broadcast_to(colour[:, None, None], (3, self.size, self.size)))
 
     def save(self, directory: Path) -> None:
-        """Write the image part of a model directory, in Hugging Face's own format."""
+        """Write the image processor's file of a model directory, in Hugging Face's format."""
         square = {"height": self.size, "width": self.size}
         crop = self.resize == "shortest"
         values = {
@@ -90,7 +91,7 @@ class ImageSettings:
 
 
 def _without_far_ends(image: Image.Image, max_ratio: int = 8) -> Image.Image:
-    """The middle of an extremely long image: resized as a whole, a strip of 1 x 100,000 would not fit into memory."""
+    """The middle part of a very long image. Resizing all of a strip of 1 x 100,000 pixels would exhaust the memory."""
     width, height = image.size
     longest = max_ratio * min(width, height)
     if max(width, height) <= longest:
@@ -103,7 +104,7 @@ def from_processor(values: Mapping[str, Any], image_size: int, where: str) -> Im
     """Settings from the dictionary of a Hugging Face image processor, for a tower of ``image_size`` pixels.
 
     Raises:
-        ModelError: the processor makes images that the tower does not take.
+        ModelError: the processor's images do not fit the tower.
     """
     size = values.get("size", image_size)
     mean, std = values.get("image_mean", CLIP_MEAN), values.get("image_std", CLIP_STD)

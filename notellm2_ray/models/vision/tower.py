@@ -1,7 +1,7 @@
-"""The vision tower V_theta: pixels to patches and, apart from them, one vector of the whole image.
+"""The vision tower V_theta: from pixels to patch features and one pooled vector.
 
 Hugging Face CLIP, SigLIP and SigLIP 2. An OpenCLIP tower (:mod:`~notellm2_ray.models.vision.openclip`) has CLIP's
-architecture and becomes one. A tower is described by its Hugging Face vision configuration alone.
+architecture and is converted to it. The Hugging Face vision configuration fully describes a tower.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _NEEDED = (
 
 
 class Views(NamedTuple):
-    """What a tower sees in N images."""
+    """A tower's features of N images."""
 
     patches: torch.Tensor  # (N, L, h_v), without CLS
     pooled: torch.Tensor  # (N, h_v): CLIP's CLS before the last layer norm, SigLIP's attention pooling
@@ -56,8 +56,8 @@ class VisionTower(nn.Module):
 
     Attributes:
         config: its Hugging Face vision configuration.
-        image: what it wants its images to be.
-        frozen: no gradient reaches it, and it stays in evaluation mode.
+        image: its image format.
+        frozen: whether it gets no gradients and stays in evaluation mode.
     """
 
     mean: torch.Tensor
@@ -69,7 +69,7 @@ class VisionTower(nn.Module):
         self.image, self.frozen = image, frozen
         self.model = model
         if self.config.model_type == "clip_vision_model":
-            # Nothing here reads CLS after this norm; as a parameter without gradient it would stop data parallelism.
+            # Nothing uses CLS after this norm. Its parameters would get no gradient, which data parallelism rejects.
             getattr(model, "vision_model", model).post_layernorm = nn.Identity()
         elif not pool and getattr(model, "use_head", False):
             model.use_head, model.head = False, None  # type: ignore[assignment]
@@ -91,7 +91,7 @@ class VisionTower(nn.Module):
         return super().train(mode and not self.frozen)
 
     def forward(self, pixels: torch.Tensor) -> Views:
-        """Views of images (N, 3, size, size), uint8."""
+        """Features of images (N, 3, size, size), uint8."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.frozen):
             dtype = next(self.model.parameters()).dtype
             images = ((pixels.to(torch.float32) / 255 - self.mean.float()) / self.std.float()).to(dtype)
@@ -106,7 +106,7 @@ class VisionTower(nn.Module):
             return Views(states, states.mean(dim=1) if pooled is None else pooled)
 
     def _siglip2(self, images: torch.Tensor) -> Any:
-        """SigLIP 2 takes patches and their grid; ours is the square one its position embeddings are learned for."""
+        """SigLIP 2 takes patches and the shape of their grid: here the square that its position embeddings are for."""
         num, patch = len(images), self.config.patch_size
         side = self.image.size // patch
         patches = images.reshape(num, 3, side, patch, side, patch).permute(0, 2, 4, 3, 5, 1)
@@ -124,7 +124,7 @@ def _channels(values: tuple[float, ...]) -> torch.Tensor:
 def tower_from_config(
     values: Mapping[str, Any], image: ImageSettings, *, frozen: bool, pool: bool = True
 ) -> VisionTower:
-    """A tower of random weights (none on the meta device) from a vision configuration's dictionary."""
+    """A tower with random weights (on the meta device: without any) from a vision configuration's dictionary."""
     config_class, model_class = _KINDS[values["model_type"]]
     model = model_class._from_config(config_class.from_dict(dict(values)), attn_implementation="sdpa")
     return VisionTower(model, image, frozen=frozen, pool=pool)
@@ -137,10 +137,10 @@ def load_tower(name: str, *, frozen: bool, pool: bool = True, dtype: torch.dtype
     Args:
         name: directory or hub name of a CLIP, SigLIP or SigLIP 2 (whole or its vision half); directory of an OpenCLIP;
             ``openclip:ARCHITECTURE[:PRETRAINED]``.
-        pool: whether the pooled vector is read; a SigLIP drops its pooling head otherwise.
+        pool: whether the pooled vector is used; if not, a SigLIP drops its pooling head.
 
     Raises:
-        ModelError: nothing is there, it is something else, or weights are missing.
+        ModelError: the model does not exist, is of another kind, or lacks weights.
     """
     if name.startswith("openclip:") or openclip.is_directory(name):
         converted, image = openclip.load(name)
@@ -161,22 +161,22 @@ def load_vision_config(name: str) -> PretrainedConfig:
     """Configuration of the vision half of the model at ``name``.
 
     Raises:
-        ModelError: nothing is there, or it is something else.
+        ModelError: the model does not exist or is of another kind.
     """
     if Path(name).is_dir() and not (Path(name) / "config.json").is_file():
-        raise ModelError(f"{name} is no model directory: it has no config.json. {_NEEDED}")
+        raise ModelError(f"{name} is not a model directory: it has no config.json. {_NEEDED}")
     try:
         config = AutoConfig.from_pretrained(name, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ModelError(f"{name} cannot be read as a model: {first_line(error)}. {_NEEDED}") from error
     vision = getattr(config, "vision_config", config) if config.model_type in ("clip", "siglip", "siglip2") else config
     if vision.model_type not in _KINDS:
-        raise ModelError(f"{name} is a {config.model_type}, which has no vision tower of these kinds. {_NEEDED}")
+        raise ModelError(f"{name} is a {config.model_type}, which has no vision tower of a supported kind. {_NEEDED}")
     return vision
 
 
 def load_image_settings(name: str, config: PretrainedConfig) -> ImageSettings:
-    """How the tower at ``name`` wants its images: its own image processor's word, or its family's where it has none."""
+    """The image format of the tower at ``name``: from its image processor, or its family's default if it has none."""
     if config.model_type == "siglip2_vision_model":
         size = math.isqrt(config.num_patches) * config.patch_size
         return ImageSettings(size, _HALF, _HALF, resize="squash", resample=2)

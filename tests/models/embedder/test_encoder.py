@@ -182,7 +182,7 @@ def test_incomplete_parts_are_refused(tmp_path):
 
 
 def test_prompts_longer_than_the_llm_was_made_for_are_refused(parts):
-    with pytest.raises(ModelError, match=r"take 5\d\d tokens, but the LLM was made for 512"):
+    with pytest.raises(ModelError, match=r"take 5\d\d tokens, but the LLM supports 512"):
         make(parts, max_body_tokens=500)
 
 
