@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from notellm2_ray.data.sequences.histories import offsets_of
+from notellm2_ray.data.arrays import offsets_of
 
 CHUNK_PAIRS = 1 << 22  # (user, A, B) expanded at once: about 40 bytes each
 DECIMALS = 8  # of a pair's score; scores that are equal to so many decimals are tied

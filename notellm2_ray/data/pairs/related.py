@@ -28,6 +28,7 @@ from notellm2_ray.core.schema import PAIR_SCHEMA
 from notellm2_ray.core.settings import PairSettings
 from notellm2_ray.data import event_log
 from notellm2_ray.data.pairs.cooccurrence import Rows, accumulate, add_up, fixed_point_scale, select
+from notellm2_ray.data.pairs.events import PACKED_SCHEMA, pack_unit, unpack
 from notellm2_ray.data.tasks import read_arrow, run_here, run_on_ray, write_arrow
 
 PARTITION_EVENTS = 1 << 21
@@ -136,7 +137,7 @@ def mine_pairs(
 
 
 def _pack_unit(shared: _Shared, index: int) -> dict[str, Any]:
-    batches, counts = event_log.pack_unit(
+    batches, counts = pack_unit(
         shared.units[index],
         read_arrow(shared.scratch / "notes.arrow").read_all().column("note_id").combine_chunks(),
         start=shared.start,
@@ -145,12 +146,12 @@ def _pack_unit(shared: _Shared, index: int) -> dict[str, Any]:
         click_actions=shared.settings.click_actions,
         partitions=shared.partitions,
     )
-    write_arrow(shared.scratch / f"unit-{index}.arrow", batches, event_log.PACKED_SCHEMA)
+    write_arrow(shared.scratch / f"unit-{index}.arrow", batches, PACKED_SCHEMA)
     return {**counts._asdict(), "actions": json.dumps(counts.actions)}
 
 
 def _sum_part(shared: _Shared, index: int) -> dict[str, Any]:
-    events = event_log.unpack(read_arrow(path).get_batch(index) for path in sorted(shared.scratch.glob("unit-*.arrow")))
+    events = unpack(read_arrow(path).get_batch(index) for path in sorted(shared.scratch.glob("unit-*.arrow")))
     pairable = read_arrow(shared.scratch / "notes.arrow").read_all().column("pairable").to_numpy()
     gap_hours = shared.settings.max_gap_hours
     gap = None if gap_hours is None else round(gap_hours * DAY / 24)

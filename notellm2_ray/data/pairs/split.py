@@ -20,7 +20,7 @@ import pyarrow.compute as pc
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.settings import SplitSettings
-from notellm2_ray.data.event_log import hash_strings
+from notellm2_ray.data.arrays import hash_strings
 
 DAY = 86_400_000_000  # microseconds
 

@@ -15,8 +15,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from notellm2_ray.core.schema import EVENT_SCHEMA, QUARANTINE_SCHEMA
-from notellm2_ray.data.event_log import RowGroup, hash_strings
-from notellm2_ray.data.sequences.histories import Histories, offsets_of
+from notellm2_ray.data.arrays import hash_strings, offsets_of
+from notellm2_ray.data.event_log import RowGroup
+from notellm2_ray.data.sequences.histories import Histories
 from notellm2_ray.data.validate import UNKNOWN_NOTE
 
 USER_KEY = "notellm2-a-user-"

@@ -9,6 +9,7 @@ import numpy as np
 import pyarrow as pa
 
 from notellm2_ray.core.history_blocks import BlockRule, number_blocks
+from notellm2_ray.data.arrays import offsets_of
 
 HISTORY_SCHEMA = pa.schema(
     [
@@ -112,8 +113,3 @@ def within_core(histories: Histories, in_core: np.ndarray, min_user_notes: int) 
     """The histories without the notes and users outside the core of :func:`k_core`."""
     inside = histories.filter(in_core[histories.notes])
     return inside.filter(np.repeat(inside.lengths >= min_user_notes, inside.lengths))
-
-
-def offsets_of(lengths: np.ndarray) -> np.ndarray:
-    """(N + 1,) int64, the starts and ends of runs of these lengths."""
-    return np.append(0, np.cumsum(lengths)).astype(np.int64)

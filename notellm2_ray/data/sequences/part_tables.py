@@ -12,7 +12,7 @@ from notellm2_ray.core.history_blocks import BlockRule
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.schema import QUARANTINE_SCHEMA
 from notellm2_ray.core.settings import CandidateSettings, SequenceSettings
-from notellm2_ray.data.event_log import hash_strings
+from notellm2_ray.data.arrays import hash_strings
 from notellm2_ray.data.sequences.histories import Histories
 from notellm2_ray.data.sequences.negatives import Liked, Pool, num_eligible, sample, shuffle_keys
 from notellm2_ray.data.sequences.note_facts import EVER, NoteFacts

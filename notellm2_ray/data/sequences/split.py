@@ -14,7 +14,7 @@ import pyarrow as pa
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.settings import CandidateSettings
-from notellm2_ray.data.event_log import hash_strings
+from notellm2_ray.data.arrays import hash_strings
 from notellm2_ray.data.sequences.histories import Histories
 
 TRAIN, VALID, TEST = SIDES = ("train", "valid", "test")

@@ -6,7 +6,8 @@ import numpy as np
 import pyarrow as pa
 
 from notellm2_ray.core.schema import BLOCK_SCHEMA, CANDIDATE_SCHEMA, EXAMPLE_SCHEMA, SEQUENCE_SCHEMA
-from notellm2_ray.data.sequences.histories import Histories, offsets_of
+from notellm2_ray.data.arrays import offsets_of
+from notellm2_ray.data.sequences.histories import Histories
 from notellm2_ray.data.sequences.targets import Examples
 
 _TIME = pa.timestamp("us", tz="UTC")
