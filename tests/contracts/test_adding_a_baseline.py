@@ -19,12 +19,12 @@ from tests.support import ranking_workspace, recall_workspace
 
 
 def longest_title(data):
-    """Recall: the notes with the longest titles first, whatever the query."""
+    """Recall: the notes with the longest titles first, for any query."""
     return {None: data.task.ranks_by_note({note_id: len(note.title) for note_id, note in data.notes.items()})}
 
 
 def already_seen(data, protocol):
-    """Ranking: by the number of sequences that hold a candidate; each seed breaks ties in its own way."""
+    """Ranking: by the number of sequences that hold a candidate; each seed breaks ties differently."""
     sequences = read_table(data.workspace.sequence_table).column("note_ids").to_pylist()
     seen = protocol.task.scores_by_note({note: sum(note in one for one in sequences) for note in data.used_notes()})
     return {seed: seen + np.random.default_rng(seed).random(len(seen)) for seed in data.seeds}
@@ -32,7 +32,7 @@ def already_seen(data, protocol):
 
 @pytest.fixture(autouse=True)
 def toys():
-    """Both rows, for the time of a test."""
+    """Both rows, during a test."""
     RECALL_BASELINES.add("longest_title", RecallBaseline("text", longest_title))
     RANKING_BASELINES.add(
         "already_seen",

@@ -1,4 +1,4 @@
-"""A source of one's own, defined outside the package, goes through the real command line."""
+"""A source defined outside the package works with the real command line."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_its_changes_are_noticed(toy, given, tmp_path):
     assert table_versions(source) is None
 
 
-def test_its_knobs_are_checked_and_explained(toy, given):
+def test_its_settings_are_checked_and_explained(toy, given):
     assert "  source.path = required\n      the text file\n" in cli.knobs(("source",))
     with pytest.raises(ConfigError, match=r"'source\.paht'; did you mean 'source\.path'"):
         load_settings(None, None, [*given, "source.paht=x"])
@@ -138,13 +138,13 @@ def test_the_example_in_the_documentation_works(tmp_path, monkeypatch, ray_clust
     assert pq.read_table(prepared / "quarantine").num_rows == 2
 
 
-def test_an_unknown_kind_is_named_with_the_nearest():
+def test_an_unknown_kind_gets_a_suggestion():
     with pytest.raises(ConfigError, match=r"'source\.kind': unknown source 'tabulr' \(known: .*did you mean 'tabular'"):
         load_settings(None, None, ["source.kind=tabulr"])
 
 
-def test_no_two_sources_have_one_kind(toy):
-    register_source(TOY)  # the same again is no mistake
+def test_two_sources_cannot_have_the_same_kind(toy):
+    register_source(TOY)  # registering the same source again is allowed
     with pytest.raises(ConfigError, match="there is a source 'toy' already"):
         register_source(Source(settings=ToySettings, read=read_toy, versions=lambda settings: {}))
 
@@ -170,5 +170,5 @@ def test_an_installed_package_adds_a_source_by_an_entry_point(tmp_path, monkeypa
         load_settings(None, None, ["source.kind=broken"])
 
 
-def test_every_row_of_our_own_is_of_the_kind_that_it_stands_under():
+def test_built_in_sources_have_the_kind_of_their_row():
     assert {name: SOURCES.get(name).kind for name in SOURCES.rows} == {name: name for name in SOURCES.rows}

@@ -1,4 +1,4 @@
-"""An embedder and an objective of another package are trained, embedded, indexed and compared by the command line."""
+"""The command line trains, embeds, indexes and compares an embedder and an objective of another package."""
 
 import json
 import os
@@ -31,7 +31,7 @@ OVERRIDES = [
 
 
 @pytest.mark.slow
-def test_an_embedder_and_an_objective_of_another_package_stand_in_the_table(tmp_path):
+def test_an_embedder_and_an_objective_of_another_package_are_compared(tmp_path):
     environment = {**os.environ, "PYTHONPATH": f"{TOYS}{os.pathsep}{ROOT}"}
     command = [sys.executable, "-m", "notellm2_ray.cli", "run-retrieval", "--preset", "demo", f"workspace={tmp_path}"]
     done = subprocess.run([*command, *OVERRIDES], env=environment, capture_output=True, text=True, timeout=500)
@@ -47,7 +47,7 @@ def test_an_embedder_and_an_objective_of_another_package_stand_in_the_table(tmp_
     assert losses[-1] < losses[0]
 
 
-def test_an_unknown_kind_is_named_with_the_nearest(tmp_path):
+def test_an_unknown_kind_gets_a_suggestion(tmp_path):
     settings = load_settings(None, "demo", [f"workspace={tmp_path}", "model.kind=notelm2"])
     with pytest.raises(ConfigError, match=r"unknown kind of embedder 'notelm2'.*did you mean 'notellm2'"):
         list(planned("run-retrieval", settings))

@@ -25,7 +25,7 @@ PAGE = (ROOT / "docs" / "adding.md").read_text(encoding="utf-8")
 
 
 def example(heading: str) -> Any:
-    """What the Python block under a heading of the page defines."""
+    """The names that the Python block under a heading of the page defines."""
     code = PAGE.partition(f"\n## {heading}\n")[2].split("```python\n")[1].split("```")[0]
     names: dict[str, Any] = {"__name__": "example"}
     exec(compile(code, f"docs/adding.md, {heading}", "exec"), names)
@@ -55,7 +55,7 @@ def test_the_ranking_baseline_counts_liked_notes_of_the_same_topic(tmp_path):
     protocol = read_protocol(workspace, "uniform")
     baseline = example("A ranking baseline").BASELINE
     (scores,) = baseline.scores(RankingData(settings, workspace, [protocol], "llm", "tower"), protocol).values()
-    # The history of every user is of one kind, and so is the target.
+    # Each user's history and target have one topic.
     assert set(scores[protocol.task.labels]) == {5.0}
     assert set(np.unique(scores)) == {0.0, 5.0}
 

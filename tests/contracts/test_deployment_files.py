@@ -1,4 +1,4 @@
-"""What no program of ours reads, but Kubernetes and pip do: the KubeRay files and the installer's hook."""
+"""Files that only Kubernetes and pip read: the KubeRay files and the installer's hook."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def test_the_operator_and_the_submitter_reach_the_dashboard(name, kind):
     (container,) = head["template"]["spec"]["containers"]
     ports = {one["name"]: one["containerPort"] for one in container.get("ports", ())}
     wanted = {"gcs-server": 6379, "dashboard": 8265, "client": 10001}
-    assert not ports or wanted.items() <= ports.items()  # without any KubeRay's own are used
+    assert not ports or wanted.items() <= ports.items()  # without any, KubeRay uses its own
 
 
 def test_the_network_policy_lets_the_jobs_submitter_in():
@@ -74,7 +74,7 @@ def test_the_hook_declares_operators_only_where_torchvision_cannot(tmp_path, cud
     assert (done.returncode, done.stdout.split()) == (0, declared), done.stderr
 
 
-def test_the_hook_is_placed_where_it_is_wanted_and_a_stale_one_is_removed(tmp_path):
+def test_the_hook_is_installed_if_needed_and_else_removed(tmp_path):
     spec = importlib.util.spec_from_file_location("install", ROOT / "requirements" / "install.py")
     install = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(install)

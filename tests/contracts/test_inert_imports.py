@@ -16,7 +16,7 @@ import pytest
 
 import notellm2_ray
 
-# Torch belongs to the modules that are about it; everybody else starts without its seconds.
+# Only the modules that use torch import it; it takes seconds.
 ABOUT_TORCH = (
     "notellm2_ray.models",
     "notellm2_ray.train",
@@ -30,7 +30,7 @@ HEAVY = (*NEVER, "torch", "transformers", "torchvision", "scipy")
 PROBE = r"""
 import importlib, json, os, sys, threading
 light, about_torch, heavy = json.loads(sys.argv[1])
-import numpy, pyarrow.dataset, pydantic  # what light modules may use; numpy sets a variable and takes it back
+import numpy, pyarrow.dataset, pydantic  # libraries that light modules may use; numpy sets a variable and resets it
 writes, seen = [], {"on": True}
 
 def hook(event, arguments):
@@ -51,7 +51,7 @@ for name in light:
     report[name] = [one for one in heavy if one in sys.modules]
 report["did"] = list(writes)
 report["threads"] = threading.active_count()
-seen["on"] = False  # torch and transformers do as they like; what counts is which libraries come with ours
+seen["on"] = False  # the side effects of torch and transformers do not count, only the libraries that are imported
 for name in about_torch:
     importlib.import_module(name)
 report["after"] = [one for one in heavy if one in sys.modules]
@@ -85,15 +85,15 @@ def report(tmp_path_factory):
     return {**json.loads(done.stdout.splitlines()[-1]), "light": light, "home": home}
 
 
-def test_light_modules_bring_no_heavy_library(report):
-    first = {}  # a library stays loaded, so only the module that brought it is named
+def test_light_modules_import_no_heavy_library(report):
+    first = {}  # a library stays loaded, so only the first module that imports it is named
     for name in report["light"]:
         for library in report[name]:
             first.setdefault(library, name)
     assert first == {}
 
 
-def test_the_package_itself_brings_nothing_but_python(report):
+def test_the_package_itself_imports_only_the_standard_library(report):
     assert report["light"][0] == "notellm2_ray"
     assert report["notellm2_ray"] == []
     code = "import sys, notellm2_ray; print([name for name in ('numpy', 'pyarrow', 'pydantic') if name in sys.modules])"
@@ -101,7 +101,7 @@ def test_the_package_itself_brings_nothing_but_python(report):
     assert done.stdout.strip() == "[]", done.stderr
 
 
-def test_what_users_import_comes_from_its_home():
+def test_public_names_come_from_their_modules():
     from notellm2_ray import Note, NoteEncoder
     from notellm2_ray.core.schema import Note as Home
     from notellm2_ray.models.embedder.encoder import NoteEncoder as EncoderHome
@@ -112,12 +112,12 @@ def test_what_users_import_comes_from_its_home():
         notellm2_ray.NoteDecoder  # noqa: B018
 
 
-def test_importing_writes_nothing_opens_nothing_and_sets_nothing(report):
+def test_importing_has_no_side_effects(report):
     assert report["did"] == []
     assert report["threads"] == 1
     assert list(report["home"].iterdir()) == []
 
 
-def test_no_module_brings_ray_or_another_engine(report):
+def test_no_module_imports_ray_or_another_engine(report):
     assert [library for library in report["after"] if library in NEVER] == []
     assert report["cuda"] is False

@@ -14,7 +14,7 @@ import notellm2_ray
 ROOT = Path(notellm2_ray.__file__).parent
 NAME = "notellm2_ray"
 
-# What a package may import besides itself, presets, cli and environment included: no module is exempt.
+# What each package may import besides itself. Every module has a rule, including presets, cli and environment.
 MAY_IMPORT = {
     "core": set(),
     "data": {"core"},
@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "presets": {"core", "baselines"},
     "environment": set(),
     "cli": {"core", "presets", "environment", "pipeline", "online", "serve.doctor"},
-    "": {"core.schema", "models.embedder.encoder"},  # what users import, when it is asked for
+    "": {"core.schema", "models.embedder.encoder"},  # what users import, loaded on first use
 }
 BEYOND = {"evaluate.saliency": {"models"}, "evaluate.efficiency": {"models"}}
 SINGLE_DEVICE = ("ray", "vllm", "deepspeed")  # what models/ must run without
@@ -80,12 +80,12 @@ def test_every_module_has_its_rule():
     assert {module.split(".")[0] for module in MODULES} == MAY_IMPORT.keys(), "state in MAY_IMPORT what it may import"
 
 
-def test_the_root_holds_the_command_line_and_no_more():
+def test_the_root_holds_only_the_command_line():
     loose = {path.stem for path in ROOT.glob("*.py")}
     assert loose == {"__init__", "cli", "presets", "environment"}
 
 
-def test_no_imports_go_in_circles():
+def test_there_are_no_import_cycles():
     known = {f"{NAME}.{module}".rstrip(".") for module in MODULES}
     needs = {}
     for module, path in MODULES.items():

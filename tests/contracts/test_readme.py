@@ -1,4 +1,4 @@
-"""README and docs say what is so: files, links, verbs, settings, the tree, the picture."""
+"""README and docs agree with the code: files, links, verbs, settings, the tree, the picture."""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ ROOT = Path(notellm2_ray.__file__).parents[1]
 README = ROOT / "README.md"
 PAGES = [README, *sorted((ROOT / "docs").glob("*.md"))]
 GENERATED = {"settings.md"}  # made by docs/generated.py from the code
-OF_RAY = {"ray.data.llm", "serve.batch"}  # look like settings of ours
+OF_RAY = {"ray.data.llm", "serve.batch"}  # look like settings of this package
 
 BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 SPAN = re.compile(r"`([^`\n]+)`")
 LINK = re.compile(r"!?\[[^\]]*\]\(([^)\s]+)\)")
 VERB = re.compile(r"\bnotellm2 ([a-z][a-z-]*)\b")
-# A path that begins with one of the repository's folders, as it stands in text and in commands.
+# A path in text or commands that begins with a folder of the repository.
 FILE = re.compile(r"(?<![\w/.-])((?:docs|benchmarks|jobs|serve_configs|requirements|tests|notellm2_ray)/[\w./-]*)")
 KNOB = re.compile(r"^([a-z_]+(?:\.[a-z_]+)*)=(.*)$", re.DOTALL)
 
@@ -89,7 +89,7 @@ def test_readme_is_short():
     assert len(README.read_text(encoding="utf-8").splitlines()) <= 150
 
 
-def test_tree_lists_the_rooms_and_no_others():
+def test_tree_lists_exactly_the_rooms():
     (tree,) = [text for _, text in _blocks(README) if text.startswith("notellm2_ray/\n")]
     listed = [line.split()[0] for line in tree.splitlines()[1:]]
     rooms = {f"{path.parent.name}/" for path in (ROOT / "notellm2_ray").glob("*/__init__.py")}
@@ -97,7 +97,7 @@ def test_tree_lists_the_rooms_and_no_others():
     assert sorted(listed) == sorted(rooms | loose)
 
 
-def test_design_lists_the_rooms_and_no_others():
+def test_design_lists_exactly_the_rooms():
     listed = _table(ROOT / "docs" / "design.md", "room")
     assert sorted(listed) == sorted(path.parent.name for path in (ROOT / "notellm2_ray").glob("*/__init__.py"))
 
@@ -109,7 +109,7 @@ def test_relative_links_lead_somewhere(page):
             assert (page.parent / path).exists(), target
 
 
-def test_files_that_are_named_exist(page):
+def test_named_files_exist(page):
     if page.name == "experiments.md":
         pytest.skip("a log: what it names was there on its day")
     text = page.read_text(encoding="utf-8").replace("notellm2_ray/\n", "")
@@ -117,13 +117,13 @@ def test_files_that_are_named_exist(page):
         assert (ROOT / name.rstrip(".")).exists(), name
 
 
-def test_verbs_that_are_named_exist(page):
+def test_named_verbs_exist(page):
     code = [text for language, text in _blocks(page) if language != "python"] + _spans(page)
     named = {verb for text in code for verb in VERB.findall(text)}
     assert named <= _verbs().keys()
 
 
-def test_knobs_that_are_named_exist(page):
+def test_named_settings_exist(page):
     spans = [word for span in _spans(page) for word in (span.split() if span.startswith("notellm2 ") else [span])]
     for span in spans:
         key = KNOB.sub(r"\1", span.strip("\"'"))
@@ -159,7 +159,7 @@ def test_steps_lists_the_presets():
 def test_page_of_settings_needs_only_what_docs_lock_has():
     code = (
         "import importlib.metadata, sys\n"
-        "sys.modules['cloudpickle'] = None\n"  # pyarrow takes it where it is there
+        "sys.modules['cloudpickle'] = None\n"  # pyarrow uses it if installed
         "from notellm2_ray.core.config import nested_models\n"
         "from notellm2_ray.core.settings import Settings\n"
         "todo = [Settings]\n"

@@ -1,4 +1,4 @@
-"""One table of stages: verbs, dry runs, runs and job scripts follow from it, and a row added to it is a stage."""
+"""One table of stages: verbs, dry runs, runs and job scripts follow from it, and so does an added row."""
 
 import json
 from pathlib import Path
@@ -24,7 +24,7 @@ if __name__ == "__main__":
 '''
 
 
-def test_every_verb_of_the_pipeline_has_its_job_script_and_no_other_is_there():
+def test_there_is_one_job_script_per_verb_of_the_pipeline():
     verbs = [*cli.pipeline_verbs(), "lift", "swap-embedder"]
     wanted = {verb.replace("-", "_"): SCRIPT.format(verb=verb, name=verb.replace("-", "_")) for verb in verbs}
     assert {path.stem: path.read_text() for path in JOBS.glob("*.py")} == wanted
@@ -55,7 +55,7 @@ def with_toy(monkeypatch):
 
 
 @pytest.mark.slow
-def test_a_stage_from_outside_runs_as_the_others_do(with_toy, tmp_path, capsys, ray_cluster):
+def test_a_stage_from_outside_runs_like_the_others(with_toy, tmp_path, capsys, ray_cluster):
     arguments = [f"workspace={tmp_path}", "source.num_notes=40", "source.num_users=10"]
     cli.main(["count-notes", "--dry-run", *arguments])
     assert "to do, after the stages before it" in capsys.readouterr().out
@@ -68,7 +68,7 @@ def test_a_stage_from_outside_runs_as_the_others_do(with_toy, tmp_path, capsys, 
     assert "already there" in capsys.readouterr().out
 
 
-def test_a_row_that_cannot_stand_is_refused(with_toy):
+def test_an_invalid_row_is_refused(with_toy):
     with pytest.raises(ValueError, match="there already is a verb count-notes"):
         table.add_stage(Stage("count-notes", "again", (), (), planned_count, count_notes))
     with pytest.raises(ValueError, match="needs tell-fortunes"):

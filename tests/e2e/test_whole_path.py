@@ -1,4 +1,4 @@
-"""The whole path through the command line, small: what a stranger's first run does."""
+"""The whole pipeline through the command line, small, like a first run."""
 
 import json
 import subprocess
@@ -24,7 +24,7 @@ def notellm2(verb: str, workspace: Path, *arguments: str) -> subprocess.Complete
 
 
 @pytest.mark.slow
-def test_the_whole_path_leaves_a_table_and_a_report_and_is_not_done_twice(tmp_path):
+def test_the_whole_path_writes_a_table_and_a_report_and_is_not_repeated(tmp_path):
     workspace = tmp_path / "world"
     first = notellm2("run-retrieval", workspace)
     assert first.returncode == 0, first.stderr[-3000:]

@@ -16,7 +16,7 @@ from notellm2_ray.core.recommend_prompts import IMAGE, Text
 from notellm2_ray.models.chat import ChatTokenizer, expand_images
 from tests.support import tiny_models
 
-# In the manner of four families: lists of content, strings alone, no system message, all images first.
+# Templates like those of four families: lists of content, strings only, no system message, images first.
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{% if m.content is string %}{{ m.content }}{% else %}"
     "{% for c in m.content %}{% if c.type == 'image' %}<|see|><image><|seen|>{% else %}{{ c.text }}{% endif %}"
@@ -60,7 +60,7 @@ def text_of(chat: ChatTokenizer, ids) -> str:
 
 
 @pytest.mark.parametrize("kind", ["chatml", "strings", "images first"])
-def test_a_prompt_is_what_the_model_s_own_template_makes_of_it(chats, kind):
+def test_a_prompt_equals_the_rendered_template(chats, kind):
     chat = chats[kind]
     content = "red cat" if kind == "strings" else [{"type": "text", "text": "red cat"}]
     system = "a small house" if kind == "strings" else [{"type": "text", "text": "a small house"}]
@@ -72,14 +72,14 @@ def test_a_prompt_is_what_the_model_s_own_template_makes_of_it(chats, kind):
         assert chat.prompt(["red cat"], system="" if begin else "a small house") == rendered
 
 
-def test_templates_keep_what_they_have_no_place_for(chats):
+def test_a_missing_place_in_a_template_loses_no_text(chats):
     chat = chats["no system"]
     assert text_of(chat, chat.prompt(["red cat"], system="sofa")) == "[INST] sofa\n\nred cat [/INST]"
     plain = chats["none"]
     assert text_of(plain, plain.prompt([IMAGE, "red ", Text("cat")], system="sofa")) == "sofa\n\n<image>\nred cat\n"
 
 
-def test_an_image_stands_where_it_was_put(chats):
+def test_an_image_keeps_its_position(chats):
     for kind, words in {"chatml": "<|see|><image><|seen|>", "images first": "<image>\n", "none": "<image>\n"}.items():
         chat = chats[kind]
         ids = chat.prompt(["red ", IMAGE, "cat"])
@@ -104,14 +104,14 @@ def test_no_text_becomes_a_special_token(chats, kind, pieces, free):
     assert special.isdisjoint(chat.encode(hostile))
 
 
-def test_a_template_s_words_do_not_depend_on_how_they_were_put_together(chats):
+def test_tokens_of_a_template_do_not_depend_on_its_pieces(chats):
     chat = chats["chatml"]
     assert chat.prompt(["re", "d c", "at ", Text("sofa")]) == chat.prompt(["red cat ", Text("sofa")])
 
 
 @given(text=st.text(max_size=60))
 @hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_text_comes_back(chats, text):
+def test_encoding_and_decoding_text(chats, text):
     for special in SPECIAL:
         text = text.replace(special, "")
     assert chats["chatml"].decode(chats["chatml"].encode(text)) == text
@@ -119,7 +119,7 @@ def test_text_comes_back(chats, text):
 
 @given(text=st.text(max_size=80), limit=st.integers(0, 20))
 @hypothesis_settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None)
-def test_truncation_keeps_a_beginning_of_at_most_so_many_tokens(chats, text, limit):
+def test_truncation_keeps_a_prefix_within_the_limit(chats, text, limit):
     chat = chats["chatml"]
     cut = chat.truncate(text, limit)
     assert text.startswith(cut)
@@ -166,7 +166,7 @@ def test_a_broken_template_is_an_error():
             ChatTokenizer(tokenizer(), template)
 
 
-def test_images_are_expanded_where_they_stand():
+def test_images_are_expanded_in_place():
     assert expand_images([1, 9, 2, 9], [2, 3], 9) == [1, 9, 9, 2, 9, 9, 9]
     assert expand_images([1, 2], [], 9) == [1, 2]
     with pytest.raises(ValueError, match="1 image placeholders in the prompt, 2 images"):

@@ -1,4 +1,4 @@
-"""Both halves at once: a share of the machine each, whole tables, and one that fails stops no other."""
+"""Both halves at once: each gets half of the machine, prints its tables whole, and survives a failure of the other."""
 
 import pytest
 
@@ -22,7 +22,7 @@ def test_each_half_gets_half_of_this_machine_and_all_of_a_cluster(monkeypatch):
 
 
 @pytest.mark.parametrize("together", [True, False])
-def test_a_half_that_fails_stops_no_other_and_is_named(monkeypatch, tmp_path, capfd, together):
+def test_a_failed_half_is_named_and_does_not_stop_the_other(monkeypatch, tmp_path, capfd, together):
     monkeypatch.setattr(halves, "side_by_side", lambda settings: together)
     monkeypatch.setattr(halves, "HALVES", ("mine-pairs", "settings"))
     settings = load_settings(None, "demo", [f"workspace={tmp_path}"])

@@ -1,4 +1,4 @@
-"""What counts as made of these settings, and what a dry run says of it, over outputs that nothing was computed for."""
+"""Which outputs count as complete for given settings, and what a dry run prints, with empty outputs."""
 
 import re
 
@@ -25,13 +25,13 @@ def pretend(settings, verb="run", leave_out=()):
 
 
 def states(settings, verb):
-    """Label to state, of a dry run."""
+    """The states of a dry run by label."""
     lines = [line for line in dry_run(settings, verb).splitlines() if line.startswith("  ")]
     return dict(re.split("  +", line.strip(), maxsplit=1) for line in lines)
 
 
 @pytest.mark.parametrize("verb", ["run", "run-retrieval", "run-ranking"])
-def test_a_dry_run_after_a_run_calls_nothing_to_do(tmp_path, verb):
+def test_a_dry_run_after_a_run_has_nothing_to_do(tmp_path, verb):
     settings = settings_of(tmp_path)
     pretend(settings, verb)
     found = states(settings, verb)
@@ -60,13 +60,13 @@ def test_a_dry_run_after_a_run_calls_nothing_to_do(tmp_path, verb):
         "ray.num_cpus=12",
     ],
 )
-def test_a_knob_that_shapes_nothing_redoes_nothing(tmp_path, changed):
+def test_a_setting_of_resources_does_not_invalidate_outputs(tmp_path, changed):
     pretend(settings_of(tmp_path))
     found = states(settings_of(tmp_path, changed), "run")
     assert [label for label, state in found.items() if not state.startswith("already there")] == []
 
 
-def test_every_knob_of_resources_says_so_itself():
+def test_settings_of_resources_are_marked_as_such():
     from notellm2_ray.core.config import nested_models, shaping
     from notellm2_ray.core.settings import Settings
 
@@ -78,14 +78,14 @@ def test_every_knob_of_resources_says_so_itself():
         assert left == [], name
 
 
-def test_a_changed_knob_redoes_what_depends_on_it_and_no_more(tmp_path):
+def test_a_changed_setting_invalidates_only_the_outputs_that_depend_on_it(tmp_path):
     pretend(settings_of(tmp_path))
     found = states(settings_of(tmp_path, "preferences.max_tokens=24"), "run")
     redone = {label.split()[0] for label, state in found.items() if state.startswith("to do")}
     assert redone == {"summarize-preferences", "train-ranker", "score-candidates", "eval-ranking"}
 
 
-def test_preferences_without_image_summaries_wait_for_none(tmp_path):
+def test_preferences_without_image_summaries_do_not_wait_for_them(tmp_path):
     settings = settings_of(tmp_path, "ranking.rankers=[mllm_msr,no_image_summary]")
     pretend(settings, "run-ranking", leave_out=_from("summarize-images"))
     found = states(settings, "run-ranking")
@@ -94,14 +94,14 @@ def test_preferences_without_image_summaries_wait_for_none(tmp_path):
 
 
 def _from(verb):
-    """A stage, and those that stand after it."""
+    """A stage and the stages after it."""
     from notellm2_ray.pipeline.table import STAGES
 
     verbs = [stage.verb for stage in STAGES]
     return verbs[verbs.index(verb) :]
 
 
-def test_what_reads_what_is_as_the_table_says(tmp_path):
+def test_outputs_are_read_only_by_stages_that_need_them(tmp_path):
     """Every directory that an output reads is written by a stage that its own stage needs."""
     from notellm2_ray.pipeline.table import STAGES, stage_of
 
@@ -124,7 +124,7 @@ def test_what_reads_what_is_as_the_table_says(tmp_path):
         seen.add(stage.verb)
 
 
-def test_a_model_of_ones_own_without_images_needs_no_tiny_tower(tmp_path):
+def test_a_text_only_model_needs_no_tiny_tower(tmp_path):
     model = tmp_path / "llm"
     model.mkdir()
     overrides = f"model.llm={model}", "model.variant=text_only", "evaluate.embedders=[text_only]"
@@ -135,20 +135,20 @@ def test_a_model_of_ones_own_without_images_needs_no_tiny_tower(tmp_path):
     assert all(state.startswith("already there") for state in states(settings, "run-retrieval").values())
 
 
-def test_scores_of_other_settings_are_not_evaluated(tmp_path):
+def test_scores_with_other_settings_are_not_evaluated(tmp_path):
     pretend(settings_of(tmp_path), "run-ranking", leave_out=("eval-ranking",))
     other = settings_of(tmp_path, "ranker.layout=image_first")
     with pytest.raises(OutputError, match=r"untuned/uniform.*run score-candidates"):
         ranking_stages.eval_ranking(other)
 
 
-def test_a_ranker_is_not_tuned_on_preferences_of_other_settings(tmp_path):
+def test_a_ranker_is_not_tuned_on_preferences_with_other_settings(tmp_path):
     pretend(settings_of(tmp_path), "run-ranking")
     with pytest.raises(OutputError, match="run summarize-preferences"):
         ranking_stages.train_ranker(settings_of(tmp_path, "preferences.max_tokens=24"))
 
 
-def test_more_bad_rows_allowed_keep_what_was_made(tmp_path):
+def test_allowing_more_bad_rows_resumes_the_output(tmp_path):
     settings = settings_of(tmp_path)
     pretend(settings, "run-ranking", leave_out=_from("summarize-images"))
     with pytest.raises(ValueError, match="too many"), ranking_outputs.image_summaries(settings).output().write():
@@ -181,7 +181,7 @@ def test_new_weights_of_the_baselines_image_tower_are_noticed(tmp_path):
     assert not ranking_outputs.ranking_evaluation(settings).complete
 
 
-def test_the_whole_pool_is_embedded_by_modality_whatever_is_evaluated(tmp_path):
+def test_embedding_all_notes_by_modality_does_not_depend_on_the_evaluation(tmp_path):
     settings = settings_of(tmp_path, "embed.by_modality=true", "evaluate.inputs=[multimodal]")
     assert embedders.shown_inputs(settings, "all") == ("multimodal", "image", "text")
     assert embedders.shown_inputs(settings, "test") == ("multimodal",)
@@ -189,7 +189,7 @@ def test_the_whole_pool_is_embedded_by_modality_whatever_is_evaluated(tmp_path):
     assert embedders.shown_inputs(text, "all") == ("text",)
 
 
-def test_a_dry_run_leaves_out_what_another_seed_does_not_touch(tmp_path):
+def test_a_dry_run_leaves_out_outputs_that_do_not_depend_on_the_seed(tmp_path):
     pretend(settings_of(tmp_path), "run-ranking", leave_out=("eval-ranking",))
     found = states(settings_of(tmp_path, "ranking.seeds=[42,43]"), "run-ranking")
     assert found["score-candidates mllm_msr-seed42 uniform"].startswith("already there")
@@ -200,7 +200,7 @@ def test_a_dry_run_leaves_out_what_another_seed_does_not_touch(tmp_path):
 
 
 @pytest.mark.parametrize(("baseline", "parts"), [("gru4rec_image", ["llm", "clip"]), ("gru4rec_summary", ["llm"])])
-def test_features_of_tiny_models_are_waited_for(tmp_path, monkeypatch, baseline, parts):
+def test_baselines_wait_for_the_tiny_models_that_they_read(tmp_path, monkeypatch, baseline, parts):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
     text_only = "model.variant=text_only", "evaluate.embedders=[text_only]"
     settings = settings_of(tmp_path, f"ranking.baselines=[{baseline}]", *text_only)
@@ -210,19 +210,19 @@ def test_features_of_tiny_models_are_waited_for(tmp_path, monkeypatch, baseline,
     assert "build-tiny" in [stage.verb for stage, _ in planned("run-ranking", settings)]
 
 
-def test_the_engine_without_deepspeed_survives_being_written_down(tmp_path):
+def test_settings_with_the_plain_engine_survive_yaml(tmp_path):
     settings = settings_of(tmp_path, "train.engine=plain", "tune.engine=plain")
     path = tmp_path / "half.yaml"
     path.write_text(yaml.safe_dump(halves.settings_of_half(settings)))
     assert load_settings(path, None, []).train.engine == "plain"
 
 
-def test_controls_of_what_sees_neither_images_nor_tastes_are_refused(tmp_path):
+def test_controls_of_tallrec_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="tallrec uses neither"):
         settings_of(tmp_path, "ranking.rankers=[tallrec,mllm_msr]")
 
 
-def test_embedders_of_ones_own_stand_in_one_table(tmp_path):
+def test_named_embedders_are_compared_in_one_table(tmp_path):
     settings = settings_of(
         tmp_path,
         "embedders.small.model={variant: text_only, embedding_dim: 16}",

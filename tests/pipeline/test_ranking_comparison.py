@@ -39,7 +39,7 @@ def test_everything_is_compared_and_reported(workspace, tmp_path):
     for one in results["protocols"].values():
         assert [row["method"] for row in one["rows"]] == [*names, "mllm_msr", "tallrec", "mllm_msr, shuffled image"]
         found = {row["method"]: row["figures"]["all"]["user_auc"]["mean"] for row in one["rows"]}
-        # the next note of the circle is known by its id; pictures and summaries tell its kind alone
+        # the id tells the next note of the circle; images and summaries tell only its kind
         assert min(found["gru4rec"], found["sasrec"]) > 0.9
         assert min(found["gru4rec_image"], found["gru4rec_summary"]) > 0.55
     assert "mllm_msr, shuffled image" in (output / "table.txt").read_text()

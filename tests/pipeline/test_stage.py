@@ -1,4 +1,4 @@
-"""Several outputs made in one go: what is there is left out, what failed is not complete."""
+"""Several outputs made together: complete ones are skipped, failed ones stay incomplete."""
 
 import pytest
 
@@ -10,7 +10,7 @@ def outputs(directory, *sizes):
     return [Output(directory / str(number), "score", {"size": size}) for number, size in enumerate(sizes)]
 
 
-def test_only_what_is_missing_is_made(tmp_path):
+def test_only_missing_outputs_are_made(tmp_path):
     asked = []
 
     def work(todo, directories):
@@ -25,7 +25,7 @@ def test_only_what_is_missing_is_made(tmp_path):
     assert asked == [[0, 1], [1]]
 
 
-def test_what_failed_goes_on_where_it_stopped(tmp_path):
+def test_a_failed_output_continues_where_it_stopped(tmp_path):
     def fail(todo, directories):
         (directories[0] / "part").write_text("half")
         raise ValueError("engine gone")

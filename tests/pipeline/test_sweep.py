@@ -1,4 +1,4 @@
-"""Sweeps through Ray Tune: every value once, failures kept apart, the parent's outputs shared and never changed."""
+"""Sweeps through Ray Tune: every value is tried once, and the parent's outputs are shared but not changed."""
 
 import json
 from pathlib import Path
@@ -21,7 +21,7 @@ def make_trial():
         if size == 5:
             raise ValueError("nothing to summarise")
         assert (home / "prepared" / "manifest.json").is_file()
-        # Stages reserve what they need themselves.
+        # The stages reserve their own resources.
         assert ray.get(ray.remote(num_cpus=1)(lambda: "an engine's work").remote(), timeout=30)
         return {"auc": 0.8 - 0.01 * abs(3 - size), "mrr@5": 0.6}
 
@@ -35,7 +35,7 @@ def parent(tmp_path) -> Path:
 
 
 @pytest.mark.slow
-def test_every_value_is_a_trial_and_a_failed_one_stops_no_other(tmp_path, ray_cluster):
+def test_every_value_is_a_trial_and_a_failed_trial_does_not_stop_others(tmp_path, ray_cluster):
     found = run_sweep(SWEEPS["block_size"], make_trial(), parent(tmp_path), values=[5, 3, 1])
     assert [point["value"] for point in found["points"]] == [5, 3, 1]
     assert [point["metrics"].get("auc") for point in found["points"]] == [None, 0.8, pytest.approx(0.78)]
@@ -45,7 +45,7 @@ def test_every_value_is_a_trial_and_a_failed_one_stops_no_other(tmp_path, ray_cl
     assert sweep_plot(found, tmp_path).is_file()
 
 
-def test_a_trial_shares_what_its_setting_does_not_touch(tmp_path):
+def test_a_trial_shares_outputs_that_do_not_depend_on_its_setting(tmp_path):
     sweep = SWEEPS["context_length"]
     home = trial_workspace(parent(tmp_path), sweep, 64)
     assert trial_workspace(tmp_path, sweep, 64) == home

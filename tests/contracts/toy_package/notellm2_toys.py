@@ -1,4 +1,4 @@
-"""A package of somebody else's: a kind of embedder and an objective, as small as they can be."""
+"""An example of another package, with a minimal kind of embedder and a minimal objective."""
 
 import zlib
 from typing import NamedTuple
@@ -74,7 +74,7 @@ KIND = EmbedderKind(
 
 
 def pull_together(model, train):
-    """Nothing but the distance of a query to its target."""
+    """The distance between a query and its target."""
 
     def loss(vectors, note_keys, gather=None):
         query, target = nn.functional.normalize(vectors.multimodal, dim=-1).chunk(2)

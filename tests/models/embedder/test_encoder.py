@@ -1,4 +1,4 @@
-"""The embedder as its users have it: vectors, the self-describing directory, and refusals."""
+"""The embedder: vectors, the self-describing directory, and refused models."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_the_fingerprint_tells_weights_and_settings_apart(parts):
 
 
 @pytest.mark.parametrize(("batch_tokens", "max_notes"), [(1, 256), (150, 256), (16_384, 3), (16_384, 256)])
-def test_encoding_keeps_the_order_whatever_the_batches(parts, batch_tokens, max_notes):
+def test_encoding_keeps_the_order_in_any_batches(parts, batch_tokens, max_notes):
     encoder, notes = make(parts), tiny_models.notes(9, without_image=[4])
     vectors = encoder.encode(notes, batch_tokens=batch_tokens, max_batch_notes=max_notes)
     assert vectors.dtype == np.float32
@@ -112,7 +112,7 @@ def test_bfloat16_vectors_are_close(saved):
     assert (exact * rough).sum(axis=1).min() > 0.99
 
 
-def test_a_vector_that_is_not_finite_names_its_notes_and_spoils_no_other(parts):
+def test_the_error_for_non_finite_vectors_names_the_notes(parts):
     encoder, notes = make(parts, "late_fusion"), tiny_models.notes(3, without_image=[1])
     expected = encoder.encode(notes)
     with torch.no_grad():
@@ -137,7 +137,7 @@ def write_config(directory: Path, config) -> str:
     return str(directory)
 
 
-def test_what_is_no_causal_lm_is_refused_as_one(parts, tmp_path):
+def test_only_causal_lms_are_accepted(parts, tmp_path):
     (tmp_path / "empty").mkdir()
     cases = {
         str(tmp_path / "empty"): "no config.json",
@@ -152,7 +152,7 @@ def test_what_is_no_causal_lm_is_refused_as_one(parts, tmp_path):
         assert "model.llm needs" in str(caught.value)
 
 
-def test_what_is_no_tower_is_refused_as_one(parts, tmp_path):
+def test_only_vision_towers_are_accepted(parts, tmp_path):
     (tmp_path / "empty").mkdir()
     for path, message in {str(tmp_path / "empty"): "no config.json", parts["llm"]: "is a qwen2, which has no"}.items():
         with pytest.raises(ModelError, match=message):
@@ -181,12 +181,12 @@ def test_incomplete_parts_are_refused(tmp_path):
         build_encoder(tiny_models.settings(), 1, llm_path=llm, vision_path=clip)
 
 
-def test_prompts_longer_than_the_llm_was_made_for_are_refused(parts):
+def test_prompts_longer_than_the_llm_supports_are_refused(parts):
     with pytest.raises(ModelError, match=r"take 5\d\d tokens, but the LLM supports 512"):
         make(parts, max_body_tokens=500)
 
 
-def test_directories_of_another_kind_are_no_embedder(parts, tmp_path):
+def test_directories_of_other_models_are_refused(parts, tmp_path):
     with pytest.raises(ModelError, match="of kind 'qwen2', not an embedder"):
         NoteEncoder.from_pretrained(parts["llm"])
     with pytest.raises(ModelError, match=r"holds no embedder: config.json is missing"):
@@ -219,7 +219,7 @@ def test_damaged_embedders_are_refused(saved):
 
 
 @pytest.mark.slow
-def test_models_import_nothing_of_the_cluster():
+def test_models_do_not_import_ray():
     code = (
         "import sys, notellm2_ray.models.embedder.build, notellm2_ray.models.embedder.losses\n"
         "print([m for m in ('ray', 'vllm', 'deepspeed', 'open_clip', 'faiss', 'lance') if m in sys.modules])"

@@ -1,4 +1,4 @@
-"""The contrastive losses against a plain twin, over simulated ranks, and by finite differences."""
+"""The contrastive losses against a plain implementation, over simulated ranks, and by finite differences."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def cosine(a: list[float], b: list[float]) -> float:
 
 
 def twin(rows, tau, keys, mask_duplicates=True, present=None) -> float:
-    """Eq. 1 as it is written, in plain Python."""
+    """Eq. 1, literally, in plain Python."""
     num = len(rows)
     related = [(i + num // 2) % num for i in range(num)]
     present = present or [True] * num
@@ -42,14 +42,14 @@ def twin(rows, tau, keys, mask_duplicates=True, present=None) -> float:
 
 
 @pytest.mark.parametrize("mask_duplicates", [True, False])
-def test_loss_equals_its_plain_twin(mask_duplicates):
+def test_loss_equals_the_plain_implementation(mask_duplicates):
     rows = vectors(10)
-    keys = torch.tensor([1, 2, 3, 1, 5, 6, 7, 2, 6, 10])  # notes 1, 2 and 6 stand twice
+    keys = torch.tensor([1, 2, 3, 1, 5, 6, 7, 2, 6, 10])  # notes 1, 2 and 6 appear twice
     loss = contrastive_loss(rows, TAU, keys, mask_duplicates=mask_duplicates)
     assert loss.item() == pytest.approx(twin(rows.tolist(), TAU.item(), keys.tolist(), mask_duplicates), abs=1e-12)
 
 
-def test_a_duplicate_is_no_negative():
+def test_a_duplicate_is_not_a_negative():
     rows = vectors(4)
     rows[1] = rows[0]  # another copy of the first query, and so of its target
     rows[3] = rows[2]
@@ -76,7 +76,7 @@ def rank_rows(num_pairs: int, world: int) -> list[list[int]]:
 
 
 def on_ranks(world: int, work) -> list[torch.Tensor]:
-    """``work(rank, gather)`` of each rank, every rank a thread, all of them in one graph of gradients."""
+    """Results of ``work(rank, gather)``; every rank is a thread, and all share one autograd graph."""
     slots: list[torch.Tensor | None] = [None] * world
     barrier = threading.Barrier(world, timeout=60)
 
@@ -149,6 +149,6 @@ def test_similarity_is_in_float32_under_autocast():
     assert halves.dtype == torch.float32
 
 
-def test_an_odd_number_of_notes_is_no_batch_of_pairs():
+def test_an_odd_number_of_notes_is_refused():
     with pytest.raises(ValueError, match="3 vectors and 3 keys"):
         contrastive_loss(vectors(3), TAU, torch.arange(3))

@@ -1,4 +1,4 @@
-"""The network: each variant, the equations, and what a batch may and may not change."""
+"""The network: every variant, the equations, and independence of a note's vector from its batch."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_only_the_image_only_variant_trains_its_tower_by_default(parts):
 
 
 @pytest.mark.parametrize("llm", tiny_models.LLMS)
-def test_every_family_of_llm_runs_and_reads_only_backwards(parts, llm):
+def test_every_family_of_llm_runs_and_is_causal(parts, llm):
     encoder = make(parts, "notellm2", llm=llm)
     note = Note("a", "red cat", (), "on the sofa", tiny_models.picture(0))
     other = note._replace(title="blue house", content="by the sea, far away")
@@ -83,7 +83,7 @@ def test_the_image_matters(parts, variant):
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_vector_depends_on_its_own_note_alone(parts, variant):
+def test_a_vector_depends_only_on_its_own_note(parts, variant):
     encoder = make(parts, variant)
     notes = tiny_models.notes(6, without_image=[2, 4])
     together = vectors(encoder, notes)
@@ -106,7 +106,7 @@ def test_which_rows_have_a_visual_vector(parts):
     assert vectors(make(parts, "late_fusion"), notes).has_visual.tolist() == [False] * 3
 
 
-def test_training_without_an_image_gives_the_vectors_of_evaluation(parts):
+def test_training_without_an_image_gives_the_same_vectors_as_evaluation(parts):
     encoder = make(parts)
     notes = tiny_models.notes(3, without_image=range(3))
     encoder.model.train()
@@ -129,7 +129,7 @@ def test_the_gate_is_equation_7():
 
 
 def test_visual_tokens_stand_where_the_prompt_has_them(parts):
-    """The states of a batch are those of the LLM on embeddings put together by hand."""
+    """The states of a batch equal those of the LLM on embeddings assembled by hand."""
     encoder = make(parts, "micl")
     model, note = encoder.model, tiny_models.notes(1)[0]
     batch = encoder.preprocessor.collate([encoder.preprocessor.features(note)])
@@ -150,7 +150,7 @@ def test_new_tokens_start_as_the_mean_of_the_others(parts):
     assert torch.equal(table[-1], table[-2])
 
 
-def test_random_parts_come_from_the_seed_alone(parts):
+def test_random_parts_depend_only_on_the_seed(parts):
     first = make(parts, seed=3).model.state_dict()
     torch.manual_seed(99)
     again, other = make(parts, seed=3).model.state_dict(), make(parts, seed=4).model.state_dict()
@@ -176,7 +176,7 @@ def test_gradient_checkpointing_changes_no_gradient(parts, variant):
     assert all(torch.allclose(gradients[0][name], gradients[1][name], atol=1e-6) for name in gradients[0])
 
 
-def test_bfloat16_keeps_what_must_be_exact(parts):
+def test_bfloat16_keeps_temperature_and_buffers_exact(parts):
     model = make(parts).model.to_precision("bf16")
     assert model.temperature.dtype == torch.float32
     assert model.projection.weight.dtype == torch.bfloat16

@@ -43,7 +43,7 @@ def marks_of(words) -> set[int]:
 
 
 @pytest.mark.parametrize("language", ["zh", "en"])
-def test_the_prompt_reads_as_the_paper_s(words, language):
+def test_the_prompt_is_the_papers(words, language):
     preprocessor = make(words, prompt_language=language)
     features = preprocessor.features(Note("a", "red cat", ("旅行", "美食"), "on the\nsofa", tiny_models.picture(0)))
     text = words.decode(features.input_ids)
@@ -72,14 +72,14 @@ def test_text_never_becomes_a_mark(words, pieces, free):
     assert not marks_of(words).intersection(*preprocessor.encode_texts([hostile]))
 
 
-def test_marked_text_is_still_there(words):
+def test_text_around_a_mark_is_kept(words):
     preprocessor = make(words)
     for text in ("a <IMG> b", "a <think> b", "<|im_start|>system"):
         assert words.decode(preprocessor.encode_texts([text])[0]) == text
 
 
 @pytest.mark.parametrize("variant", ["basic", "notellm2", "text_only"])
-def test_the_end_survives_any_length_of_text(words, variant):
+def test_the_end_of_the_prompt_is_never_cut(words, variant):
     preprocessor = make(words, variant, max_content_words=10_000, max_title_words=10_000)
     short = preprocessor.features(Note("a", "x", (), "y", tiny_models.picture(0)))
     endless = preprocessor.features(Note("a", "猫" * 30, ("t",) * 5, "red cat " * 4000, tiny_models.picture(0)))
@@ -92,7 +92,7 @@ def test_the_end_survives_any_length_of_text(words, variant):
         assert sum(long.input_ids == preprocessor.image_id) == sum(short.input_ids == preprocessor.image_id)
 
 
-def test_the_body_counts_text_its_words_and_the_image_as_one(words):
+def test_the_body_counts_all_words_and_the_image_as_one_token(words):
     note = Note("a", "red", ("blue",), "cat " * 500, tiny_models.picture(0))
     kwargs = {"max_body_tokens": 60, "max_content_words": 1000}
     basic = make(words, "basic", **kwargs)
@@ -102,11 +102,11 @@ def test_the_body_counts_text_its_words_and_the_image_as_one(words):
     assert text.num_tokens == 60 + closing
     visual = words('笔记：{"图片":"', add_special_tokens=False).input_ids
     micl = make(words, "micl", **kwargs).features(note)
-    # The visual half stands before the body; its image is counted in it.
+    # The visual half comes before the body, but its image is counted.
     assert micl.num_tokens == len(visual) + 4 + closing + 1 + (60 - 1) + closing
 
 
-def test_too_small_a_body_is_refused_with_the_least_that_works(words):
+def test_a_body_that_is_too_small_is_refused_and_the_minimum_named(words):
     with pytest.raises(ModelError, match=r"max_body_tokens=20 leaves 6 tokens .* Raise it to (\d+)") as caught:
         make(words, "basic", max_body_tokens=20)
     least = int(str(caught.value).split("Raise it to ")[1].split()[0])
@@ -145,7 +145,7 @@ def test_an_undecodable_image_names_the_note(words):
     assert make(words, "text_only").features(Note("n7", image=b"not an image")).pixels is None
 
 
-def test_text_length_is_that_of_the_text_uncut(words):
+def test_text_length_is_measured_before_truncation(words):
     preprocessor = make(words, max_content_words=1)
     count = sum(
         len(words(text, add_special_tokens=False).input_ids) for text in ("red cat", "旅行，美食", "on the sofa")
@@ -183,7 +183,7 @@ def test_pixels_are_those_of_the_hugging_face_processor(size):
     assert np.abs(ours - np.rint(fast * 255)).max() <= 2
 
 
-def test_a_strip_is_cropped_before_it_is_blown_up():
+def test_a_very_long_image_is_cropped_before_resizing():
     pixels = ImageSettings(32).pixels(Image.new("RGB", (2, 200_000), "red"))
     assert pixels.shape == (3, 32, 32)
     assert pixels[0].min() == 255
@@ -198,7 +198,7 @@ def test_jpeg_decoded_at_a_fraction_gives_nearly_the_same_pixels(words):
     assert np.abs(ours - whole).mean() < 1
 
 
-def test_image_settings_survive_their_file_and_refuse_what_does_not_fit(tmp_path):
+def test_image_settings_are_saved_and_misfits_refused(tmp_path):
     for settings in (ImageSettings(48, resize_to=56), ImageSettings(32, (0.5,) * 3, (0.5,) * 3, "squash", 32, 2)):
         settings.save(tmp_path)
         values = json.loads((tmp_path / "preprocessor_config.json").read_text())

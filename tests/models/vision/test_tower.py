@@ -1,4 +1,4 @@
-"""Vision towers: what each family gives, and OpenCLIP's towers under Hugging Face's names."""
+"""Vision towers: the features of each family, and the conversion of OpenCLIP's towers."""
 
 from __future__ import annotations
 
@@ -58,13 +58,13 @@ def test_siglip_gives_patches_and_its_attention_pooling(tmp_path, pixels):
     assert torch.allclose(without(pixels).pooled, output.last_hidden_state.mean(dim=1), atol=1e-5)
 
 
-def test_siglip_without_an_image_processor_takes_its_family_s(tmp_path):
+def test_siglip_without_an_image_processor_uses_the_default(tmp_path):
     tiny_models.save_siglip(tmp_path)
     (tmp_path / "preprocessor_config.json").unlink()
     assert load_tower(str(tmp_path), frozen=True).image == ImageSettings(32, (0.5,) * 3, (0.5,) * 3, "squash")
 
 
-def test_siglip2_sees_a_square_image_as_its_own_processor_lays_it_out(tmp_path, pixels):
+def test_siglip2_patches_equal_those_of_its_own_processor(tmp_path, pixels):
     torch.manual_seed(0)
     sizes = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2)
     model = Siglip2VisionModel(Siglip2VisionConfig(**sizes, patch_size=8, num_patches=16))
@@ -114,7 +114,7 @@ def test_openclip_by_name_with_a_file_of_weights(tmp_path, monkeypatch):
         load_tower("openclip:other", frozen=True)
 
 
-def test_bigg_of_openclip_is_that_of_table_9():
+def test_openclip_bigg_has_the_sizes_of_table_9():
     open_clip = pytest.importorskip("open_clip")
     from notellm2_ray.models.embedder.architectures import openclip_bigg
 
@@ -125,7 +125,7 @@ def test_bigg_of_openclip_is_that_of_table_9():
     }
 
 
-def test_openclip_names_that_cannot_be():
+def test_invalid_openclip_names():
     pytest.importorskip("open_clip")
     with pytest.raises(ModelError, match="choose one of its weights .*laion2b_s39b_b160k"):
         load_tower("openclip:ViT-bigG-14", frozen=True)
@@ -145,7 +145,7 @@ def test_an_openclip_directory_whose_weights_do_not_fit(tmp_path):
         load_tower(str(tmp_path), frozen=True)
 
 
-def test_training_mode_never_reaches_a_frozen_tower():
+def test_a_frozen_tower_stays_in_evaluation_mode():
     sizes = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2)
     model = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=32, patch_size=8))
     assert not VisionTower(model, ImageSettings(32), frozen=True).train().model.training

@@ -20,7 +20,7 @@ NOTES = [f"n{at}" for at in range(12)]
 
 
 def cycles(count=48, length=6):
-    """Whoever saw note i sees note i + 1 next."""
+    """Each user who saw note i sees note i + 1 next."""
     return [[NOTES[(start + step) % 12] for step in range(length)] for start in range(count)]
 
 
