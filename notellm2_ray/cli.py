@@ -89,6 +89,19 @@ def pipeline_verbs() -> dict[str, tuple[str, tuple[str, ...]]]:
     return {**stages, SWEEP_VERB: (SWEEP_HELP, ("ranking",)), **{run.verb: (run.help, ()) for run in RUNS}}
 
 
+class _VerbParser(argparse.ArgumentParser):
+    """A sub-command whose help ends in its settings; they are collected only when the help is shown."""
+
+    def __init__(self, *, sections: Sequence[str] | None = None, **options: Any) -> None:
+        super().__init__(formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        self._sections = sections
+
+    def format_help(self) -> str:
+        if self._sections is not None:
+            self.epilog = "settings, as key=value:\n" + knobs(self._sections)
+        return super().format_help()
+
+
 def parser() -> argparse.ArgumentParser:
     """The argument parser, one sub-command per verb."""
     top = argparse.ArgumentParser(
@@ -98,15 +111,14 @@ def parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     top.add_argument("--version", action="version", version=f"notellm2-ray {__version__}")
-    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB")
+    verbs = top.add_subparsers(dest="verb", required=True, metavar="VERB", parser_class=_VerbParser)
     for verb, (text, sections) in pipeline_verbs().items():
         sub = verbs.add_parser(
             verb,
             help=text,
             description=text[0].upper() + text[1:] + ".",
-            epilog="settings, as key=value:\n" + knobs(sections),
+            sections=sections,
             usage=f"notellm2 {verb} [--config FILE] [--preset NAME] [--dry-run] [key=value ...]",
-            formatter_class=argparse.RawDescriptionHelpFormatter,
         )
         _common(sub)
         sub.add_argument(
@@ -118,8 +130,7 @@ def parser() -> argparse.ArgumentParser:
         "serve",
         help="run the online service and its web page on a workspace",
         description="Serve a workspace: embeddings, similar notes, recommendations, live notes and events, a web page.",
-        epilog="settings, as key=value:\n" + knobs(("serve", "generation")),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        sections=("serve", "generation"),
     )
     _common(serve)
     keys = verbs.add_parser("keys", help="create or revoke an API key of the service")
@@ -140,8 +151,7 @@ def parser() -> argparse.ArgumentParser:
         help="switch the running service to another embedder",
         description="Embed every served note with the embedder that the settings name, then switch the service to the "
         "new vectors, including notes that were added meanwhile. The service stays up throughout.",
-        epilog="settings, as key=value:\n" + knobs(("model", "embed")),
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        sections=("model", "embed"),
     )
     _common(swap)
     verbs.add_parser("doctor", help="list the sockets of Ray and the service that other machines can reach")
