@@ -11,7 +11,7 @@ import logging
 import sys
 import textwrap
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
 from pydantic import BaseModel
@@ -45,6 +45,10 @@ def describe(model: type[BaseModel], prefix: str, own: BaseModel | None = None) 
                 )
         else:
             value = field.default if own is None else getattr(own, name)
+            fixed = get_args(field.annotation) if get_origin(field.annotation) is Literal else ()
+            if field.is_required() and len(fixed) == 1:  # what chooses these settings
+                lines.append(f"  {prefix}{name} = {fixed[0]}")
+                continue
             default = "required" if field.is_required() else yaml.safe_dump(_plain(value), default_flow_style=True)
             default = default.replace("\n...", "").strip()
             head = f"  {prefix}{name} = {default}"

@@ -115,13 +115,13 @@ def build(model: type[Frozen], values: Mapping[str, Any]) -> Any:
     try:
         return model.model_validate(values)
     except ValidationError as error:
-        raise ConfigError("\n".join(_explain(model, entry) for entry in error.errors())) from error
+        raise ConfigError("\n".join(_explain(model, entry, values) for entry in error.errors())) from error
 
 
-def _explain(model: type[BaseModel], entry: Mapping[str, Any]) -> str:
+def _explain(model: type[BaseModel], entry: Mapping[str, Any], values: Mapping[str, Any]) -> str:
     key = ".".join(str(part) for part in entry["loc"])
     if entry["type"] == "extra_forbidden":
-        return _explain_unknown(model, key)
+        return _explain_unknown(model, key, values)
     given = entry.get("input")
     shown = "" if isinstance(given, (dict, BaseModel)) else f" (got {given!r})"
     place = f"setting {key!r}" if key else "settings"
@@ -136,7 +136,7 @@ RENAMED = {
 }
 
 
-def _explain_unknown(model: type[BaseModel], key: str) -> str:
+def _explain_unknown(model: type[BaseModel], key: str, values: Mapping[str, Any]) -> str:
     if key in RENAMED:
         return f"setting {key!r} is now called {RENAMED[key]!r}"
     known = _known_keys(model)
@@ -145,11 +145,20 @@ def _explain_unknown(model: type[BaseModel], key: str) -> str:
         owners = [kind for kind, one in _kinds_of(model, section).items() if key in _known_keys(one, f"{section}.")]
         named = " or ".join(f"{section}.kind={kind}" for kind in owners)
         return f"setting {key!r} is of another {section}.kind: set {named}"
+    known = _known_keys(_chosen_kind(model, key, values), f"{key.partition('.')[0]}.") or known
     last = key.rpartition(".")[2]
     near = [name for name in known if name.rpartition(".")[2] == last]
     near = near[:3] or difflib.get_close_matches(key, known, n=1, cutoff=0.4)
     hint = f"; did you mean {' or '.join(map(repr, near))}?" if near else "; `notellm2 settings` lists them all"
     return f"unknown setting {key!r}{hint}"
+
+
+def _chosen_kind(model: type[BaseModel], key: str, values: Mapping[str, Any]) -> type[BaseModel]:
+    """The settings class of the kind that a key's section is given, where it has kinds; else one without any keys."""
+    section = key.partition(".")[0]
+    kinds = _kinds_of(model, section) if section in model.model_fields else {}
+    given = values.get(section)
+    return kinds.get(str(given.get("kind")), BaseModel) if isinstance(given, Mapping) else BaseModel
 
 
 def _kinds_of(model: type[BaseModel], section: str) -> Mapping[str, type[BaseModel]]:

@@ -11,7 +11,7 @@ from notellm2_ray.presets import PRESETS, load_settings
 
 
 def resolve(*overrides: str) -> Settings:
-    return build(Settings, apply_overrides({}, overrides))
+    return build(Settings, apply_overrides({}, [part for one in overrides for part in one.split()]))
 
 
 @pytest.mark.parametrize(
@@ -30,6 +30,7 @@ def resolve(*overrides: str) -> Settings:
         ("model.qformer.queries=8", "'model.qformer.queries'; did you mean 'model.qformer.num_queries'?"),
         ("source.notes=a.parquet", "setting 'source.notes' is of another source.kind: set source.kind=tabular"),
         ("source.columns.title=t", "'source.columns' is of another source.kind: set source.kind=tabular"),
+        ("source.kind=tabular source.path=x", "'source.path'; did you mean"),
         ("source.days=many", "setting 'source.days': Input should be a valid integer"),
         ("train.batch_pairs=many", "setting 'train.batch_pairs': Input should be a valid integer"),
         ("model.variant=notellm3", "'notellm2'"),
@@ -109,6 +110,15 @@ def test_a_broken_file_is_named(tmp_path, content):
         load_yaml(path)
     with pytest.raises(ConfigError, match="does not exist"):
         load_yaml(tmp_path / "absent.yaml")
+
+
+def test_the_help_of_baselines_names_every_row():
+    from notellm2_ray.baselines.ranking.table import RANKING_BASELINES
+    from notellm2_ray.baselines.recall.table import RECALL_BASELINES
+
+    for section, table in (("evaluate", RECALL_BASELINES), ("ranking", RANKING_BASELINES)):
+        text = " ".join(knobs((section,)).split(f"  {section}.baselines = ")[1].split("\n")[1:5]).replace(",", " ")
+        assert set(table.rows) <= set(text.split())
 
 
 def test_help_explains_every_knob():

@@ -230,7 +230,9 @@ class RankEvaluateSettings(Frozen):
     seeds: tuple[int, ...] = Field((42,), min_length=1, description="training seeds of each variant")
     cutoffs: tuple[PositiveInt, ...] = Field((3, 5, 10), min_length=1, description="k of HR, MRR and NDCG")
     baselines: tuple[str, ...] = Field(
-        ("random", "popularity", "gru4rec", "sasrec", "untuned"), description="baselines compared with the rankers"
+        ("random", "popularity", "gru4rec", "sasrec", "untuned"),
+        description="baselines compared with the rankers: random, popularity, newest, gru4rec, sasrec, gru4rec_image, "
+        "gru4rec_summary, untuned, untuned_text",
     )
     controls: tuple[Control, ...] = Field(
         ("shuffled_image", "other_preference"),

@@ -81,7 +81,8 @@ class EvaluateSettings(Frozen):
         ("multimodal", "image", "text"), min_length=1, description="inputs that each embedder is tested with (Table 3)"
     )
     baselines: tuple[str, ...] = Field(
-        ("bm25", "popularity", "random"), description="baselines compared with the embedders"
+        ("bm25", "popularity", "random"),
+        description="baselines compared with the embedders: bm25, popularity, random",
     )
     one_pair_per_note: bool = Field(
         False,
