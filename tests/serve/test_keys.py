@@ -65,7 +65,7 @@ def test_on_loopback_no_key_is_needed_unless_asked_for(host):
 def test_contradicting_settings_are_refused():
     with pytest.raises(ConfigError, match="add up"):
         build(ServeSettings, {"arms": [{"name": "a", "share": 0.5}]})
-    with pytest.raises(ConfigError, match="one name"):
+    with pytest.raises(ConfigError, match="the same name"):
         build(ServeSettings, {"arms": [{"name": "a", "share": 0.5}] * 2})
     with pytest.raises(ConfigError, match="below replicas"):
         build(ServeSettings, {"gateway": {"replicas": 3, "max_replicas": 2}})

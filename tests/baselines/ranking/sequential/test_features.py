@@ -49,5 +49,5 @@ def test_a_texts_vector_is_the_mean_over_its_own_tokens(tmp_path, kind):
         np.testing.assert_allclose(alone.matrix[0], vector, atol=1e-5)
     with pytest.raises(DataError, match="image summary"):
         text_features({"x": ""}, path)
-    with pytest.raises(ModelError, match="no model directory"):
+    with pytest.raises(ModelError, match="not a model directory"):
         text_features({"x": "y"}, str(tmp_path.parent))
