@@ -5,10 +5,10 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Generator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -21,13 +21,14 @@ import torch
 from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.schema import SCORE_SCHEMA
 from notellm2_ray.core.settings import GenerationSettings
+from notellm2_ray.infer import score, score_worker
 from notellm2_ray.infer.parts import quarantine_table
 from notellm2_ray.infer.score import ScoreTable, score_candidates
 from notellm2_ray.infer.score_parts import CandidatePart, ScoredPart, compile_scores, plan_parts, scored_parts
 from notellm2_ray.infer.score_questions import Controls, Questions, ScoreFiles
 from tests.support import ROOT
 from tests.support import ranker_training as material
-from tests.support.processes import end_family
+from tests.support.processes import end_family, named, when
 
 
 @pytest.fixture(scope="module")
@@ -189,23 +190,6 @@ def test_a_finished_job_is_not_done_again(undisturbed, directory):
     assert [one["parts_reused"] for one in again] == [one["parts"] for one in undisturbed[1]]
 
 
-def _when_parts(output: Path, count: int, act: Callable[[], None]) -> threading.Thread:
-    def watch() -> None:
-        while len(list((output / "parts").glob("*.parquet"))) < count:
-            time.sleep(0.005)
-        act()
-
-    thread = threading.Thread(target=watch, daemon=True)
-    thread.start()
-    return thread
-
-
-def _engines_of(process: int) -> list[psutil.Process]:
-    """The actors that hold an engine, below a process; nobody else's."""
-    family = psutil.Process(process).children(recursive=True)
-    return [one for one in family if one.is_running() and "PartScorer" in " ".join(one.cmdline() or [one.name()])]
-
-
 def _same(output: Path, reference: Path) -> None:
     found, expected = _table(output / "shared_prefix"), _table(reference / "shared_prefix")
     assert list(found) == list(expected)
@@ -228,7 +212,7 @@ def test_a_killed_engine_and_driver_cost_only_the_parts_being_scored(undisturbed
         family: list[psutil.Process] = []
 
         def kill_engine() -> None:
-            engines.extend(_engines_of(driver.pid))
+            engines.extend(named(driver.pid, "PartScorer"))
             for process in engines:
                 process.kill()
 
@@ -236,9 +220,9 @@ def test_a_killed_engine_and_driver_cost_only_the_parts_being_scored(undisturbed
             family.extend(psutil.Process(driver.pid).children(recursive=True))
             driver.kill()
 
-        _when_parts(output, 2, kill_engine).join(240)
+        when(lambda: len(_parts(output)) >= 2, kill_engine).join(240)
         before = _parts(output)
-        _when_parts(output, len(before) + 2, kill_driver).join(240)
+        when(lambda: len(_parts(output)) >= len(before) + 2, kill_driver).join(240)
         driver.wait()
         end_family([process.pid for process in family])
     left = _parts(output)
@@ -264,21 +248,58 @@ def _driver(directory: str, output: str) -> None:
 
 
 @pytest.mark.slow
-def test_bfloat16_leaves_no_ties(undisturbed, directory, tmp_path):
-    _score(directory, _tables(directory, tmp_path, "shared_prefix"), dtype="bfloat16")
+def test_bfloat16_leaves_no_ties_and_a_prompt_that_is_too_long_is_quarantined(undisturbed, directory, tmp_path):
+    # The longest prompt has 131 tokens, the next one 129.
+    (counts,) = _score(directory, _tables(directory, tmp_path, "shared_prefix"), dtype="bfloat16", max_model_len=130)
     found, exact = _table(tmp_path / "shared_prefix"), _table(undisturbed[0] / "shared_prefix")
-    assert len(set(found.values())) >= len(set(exact.values())) - 2
+    assert counts["quarantined"] == 1 and len(found) == len(exact) - 1
+    assert len(set(found.values())) >= len(set(exact.values())) - 3
     assert list(found.values()) == pytest.approx([exact[key] for key in found], abs=0.1)
+    (row,) = pq.read_table(tmp_path / "shared_prefix" / "quarantine").to_pylist()
+    assert row["reason"].startswith("vLLM refuses the prompt") and "generation.max_model_len" in row["reason"]
 
 
-@pytest.mark.slow
-def test_missing_notes_are_quarantined_up_to_a_share(ray_cluster, tmp_path):
+class StandIn:
+    """An engine that gives every candidate the same score and refuses long prompts, as vLLM does."""
+
+    def __init__(self, most_tokens: int) -> None:
+        self.most_tokens = most_tokens
+
+    async def generate(self, request: dict[str, Any], params: Any, name: str) -> AsyncIterator[Any]:
+        if len(request["prompt_token_ids"]) >= self.most_tokens:
+            raise ValueError("the prompt is longer than the maximum model length")
+        logprobs = {token: SimpleNamespace(logprob=-1.0) for token in params.logprob_token_ids}
+        outputs = [SimpleNamespace(logprobs=[logprobs])]
+        yield SimpleNamespace(outputs=outputs, prompt_token_ids=request["prompt_token_ids"], num_cached_tokens=0)
+
+    def shutdown(self) -> None:
+        pass
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts are scored one after another in this process, by the actor itself with the stand-in as its engine."""
+
+    def run(job: score_worker.ScoreJob, parts: list[CandidatePart]) -> Generator[tuple[Path, ScoredPart]]:
+        actor = score_worker.PartScorer(job)
+        for part in parts:
+            yield job.tables[part.table].output, actor.make(part)
+
+    monkeypatch.setattr(score, "_run", run)
+    monkeypatch.setattr(score_worker, "engine_environment", lambda generation: {})
+    monkeypatch.setattr(
+        score_worker, "start_engine", lambda facts, generation, images: StandIn(generation.max_model_len)
+    )
+
+
+@pytest.mark.slow  # vLLM is imported for its parameters
+def test_missing_notes_are_quarantined_up_to_a_share(in_process, tmp_path):
     broken = material.write(tmp_path / "broken", missing=("n0", "n1"))
     with pytest.raises(DataError, match=r"got no score, more than 5%; reasons: u\d+/\d n[01]: there is no note"):
         _score(broken, _tables(broken, tmp_path, "shared_prefix"))
 
 
 @pytest.mark.slow
-def test_prompts_that_are_too_long_are_named(ray_cluster, directory, tmp_path):
-    with pytest.raises((ModelError, DataError), match=r"vLLM refuses the prompt.*generation.max_model_len"):
+def test_prompts_that_are_all_too_long_are_an_error_that_names_the_setting(in_process, directory, tmp_path):
+    with pytest.raises(ModelError, match=r"vLLM refuses the prompt.*generation.max_model_len"):
         _score(directory, _tables(directory, tmp_path, "shared_prefix"), max_model_len=64)
