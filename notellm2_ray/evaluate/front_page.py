@@ -1,4 +1,4 @@
-"""The front page of the report: the tables of recall and of ranking, as far as they are there, with links to both."""
+"""The front page of the report: the main tables of recall and of ranking, with links to both reports."""
 
 from __future__ import annotations
 

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 from notellm2_ray import cli
 from notellm2_ray.baselines.ranking.data import RankingData, read_protocol
@@ -15,10 +16,14 @@ from notellm2_ray.baselines.ranking.table import RANKING_BASELINES
 from notellm2_ray.baselines.recall.baseline import RecallData
 from notellm2_ray.baselines.recall.table import RECALL_BASELINES
 from notellm2_ray.core.schema import NOTE_SCHEMA, PAIR_SCHEMA, Note
-from notellm2_ray.core.settings import EvaluateSettings
+from notellm2_ray.core.settings import EvaluateSettings, ModelSettings, TrainSettings
+from notellm2_ray.core.settings.sources import SOURCES
 from notellm2_ray.core.workspace import Workspace
 from notellm2_ray.evaluate.recall.task import RetrievalTask
+from notellm2_ray.models.embedder.kinds import EMBEDDERS
+from notellm2_ray.models.embedder.vectors import NOTE, NoteVectors
 from notellm2_ray.pipeline import table
+from notellm2_ray.train.objectives import OBJECTIVES
 from tests.support import ROOT, ranking_workspace
 
 PAGE = (ROOT / "docs" / "adding.md").read_text(encoding="utf-8")
@@ -71,6 +76,14 @@ def test_the_step_counts_notes(tmp_path, monkeypatch, ray_cluster):
     assert int((tmp_path / "note_count" / "count.json").read_text()) == pytest.approx(40, abs=3)
 
 
-def test_the_groups_and_tables_are_those_of_the_code():
-    for rows in (RECALL_BASELINES, RANKING_BASELINES):
-        assert f"`{rows.group}`" in PAGE
+def test_the_objective_is_lower_for_notes_near_to_their_related_ones():
+    loss = example("A training objective").sigmoid(ModelSettings(), TrainSettings())
+    near, far = torch.eye(2).repeat(2, 1), torch.eye(2)[[0, 1, 1, 0]]
+    keys, temperature = torch.arange(4), torch.tensor(3.0)
+    losses = [float(loss(NoteVectors({NOTE: vectors}, {}, temperature), keys)) for vectors in (near, far)]
+    assert losses[0] < losses[1]
+
+
+def test_the_groups_are_those_of_the_code():
+    for rows in (SOURCES, RECALL_BASELINES, RANKING_BASELINES, EMBEDDERS, OBJECTIVES):
+        assert f"| `{rows.group}` |" in PAGE

@@ -1,4 +1,4 @@
-"""Popularity: a candidate's clicks, those on validation and test targets left out."""
+"""Popularity: a candidate's clicks, without those that are validation or test targets."""
 
 from __future__ import annotations
 

@@ -59,7 +59,7 @@ class Bm25:
         for pair, (text, query, target) in enumerate(zip(query_texts, query_rows, target_rows, strict=True)):
             if text != last:  # the pairs of a query usually follow each other
                 last, scores = text, self.scores(text)
-            above = np.count_nonzero(scores >= scores[target])  # the target itself is the 1 of its rank
+            above = np.count_nonzero(scores >= scores[target])  # the target counts itself, so that 1 is best
             ranks[pair] = above - (query >= 0 and scores[query] >= scores[target])
         return ranks
 

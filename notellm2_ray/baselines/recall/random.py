@@ -1,4 +1,4 @@
-"""Random: what chance finds, for every seed."""
+"""Random ranks, for every seed."""
 
 from __future__ import annotations
 

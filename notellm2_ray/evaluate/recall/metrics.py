@@ -75,7 +75,7 @@ def ranks_in_scores(
     scores[here[inside], query_rows[inside]] = -np.inf
     # Counting row by row is several times faster than counting along an axis.
     counts = [np.count_nonzero(row >= threshold) for row, threshold in zip(scores, thresholds, strict=True)]
-    return np.array(counts, dtype=np.int64)  # the target counts itself
+    return np.array(counts, dtype=np.int64)  # the target counts itself, so that 1 is best
 
 
 def ranks_by_note(scores: np.ndarray, query_rows: np.ndarray, target_rows: np.ndarray) -> np.ndarray:
