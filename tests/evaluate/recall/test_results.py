@@ -78,7 +78,7 @@ def test_bad_tasks_are_refused_by_name():
         small_task([("a", "z")], ["a", "b"])
     with pytest.raises(DataError, match="token count for note 'b'"):
         small_task([("a", "b")], ["a", "b"], {"a": 3})
-    for wrong, message in [({"cutoffs": (100, 10)}, "increasing"), ({"seeds": (1, 1)}, "twice")]:
+    for wrong, message in [({"cutoffs": (100, 10)}, "increasing"), ({"seeds": (1, 1)}, "duplicate")]:
         with pytest.raises((ConfigError, ValueError), match=message):
             EvaluateSettings(**wrong)
 
