@@ -6,7 +6,9 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +22,10 @@ from notellm2_ray.train.embedder import train_embedder
 from notellm2_ray.train.history import read_history
 from tests.support import ROOT
 from tests.support import embedder_training as material
-from tests.support.processes import end_family, named, when
+from tests.support.processes import end_family
 
 pytestmark = pytest.mark.slow
-TOTAL = 50
+TOTAL = 80
 
 
 def _train(directory: Path, output: Path, **changes: Any) -> dict[str, Any]:
@@ -33,7 +35,7 @@ def _train(directory: Path, output: Path, **changes: Any) -> dict[str, Any]:
         "zero_stage": 1,
         "num_workers": 2,
         "epochs": TOTAL // 5,
-        "validate_every_steps": 20,
+        "validate_every_steps": 30,
         "checkpoint_every_steps": 10,
     }
     return train_embedder(
@@ -77,7 +79,7 @@ def test_a_run_leaves_the_best_model_and_its_history(undisturbed):
     rows = read_history(output / "history.jsonl")
     assert [row["step"] for row in rows if "loss" in row] == list(range(1, TOTAL + 1))
     validations = {row["step"]: row["valid_recall"] for row in rows if "valid_recall" in row}
-    assert set(validations) == {20, 40, 50}
+    assert set(validations) == {30, 60, 80}
     assert counts["steps"] == TOTAL and counts["pairs"] == 40
     assert counts["best_recall"] == validations[counts["best_step"]] == max(validations.values())
     vectors = NoteEncoder.from_pretrained(output / "model").encode(tiny_models.notes(3))
@@ -91,11 +93,40 @@ def test_a_finished_run_is_not_run_again(undisturbed, trained_on):
     assert time.monotonic() - began < 1
 
 
-def _steps(output: Path) -> int:
-    return len([row for row in read_history(output / "history.jsonl") if "loss" in row])
+def _when_step(output: Path, step: int, act: Callable[[], None]) -> threading.Thread:
+    """Run ``act`` in a thread once the run has taken ``step`` steps."""
+
+    def watch() -> None:
+        while len(read_history(output / "history.jsonl")) < step:
+            time.sleep(0.01)
+        act()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
 
 
-def test_a_killed_worker_and_then_a_killed_driver_change_nothing(undisturbed, trained_on, tmp_path):
+def _workers_of(driver: int) -> list[psutil.Process]:
+    """The training workers of the cluster that a process has started; nobody else's."""
+    family = psutil.Process(driver).children(recursive=True)
+    return [process for process in family if "RayTrainWorker" in " ".join(process.cmdline())]
+
+
+def test_a_killed_worker_changes_nothing(undisturbed, trained_on, tmp_path):
+    killed: list[int] = []
+
+    def kill() -> None:
+        killed.append(len(read_history(tmp_path / "history.jsonl")))
+        _workers_of(os.getpid())[-1].send_signal(signal.SIGKILL)
+
+    thread = _when_step(tmp_path, 33, kill)
+    _train(trained_on, tmp_path)
+    thread.join()
+    assert 33 <= killed[0] < TOTAL
+    _same_training(tmp_path, undisturbed[0])
+
+
+def test_a_killed_driver_costs_only_the_steps_since_its_checkpoint(undisturbed, trained_on, tmp_path):
     program = (
         "import sys; from pathlib import Path; from tests.train.test_launch import _train; "
         "_train(Path(sys.argv[1]), Path(sys.argv[2]))"
@@ -108,27 +139,17 @@ def test_a_killed_worker_and_then_a_killed_driver_change_nothing(undisturbed, tr
             stdout=log,
             stderr=log,
         )
-        workers: list[psutil.Process] = []
         family: list[psutil.Process] = []
 
-        def kill_worker() -> None:
-            workers.extend(named(driver.pid, "RayTrainWorker"))
-            workers[-1].kill()
-
-        def kill_driver() -> None:
-            family.extend(psutil.Process(driver.pid).children(recursive=True))
+        def kill() -> None:
+            family.extend(_workers_of(driver.pid))
             driver.kill()
 
-        try:
-            when(lambda: _steps(tmp_path) >= 13, kill_worker).join(240)
-            assert not (tmp_path / "model").exists()
-            psutil.wait_procs(workers, 60)
-            when(lambda: _steps(tmp_path) >= 33, kill_driver).join(240)
-            assert driver.wait(60) == -signal.SIGKILL
-        finally:
-            driver.kill()
-            end_family([process.pid for process in family])
-    assert workers and 32 <= _steps(tmp_path) < TOTAL
+        _when_step(tmp_path, 18, kill).join()
+        driver.wait()
+        end_family([process.pid for process in family])
+    steps = len([row for row in read_history(tmp_path / "history.jsonl") if "loss" in row])
+    assert 17 <= steps < TOTAL
     assert not (tmp_path / "model").exists()
     _train(trained_on, tmp_path)
     _same_training(tmp_path, undisturbed[0])

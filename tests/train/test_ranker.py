@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import os
 import re
+import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -22,7 +23,6 @@ from notellm2_ray.train.ranker import train_ranker
 from notellm2_ray.train.ranker_data import RankerFiles, check_rows, gather_notes, length_groups, split_groups
 from notellm2_ray.train.ranker_run import RankerJob, RankerRun, pooled_auc, train_settings
 from tests.support import ranker_training as material
-from tests.support.processes import named, when
 from tests.support.ranks import run_ranks
 
 STEPS = 6
@@ -259,13 +259,14 @@ def test_a_run_leaves_an_adapter_a_model_and_its_history(undisturbed, directory)
 
 @pytest.mark.slow
 def test_a_killed_worker_changes_nothing(undisturbed, directory, tmp_path):
-    killed = when(
-        lambda: len(read_history(tmp_path / "history.jsonl")) >= 13,
-        lambda: named(os.getpid(), "RayTrainWorker")[-1].kill(),
-    )
+    from tests.train.test_launch import _when_step, _workers_of
+
+    def kill() -> None:
+        _workers_of(os.getpid())[-1].send_signal(signal.SIGKILL)
+
+    thread = _when_step(tmp_path, 13, kill)
     _run(directory, tmp_path)
-    killed.join(1)
-    assert not killed.is_alive()
+    thread.join()
     rows, expected = read_history(tmp_path / "history.jsonl"), read_history(undisturbed[0] / "history.jsonl")
     for row in (*rows, *expected):
         row.pop("prompts_per_s", None)
