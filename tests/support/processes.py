@@ -5,9 +5,12 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+
+import psutil
 
 
 def wait_until(condition: Callable[[], bool], seconds: float = 180) -> None:
@@ -41,6 +44,25 @@ def descendants(pid: int) -> list[int]:
     for known in found:
         found += children.get(known, [])
     return found[1:]
+
+
+def named(pid: int, name: str) -> list[psutil.Process]:
+    """The processes below ``pid`` with ``name`` in their command line, as Ray puts an actor's class there."""
+    family = psutil.Process(pid).children(recursive=True)
+    return [one for one in family if one.is_running() and name in command(one.pid)]
+
+
+def when(condition: Callable[[], bool], act: Callable[[], None]) -> threading.Thread:
+    """Run ``act`` in a thread as soon as a condition holds."""
+
+    def watch() -> None:
+        while not condition():
+            time.sleep(0.005)
+        act()
+
+    thread = threading.Thread(target=watch, daemon=True)
+    thread.start()
+    return thread
 
 
 def end_family(family: list[int]) -> None:
