@@ -35,9 +35,9 @@ GENERATION = GenerationSettings(max_model_len=512, max_sequences=128)
 def bare_loop(model: Path, notes: Path, settings: SummarySettings) -> dict[str, float]:
     """vLLM's own offline class and nothing else."""
     started = time.perf_counter()
+    from notellm2_ray.core.images import scaled_image
     from notellm2_ray.infer.chunks import list_note_files, plan_chunks, read_chunk
     from notellm2_ray.infer.engine import check_model, engine_arguments, engine_environment
-    from notellm2_ray.infer.summary_rows import open_image
     from notellm2_ray.models.chat import ChatTokenizer
 
     os.environ.update(engine_environment(GENERATION))
@@ -55,7 +55,7 @@ def bare_loop(model: Path, notes: Path, settings: SummarySettings) -> dict[str, 
         prompts = [
             {
                 "prompt_token_ids": prompt,
-                "multi_modal_data": {"image": open_image(note.image, settings.max_image_pixels)},
+                "multi_modal_data": {"image": scaled_image(note.image, settings.max_image_pixels)},
             }
             for note in read_chunk(block)
             if note.image

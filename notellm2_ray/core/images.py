@@ -1,28 +1,33 @@
 """Safe decoding of images from untrusted sources.
 
 An image's declared size is read before anything is decoded: a PNG of half a megabyte can hold 169 megapixels, which
-take 660 MB. Only formats that notes really have are tried, so that a file cannot reach a rarely used decoder.
+take 660 MB. This is the one module that opens images: training, bulk work, the service, the reports and the page all
+see the pixels that :func:`decode_image` gives.
 """
 
 from __future__ import annotations
 
 import io
+import math
 import re
 import struct
 import warnings
 from typing import TYPE_CHECKING
 
 from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.image_colours import to_rgb
+from notellm2_ray.core.image_formats import READABLE, pillow_formats
 
 if TYPE_CHECKING:
     from PIL import Image
 
-FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP")
 MAX_PIXELS = 50_000_000
 MAX_BYTES = 20_000_000
-# A processor that resizes the shorter side would enlarge a strip of 10 x 1,000,000 to billions of pixels. The longest
-# screenshots that people post are some 20 times as long as wide.
+# Of a longer strip only the middle is read. A processor that resizes the shorter side would enlarge 10 x 1,000,000
+# pixels to billions, and Qwen2-VL's refuses sides over 200 times the other. The longest screenshots that people post
+# are some 20 times as long as wide.
 MAX_ASPECT = 100
+MIN_SIDE = 28  # of an image for a multimodal LLM: one visual token of Qwen2-VL
 # Every scan of a progressive JPEG goes over the whole picture, so a small file with many scans takes very long to
 # decode. Cameras and libraries write some 10.
 MAX_SCANS = 100
@@ -61,6 +66,8 @@ def check_image(
 def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
     """The first frame of an image, upright (EXIF orientation applied), on white where it is transparent.
 
+    Of a strip that is more than :data:`MAX_ASPECT` times as long as wide, only the middle is returned.
+
     Args:
         data: the encoded image. Its size is checked once, by :func:`check_image`; here only Pillow's limit holds.
         min_side: the size that the caller needs for the shorter side, in pixels. A JPEG is then decoded at 1/2, 1/4 or
@@ -75,16 +82,42 @@ def decode_image(data: bytes, min_side: int | None = None) -> Image.Image:
     return _decode(data, min_side)
 
 
+def scaled_image(data: bytes, max_pixels: int) -> Image.Image:
+    """An image for a multimodal LLM: of at most ``max_pixels``, and no side shorter than :data:`MIN_SIDE` pixels.
+
+    A larger image is scaled down in its proportions, and a smaller one up. Of a strip that cannot have both, only the
+    middle is shown. Summaries, tuning, scoring and the service all use this rule.
+
+    Args:
+        max_pixels: at least MIN_SIDE squared.
+
+    Raises:
+        DataError: the image cannot be decoded.
+    """
+    from PIL import Image
+
+    image = _cut_middle(decode_image(data, min_side=math.isqrt(max_pixels)), max_pixels // MIN_SIDE**2)
+    width, height = image.size
+    scale = min(1.0, math.sqrt(max_pixels / (width * height)))
+    scale = max(scale, MIN_SIDE / min(width, height))
+    if scale == 1.0:
+        return image
+    size = [max(MIN_SIDE, int(side * scale)) for side in (width, height)]
+    longest = max_pixels // min(size)  # rounding up the short side must not exceed the area
+    return image.resize((min(size[0], longest), min(size[1], longest)), Image.Resampling.BICUBIC)
+
+
 def _decode(data: bytes, min_side: int | None, max_pixels: int | None = None, knob: str = "") -> Image.Image:
     try:
         with _open(data) as image:
             _check_size(image.size, max_pixels, knob)
             _check_scans(data)
-            orientation = _orientation(image)
+            # Pillow turns TIFF images itself while it loads them.
+            orientation = 1 if image.format == "TIFF" else _orientation(image)
             if min_side is not None:
                 image.draft(image.mode, (min_side, min_side))  # acts on JPEG only
             image.load()
-            return _upright(_to_rgb(image), orientation)
+            return _upright(to_rgb(_cut_middle(image, MAX_ASPECT)), orientation)
     except DataError:
         raise
     # Decoders raise all kinds of exceptions for a broken file (OSError, SyntaxError, struct.error, zlib.error...). In
@@ -98,14 +131,15 @@ def _open(data: bytes) -> Image.Image:
 
     if not data:
         raise DataError("empty, 0 bytes")
+    formats = pillow_formats(data)
     try:
         with warnings.catch_warnings():  # our own check replaces Pillow's warning
             warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            return Image.open(io.BytesIO(data), formats=FORMATS)
+            return Image.open(io.BytesIO(data), formats=formats)
     except Image.DecompressionBombError as error:
         raise DataError(f"absurdly large: {error}") from error
     except UnidentifiedImageError:
-        raise DataError("not a readable JPEG, PNG, WebP, GIF or BMP image") from None
+        raise DataError(f"not a readable {READABLE} image") from None
 
 
 def _check_size(size: tuple[int, int], max_pixels: int | None, knob: str) -> None:
@@ -115,8 +149,6 @@ def _check_size(size: tuple[int, int], max_pixels: int | None, knob: str) -> Non
             f"declares {width} x {height} pixels ({width * height / 1e6:,.1f} megapixels), more than the "
             f"{max_pixels / 1e6:,.1f} megapixels allowed ({knob})"
         )
-    if max(size) > MAX_ASPECT * min(size):
-        raise DataError(f"declares {width} x {height} pixels: one side is more than {MAX_ASPECT} times the other")
 
 
 def _check_scans(data: bytes) -> None:
@@ -158,16 +190,11 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
     return image if move is None else image.transpose(move)
 
 
-def _to_rgb(image: Image.Image) -> Image.Image:
-    from PIL import Image
-
-    if image.mode.startswith("I"):
-        # 16-bit grey: Pillow's own conversion clips it to white instead of scaling.
-        import numpy as np
-
-        grey = np.clip(np.asarray(image).astype(np.int64) >> 8, 0, 255).astype(np.uint8)
-        return Image.fromarray(grey).convert("RGB")
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        return Image.alpha_composite(Image.new("RGBA", layer.size, "white"), layer).convert("RGB")
-    return image.convert("RGB")
+def _cut_middle(image: Image.Image, ratio: int) -> Image.Image:
+    """The middle of a strip, ``ratio`` times as long as wide; any other picture as it is."""
+    width, height = image.size
+    longest = ratio * min(width, height)
+    if max(width, height) <= longest:
+        return image
+    left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
+    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))

@@ -14,7 +14,13 @@ import enum
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Any, Literal, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeVar
+
+from notellm2_ray.core.schema import Note
+from notellm2_ray.core.scripts import cut_characters, is_mostly_unspaced
+
+if TYPE_CHECKING:
+    from notellm2_ray.core.settings.model import ModelSettings
 
 Language = Literal["zh", "en"]
 PromptKind = Literal["basic", "micl", "text"]
@@ -110,23 +116,28 @@ def join_topics(topics: tuple[str, ...], language: Language) -> str:
     return _TOPIC_JOIN[language].join(topics)
 
 
-_CJK = re.compile("[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff]")  # without Hangul: Korean has spaces
 _WORD = re.compile(r"\S+")
 
 
-def is_mostly_cjk(text: str) -> bool:
-    """Whether more than half of the letters and digits are Chinese or Japanese."""
-    letters = sum(character.isalnum() for character in text)
-    return 2 * len(_CJK.findall(text)) > letters
-
-
 def truncate(text: str, limit: int, unit: Literal["auto", "words", "characters"]) -> str:
-    """The first ``limit`` words or characters; ``auto`` counts characters if the text is mostly Chinese or Japanese."""
-    if unit == "characters" or (unit == "auto" and is_mostly_cjk(text)):
-        return text[:limit]
+    """The first ``limit`` words or characters; ``auto`` counts characters in a text without spaces between words."""
+    if unit == "characters" or (unit == "auto" and is_mostly_unspaced(text)):
+        return cut_characters(text, limit)
     if limit == 0:
         return ""
     for count, word in enumerate(_WORD.finditer(text), start=1):
         if count == limit:
             return text[: word.end()]
     return text
+
+
+def shown_texts(note: Note, settings: ModelSettings) -> dict[Slot, str]:
+    """A note's title, topics and content as the prompt shows them, before tokens are counted."""
+    language, unit = settings.prompt_language, settings.truncation_unit
+    topics = tuple(topic for topic in note.topics if topic and len(topic) <= settings.max_topic_length)
+    texts = {
+        Slot.TITLE: truncate(note.title.strip(), settings.max_title_words, unit),
+        Slot.TOPICS: join_topics(topics[: settings.max_topics], language),
+        Slot.CONTENT: truncate(note.content.strip(), settings.max_content_words, unit),
+    }
+    return {slot: quote(text, language) for slot, text in texts.items()}

@@ -14,6 +14,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from notellm2_ray.data.literals import split_topics
+
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 TOPICS = pa.list_(pa.string())
 UNIT_MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1}
@@ -78,10 +80,10 @@ def _decoded(array: pa.Array) -> Column:
         text.validate(full=True)
         return Column(text, {})
     except pa.ArrowInvalid:
-        return _each(array.cast(pa.large_binary()).to_pylist(), lambda value: value.decode("utf-8"), pa.string())
+        return convert_each(array.cast(pa.large_binary()).to_pylist(), lambda value: value.decode("utf-8"), pa.string())
 
 
-def _each(values: Iterable[object], convert: Callable, kind: pa.DataType) -> Column:
+def convert_each(values: Iterable[object], convert: Callable, kind: pa.DataType) -> Column:
     """The slow way, value by value, for columns that hold a wrong value."""
     converted, problems = [], {}
     for row, value in enumerate(values):
@@ -122,7 +124,7 @@ def text_of(value: object) -> str:
 
 def json_text(values: Iterable[object]) -> Column:
     """Strings from JSON values of several types."""
-    return _each(values, text_of, pa.string())
+    return convert_each(values, text_of, pa.string())
 
 
 def json_times(values: Iterable[object]) -> Column:
@@ -136,23 +138,23 @@ def json_times(values: Iterable[object]) -> Column:
             return None if value != value else repr(value)  # NaN is how pandas writes a missing number
         return text_of(value)
 
-    return _each(values, written, pa.string())
+    return convert_each(values, written, pa.string())
 
 
-def topic_lists(values: Iterable[object], separator: str) -> Column:
-    """Topics from lists, or from strings split at ``separator``; blank topics are left out."""
+def topic_lists(values: Iterable[object], separator: str | None) -> Column:
+    """Topics from lists, or from strings as :func:`split_topics` splits them; blank topics are left out."""
 
     def split(value: object) -> list[str]:
         if isinstance(value, list):
             return [topic for topic in (text_of(part) for part in value if part is not None) if topic.strip()]
-        parts = text_of(value).split(separator) if separator else [text_of(value)]
-        return [part.strip() for part in parts if part.strip()]
+        parts = (text_of(part).strip() for part in split_topics(text_of(value), separator) if part is not None)
+        return [part for part in parts if part]
 
-    return _each(values, split, TOPICS)
+    return convert_each(values, split, TOPICS)
 
 
-def to_topics(array: pa.Array | pa.ChunkedArray, separator: str = "|") -> Column:
-    """``list<string>`` from lists, or from strings split at ``separator``; null where there are none."""
+def to_topics(array: pa.Array | pa.ChunkedArray, separator: str | None = None) -> Column:
+    """``list<string>`` from lists, or from strings (:func:`split_topics`); null where there are none."""
     array = flat(array)
     if isinstance(array, pa.ListArray | pa.LargeListArray | pa.FixedSizeListArray):
         return topic_lists(array.to_pylist(), separator)
@@ -215,7 +217,7 @@ def _from_iso(text: pa.Array) -> Column:
             return _from_numbers(text.cast(kind).cast(pa.int64()), 1, kind)
         except pa.ArrowInvalid:
             continue
-    return _each(text.to_pylist(), _parse_iso, TIMESTAMP)
+    return convert_each(text.to_pylist(), _parse_iso, TIMESTAMP)
 
 
 def _parse_iso(value: str) -> datetime:

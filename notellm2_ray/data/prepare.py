@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -21,8 +21,9 @@ from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.progress import Progress
 from notellm2_ray.core.schema import EVENT_SCHEMA, NOTE_SCHEMA, QUARANTINE_SCHEMA
 from notellm2_ray.core.settings.data import PrepareSettings
+from notellm2_ray.data.duplicates import Versions, drop_rows, numbered_tables
 from notellm2_ray.data.rows import FATAL, category
-from notellm2_ray.data.validate import DUPLICATE, check_events, check_notes, hash_ids
+from notellm2_ray.data.validate import check_events, check_notes, hash_ids, without_form
 from notellm2_ray.data.writer import RollingWriter
 
 if TYPE_CHECKING:
@@ -33,13 +34,18 @@ if TYPE_CHECKING:
 _NOTES_PER_TASK = 512  # images read and decoded by one task
 _NOTES_PER_GROUP = 256  # some 50 MB of ordinary photographs
 _QUARANTINE_ROWS_PER_FILE = 1_000_000
+# Of every written note, in the same order: needed if another row with its id comes later.
+_ORIGINS = pa.schema(
+    [*(pa.field(name, pa.string()) for name in ("_source", "_key", "_dropped")), pa.field("has_image", pa.bool_())]
+)
 
 
 def prepare(tables: SourceTables, settings: PrepareSettings, output: Path) -> dict[str, Any]:
     """Write ``notes/``, ``events/`` and ``quarantine/`` below ``output``; Ray must be connected.
 
-    Every raw row ends in exactly one place. Where several usable notes have one id, the first in the source's order is
-    kept. The same input gives the same files. A run starts from nothing: files of a stopped run are removed.
+    Every raw row ends in exactly one place. Where several usable notes have one id, the newest by ``created_at`` is
+    kept, or the last in the source's order where that does not tell. The same input gives the same files. A run starts
+    from nothing: files of a stopped run are removed.
 
     Returns:
         counts: notes, events, users, notes_with_image, quarantined_notes, quarantined_events, dropped_images (notes
@@ -50,11 +56,11 @@ def prepare(tables: SourceTables, settings: PrepareSettings, output: Path) -> di
             of each), or a file cannot be read to its end.
         OSError: ``output`` cannot be written.
     """
-    for name in ("notes", "events", "quarantine"):
+    for name in ("notes", "notes-kept", "origins", "events", "quarantine"):
         shutil.rmtree(output / name, ignore_errors=True)
-    kept, rejected = KeySet(), KeySet()
-    notes = _prepare_notes(tables.notes, settings, output, kept, rejected)
-    events, num_users = _prepare_events(tables.events, settings, output, kept.ascending(), rejected.ascending())
+    ids = NoteIds(KeySet(), KeySet(), KeySet())
+    notes = _prepare_notes(tables.notes, settings, output, ids)
+    events, num_users = _prepare_events(tables.events, settings, output, ids)
     return {
         "notes": notes.kept,
         "events": events.kept,
@@ -96,6 +102,14 @@ class KeySet:
         return len(self._old) + len(self._recent)
 
 
+class NoteIds(NamedTuple):
+    """Hashes of the ids of notes."""
+
+    kept: KeySet
+    rejected: KeySet
+    alike: KeySet  # of the kept ones, without their form (:func:`notellm2_ray.data.validate.without_form`)
+
+
 class Intake:
     """The counts of one table, its quarantine, and its progress in the log."""
 
@@ -113,9 +127,18 @@ class Intake:
             DataError: a reason says that the rest of the file could not be read.
         """
         self.kept += good
+        self._reject(bad)
+        self._progress.add(good + bad.num_rows, f"{self.bad:,} quarantined")
+
+    def take_back(self, bad: pa.Table) -> None:
+        """Put rows with a ``_reason`` into quarantine that were counted as good; ``has_image`` says which had one."""
+        self.kept -= bad.num_rows
+        self.with_image -= pc.sum(bad["has_image"]).as_py() or 0
+        self._reject(bad)
+
+    def _reject(self, bad: pa.Table) -> None:
         self.bad += bad.num_rows
         self._write(bad, bad["_reason"])
-        self._progress.add(good + bad.num_rows, f"{self.bad:,} quarantined")
         found = zip(bad["_reason"].to_pylist(), bad["_source"].to_pylist(), bad["_key"].to_pylist(), strict=True)
         for reason, source, key in found:
             kind = category(reason)
@@ -160,9 +183,7 @@ class Intake:
         return "\n".join(f"  {n:,} x {kind}, as in {self.examples[kind]}" for kind, n in self.reasons.most_common())
 
 
-def _prepare_notes(
-    dataset: ray.data.Dataset, settings: PrepareSettings, output: Path, kept: KeySet, rejected: KeySet
-) -> Intake:
+def _prepare_notes(dataset: ray.data.Dataset, settings: PrepareSettings, output: Path, ids: NoteIds) -> Intake:
     # Many small tasks, so that the images of one large file are decoded on all CPUs. Another num_cpus than the reader's
     # keeps Ray from fusing the two steps into the reader's single task.
     checked = dataset.repartition(target_num_rows_per_block=_NOTES_PER_TASK).map_batches(
@@ -171,27 +192,45 @@ def _prepare_notes(
     rolling = RollingWriter(
         output / "notes", "part", NOTE_SCHEMA, rows_per_file=settings.rows_per_file, row_group=_NOTES_PER_GROUP
     )
-    with rolling as writer, _quarantine(output, "notes") as quarantine:
+    origins = RollingWriter(output / "origins", "part", _ORIGINS, rows_per_file=_QUARANTINE_ROWS_PER_FILE)
+    versions = Versions()
+    with _quarantine(output, "notes") as quarantine:
         intake = Intake("notes", quarantine)
-        for block in _in_order(checked):
-            block = _mark_duplicates(block, kept)
-            good = block.filter(pc.is_null(block["_reason"]))
-            bad = block.filter(pc.is_valid(block["_reason"]))
-            rejected.add(hash_ids(bad["note_id"]))
-            writer.write(good)
-            intake.with_image += good.num_rows - good["image"].null_count
-            intake.add(good.num_rows, bad)
-            intake.record_dropped_images(good.filter(pc.is_valid(good["_dropped"])))
+        with rolling as writer, origins:
+            for block in _in_order(checked):
+                good = block.filter(pc.is_null(block["_reason"]))
+                bad = block.filter(pc.is_valid(block["_reason"]))
+                ids.rejected.add(hash_ids(bad["note_id"]))
+                hashes = hash_ids(good["note_id"])
+                versions.add(hashes, ids.kept.add(hashes), good["created_at"])
+                ids.alike.add(hash_ids(without_form(good["note_id"])))
+                writer.write(good)
+                origins.write(good.append_column("has_image", pc.is_valid(good["image"])))
+                intake.with_image += good.num_rows - good["image"].null_count
+                intake.add(good.num_rows, bad)
+        _settle(rolling, origins.directory, versions.superseded(), intake)
     intake.finish(settings.max_bad_share)
     return intake
 
 
+def _settle(written: RollingWriter, origins: Path, superseded: dict[int, str], intake: Intake) -> None:
+    """Take back the written rows that another row supersedes, and record the dropped images of the others."""
+    if superseded:
+        drop_rows(written, np.fromiter(superseded, np.int64, len(superseded)))
+    for start, rows in numbered_tables(origins):
+        reasons = pa.array([superseded.get(row) for row in range(start, start + rows.num_rows)], pa.string())
+        rows = rows.append_column("_reason", reasons)
+        intake.take_back(rows.filter(pc.is_valid(reasons)))
+        intake.record_dropped_images(rows.filter(pc.and_(pc.is_null(reasons), pc.is_valid(rows["_dropped"]))))
+    shutil.rmtree(origins)
+
+
 def _prepare_events(
-    dataset: ray.data.Dataset, settings: PrepareSettings, output: Path, known: np.ndarray, rejected: np.ndarray
+    dataset: ray.data.Dataset, settings: PrepareSettings, output: Path, ids: NoteIds
 ) -> tuple[Intake, int]:
     import ray
 
-    hashes = ray.put((known, rejected))
+    hashes = ray.put(tuple(keys.ascending() for keys in ids))
     checked = dataset.map_batches(
         lambda table: check_events(table, *ray.get(hashes)), batch_format="pyarrow", batch_size=None
     )
@@ -218,14 +257,3 @@ def _in_order(dataset: ray.data.Dataset) -> Iterator[pa.Table]:
     """A dataset's blocks in the source's order."""
     dataset.context.execution_options.preserve_order = True
     yield from dataset.iter_batches(batch_size=None, batch_format="pyarrow")
-
-
-def _mark_duplicates(block: pa.Table, kept: KeySet) -> pa.Table:
-    """Add the ids of the usable notes to ``kept``; a note whose id was there already gets a reason."""
-    usable = np.flatnonzero(block["_reason"].is_null().to_numpy())
-    again = np.zeros(block.num_rows, dtype=bool)
-    again[usable] = ~kept.add(hash_ids(block["note_id"].take(usable)))
-    if not again.any():
-        return block
-    reason = pc.if_else(pa.array(again), f"{DUPLICATE}: an earlier row is kept", block["_reason"])
-    return block.set_column(block.column_names.index("_reason"), "_reason", reason)

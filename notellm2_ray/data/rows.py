@@ -14,12 +14,11 @@ from notellm2_ray.data.columns import (
     TOPICS,
     Column,
     flat,
-    is_bytes,
-    is_text,
     to_text,
     to_timestamps,
     to_topics,
 )
+from notellm2_ray.data.pictures import PICTURE, to_pictures
 
 FATAL = "unreadable file"  # the one category that stops the job: how many rows are lost is not known
 UNREADABLE_ROW = "unreadable row"
@@ -29,21 +28,21 @@ UNPARSABLE_TIMESTAMP = "unparsable timestamp"
 UNKNOWN_SOURCE = "unknown source"
 
 
-def raw_notes(table: pa.Table, *, unit: str = "s", separator: str = "|") -> pa.Table:
+def raw_notes(table: pa.Table, *, unit: str = "s", separator: str | None = None) -> pa.Table:
     """Notes with our columns, ``_source`` and ``_error``; converting them again changes nothing.
 
     Args:
-        table: any of our note columns, of any type; missing ones become null. ``image`` may be text (a path or URI) or
-            bytes.
+        table: any of our note columns, of any type; missing ones become null. ``image`` becomes a struct
+            (:mod:`notellm2_ray.data.pictures`).
         unit: of numeric times.
-        separator: splits topics that are given as one string.
+        separator: splits topics that are given as one string; see :func:`notellm2_ray.data.literals.split_topics`.
     """
     columns = {
         "note_id": _convert(table, "note_id", pa.string(), to_text),
         "title": _convert(table, "title", pa.string(), to_text),
         "topics": _convert(table, "topics", TOPICS, lambda array: to_topics(array, separator)),
         "content": _convert(table, "content", pa.string(), to_text),
-        "image": _convert(table, "image", pa.string(), _to_image),
+        "image": _convert(table, "image", PICTURE, to_pictures),
         "created_at": _convert(table, "created_at", TIMESTAMP, lambda array: to_timestamps(array, unit)),
     }
     return _with_errors(table, columns)
@@ -75,18 +74,6 @@ def _convert(table: pa.Table, name: str, kind: pa.DataType, convert) -> Column:
     if name not in table.column_names:
         return Column(pa.nulls(table.num_rows, kind), {})
     return convert(table.column(name))
-
-
-def _to_image(array: pa.ChunkedArray) -> Column:
-    array = flat(array)
-    kind = array.type
-    if pa.types.is_null(kind) or is_text(kind):
-        return to_text(array)
-    if is_bytes(kind):
-        return Column(array.cast(pa.binary()), {})
-    problem = f"is of type {kind}: give a path, a file:// URI or the encoded bytes"
-    rows = [row for row, valid in enumerate(array.is_valid().to_pylist()) if valid]
-    return Column(pa.nulls(len(array), pa.string()), dict.fromkeys(rows, problem))
 
 
 def _with_errors(table: pa.Table, columns: Mapping[str, Column]) -> pa.Table:

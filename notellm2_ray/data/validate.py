@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from typing import Any
 from urllib.parse import unquote, urlsplit
 
 import numpy as np
@@ -22,11 +23,14 @@ from notellm2_ray.core.settings.data import PrepareSettings
 from notellm2_ray.data.columns import is_blank, show
 from notellm2_ray.data.rows import raw_events, raw_notes
 
-DUPLICATE = "duplicate note_id"
 UNUSABLE_IMAGE = "unusable image"
 IMAGE_DROPPED = "image dropped, note kept"
 NOTHING_TO_ENCODE = "neither text nor image"
 UNKNOWN_NOTE = "unknown note"
+ALIKE_NOTE = (
+    "note_id differs from a known one only in white space, Unicode form or a final .0: write the ids of both tables in "
+    "the same way"
+)
 QUARANTINED_NOTE = "note is quarantined"
 
 _IMAGES_AT_ONCE = 128  # notes in a checked block: their images are in memory together
@@ -125,13 +129,13 @@ def _check_notes(rows: pa.Table, settings: PrepareSettings) -> pa.Table:
 
 
 def _judge_image(
-    value: str | bytes | None, has_text: bool, settings: PrepareSettings
+    picture: dict[str, Any] | None, has_text: bool, settings: PrepareSettings
 ) -> tuple[bytes | None, str | None, str | None]:
     """The image, the reason to quarantine its note, and the reason why only the image was dropped."""
-    if value is None or (isinstance(value, str) and not value.strip()):
+    if picture is None:
         return None, None if has_text else NOTHING_TO_ENCODE, None
     try:
-        return load_image(value, settings), None, None
+        return load_image(picture["path"] if picture["bytes"] is None else picture["bytes"], settings), None, None
     except DataError as error:
         if settings.bad_image == "quarantine":
             return None, f"{UNUSABLE_IMAGE}: {error}", None
@@ -140,13 +144,21 @@ def _judge_image(
         return None, None, f"{IMAGE_DROPPED}: {error}"
 
 
-def check_events(table: pa.Table, known: np.ndarray, rejected: np.ndarray) -> pa.Table:
+def without_form(ids: pa.Array | pa.ChunkedArray) -> pa.Array | pa.ChunkedArray:
+    """Ids in one Unicode form, without white space, invisible marks and a final ``.0`` (of a float)."""
+    plain = pc.utf8_normalize(pc.fill_null(ids, ""), form="NFKC")
+    return pc.replace_substring_regex(plain, pattern=r"[\s\p{Z}\p{Cf}]+|\.0$", replacement="")
+
+
+def check_events(table: pa.Table, known: np.ndarray, rejected: np.ndarray, alike: np.ndarray | None = None) -> pa.Table:
     """Events as :data:`CHECKED_EVENTS`.
 
     Args:
         table: raw rows.
         known: ``(N,)`` uint64, ascending: :func:`hash_ids` of the notes that were kept.
         rejected: ``(M,)`` uint64, ascending: the same of the notes that were quarantined.
+        alike: ``(N,)`` uint64, ascending: the same of the kept notes' ids :func:`without_form`, to name the ids that
+            differ from theirs in nothing else.
     """
     rows = raw_events(table).combine_chunks()
     note = hash_ids(rows["note_id"])
@@ -158,6 +170,7 @@ def check_events(table: pa.Table, known: np.ndarray, rejected: np.ndarray) -> pa
         ("missing timestamp", rows["timestamp"].is_null().to_numpy()),
         ("missing action", is_blank(rows["action"].combine_chunks())),
         (QUARANTINED_NOTE, ~is_known & _is_in(note, rejected)),
+        (ALIKE_NOTE, _is_alike(rows["note_id"], is_known, alike)),
         (UNKNOWN_NOTE, ~is_known),
     ]
     for name, wrong in checks:
@@ -173,6 +186,14 @@ def check_events(table: pa.Table, known: np.ndarray, rejected: np.ndarray) -> pa
         "_reason": reason,
     }
     return pa.table(columns, schema=CHECKED_EVENTS)
+
+
+def _is_alike(ids: pa.Array, is_known: np.ndarray, alike: np.ndarray | None) -> np.ndarray:
+    found = np.zeros(len(ids), dtype=bool)
+    unknown = np.flatnonzero(~is_known)
+    if alike is not None and len(unknown):
+        found[unknown] = _is_in(hash_ids(without_form(ids.take(unknown))), alike)
+    return found
 
 
 def _is_in(hashes: np.ndarray, ascending: np.ndarray) -> np.ndarray:

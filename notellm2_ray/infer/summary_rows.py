@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import pyarrow as pa
 
 from notellm2_ray.core.errors import DataError
-from notellm2_ray.core.images import check_image, decode_image
+from notellm2_ray.core.images import check_image, scaled_image
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.settings import SummarySettings
 from notellm2_ray.infer.chunks import Chunk, read_chunk
@@ -46,29 +45,7 @@ class EncodedImage:
         self.data, self.max_pixels = data, max_pixels
 
     def __reduce__(self) -> tuple[Callable[[bytes, int], Image.Image], tuple[bytes, int]]:
-        return open_image, (self.data, self.max_pixels)
-
-
-def open_image(data: bytes, max_pixels: int) -> Image.Image:
-    """The picture, upright, RGB, of at most ``max_pixels``.
-
-    Raises:
-        DataError: it cannot be decoded.
-    """
-    import io
-
-    from PIL import Image
-
-    with Image.open(io.BytesIO(data)) as header:
-        width, height = header.size
-    scale = math.sqrt(max_pixels / (width * height))
-    if scale >= 1:
-        return decode_image(data)
-    image = decode_image(data, max(1, int(min(width, height) * scale)))
-    width, height = image.size  # upright, and already smaller if the decoder could scale
-    scale = min(1.0, math.sqrt(max_pixels / (width * height)))
-    size = max(1, int(width * scale)), max(1, int(height * scale))
-    return image.resize(size, Image.Resampling.BICUBIC)
+        return scaled_image, (self.data, self.max_pixels)
 
 
 class ImageReader:

@@ -20,13 +20,19 @@ log = logging.getLogger("notellm2_ray")
 
 
 def prepare(settings: Settings) -> dict[str, Any]:
-    """Read and check the notes and events of the source."""
+    """Read and check the notes and events of the source; print a summary that a person can check."""
     from notellm2_ray.data.prepare import prepare as work
     from notellm2_ray.data.sources import open_source
+    from notellm2_ray.data.summary import describe, read_texts
 
     def run(output: Path) -> dict[str, Any]:
         connect(settings.ray)
-        return work(open_source(settings.source, settings.seed), settings.prepare, output)
+        counts = work(open_source(settings.source, settings.seed), settings.prepare, output)
+        reading = read_texts(output / "notes", settings.model)
+        summary = describe(output, counts, reading, settings.model)
+        (output / "summary.txt").write_text(summary + "\n", encoding="utf-8")
+        print(summary, flush=True)
+        return counts | {"topics_too_long": reading.long_topics}
 
     return run_stage(outputs.prepared(settings), run)
 

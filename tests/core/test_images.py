@@ -44,8 +44,8 @@ def test_accepts_the_formats_that_notes_have(format_):
 
 
 def test_refuses_other_formats():
-    with pytest.raises(DataError, match="not a readable JPEG, PNG, WebP, GIF or BMP"):
-        check_image(encoded(picture(), "TIFF"))
+    with pytest.raises(DataError, match="not a readable JPEG, PNG, WebP, GIF, BMP, AVIF or TIFF"):
+        check_image(encoded(picture(), "PPM"))
     with pytest.raises(DataError, match="not a readable"):
         check_image(b"<html>404 Not Found</html>")
     with pytest.raises(DataError, match="empty, 0 bytes"):
@@ -91,11 +91,6 @@ def test_an_image_that_a_raised_bound_allows_can_be_decoded():
         decode_image(png_declaring(60_000, 60_000))
 
 
-def test_a_strip_that_resizing_would_enlarge_too_much_is_refused():
-    with pytest.raises(DataError, match="401 x 4 pixels: one side is more than 100 times the other"):
-        check_image(encoded(picture(401, 4), "PNG"))
-
-
 def test_draft_keeps_the_short_side_and_the_picture():
     large = picture(40, 30).resize((800, 600), Image.Resampling.BICUBIC)
     data = encoded(large, "JPEG", quality=95)
@@ -115,16 +110,6 @@ def test_orientation_is_applied():
     assert turned.width < turned.height
     assert turned.getpixel((turned.width // 2, 1))[0] > 200
     assert turned.getpixel((turned.width // 2, turned.height - 2))[0] < 50
-
-
-def test_transparency_becomes_white():
-    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
-    assert decode_image(encoded(image, "PNG")).getpixel((3, 3)) == (255, 255, 255)
-
-
-def test_16_bit_grey_is_scaled_not_clipped():
-    grey = Image.fromarray(np.full((8, 8), 32_768, dtype=np.uint16))
-    assert decode_image(encoded(grey, "PNG")).getpixel((3, 3)) == (128, 128, 128)
 
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from notellm2_ray.core.prompts import Slot, is_mostly_cjk, note_prompt, quote, truncate
+from notellm2_ray.core.prompts import Slot, note_prompt, quote, truncate
 
 LANGUAGES = ("zh", "en")
 
@@ -76,6 +76,11 @@ def test_line_breaks_become_the_stop_of_the_language():
         ("my iPhone 很好", 2, "auto", "my iPhone"),
         ("かわいい猫が眠る", 4, "auto", "かわいい"),
         ("빨간 고양이가 잔다", 2, "auto", "빨간 고양이가"),
+        ("แมวสีแดงนอนหลับ", 3, "auto", "แมว"),
+        ("แมวสีแดงนอนหลับ", 4, "auto", "แมว"),  # not without the vowel above the next letter
+        ("ແມວສີແດງ", 3, "auto", "ແມວ"),
+        ("ឆ្មាពណ៌ក្រហម", 4, "auto", "ឆ្មា"),
+        ("ကြောင်နီ", 4, "auto", "ကြော"),
         ("红色的猫 睡觉", 1, "words", "红色的猫"),
         ("one two", 4, "characters", "one "),
         ("", 4, "auto", ""),
@@ -83,8 +88,3 @@ def test_line_breaks_become_the_stop_of_the_language():
 )
 def test_truncation_by_words_or_characters(text, limit, unit, expected):
     assert truncate(text, limit, unit) == expected
-
-
-def test_letters_decide_the_script_and_punctuation_does_not():
-    assert is_mostly_cjk("猫!!!!!!!!!")
-    assert not is_mostly_cjk("!!!")

@@ -22,10 +22,11 @@ from notellm2_ray.core import progress
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.schema import EVENT_SCHEMA, NOTE_SCHEMA, QUARANTINE_SCHEMA
 from notellm2_ray.core.settings.data import PrepareSettings
+from notellm2_ray.data.duplicates import EARLIER
 from notellm2_ray.data.prepare import KeySet, prepare
 from notellm2_ray.data.sources import SourceTables, open_source
 from notellm2_ray.data.sources.tabular import TabularSettings
-from notellm2_ray.data.validate import check_events, check_notes, hash_ids
+from notellm2_ray.data.validate import ALIKE_NOTE, check_events, check_notes, hash_ids, without_form
 from notellm2_ray.data.writer import RollingWriter
 
 
@@ -79,7 +80,7 @@ def test_neither_text_nor_image():
     ("image", "message"),
     [
         (png(size=(64, 64))[:-30], "unusable image: "),
-        (b"<html>404</html>", "unusable image: not a readable JPEG, PNG, WebP, GIF or BMP image"),
+        (b"<html>404</html>", "unusable image: not a readable JPEG, PNG, WebP, GIF, BMP, AVIF or TIFF image"),
         (b"", "unusable image: empty, 0 bytes"),
         ("https://host/a.jpg", "unusable image: 'https://host/a.jpg': an http(s) address is not fetched: download"),
         ("s3://bucket/a.jpg", "unusable image: 's3://bucket/a.jpg': s3: addresses are not read"),
@@ -117,8 +118,9 @@ def event(**more) -> dict:
 
 
 def reason_of_event(row: dict) -> dict:
-    known, rejected = (np.sort(hash_ids(pa.array(ids))) for ids in (["1", "2"], ["9"]))
-    return check_events(pa.Table.from_pylist([row]), known, rejected).to_pylist()[0]
+    kept = pa.array(["1", "2", "caf\xe9 "])
+    hashes = (np.sort(hash_ids(ids)) for ids in (kept, pa.array(["9"]), without_form(kept)))
+    return check_events(pa.Table.from_pylist([row]), *hashes).to_pylist()[0]
 
 
 @pytest.mark.parametrize(
@@ -131,6 +133,11 @@ def reason_of_event(row: dict) -> dict:
         ({"timestamp": 1_700_000_000_000}, "unparsable timestamp: timestamp 1700000000000 is outside the years"),
         ({"action": None}, "missing action"),
         ({"note_id": "3"}, "unknown note"),
+        ({"note_id": " 1"}, ALIKE_NOTE),
+        ({"note_id": "1\u200b"}, ALIKE_NOTE),
+        ({"note_id": "\uff12"}, ALIKE_NOTE),  # a full-width 2
+        ({"note_id": "cafe\u0301"}, ALIKE_NOTE),  # the known one has é as one character
+        ({"note_id": "1.0"}, ALIKE_NOTE),
         ({"note_id": "9"}, "note is quarantined"),
         ({"user_id": 1.5}, "wrong value: user_id is the number 1.5"),
     ],
@@ -220,14 +227,14 @@ def test_every_row_ends_in_exactly_one_place(messy, tmp_path):
     tables = Counter(bad["table"].to_pylist())
     assert notes.num_rows + tables["notes"] == len(NOTES)
     assert events.num_rows + tables["events"] == len(EVENTS)
-    # The first row of id 3 was unusable, so its second row is the note; of id 1 it is the first.
-    assert notes["note_id"].to_pylist() == ["1", "2", "3"]
-    assert notes["title"].to_pylist() == ["<|im_end|> tea", "cup", "now with a usable image"]
-    assert notes["image"].to_pylist() == [png(), None, png()]
+    # The first row of id 3 was unusable, so its second row is the note; of id 1 it is the last.
+    assert notes["note_id"].to_pylist() == ["2", "1", "3"]
+    assert notes["title"].to_pylist() == ["cup", "again", "now with a usable image"]
+    assert notes["image"].to_pylist() == [None, None, png()]
     assert events["action"].to_pylist() == ["click", "click"]
     by_row = {row["source"].rpartition("/")[2]: row for row in bad.to_pylist()}
-    assert by_row["notes.jsonl:4"]["reason"] == "duplicate note_id: an earlier row is kept"
-    assert by_row["notes.jsonl:4"]["key"] == "1"
+    assert by_row["notes.jsonl:1"]["reason"] == EARLIER
+    assert by_row["notes.jsonl:1"]["key"] == "1"
     assert by_row["notes.jsonl:3"]["reason"].startswith("unusable image")
     assert by_row["events.jsonl:3"]["reason"] == "note is quarantined"
     assert by_row["events.jsonl:4"]["key"] == "2 / 77"
@@ -235,7 +242,7 @@ def test_every_row_ends_in_exactly_one_place(messy, tmp_path):
         "notes": 3,
         "events": 2,
         "users": 2,
-        "notes_with_image": 2,
+        "notes_with_image": 1,
         "quarantined_notes": 4,
         "quarantined_events": 3,
         "dropped_images": 0,
@@ -267,7 +274,7 @@ def test_too_many_bad_rows_stop_the_job_and_are_kept(messy, tmp_path):
     message = str(caught.value)
     assert "notes: 4 of 7 rows (57.1%) are unusable, more than the 50.0% that prepare.max_bad_share allows" in message
     assert "1 x duplicate note_id, as in" in message
-    assert "notes.jsonl:4 (key '1'): an earlier row is kept" in message
+    assert "notes.jsonl:1 (key '1'): the last row is kept" in message
     assert str(output / "quarantine") in message
     assert pq.read_table(output / "quarantine").num_rows == 4
 
@@ -311,7 +318,7 @@ def test_the_same_files_from_other_blocks_and_progress_in_the_log(ray_cluster, t
         assert (counts["notes"], counts["quarantined_notes"]) == (1500, 100)
         files = sorted((output / "notes").iterdir())
         assert [pq.read_metadata(file).num_rows for file in files] == [700, 700, 100]
-        assert pq.read_table(output / "notes")["title"].to_pylist() == [f"t{n}" for n in range(1500)]
+        assert pq.read_table(output / "notes")["title"].to_pylist() == [f"t{n}" for n in range(100, 1600)]
         digests.append([hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(output.rglob("*.parquet"))])
     assert digests[0] == digests[1]
     assert "raw notes so far" in caplog.text
@@ -319,7 +326,7 @@ def test_the_same_files_from_other_blocks_and_progress_in_the_log(ray_cluster, t
     assert not ray.data.DataContext.get_current().execution_options.preserve_order  # other jobs keep theirs
 
 
-def test_the_first_of_two_notes_is_kept_even_when_its_block_is_the_last_to_be_done(ray_cluster, tmp_path):
+def test_the_last_of_two_notes_is_kept_even_when_its_block_is_the_first_to_be_done(ray_cluster, tmp_path):
     import ray.data
 
     def slowly(table: pa.Table) -> pa.Table:
@@ -330,4 +337,4 @@ def test_the_first_of_two_notes_is_kept_even_when_its_block_is_the_last_to_be_do
     notes = ray.data.from_arrow(blocks).map_batches(slowly, batch_format="pyarrow", batch_size=None)
     events = ray.data.from_arrow(pa.Table.from_pylist([event()]))
     prepare(SourceTables(notes, events), PrepareSettings(max_bad_share=0.5), tmp_path)
-    assert set(pq.read_table(tmp_path / "notes")["title"].to_pylist()) == {"block 0"}
+    assert set(pq.read_table(tmp_path / "notes")["title"].to_pylist()) == {"block 1"}

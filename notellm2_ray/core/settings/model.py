@@ -107,17 +107,17 @@ class ModelSettings(Frozen):
     alpha: float = Field(9.0, ge=0, description="weight of the multimodal loss relative to the visual one (Eq. 9)")
     prompt_language: Literal["zh", "en"] = Field("zh", description="language of the prompt")
     max_title_words: int = Field(
-        20, ge=0, description="words of the title that are kept (characters in Chinese and Japanese)"
+        20, ge=0, description="words of the title that are kept (characters in scripts without spaces)"
     )
     max_content_words: int = Field(
-        80, ge=0, description="words of the content that are kept (characters in Chinese and Japanese)"
+        80, ge=0, description="words of the content that are kept (characters in scripts without spaces)"
     )
     max_topics: int = Field(10, ge=0, description="topics that are kept")
     max_topic_length: int = Field(16, ge=1, description="characters of a topic; longer topics are left out")
     truncation_unit: Literal["auto", "words", "characters"] = Field(
         "auto",
-        description="unit in which title and content are cut; auto: characters if the text is mostly Chinese or "
-        "Japanese (which have no spaces), else words",
+        description="unit in which title and content are cut; auto: characters if the text is mostly of a script "
+        "without spaces between words (Chinese, Japanese, Thai, Lao, Khmer, Burmese), else words",
     )
     max_body_tokens: int = Field(
         140,

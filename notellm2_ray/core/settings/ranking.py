@@ -151,7 +151,7 @@ class PreferenceSettings(Frozen):
         description="most tokens of a preference; a longer one is cut there (published code: 1,024)",
     )
     max_title_words: int = Field(
-        30, ge=1, description="words of a title that are kept (characters in Chinese and Japanese)"
+        30, ge=1, description="words of a title that are kept (characters in scripts without spaces)"
     )
     max_summary_words: int = Field(80, ge=1, description="words of an image summary that are kept")
     temperature: float = Field(

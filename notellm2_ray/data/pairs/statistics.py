@@ -1,19 +1,19 @@
 """The dataset statistics of the paper's Table 1.
 
-Words are separated by white space. In a text that is mostly Chinese or Japanese, which are written without spaces,
+Words are separated by white space. In a text of a script that is written without spaces (Chinese, Thai and others)
 every character counts as a word. In averages over notes, a note without a title counts as zero words; "words per topic"
 is an average over the topics of all notes.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import pyarrow as pa
 
-_CHINESE_OR_JAPANESE = re.compile(r"[\u3040-\u30ff\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff]")
+from notellm2_ray.core.scripts import is_mostly_unspaced
+
 _ROWS = (
     ("# notes", "num_notes"),
     ("# note pairs", "num_pairs"),
@@ -25,12 +25,9 @@ _ROWS = (
 
 
 def count_words(text: str) -> int:
-    """The number of words of ``text``, or of characters where it is mostly Chinese or Japanese."""
+    """The number of words of ``text``, or of characters in a script without spaces between words."""
     words = text.split()
-    if text.isascii():
-        return len(words)
-    characters = sum(map(len, words))
-    return characters if 2 * len(_CHINESE_OR_JAPANESE.findall(text)) > characters else len(words)
+    return sum(map(len, words)) if is_mostly_unspaced(text) else len(words)
 
 
 class NoteStatistics:

@@ -12,6 +12,7 @@ import pyarrow as pa
 from pyarrow import fs
 
 from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.image_formats import ENDINGS
 from notellm2_ray.core.settings.sources import Version
 from notellm2_ray.data.rows import FATAL, failed_row
 
@@ -120,9 +121,8 @@ def image_names(folder: Path, setting: str) -> dict[str, str]:
     Raises:
         DataError: there is no such folder.
     """
-    endings = (".jpg", ".jpeg", ".png", ".webp", ".gif", ".bmp")
     try:
-        entries = sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(endings))
+        entries = sorted(entry.name for entry in os.scandir(folder) if entry.name.lower().endswith(ENDINGS))
     except OSError as error:
         raise DataError(f"{folder}: not a readable folder of images ({error.strerror}); set {setting}") from error
     return {os.path.splitext(name)[0]: os.path.join(os.path.abspath(folder), name) for name in entries}

@@ -9,16 +9,18 @@ from pathlib import Path
 from typing import Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pydantic import Field
 
 from notellm2_ray.core.config import Frozen
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.settings.sources import Source, SourceSettings, Version
-from notellm2_ray.data.columns import flat, is_text, json_times, topic_lists
+from notellm2_ray.data.columns import json_times, topic_lists
+from notellm2_ray.data.pictures import PICTURE, json_pictures
 from notellm2_ray.data.rows import raw_events, raw_notes
 from notellm2_ray.data.sources import SourceTables
 from notellm2_ray.data.sources.files import TableFile, dataset, list_files, table_version
-from notellm2_ray.data.sources.formats import column_names, read_batches
+from notellm2_ray.data.sources.formats import Converters, column_names, read_batches
 
 NOTE_BATCH = 512  # small, because a Parquet file may hold the images themselves
 EVENT_BATCH = 50_000
@@ -54,7 +56,11 @@ class TabularSettings(SourceSettings):
     image_root: Path | None = Field(
         None, description="folder that relative image paths start from; null: the folder of the notes file"
     )
-    topic_separator: str = Field("|", description="splits topics that are given as one string")
+    topic_separator: str | None = Field(
+        None,
+        description="splits topics that are given as one string; null: the first of | ; , and their like that the "
+        "string holds; a list written as JSON or Python is always read as a list",
+    )
     time_unit: Literal["s", "ms", "us"] = Field("s", description="unit of numeric timestamps (since 1970, UTC)")
     default_action: str = Field("click", description="action of events in a table without an action column")
 
@@ -104,7 +110,8 @@ def _read_notes(settings: TabularSettings, file: TableFile) -> Iterator[pa.Table
     names = settings.columns
     topics = partial(topic_lists, separator=settings.topic_separator)
     wanted = [getattr(names, name) for name in _NOTE_COLUMNS]
-    for raw in read_batches(file, wanted, NOTE_BATCH, {names.topics: topics, names.created_at: json_times}):
+    converters: Converters = {names.topics: topics, names.created_at: json_times, names.image: json_pictures}
+    for raw in read_batches(file, wanted, NOTE_BATCH, converters):
         rows = raw_notes(
             _renamed(raw, names, _NOTE_COLUMNS), unit=settings.time_unit, separator=settings.topic_separator
         )
@@ -129,20 +136,17 @@ def _renamed(raw: pa.Table, names: ColumnMap, ours: Sequence[str]) -> pa.Table:
     return pa.table({**columns, "_source": raw["_source"], "_error": raw["_error"]})
 
 
-def _absolute(images: pa.ChunkedArray, root: Path) -> pa.Array:
-    """Relative paths made absolute from ``root``; URIs, bytes and blanks stay as they are."""
-    images = flat(images)
-    if not is_text(images.type):
-        return images
+def _absolute(pictures: pa.ChunkedArray, root: Path) -> pa.Array:
+    """Pictures with relative paths made absolute from ``root``; URIs and blanks stay as they are."""
+    pictures = pictures.combine_chunks()
     base = os.path.abspath(root)
-    return pa.array(
-        [
-            value if not value or not value.strip() or "://" in value or value.startswith(("file:", "data:"))
-            else os.path.join(base, value)
-            for value in images.to_pylist()
-        ],
-        pa.string(),
-    )  # fmt: skip
+    paths = [
+        value if not value or not value.strip() or "://" in value or value.startswith(("file:", "data:"))
+        else os.path.join(base, value)
+        for value in pc.struct_field(pictures, "path").to_pylist()
+    ]  # fmt: skip
+    fields = [pc.struct_field(pictures, "bytes"), pa.array(paths, pa.string())]
+    return pa.StructArray.from_arrays(fields, fields=list(PICTURE), mask=pictures.is_null())
 
 
 def tabular_versions(settings: TabularSettings) -> dict[str, Version]:

@@ -10,7 +10,7 @@ import torch
 from transformers import PreTrainedTokenizerBase
 
 from notellm2_ray.core.errors import DataError, ModelError
-from notellm2_ray.core.prompts import PromptKind, Slot, join_topics, note_prompt, quote, truncate
+from notellm2_ray.core.prompts import PromptKind, Slot, join_topics, note_prompt, shown_texts
 from notellm2_ray.core.schema import Note
 from notellm2_ray.core.settings.model import ModelSettings
 from notellm2_ray.models.embedder.kinds import Inputs
@@ -20,6 +20,7 @@ from notellm2_ray.models.user_text import UserTextEncoder, leading_ids
 from notellm2_ray.models.vision.pixels import ImageSettings
 
 _MIN_TEXT_TOKENS = 8
+_KEPT_SHARE = 4  # a quarter of the text's tokens is kept for each later part of the prompt
 
 
 class NoteFeatures(NamedTuple):
@@ -172,22 +173,21 @@ class NotePreprocessor:
         return ids, start, end
 
     def _slot_texts(self, note: Note) -> dict[Slot, list[int]]:
-        settings, language = self.settings, self.settings.prompt_language
-        topics = tuple(topic for topic in note.topics if topic and len(topic) <= settings.max_topic_length)
-        texts = {
-            Slot.TITLE: truncate(note.title.strip(), settings.max_title_words, settings.truncation_unit),
-            Slot.TOPICS: join_topics(topics[: settings.max_topics], language),
-            Slot.CONTENT: truncate(note.content.strip(), settings.max_content_words, settings.truncation_unit),
-        }
-        encoded = self.encode_texts([quote(text, language) for text in texts.values()])
-        return dict(zip(texts, encoded, strict=True))
+        texts = shown_texts(note, self.settings)
+        return dict(zip(texts, self.encode_texts(list(texts.values())), strict=True))
 
     @staticmethod
     def _fit(texts: dict[Slot, list[int]], budget: int) -> dict[Slot, list[int]]:
-        """Texts cut to ``budget`` tokens in all. The title gets its tokens first, then the topics, then the content."""
+        """Texts cut to ``budget`` tokens in all, without one part starving another.
+
+        The title gets its tokens first, then the topics, then the content; but a quarter of the budget is kept for each
+        part that comes later, as far as that part needs it.
+        """
+        kept = {slot: min(len(ids), budget // _KEPT_SHARE) for slot, ids in texts.items()}
         fitted: dict[Slot, list[int]] = {}
         for slot, ids in texts.items():
-            fitted[slot] = ids[:budget]
+            del kept[slot]
+            fitted[slot] = ids[: budget - sum(kept.values())]
             budget -= len(fitted[slot])
         return fitted
 

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from notellm2_ray.core.errors import DataError, ModelError
-from notellm2_ray.core.images import decode_image
+from notellm2_ray.core.images import scaled_image
 from notellm2_ray.core.recommend_prompts import ranker_prompt
 from notellm2_ray.core.settings.ranking import PromptLanguage, RankerSettings
 from notellm2_ray.models.chat import ChatTokenizer, expand_images
@@ -106,22 +106,6 @@ class RankerPrompter:
 
     def _title(self, title: str) -> str:
         return self.chat.truncate(title.strip(), self.settings.max_title_tokens)
-
-
-def scaled_image(data: bytes, max_pixels: int) -> Image:
-    """An image, scaled down in its proportions to an area of at most ``max_pixels``.
-
-    Raises:
-        DataError: the image cannot be decoded.
-    """
-    from PIL.Image import Resampling
-
-    image = decode_image(data, min_side=int(max_pixels**0.5))
-    area = image.width * image.height
-    if area <= max_pixels:
-        return image
-    scale = (max_pixels / area) ** 0.5
-    return image.resize((max(1, int(image.width * scale)), max(1, int(image.height * scale))), Resampling.BICUBIC)
 
 
 class RankerPreprocessor:

@@ -5,12 +5,14 @@ from __future__ import annotations
 import asyncio
 import base64
 import binascii
+import io
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 from notellm2_ray.core import schema
 from notellm2_ray.core.errors import DataError
-from notellm2_ray.core.images import check_image
+from notellm2_ray.core.image_formats import content_type
+from notellm2_ray.core.images import check_image, decode_image
 from notellm2_ray.core.settings.serve import LimitSettings
 from notellm2_ray.serve.errors import InvalidError, OverloadedError, TookTooLongError, TooLargeError
 from notellm2_ray.serve.http import schemas
@@ -171,6 +173,13 @@ class Images:
         """
         await asyncio.get_running_loop().run_in_executor(self.threads, self._check, image)
 
+    async def for_browser(self, image: bytes) -> tuple[bytes, str]:
+        """A stored image and its content type; one of a format that browsers do not show becomes a JPEG."""
+        kind = content_type(image)
+        if kind not in ("image/tiff", "image/heic"):
+            return image, kind
+        return await asyncio.get_running_loop().run_in_executor(self.threads, _as_jpeg, image), "image/jpeg"
+
     def _check(self, image: bytes) -> None:
         try:
             check_image(
@@ -181,3 +190,9 @@ class Images:
             )
         except DataError as error:
             raise DataError(f"image: {error}") from None
+
+
+def _as_jpeg(image: bytes) -> bytes:
+    file = io.BytesIO()
+    decode_image(image).save(file, "JPEG", quality=90)
+    return file.getvalue()

@@ -22,7 +22,6 @@ if TYPE_CHECKING:
     from notellm2_ray.serve.deployments.gateway import Gateway
 
 WRITE_SECONDS = 30.0
-_MAGIC = {b"\xff\xd8\xff": "image/jpeg", b"\x89PNG": "image/png", b"GIF8": "image/gif", b"BM": "image/bmp"}
 
 
 def build(gateway: Gateway) -> Any:
@@ -69,7 +68,10 @@ def build(gateway: Gateway) -> Any:
 
     @routes.get("/v1/notes/{note_id:path}/image", responses={200: {"content": {"image/*": {}}}, 404: _NOT_FOUND})
     async def image(note_id: str, request: Request) -> Any:
-        """A note's image as stored. (For the card of a note whose id ends in /image, escape that slash as %2F.)"""
+        """A note's image as stored, or as JPEG where browsers do not show it (TIFF, HEIC).
+
+        (For the card of a note whose id ends in /image, escape that slash as %2F.)
+        """
         check_ids([note_id], gateway.limits, "note_id")
         whole = f"{note_id}/image"
         if request.scope.get("raw_path", b"").lower().endswith(b"%2fimage"):
@@ -85,7 +87,8 @@ def build(gateway: Gateway) -> Any:
             raise NotFoundError(f"note {note_id!r} has no image", "note_id")
         # The image is from an unknown source: browsers must not treat it as anything but an image.
         headers = {"x-content-type-options": "nosniff", "content-security-policy": "default-src 'none'; sandbox"}
-        return Response(data, media_type=image_type(data), headers=headers)
+        data, kind = await gateway.images.for_browser(data)
+        return Response(data, media_type=kind, headers=headers)
 
     @routes.get("/v1/notes/{note_id:path}", response_model=schemas.NoteCard, responses={404: _NOT_FOUND})
     async def get(note_id: str) -> Any:
@@ -176,13 +179,6 @@ async def embed(gateway: Gateway, body: schemas.EmbeddingsRequest) -> dict[str, 
 
 def _shown(vector: np.ndarray, encoding: str) -> list[float] | str:
     return base64.b64encode(vector.astype("<f4").tobytes()).decode() if encoding == "base64" else vector.tolist()
-
-
-def image_type(data: bytes) -> str:
-    """The content type of an image in one of the supported formats."""
-    if data[:4] == b"RIFF" and data[8:12] == b"WEBP":
-        return "image/webp"
-    return next((kind for magic, kind in _MAGIC.items() if data.startswith(magic)), "application/octet-stream")
 
 
 def search_titles(table: Any, text: str, limit: int) -> list[str]:

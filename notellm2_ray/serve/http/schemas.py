@@ -32,7 +32,7 @@ class Note(Body):
     title: str = ""
     topics: list[str] = []
     content: str = ""
-    image: str | None = Field(None, description="the encoded image (JPEG, PNG, WebP, GIF, BMP) in base64")
+    image: str | None = Field(None, description="the encoded image (JPEG, PNG, WebP, GIF, BMP, AVIF, TIFF) in base64")
     image_url: str | None = Field(None, max_length=2048, description="or its URL, on one of the listed hosts")
     created_at: Time | None = Field(None, description="ISO 8601 with a time zone", strict=False)
 

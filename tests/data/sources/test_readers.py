@@ -83,7 +83,7 @@ def test_all_formats_read_the_same_through_a_column_map(tmp_path, format_):
     first, second = read_notes(tmp_path / f"notes.{format_}", columns=columns)
     assert (first["note_id"], first["title"], first["topics"]) == ("7", "Tea", ["a", "b"])
     assert first["created_at"] == datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC)
-    assert first["image"] == str(tmp_path / "x.png")  # relative to the table's folder
+    assert first["image"] == {"bytes": None, "path": str(tmp_path / "x.png")}  # relative to the table's folder
     assert not second["topics"]
     assert second["created_at"] is None
     assert not second["image"]
@@ -96,10 +96,10 @@ def test_images_from_a_root_by_uri_and_as_bytes(tmp_path):
         {"note_id": "3", "image": "/d.jpg"},
     ]
     write(tmp_path / "notes.csv", rows, "csv")
-    images = [row["image"] for row in read_notes(tmp_path / "notes.csv", image_root=tmp_path / "root")]
+    images = [row["image"]["path"] for row in read_notes(tmp_path / "notes.csv", image_root=tmp_path / "root")]
     assert images == [str(tmp_path / "root/a/b.jpg"), "file:///c.jpg", "/d.jpg"]
     write(tmp_path / "notes.parquet", [{"note_id": "1", "image": b"\xff\xd8"}], "parquet")
-    assert read_notes(tmp_path / "notes.parquet")[0]["image"] == b"\xff\xd8"
+    assert read_notes(tmp_path / "notes.parquet")[0]["image"] == {"bytes": b"\xff\xd8", "path": None}
 
 
 def test_a_relative_image_root_starts_where_the_command_was_given(tmp_path, ray_cluster, monkeypatch):
@@ -109,7 +109,7 @@ def test_a_relative_image_root_starts_where_the_command_was_given(tmp_path, ray_
     notes, _ = tabular_tables(
         TabularSettings(kind="tabular", notes="notes.csv", events="events.csv", image_root="pictures")
     )
-    assert notes.take_all()[0]["image"] == str(tmp_path / "pictures/a.jpg")
+    assert notes.take_all()[0]["image"]["path"] == str(tmp_path / "pictures/a.jpg")
 
 
 def test_topics_as_string_or_list_in_one_file(tmp_path):

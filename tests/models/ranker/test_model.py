@@ -13,9 +13,10 @@ import torch
 from PIL import Image
 
 from notellm2_ray.core.errors import DataError, ModelError
+from notellm2_ray.core.images import scaled_image
 from notellm2_ray.core.settings import RankerSettings, TuneSettings
 from notellm2_ray.models.chat import ChatTokenizer, load_processor
-from notellm2_ray.models.ranker.inputs import IGNORED, Question, RankerPreprocessor, RankerPrompter, scaled_image
+from notellm2_ray.models.ranker.inputs import IGNORED, Question, RankerPreprocessor, RankerPrompter
 from notellm2_ray.models.ranker.model import (
     RankerModel,
     answer_loss,

@@ -11,6 +11,7 @@ from notellm2_ray.core.settings.serve import LimitSettings, ServeSettings
 from notellm2_ray.live.rows import StoredCard, StoredNote
 from notellm2_ray.serve.figures import Figures
 from notellm2_ray.serve.http.api import build_api
+from notellm2_ray.serve.http.checks import Images
 
 PICTURE = b"\x89PNG of "
 
@@ -21,6 +22,7 @@ class Gateway:
     def __init__(self, *note_ids):
         self.held, self.figures, self.keys = set(note_ids), Figures("test"), None
         self.settings, self.limits = ServeSettings(), LimitSettings()
+        self.images = Images(self.limits)
 
     async def cards(self, note_ids):
         return {one: StoredCard(one, "", (), "", True, None) for one in note_ids if one in self.held}
