@@ -123,7 +123,7 @@ def _decode(data: bytes, min_side: int | None, max_pixels: int | None = None, kn
     # Decoders raise all kinds of exceptions for a broken file (OSError, SyntaxError, struct.error, zlib.error...). In
     # any case the image is unusable, and the message says why.
     except Exception as error:
-        raise DataError(f"cannot be decoded: {str(error) or type(error).__name__}") from error
+        raise DataError(f"cannot be decoded: {str(error).strip() or type(error).__name__}") from error
 
 
 def _open(data: bytes) -> Image.Image:

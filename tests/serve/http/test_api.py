@@ -5,13 +5,16 @@ from __future__ import annotations
 import asyncio
 
 import httpx
+import numpy as np
 import pytest
 
+from notellm2_ray.core.images import decode_image
 from notellm2_ray.core.settings.serve import LimitSettings, ServeSettings
 from notellm2_ray.live.rows import StoredCard, StoredNote
 from notellm2_ray.serve.figures import Figures
 from notellm2_ray.serve.http.api import build_api
 from notellm2_ray.serve.http.checks import Images
+from tests.support.encoded_pictures import LOSSLESS
 
 PICTURE = b"\x89PNG of "
 
@@ -77,3 +80,11 @@ def test_a_note_whose_id_ends_in_slash_image_can_be_read(held, path, found):
         assert answer.content == found and answer.headers["content-type"] == "image/png"
     else:
         assert answer.json()["note_id"] == found and answer.json()["has_image"]
+
+
+@pytest.mark.parametrize("stored", ["TIFF turned 6", "RGBA TIFF", "PNG"])
+def test_browsers_get_a_picture_that_they_show(stored):
+    kind, shown = asyncio.run(Images(LimitSettings()).for_browser(LOSSLESS[stored]))[::-1]
+    assert kind == ("image/png" if stored == "PNG" else "image/jpeg")
+    difference = np.abs(np.asarray(decode_image(shown), int) - np.asarray(decode_image(LOSSLESS["PNG"]), int))
+    assert difference.mean() < 3
