@@ -45,5 +45,5 @@ def test_a_person_can_check_what_was_read(tmp_path):
     assert text.count("2024-06-01 00:00 to 2024-06-03 00:00 UTC (2.0 days)") == 2
     assert "1 topics of 1 notes have more than model.max_topic_length=16 characters" in text
     assert "1. a: image " in text and " (image/png)" in text and "topics: pets" in text
-    assert "\\u202enot\\x1b[31m shown" in text and "\x1b" not in text
+    assert "\\u202enot\\u001b[31m shown" in text and "\x1b" not in text
     assert text.rstrip().endswith("content:") and "title: word word word\n" in text

@@ -323,7 +323,8 @@ def test_movielens_movies():
         }
     )
     rows = _movies(raw, {"1": "/p/1.jpg"}, {"1": "heist, noir"}, posters_only=False).to_pylist()
-    assert (rows[0]["topics"], rows[0]["content"], rows[0]["image"]) == (["Action", "Crime"], "heist, noir", "/p/1.jpg")
+    assert (rows[0]["topics"], rows[0]["content"]) == (["Action", "Crime"], "heist, noir")
+    assert rows[0]["image"] == {"bytes": None, "path": "/p/1.jpg"}
     assert (rows[1]["topics"], rows[1]["content"], rows[1]["image"]) == ([], "", None)
     assert _movies(raw, {"1": "/p/1.jpg"}, {}, posters_only=True)["note_id"].to_pylist() == ["1"]
 
