@@ -135,6 +135,7 @@ class Intake:
         self.kept -= bad.num_rows
         self.with_image -= pc.sum(bad["has_image"]).as_py() or 0
         self._reject(bad)
+        self._progress.add(0, f"{self.bad:,} quarantined")
 
     def _reject(self, bad: pa.Table) -> None:
         self.bad += bad.num_rows

@@ -260,9 +260,13 @@ def test_every_row_ends_in_exactly_one_place(messy, tmp_path):
 
 def test_a_dropped_image_is_in_the_quarantine_and_its_note_among_the_notes(messy, tmp_path):
     output = tmp_path / "prepared"
+    with open(tmp_path / "notes.jsonl", "a") as file:
+        file.write('{"note_id": "5", "title": "bad image alone", "image": "bad.png"}\n')
     counts = prepare(open_source(messy, 0), PrepareSettings(max_bad_share=0.7, bad_image="drop"), output)
     notes, bad = pq.read_table(output / "notes"), pq.read_table(output / "quarantine")
-    assert dict(zip(notes["note_id"].to_pylist(), notes["title"].to_pylist(), strict=True))["3"] == "bad image"
+    titles = dict(zip(notes["note_id"].to_pylist(), notes["title"].to_pylist(), strict=True))
+    assert (titles["3"], titles["5"]) == ("now with a usable image", "bad image alone")
+    # The first row of id 3 lost its image too, but another row is kept instead of it.
     assert (counts["dropped_images"], counts["quarantined_notes"]) == (1, 4)
     assert sum(reason.startswith("image dropped, note kept") for reason in bad["reason"].to_pylist()) == 1
 
