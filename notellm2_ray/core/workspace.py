@@ -59,8 +59,13 @@ class Workspace:
 
     @property
     def pair_popularity(self) -> Path:
-        """Clicks of each note of the test pool."""
+        """Clicks of each note, in the log of its side and in the training log."""
         return self.pairs / "popularity.parquet"
+
+    @property
+    def train_log(self) -> Path:
+        """When the log that the training pairs were mined from begins and ends."""
+        return self.pairs / "train_log.json"
 
     @property
     def pair_statistics(self) -> Path:

@@ -46,7 +46,7 @@ def compare(
     pairs = pq.read_table(workspace.test_pairs)
     rows = by_row(compared)
     lengths = token_counts(settings, tokenizer, notes)
-    task = RetrievalTask.build(pairs, list(notes), lengths, settings.evaluate)
+    task = RetrievalTask.build(pairs, list(notes), lengths, settings.evaluate, _clicked_in_training(workspace))
     rankings = [*_embedder_ranks(workspace, task, rows), *_baseline_ranks(settings, workspace, task, notes)]
     results = evaluate(task, rankings, reference="basic" if "basic" in rows else None)
     write_atomically(output / "results.json", json.dumps(results, indent=1))
@@ -133,6 +133,11 @@ def read_test_notes(workspace: Workspace) -> dict[str, Note]:
     return {note_id: found[note_id] for note_id in pool.to_pylist()}
 
 
+def _clicked_in_training(workspace: Workspace) -> set[str]:
+    table = pq.read_table(workspace.pair_popularity, filters=ds.field("train_clicks") > 0, columns=["note_id"])
+    return set(table.column("note_id").to_pylist())
+
+
 def token_counts(settings: Settings, tokenizer: str, notes: Mapping[str, Note]) -> dict[str, int]:
     """Number of text tokens of each note, before any truncation."""
     from notellm2_ray.models.embedder.preprocess import NotePreprocessor
@@ -150,7 +155,7 @@ def _baseline_ranks(
     from notellm2_ray.baselines.recall.table import RECALL_BASELINES
     from notellm2_ray.evaluate.recall.results import MethodRanks
 
-    data = RecallData(task, notes, workspace, settings.evaluate.seeds)
+    data = RecallData(task, notes, workspace, settings)
     for name in settings.evaluate.baselines:
         row = RECALL_BASELINES.get(name)
         yield MethodRanks(name, row.inputs, row.ranks(data), baseline=True)

@@ -16,7 +16,7 @@ from notellm2_ray.baselines.ranking.table import RANKING_BASELINES
 from notellm2_ray.baselines.recall.baseline import RecallData
 from notellm2_ray.baselines.recall.table import RECALL_BASELINES
 from notellm2_ray.core.schema import NOTE_SCHEMA, PAIR_SCHEMA, Note
-from notellm2_ray.core.settings import EvaluateSettings, ModelSettings, TrainSettings
+from notellm2_ray.core.settings import EvaluateSettings, ModelSettings, Settings, TrainSettings
 from notellm2_ray.core.settings.sources import SOURCES
 from notellm2_ray.core.workspace import Workspace
 from notellm2_ray.evaluate.recall.task import RetrievalTask
@@ -45,7 +45,7 @@ def test_the_recall_baseline_ranks_notes_that_share_topics_first():
     )
     task = RetrievalTask.build(pairs, list(notes), dict.fromkeys(notes, 1), EvaluateSettings())
     baseline = example("A recall baseline").BASELINE
-    (ranks,) = baseline.ranks(RecallData(task, notes, Workspace("."), (42,))).values()
+    (ranks,) = baseline.ranks(RecallData(task, notes, Workspace("."), Settings())).values()
     assert ranks.tolist() == [1, 2, 3]
 
 

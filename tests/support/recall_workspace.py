@@ -26,6 +26,9 @@ def write(home: Path) -> Path:
     save(home / "pairs" / "test.parquet", pairs, schema.PAIR_SCHEMA)
     ids = pa.schema([("note_id", pa.string())])
     save(home / "pairs" / "test_pool.parquet", [{"note_id": note} for note in NOTES], ids)
+    counted = pa.schema([("note_id", pa.string()), ("train_clicks", pa.int64())])
+    clicks = [{"note_id": note, "train_clicks": int(note in TARGETS)} for note in NOTES]
+    save(home / "pairs" / "popularity.parquet", clicks, counted)
     (home / "pairs" / "statistics.json").write_text("{}")
     save_llm(home / "llm")
     return home

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
+from notellm2_ray.baselines.kept import Kept
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.core.settings.ranking import ProtocolName
 from notellm2_ray.core.workspace import Workspace
 from notellm2_ray.evaluate.ranking.task import RankingTask
-
-T = TypeVar("T")
 
 
 class ProtocolData(NamedTuple):
@@ -48,7 +47,7 @@ def read_protocol(workspace: Workspace, name: ProtocolName) -> ProtocolData:
 
 
 @dataclass(frozen=True)
-class RankingData:
+class RankingData(Kept):
     """What a ranking baseline may read besides the protocol that it scores.
 
     Attributes:
@@ -65,18 +64,11 @@ class RankingData:
     protocols: Sequence[ProtocolData]
     llm: str
     image_tower: str
-    _made: dict[Hashable, Any] = field(default_factory=dict, repr=False)
 
     @property
     def seeds(self) -> tuple[int, ...]:
         """The seeds that a random or trained baseline gives scores for."""
         return self.settings.ranking.seeds
-
-    def once(self, key: Hashable, make: Callable[[], T]) -> T:
-        """What ``make`` returned the first time for this key: a model or features that several protocols share."""
-        if key not in self._made:
-            self._made[key] = make()
-        return self._made[key]
 
     def used_notes(self) -> set[str]:
         """Ids of the notes that are in a sequence or among the candidates of a protocol."""

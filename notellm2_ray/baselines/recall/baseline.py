@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
 
+from notellm2_ray.baselines.kept import Kept
 from notellm2_ray.core.schema import Note
+from notellm2_ray.core.settings import Settings
 from notellm2_ray.core.workspace import Workspace
 from notellm2_ray.evaluate.recall.task import RetrievalTask
 
@@ -16,20 +18,25 @@ Ranks = Mapping[int | None, np.ndarray]
 
 
 @dataclass(frozen=True)
-class RecallData:
+class RecallData(Kept):
     """What a recall baseline may read.
 
     Attributes:
         task: the test pairs over the pool of notes that are ranked.
         notes: note id to note, for every query, target and note of the pool.
         workspace: where the mined pairs and the prepared notes and events lie.
-        seeds: seeds that a random baseline gives ranks for.
+        settings: those of the run.
     """
 
     task: RetrievalTask
     notes: Mapping[str, Note]
     workspace: Workspace
-    seeds: Sequence[int]
+    settings: Settings
+
+    @property
+    def seeds(self) -> tuple[int, ...]:
+        """The seeds that a random baseline gives ranks for."""
+        return self.settings.evaluate.seeds
 
 
 @dataclass(frozen=True)

@@ -10,16 +10,18 @@ import numpy as np
 
 from notellm2_ray.baselines.recall.baseline import Ranks, RecallBaseline, RecallData
 from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.settings.retrieval import Bm25Settings
 from notellm2_ray.core.words import note_text, tokenize
+from notellm2_ray.evaluate.recall.metrics import ranks_by_query
 
 
 class Bm25:
-    """BM25 (Lucene's variant, k1 1.5, b 0.75) over the texts of a pool.
+    """BM25 (Lucene's variant) over the texts of a pool.
 
     Memory: the inverted index, and one row of scores while ranking.
     """
 
-    def __init__(self, texts: Iterable[str]):
+    def __init__(self, texts: Iterable[str], settings: Bm25Settings | None = None):
         """Index the texts of the pool's notes, in the order of its rows.
 
         Raises:
@@ -35,7 +37,8 @@ class Bm25:
                 f"BM25: no word in the texts of {len(documents)} notes: leave bm25 out of evaluate.baselines"
             )
         logging.getLogger("bm25s").setLevel(logging.WARNING)
-        self._index = bm25s.BM25()
+        knobs = settings or Bm25Settings()
+        self._index = bm25s.BM25(k1=knobs.k1, b=knobs.b)
         self._index.index((documents, self._words), create_empty_token=False, show_progress=False)
 
     def scores(self, query_text: str) -> np.ndarray:
@@ -54,21 +57,14 @@ class Bm25:
         Returns:
             (Q,) int64, 1 is best. Notes that share no word with the query all tie.
         """
-        ranks = np.empty(len(query_texts), dtype=np.int64)
-        last, scores = None, np.empty(0)
-        for pair, (text, query, target) in enumerate(zip(query_texts, query_rows, target_rows, strict=True)):
-            if text != last:  # the pairs of a query usually follow each other
-                last, scores = text, self.scores(text)
-            above = np.count_nonzero(scores >= scores[target])  # the target counts itself, so that 1 is best
-            ranks[pair] = above - (query >= 0 and scores[query] >= scores[target])
-        return ranks
+        return ranks_by_query(self.scores, query_texts, query_rows, target_rows)
 
     def _ids(self, text: str) -> list[int]:
         return [self._words.setdefault(word, len(self._words)) for word in tokenize(text)]
 
 
 def _ranks(data: RecallData) -> Ranks:
-    index = Bm25(note_text(data.notes[note_id]) for note_id in data.task.pool_ids)
+    index = Bm25((note_text(data.notes[note_id]) for note_id in data.task.pool_ids), data.settings.evaluate.bm25)
     queries = [note_text(data.notes[note_id]) for note_id in data.task.query_ids]
     return {None: index.ranks(queries, data.task.query_rows, data.task.target_rows)}
 

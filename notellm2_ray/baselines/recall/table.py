@@ -25,6 +25,8 @@ RECALL_BASELINES: Registry[RecallBaseline] = Registry(
     "notellm2_ray.recall_baselines",
     {
         "bm25": "notellm2_ray.baselines.recall.bm25:BASELINE",
+        "item_cf": "notellm2_ray.baselines.recall.item_cf:BASELINE",
+        "swing": "notellm2_ray.baselines.recall.swing:BASELINE",
         "popularity": "notellm2_ray.baselines.recall.popularity:BASELINE",
         "random": "notellm2_ray.baselines.recall.random:BASELINE",
     },

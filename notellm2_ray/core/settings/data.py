@@ -70,8 +70,21 @@ class SplitSettings(Frozen):
         description="time: notes created after the boundary are test notes (needs created_at); "
         "notes: a random share of the notes is held out, for catalogues whose notes all exist from the start",
     )
+    test_notes: Literal["new", "all"] = Field(
+        "new",
+        description="by time: notes of the test pairs and of the pool they are searched in. new: those created after "
+        "the boundary (paper), which no training event knows; all: older ones too, so that warm notes are tested",
+    )
     test_share: Share = Field(
         0.33,
         description="by time: share of the log's time span after the boundary; by notes: share of the notes held out",
     )
     valid_share: Share = Field(0.1, description="share of the training pairs used for validation (paper: one tenth)")
+
+    @model_validator(mode="after")
+    def _no_leak(self) -> SplitSettings:
+        if self.by == "notes" and self.test_notes == "all":
+            raise ValueError(
+                "split.test_notes=all needs split.by=time: notes of both sides share the same log in a split by notes"
+            )
+        return self

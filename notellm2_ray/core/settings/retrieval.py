@@ -65,6 +65,19 @@ class IndexSettings(Frozen):
         return self
 
 
+class Bm25Settings(Frozen):
+    """The recall baseline bm25 (Lucene's variant)."""
+
+    k1: float = Field(1.5, ge=0, description="how much it counts that a word occurs several times")
+    b: float = Field(0.75, ge=0, le=1, description="how much long texts are held against a note")
+
+
+class SwingSettings(Frozen):
+    """The recall baseline swing (Yang et al. 2020)."""
+
+    alpha: float = Field(1.0, ge=0, description="smoothing; larger: users who share many notes count for more")
+
+
 class EvaluateSettings(Frozen):
     """Recall of the target note in the test pool, as the paper measures it."""
 
@@ -81,9 +94,11 @@ class EvaluateSettings(Frozen):
         ("multimodal", "image", "text"), min_length=1, description="inputs that each embedder is tested with (Table 3)"
     )
     baselines: tuple[str, ...] = Field(
-        ("bm25", "popularity", "random"),
-        description="baselines compared with the embedders: bm25, popularity, random",
+        ("bm25", "item_cf", "swing", "popularity", "random"),
+        description="baselines compared with the embedders: bm25, item_cf, swing, popularity, random",
     )
+    bm25: Bm25Settings = Field(Bm25Settings(), description="knobs of the baseline bm25")
+    swing: SwingSettings = Field(SwingSettings(), description="knobs of the baseline swing")
     one_pair_per_note: bool = Field(
         False,
         description="use each note in at most one test pair and drop queries from the pool, as the published code does",

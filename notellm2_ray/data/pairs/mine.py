@@ -35,6 +35,8 @@ POPULARITY_SCHEMA = pa.schema(
         pa.field("clicks", pa.int64(), nullable=False),
         # True for notes of the test pool: counted over the events that the test pairs were mined from.
         pa.field("optimistic", pa.bool_(), nullable=False),
+        # Clicks in the log that the training pairs were mined from; 0 for a note that training does not know.
+        pa.field("train_clicks", pa.int64(), nullable=False),
     ]
 )
 
@@ -44,7 +46,8 @@ def mine(prepared: Path, output: Path, pairs: PairSettings, split: SplitSettings
 
     Writes into ``output``: train.parquet, valid.parquet and test.parquet (PAIR_SCHEMA, sorted by query, descending
     score, target), test_pool.parquet (note_id: all test notes), train_notes.arrow (a NoteStore of the notes of training
-    and validation pairs), popularity.parquet and statistics.json.
+    and validation pairs), popularity.parquet, train_log.json (``start`` and ``end`` of the log that the training pairs
+    were mined from, in microseconds since 1970, end exclusive) and statistics.json.
 
     ``popularity.parquet`` has the clicks on every note within the log that its side is mined from. For notes of the
     test pool this is the test log, because notes created after the boundary have no other. A ranking by it has seen the
@@ -70,9 +73,11 @@ def mine(prepared: Path, output: Path, pairs: PairSettings, split: SplitSettings
 
     for name, table in (("train", train), ("valid", valid), ("test", test_mined.pairs)):
         pq.write_table(table, output / f"{name}.parquet")
-    pool = parted.notes.filter(pa.array(parted.is_test))
+    pool = parted.notes.filter(pa.array(parted.in_pool))
     pq.write_table(pa.table({"note_id": pool}), output / "test_pool.parquet")
     pq.write_table(_popularity(parted, train_mined, test_mined), output / "popularity.parquet")
+    start, end = parted.train_window
+    write_atomically(output / "train_log.json", json.dumps({"start": start, "end": end}))
     trained = pc.unique(pa.chunked_array([*(train_mined.pairs.column(c).combine_chunks() for c in (0, 1))]))
     num_stored = NoteStore.write(output / "train_notes.arrow", _stream(notes, trained, NOTE_SCHEMA.names))
 
@@ -121,16 +126,18 @@ def _mine_both(
             start=start,
             end=end,
             scratch=test_dir,
-            pairable=parted.is_test,
+            pairable=parted.in_pool,
             what="test pairs",
         )
     return train, test
 
 
 def _popularity(parted: Split, train: MinedPairs, test: MinedPairs) -> pa.Table:
-    clicks = test.clicks.copy()
-    clicks[~parted.is_test] = train.clicks
-    return pa.table([parted.notes, pa.array(clicks), pa.array(parted.is_test)], schema=POPULARITY_SCHEMA)
+    train_clicks = np.zeros_like(test.clicks)
+    train_clicks[~parted.is_test] = train.clicks
+    clicks = np.where(parted.in_pool, test.clicks, train_clicks)
+    columns = [parted.notes, *map(pa.array, (clicks, parted.in_pool, train_clicks))]
+    return pa.table(columns, schema=POPULARITY_SCHEMA)
 
 
 def _check_test(num_pairs: int) -> None:

@@ -1,7 +1,8 @@
 """The split: which notes train or test, which part of the log each side is mined from, and which pairs validate.
 
 By time, as in the paper: the last part of the log is for testing. Notes created before the boundary train, with events
-before it; notes created after it test, with events after it. Neither side knows anything of the other.
+before it; notes created after it test, with events after it. Neither side knows anything of the other. With
+``split.test_notes=all``, test pairs may also join older notes: what is to be predicted is still only later events.
 
 By notes, for catalogues whose notes all exist from the start: a random part of the notes is held out. No pair joins the
 two sides, and clicks on held-out notes do not count in the training side's N_u. One leak remains: both sides are mined
@@ -30,6 +31,7 @@ class Split(NamedTuple):
 
     notes: pa.Array  # (N,) note ids, ascending
     is_test: np.ndarray  # (N,) bool; all other notes are training notes
+    in_pool: np.ndarray  # (N,) bool; the notes that test pairs join and are searched in
     boundary: int | None  # None in a split by notes
     train_window: tuple[int, int]
     test_window: tuple[int, int]
@@ -56,12 +58,14 @@ def split_notes(
     if settings.by == "time":
         boundary = first + round((span[1] - first) * (1 - settings.test_share))
         is_test = _created(notes) >= boundary
-        split = Split(ids, is_test, boundary, (_back(boundary, window_days, first), boundary), (boundary, end))
+        in_pool = np.ones(len(ids), bool) if settings.test_notes == "all" else is_test
+        window = (_back(boundary, window_days, first), boundary)
+        split = Split(ids, is_test, in_pool, boundary, window, (boundary, end))
     else:
         key = f"{stream_seed(seed, 'split', 'notes'):016x}"
         is_test = hash_strings(ids, key) / 2.0**64 < settings.test_share
         window = (_back(end, window_days, first), end)
-        split = Split(ids, is_test, None, window, window)
+        split = Split(ids, is_test, is_test, None, window, window)
     if split.is_test.all() or not split.is_test.any():
         side = "training" if split.is_test.all() else "test"
         raise DataError(

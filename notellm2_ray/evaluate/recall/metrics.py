@@ -6,7 +6,8 @@ query note is left out. Rows are positions in the pool; a query outside the pool
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
+from typing import TypeVar
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from notellm2_ray.core.run import stream_seed
 # another batch, differs by about 1e-7, and such a difference must not decide a rank.
 TIE = 1e-6
 BLOCK_BYTES = 64 << 20
+Query = TypeVar("Query", bound=Hashable)
 
 
 def target_ranks(
@@ -94,6 +96,33 @@ def ranks_by_note(scores: np.ndarray, query_rows: np.ndarray, target_rows: np.nd
     at_least = len(scores) - np.searchsorted(np.sort(scores), own, side="left")
     query_counted = (query_rows >= 0) & (scores[query_rows] >= own)
     return (at_least - query_counted).astype(np.int64)
+
+
+def ranks_by_query(
+    scores_of: Callable[[Query], np.ndarray], queries: Iterable[Query], query_rows: np.ndarray, target_rows: np.ndarray
+) -> np.ndarray:
+    """Ranks by scores that are computed for one query at a time, so that a single row of scores is held.
+
+    Args:
+        scores_of: a query to the (P,) scores of the pool's notes; called once for each different query.
+        queries: (Q,) the query of each pair, such as its text or its id.
+        query_rows: (Q,) row of the query note in the pool, or -1.
+        target_rows: (Q,) row of the target note in the pool.
+
+    Returns:
+        (Q,) int64 ranks.
+    """
+    ranks = np.empty(len(target_rows), dtype=np.int64)
+    pairs_of: dict[Query, list[int]] = {}
+    for pair, query in enumerate(queries):
+        pairs_of.setdefault(query, []).append(pair)
+    for query, pairs in pairs_of.items():
+        scores = scores_of(query)
+        for pair in pairs:
+            own, row = scores[target_rows[pair]], query_rows[pair]
+            above = np.count_nonzero(scores >= own)  # the target counts itself, so that 1 is best
+            ranks[pair] = above - (row >= 0 and scores[row] >= own)
+    return ranks
 
 
 def random_ranks(num_notes: int, query_rows: np.ndarray, seed: int) -> np.ndarray:

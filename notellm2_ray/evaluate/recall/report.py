@@ -77,7 +77,9 @@ def _recall(results: Mapping[str, Any]) -> RecallSection:
     folded = [("Mean reciprocal rank, times 100", tables.mrr_table(results))]
     if any(results["pairs"][name] for name in tables.LONG_STRATA):
         folded.insert(0, ("Long notes", tables.recall_table(results, tables.LONG_STRATA)))
-    return RecallSection("Recall", tables=[tables.recall_table(results)], folded=folded)
+    warmth = tables.warmth_table(results)
+    shown = [tables.recall_table(results), *([warmth] if warmth else [])]
+    return RecallSection("Recall", tables=shown, folded=folded)
 
 
 def _inputs(results: Mapping[str, Any]) -> RecallSection:

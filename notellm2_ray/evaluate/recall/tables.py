@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from notellm2_ray.evaluate.tables import NO_DATA, Table, p_value, percent
@@ -13,9 +14,15 @@ STRATUM_NAMES = {
     "short_target": "Short Target Pair",
     "long_query": "Long Query Pair",
     "long_target": "Long Target Pair",
+    "warm_query": "Warm Query Pair",
+    "cold_query": "Cold Query Pair",
+    "warm_target": "Warm Target Pair",
+    "cold_target": "Cold Target Pair",
 }
 PAPER_STRATA = ("all", "short_query", "short_target")  # Tables 2 to 4; Table 11 has the long ones
 LONG_STRATA = ("long_query", "long_target")
+WARMTH_STRATA = ("warm_query", "cold_query", "warm_target", "cold_target")
+COLD_NOTE = "A note is cold if no click on it is in the log that the training pairs were mined from."
 
 
 def recall_table(results: Mapping[str, Any], strata: Sequence[str] = PAPER_STRATA, *, inputs: bool = False) -> Table:
@@ -37,6 +44,15 @@ def recall_table(results: Mapping[str, Any], strata: Sequence[str] = PAPER_STRAT
     groups = [("", 2), *((f"{STRATUM_NAMES[s]} ({results['pairs'][s]:,})", len(names)) for s in strata)]
     columns = ("Method", "Input", *names * len(strata))
     return Table(columns, cells, groups, 2, _recall_notes(results, cells), _best(results, rows, strata))
+
+
+def warmth_table(results: Mapping[str, Any]) -> Table | None:
+    """Recall for warm and cold queries and targets; None if all are cold, as in a split by new notes."""
+    if not any(results["pairs"][name] for name in ("warm_query", "warm_target")):
+        return None
+    shown = [name for name in WARMTH_STRATA if results["pairs"][name]]
+    table = recall_table(results, shown)
+    return replace(table, notes=[*table.notes, COLD_NOTE])
 
 
 def significance_table(results: Mapping[str, Any], role: str, strata: Sequence[str] = PAPER_STRATA) -> Table:
@@ -79,8 +95,9 @@ def lead(results: Mapping[str, Any]) -> str:
 
 
 def printed(results: Mapping[str, Any]) -> str:
-    """Both recall tables as text."""
-    return f"{recall_table(results)}\n\n{recall_table(results, inputs=True)}\n"
+    """The recall tables as text."""
+    tables = (recall_table(results), warmth_table(results), recall_table(results, inputs=True))
+    return "\n\n".join(str(table) for table in tables if table is not None) + "\n"
 
 
 def mrr_table(results: Mapping[str, Any], strata: Sequence[str] = PAPER_STRATA) -> Table:
@@ -152,6 +169,11 @@ def _recall_notes(results: Mapping[str, Any], cells: Sequence[Sequence[str]]) ->
     if results["saturated"]:
         names = ", ".join(f"R@{_short(k)}" for k in results["saturated"])
         notes.append(f"{names}: 100 for any method, as k covers the whole pool.")
+    if not (results["pairs"]["warm_query"] or results["pairs"]["warm_target"]):
+        notes.append(
+            "All queries and targets are cold: no click on them is in the training log, so collaborative filtering "
+            "knows nothing of them (see split.test_notes)."
+        )
     if NO_DATA in text:
         notes.append(f"{NO_DATA}: there is no such pair.")
     return notes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,7 +16,17 @@ from notellm2_ray.index.vectors import name_some
 
 log = logging.getLogger(__name__)
 
-STRATA = ("all", "short_query", "short_target", "long_query", "long_target")
+STRATA = (
+    "all",
+    "short_query",
+    "short_target",
+    "long_query",
+    "long_target",
+    "warm_query",
+    "cold_query",
+    "warm_target",
+    "cold_target",
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +53,12 @@ class RetrievalTask:
 
     @classmethod
     def build(
-        cls, pairs: pa.Table, pool_ids: Sequence[str], token_counts: Mapping[str, int], settings: EvaluateSettings
+        cls,
+        pairs: pa.Table,
+        pool_ids: Sequence[str],
+        token_counts: Mapping[str, int],
+        settings: EvaluateSettings,
+        clicked: Collection[str] = frozenset(),
     ) -> RetrievalTask:
         """Find the pairs' notes in the pool, and the strata.
 
@@ -52,6 +67,7 @@ class RetrievalTask:
             pool_ids: the notes of the test period, without duplicates.
             token_counts: number of text tokens of each query and target note.
             settings: cutoffs, bounds of the strata, ``one_pair_per_note``.
+            clicked: the notes with a click in the training log; all other notes are cold.
 
         Raises:
             DataError: there are no pairs, the pool is empty, a target is outside the pool, or a note has no token
@@ -78,7 +94,7 @@ class RetrievalTask:
             np.array(targets, dtype=object),
             np.array([row_of.get(note, -1) for note in queries], dtype=np.int64),
             np.array([row_of[note] for note in targets], dtype=np.int64),
-            _strata([token_counts[note] for note in queries], [token_counts[note] for note in targets], settings),
+            dict(zip(STRATA, _masks(queries, targets, token_counts, settings, clicked), strict=True)),
             settings.cutoffs,
         )
 
@@ -160,15 +176,19 @@ def one_pair_per_note(
     return [query for query, _ in kept], [target for _, target in kept], [note for note in pool if note not in asked]
 
 
-def _strata(
-    query_tokens: Sequence[int], target_tokens: Sequence[int], settings: EvaluateSettings
-) -> dict[str, np.ndarray]:
-    queries, targets = np.asarray(query_tokens), np.asarray(target_tokens)
-    masks = (
+def _masks(
+    queries: Sequence[str],
+    targets: Sequence[str],
+    token_counts: Mapping[str, int],
+    settings: EvaluateSettings,
+    clicked: Collection[str],
+) -> list[np.ndarray]:
+    """(Q,) bool for each of STRATA."""
+    lengths = [np.array([token_counts[note] for note in notes]) for notes in (queries, targets)]
+    warm = [np.array([note in clicked for note in notes]) for notes in (queries, targets)]
+    return [
         np.ones(len(queries), dtype=bool),
-        queries < settings.short_tokens,
-        targets < settings.short_tokens,
-        queries > settings.long_tokens,
-        targets > settings.long_tokens,
-    )
-    return dict(zip(STRATA, masks, strict=True))
+        *(tokens < settings.short_tokens for tokens in lengths),
+        *(tokens > settings.long_tokens for tokens in lengths),
+        *(mask for known in warm for mask in (known, ~known)),
+    ]

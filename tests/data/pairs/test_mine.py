@@ -98,13 +98,30 @@ def test_by_time_writes_everything_that_later_steps_read(tmp_path):
     assert store.get(["n010"])[0].image == bytes([10])
     clicks = {row["note_id"]: row for row in read(output, "popularity")}
     late = [e["note_id"] for e in make_events() if e["timestamp"] >= BOUNDARY and e["action"] == "click"]
-    assert clicks["n140"] == {"note_id": "n140", "clicks": late.count("n140"), "optimistic": True}
+    assert clicks["n140"] == {"note_id": "n140", "clicks": late.count("n140"), "optimistic": True, "train_clicks": 0}
     assert len(clicks) == NUM_NOTES
     assert not clicks["n010"]["optimistic"]
     statistics = json.loads((output / "statistics.json").read_text())
     assert statistics["training"]["num_pairs"] == train.num_rows + valid.num_rows
     assert statistics["testing"]["num_notes"] == len(pool)
     assert not list(output.glob(".*"))
+
+
+def test_with_older_notes_in_the_pool_training_still_knows_nothing_of_the_test_log(tmp_path):
+    everything = SplitSettings(test_share=1 / 3, test_notes="all")
+    _, output = run(tmp_path / "all", split=everything)
+    _, new = run(tmp_path / "new")
+    assert len(read(output, "test_pool")) == NUM_NOTES
+    assert read(output, "train", "valid") == read(new, "train", "valid")
+    assert {pair["query_id"] for pair in read(output, "test")} - {row["note_id"] for row in read(new, "test_pool")}
+    window = json.loads((output / "train_log.json").read_text())
+    assert window["end"] == int(BOUNDARY.timestamp() * 1e6)
+    early = [e["note_id"] for e in make_events() if e["timestamp"] < BOUNDARY and e["action"] == "click"]
+    counted = {row["note_id"]: row for row in read(output, "popularity")}
+    assert counted["n010"]["train_clicks"] == early.count("n010") > 0
+    assert counted["n140"]["train_clicks"] == 0
+    with pytest.raises(ValueError, match=r"test_notes=all needs split\.by=time"):
+        SplitSettings(by="notes", test_notes="all")
 
 
 def test_nothing_after_the_boundary_reaches_a_training_score(tmp_path):

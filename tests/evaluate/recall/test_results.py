@@ -24,9 +24,10 @@ def small_task(pairs, pool, counts=None, **settings) -> RetrievalTask:
     return RetrievalTask.build(pair_table(pairs), pool, counts, EvaluateSettings(**settings))
 
 
-def test_strata_are_strictly_below_and_above_their_bounds():
+def test_short_and_long_are_strictly_below_and_above_their_bounds_and_cold_notes_have_no_training_click():
     counts = {"a": 49, "b": 50, "c": 165, "d": 166}
-    task = small_task([("a", "b"), ("b", "a"), ("c", "d"), ("d", "c")], list("abcd"), counts)
+    pairs = pair_table([("a", "b"), ("b", "a"), ("c", "d"), ("d", "c")])
+    task = RetrievalTask.build(pairs, list("abcd"), counts, EvaluateSettings(), clicked={"a"})
     masks = {name: mask.tolist() for name, mask in task.strata.items()}
     assert masks == {
         "all": [True] * 4,
@@ -34,6 +35,10 @@ def test_strata_are_strictly_below_and_above_their_bounds():
         "short_target": [False, True, False, False],
         "long_query": [False, False, False, True],
         "long_target": [False, False, True, False],
+        "warm_query": [True, False, False, False],
+        "cold_query": [False, True, True, True],
+        "warm_target": [False, True, False, False],
+        "cold_target": [True, False, True, True],
     }
 
 
@@ -89,7 +94,8 @@ def results():
     notes = [f"n{row}" for row in range(300)]
     pairs = [(notes[row], notes[row + 100]) for row in range(150)]
     counts = {note: 20 if row < 40 else 100 for row, note in enumerate(notes)}
-    task = RetrievalTask.build(pair_table(pairs), notes, counts, EvaluateSettings(cutoffs=(10, 100, 1000)))
+    settings = EvaluateSettings(cutoffs=(10, 100, 1000))
+    task = RetrievalTask.build(pair_table(pairs), notes, counts, settings, clicked=notes[:60])
 
     def ranks(scale):
         return np.minimum(1 + rng.exponential(scale, size=150).astype(int), 299)
@@ -110,7 +116,13 @@ def test_results_are_json_and_hold_each_seed(results):
     assert list(cell["seeds"]) == ["42", "43", "44"]
     assert cell["mean"] == pytest.approx(np.mean(list(cell["seeds"].values())))
     assert results["rows"][0]["seeds"] == []
-    assert results["pairs"] == {"all": 150, "short_query": 40, "short_target": 0, "long_query": 0, "long_target": 0}
+    assert {name: count for name, count in results["pairs"].items() if count} == {
+        "all": 150,
+        "short_query": 40,
+        "warm_query": 60,
+        "cold_query": 90,
+        "cold_target": 150,
+    }
     assert results["rows"][0]["recall"]["short_target"]["10"] is None
     assert results["rows"][0]["curve"]["all"]["recall"][-1] == 1.0
 
@@ -145,6 +157,16 @@ def test_the_table_has_the_papers_layout(results):
     by_input = str(tables.recall_table(results, inputs=True)).splitlines()
     assert [line.split()[:2] for line in by_input[3:5]] == [["basic", "multimodal"], ["basic", "image"]]
     assert "n/a" in "\n".join(by_input)
+
+
+def test_warm_and_cold_notes_have_a_table_of_their_own(results):
+    lines = str(tables.warmth_table(results)).splitlines()
+    assert all(name in lines[0] for name in ("Warm Query Pair (60)", "Cold Query Pair (90)", "Cold Target Pair (150)"))
+    assert "Warm Target" not in lines[0]
+    cold = {**results, "pairs": {**results["pairs"], "warm_query": 0}}
+    assert tables.warmth_table(cold) is None
+    assert "All queries and targets are cold" in str(tables.recall_table(cold))
+    assert "are cold" not in str(tables.recall_table(results))
 
 
 def test_each_cell_is_tested_against_its_own_best_baseline_and_the_reference(results):
