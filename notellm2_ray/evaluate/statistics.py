@@ -6,7 +6,6 @@ All randomness comes from the seeds given, so the same scores give the same inte
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
 
 import numpy as np
 
@@ -15,6 +14,7 @@ from notellm2_ray.core.run import stream_seed
 LEVEL = 0.05  # the papers': two-sided tests with p < 0.05
 RESAMPLES, FEWEST_RESAMPLES = 1000, 200
 PERMUTATIONS = 5000
+_NORMAL_UNITS = 10_000
 _CHUNK_BYTES = 32 << 20
 _WEIGHT_BYTES = 256 << 20
 
@@ -24,53 +24,7 @@ def mean_and_deviation(values: Sequence[float] | np.ndarray) -> tuple[float, flo
     return float(np.mean(values)), float(np.std(values, ddof=1)) if len(values) > 1 else None
 
 
-# --- over seeds, and over query notes
-
-
-class Comparison(NamedTuple):
-    """One method against another on one figure. A p-value is None if its test is not possible."""
-
-    difference: float  # mean over seeds of the first method minus that of the second
-    p_seeds: float | None  # two-sided t-test over seeds
-    seeds_test: str  # which t-test it was, or why there is none
-    p_queries: float | None  # two-sided exact sign test over query notes
-
-    @property
-    def deciding(self) -> str:
-        """Which test decides: "seeds" if there are enough of them, as in the paper, or else "queries"."""
-        return "seeds" if self.p_seeds is not None else "queries"
-
-    @property
-    def significant(self) -> bool:
-        """Whether the deciding test rejects "no difference" at 5%."""
-        p = self.p_seeds if self.p_seeds is not None else self.p_queries
-        return p is not None and p < LEVEL
-
-
-def compare(
-    hits: np.ndarray,
-    other_hits: np.ndarray,
-    query_groups: np.ndarray,
-    *,
-    fixed: bool = False,
-    other_fixed: bool = False,
-) -> Comparison:
-    """Compare two methods by the pairs that each finds.
-
-    Args:
-        hits: (S, Q) bool or float, per seed and pair: whether the target is among the first k.
-        other_hits: (S', Q) the same for the other method, on the same pairs.
-        query_groups: (Q,) int: pairs with the same number share their query note and count as one observation.
-        fixed: the method is deterministic (BM25), so its one figure stands for every seed.
-        other_fixed: the other method is.
-
-    Returns:
-        The difference of the means and both p-values, not corrected for the number of comparisons.
-    """
-    means, other_means = hits.mean(axis=1), other_hits.mean(axis=1)
-    p_seeds, name = seeds_test(means, other_means, fixed=fixed, other_fixed=other_fixed)
-    p_queries = sign_test(hits.mean(axis=0), other_hits.mean(axis=0), query_groups)
-    return Comparison(float(means.mean() - other_means.mean()), p_seeds, name, p_queries)
+# --- over seeds
 
 
 def seeds_test(
@@ -106,30 +60,7 @@ def seeds_test(
     return float(test.pvalue), "Welch's t-test"
 
 
-def sign_test(hits: np.ndarray, other_hits: np.ndarray, query_groups: np.ndarray) -> float | None:
-    """Two-sided exact sign test over query notes; with one seed and one pair per query it is McNemar's exact test.
-
-    Args:
-        hits: (Q,) share of the seeds in which each pair was found.
-        other_hits: (Q,) the same for the other method.
-        query_groups: (Q,) int, equal for pairs of one query note.
-
-    Returns:
-        p, or None if there are no pairs. Queries on which both methods do equally well are left out.
-    """
-    from scipy import stats
-
-    if not len(hits):
-        return None
-    _, group = np.unique(query_groups, return_inverse=True)
-    gain = np.bincount(group, weights=np.asarray(hits, dtype=float) - np.asarray(other_hits, dtype=float))
-    wins, losses = int((gain > 1e-12).sum()), int((gain < -1e-12).sum())
-    if wins + losses == 0:
-        return 1.0
-    return float(stats.binomtest(wins, wins + losses).pvalue)
-
-
-# --- over users
+# --- over users or query notes: the units, each with all its examples
 
 
 def resampled_counts(num_users: int, num_resamples: int, rng: np.random.Generator) -> Iterator[np.ndarray]:
@@ -184,25 +115,52 @@ def bootstrap_p(differences: np.ndarray) -> float | None:
     return float(min(1.0, 2 * (tail + 1) / (len(finite) + 1)))
 
 
+def normal_p(difference: float, resampled: np.ndarray, num_units: int) -> float | None:
+    """Two-sided p-value of "no difference" from a difference and its B bootstrap values, for a figure that is no sum.
+
+    The difference over its bootstrap deviation is compared with Student's t of one degree of freedom less than there
+    are units. Unlike :func:`bootstrap_p` it can be small enough to survive a correction for many comparisons.
+
+    Returns:
+        p; None if fewer than two values are finite.
+    """
+    from scipy import stats
+
+    finite = np.asarray(resampled)[np.isfinite(resampled)]
+    if len(finite) < 2:
+        return None
+    deviation = float(np.std(finite, ddof=1))
+    if deviation < 1e-12:  # equal rows, or a single unit: nothing speaks for a difference
+        return 1.0
+    return float(2 * stats.t.sf(abs(difference) / deviation, max(num_units - 1, 1)))
+
+
 def permutation_tests(
-    differences: np.ndarray, user_groups: np.ndarray, seed: int, num_permutations: int = PERMUTATIONS
+    differences: np.ndarray, groups: np.ndarray, seed: int, num_permutations: int = PERMUTATIONS
 ) -> np.ndarray:
-    """Two-sided paired permutation tests over users: the two methods' names are swapped at random for each user.
+    """Two-sided paired permutation tests over units: the two methods' names are swapped at random for each unit.
+
+    Of more than 10,000 units, the sum over random swaps is normal to all digits that matter, and is taken as such.
 
     Args:
         differences: (E, T) a figure of one method minus that of the other, per example, for each of T tests.
-        user_groups: (E,) int, the user of each example; all examples of a user are swapped together.
+        groups: (E,) int, the unit of each example; all examples of a unit are swapped together.
 
     Returns:
-        (T,) p, at least 1 / (permutations + 1); NaN if there are no examples.
+        (T,) p, at least 1 / (permutations + 1) unless normal; NaN if there are no examples.
     """
+    from scipy import stats
+
     num_tests = differences.shape[1]
     if not len(differences):
         return np.full(num_tests, np.nan)
-    _, user = np.unique(user_groups, return_inverse=True)
-    gains = np.zeros((int(user.max()) + 1, num_tests))
-    np.add.at(gains, user, differences)
-    # Swapping every user gives the observed sum with the other sign; rounding must not make it count as less extreme.
+    _, unit = np.unique(groups, return_inverse=True)
+    gains = np.stack([np.bincount(unit, weights=column) for column in differences.T], axis=1)
+    if len(gains) > _NORMAL_UNITS:
+        spread = np.sqrt((gains**2).sum(axis=0))
+        return 2 * stats.norm.sf(np.abs(gains.sum(axis=0)) / np.maximum(spread, 1e-300))
+    gains = gains[np.lexsort(gains.T)]  # the same p in whatever order the units come
+    # Swapping every unit gives the observed sum with the other sign; rounding must not make it count as less extreme.
     observed = np.abs(gains.sum(axis=0)) * (1 - 1e-12) - 1e-12
     rng = np.random.default_rng(stream_seed(seed, "permutations over users"))
     extreme, done = np.zeros(num_tests), 0

@@ -60,6 +60,17 @@ def is_trained(settings: Settings) -> bool:
     return own is None or own.trained
 
 
+def is_baseline(settings: Settings) -> bool:
+    """Whether the embedder of these settings is a baseline of the recall table's star.
+
+    As in the paper, every variant but notellm2 is one. So is a model before training, and what says so itself.
+    """
+    own = settings.embedders.get(settings.embedder or "")
+    if own is not None and own.baseline is not None:
+        return own.baseline
+    return not is_trained(settings) or (settings.model.kind == "notellm2" and settings.model.variant != "notellm2")
+
+
 def natural_inputs(settings: Settings) -> str:
     """The inputs that the embedder of these settings is made for."""
     return kind_of(settings.model).natural_inputs(settings.model)

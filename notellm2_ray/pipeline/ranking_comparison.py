@@ -46,7 +46,6 @@ def compare_ranking(
         ModelError: a baseline's weights are missing.
     """
     from notellm2_ray.baselines.ranking.data import RankingData, read_protocol
-    from notellm2_ray.baselines.ranking.table import with_role
     from notellm2_ray.evaluate.ranking.results import evaluate_protocol
     from notellm2_ray.evaluate.ranking.tables import printed
 
@@ -57,12 +56,7 @@ def compare_ranking(
     results: dict[str, Any] = {"protocols": {}, "remarks": _remarks(data)}
     for protocol in protocols:
         results["protocols"][protocol.task.protocol] = evaluate_protocol(
-            protocol.task,
-            methods[protocol.task.protocol],
-            settings.ranking,
-            settings.seed,
-            references=with_role(settings, "reference"),
-            untested=with_role(settings, "chance"),
+            protocol.task, methods[protocol.task.protocol], settings.ranking, settings.seed
         )
     write_atomically(output / "results.json", json.dumps(results, indent=1))
     write_atomically(output / "table.txt", printed(results))

@@ -17,7 +17,7 @@ from notellm2_ray.core.run import read_manifest, write_atomically
 from notellm2_ray.core.schema import Note, iter_notes
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.core.workspace import Workspace
-from notellm2_ray.pipeline.embedders import tested_inputs
+from notellm2_ray.pipeline.embedders import is_baseline, tested_inputs
 
 if TYPE_CHECKING:
     from notellm2_ray.evaluate.recall.results import MethodRanks
@@ -48,7 +48,7 @@ def compare(
     lengths = token_counts(settings, tokenizer, notes)
     task = RetrievalTask.build(pairs, list(notes), lengths, settings.evaluate, _clicked_in_training(workspace))
     rankings = [*_embedder_ranks(workspace, task, rows), *_baseline_ranks(settings, workspace, task, notes)]
-    results = evaluate(task, rankings, reference="basic" if "basic" in rows else None)
+    results = evaluate(task, rankings, reference="basic" if "basic" in rows else None, seed=settings.seed)
     write_atomically(output / "results.json", json.dumps(results, indent=1))
     write_atomically(output / "table.txt", printed(results))
     _report(settings, workspace, rows, task, results, notes, output)
@@ -68,7 +68,7 @@ def _embedder_ranks(
                 each.train.seed: task.embedding_ranks(*read_vectors(test_table(workspace, each), column))
                 for each in seeds
             }
-            yield MethodRanks(name, inputs, ranks)
+            yield MethodRanks(name, inputs, ranks, "trained_baseline" if is_baseline(seeds[0]) else "embedder")
 
 
 def _report(
@@ -158,7 +158,7 @@ def _baseline_ranks(
     data = RecallData(task, notes, workspace, settings)
     for name in settings.evaluate.baselines:
         row = RECALL_BASELINES.get(name)
-        yield MethodRanks(name, row.inputs, row.ranks(data), baseline=True)
+        yield MethodRanks(name, row.inputs, row.ranks(data), "baseline")
 
 
 def _histories(workspace: Workspace, rows: Mapping[str, Sequence[Settings]]) -> dict[str, list[dict[str, Any]]]:

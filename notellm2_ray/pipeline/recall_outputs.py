@@ -9,6 +9,7 @@ from notellm2_ray.core.config import shaping, to_plain
 from notellm2_ray.core.run import MANIFEST, fingerprint, read_manifest
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.pipeline.embedders import (
+    is_baseline,
     is_trained,
     model_reads,
     model_versions,
@@ -93,6 +94,8 @@ def evaluation(settings: Settings, compared: Sequence[Settings]) -> Planned:
     workspace = workspace_of(settings)
     reads = {each.embedder_name: workspace.embeddings(each.embedder_name, "test") for each in compared}
     shaped = {"evaluate": to_plain(settings.evaluate), "llm": settings.model.llm, "seed": settings.seed}
+    shaped["baselines"] = sorted({each.embedder_row for each in compared if is_baseline(each)})
+    shaped["clicks"] = list(settings.pairs.click_actions)
     return Planned(
         "eval-retrieval",
         workspace.recall_report,

@@ -36,7 +36,7 @@ def toys():
     RECALL_BASELINES.add("longest_title", RecallBaseline("text", longest_title))
     RANKING_BASELINES.add(
         "already_seen",
-        RankingBaseline(already_seen, role="reference", remark=lambda data: f"already_seen: seeds {data.seeds}."),
+        RankingBaseline(already_seen, remark=lambda data: f"already_seen: seeds {data.seeds}."),
     )
     yield
     RECALL_BASELINES.remove("longest_title")
@@ -71,7 +71,8 @@ def test_a_ranking_baseline_goes_through_the_command_line_into_the_table_and_the
     (one,) = results["protocols"].values()
     assert [row["method"] for row in one["rows"]] == ["random", "popularity", "already_seen"]
     assert one["rows"][2]["seeds"] == [1, 2]
-    assert {(test["method"], test["against"]) for test in one["tests"]} == {("already_seen", "popularity")}
+    # no row is left out of the comparison of the best with the second
+    assert "already_seen" in {name for test in one["tests"] for name in (test["method"], test["against"])}
     assert "already_seen: seeds (1, 2)." in results["remarks"]
     for name in ("table.txt", "index.html"):
         assert "already_seen" in (output / name).read_text()

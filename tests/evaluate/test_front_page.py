@@ -32,7 +32,7 @@ def write_ranking(home):
 def write_recall(home):
     pairs = pa.table({"query_id": ["a"], "target_id": ["b"], "score": [1.0]}, schema=PAIR_SCHEMA)
     task = RetrievalTask.build(pairs, list("abc"), {"a": 90, "b": 90}, EvaluateSettings())
-    recall = evaluate(task, [MethodRanks("bm25", "text", {None: np.array([1])}, baseline=True)])
+    recall = evaluate(task, [MethodRanks("bm25", "text", {None: np.array([1])}, "baseline")])
     (home / "retrieval").mkdir()
     (home / "retrieval" / "results.json").write_text(json.dumps(recall))
 

@@ -6,13 +6,12 @@ from scipy import stats
 
 from notellm2_ray.evaluate.statistics import (
     bootstrap_p,
-    compare,
     interval,
     mean_and_deviation,
+    normal_p,
     permutation_tests,
     resampled_weights,
     seeds_test,
-    sign_test,
 )
 
 
@@ -31,31 +30,6 @@ def test_a_deterministic_method_is_a_constant_and_one_seed_has_no_t_test():
     assert seeds_test([1], [2])[0] is None
     assert seeds_test([1, 1], [2, 2])[0] is None  # no spread: t is not defined
     assert seeds_test([1], [2], fixed=True, other_fixed=True)[0] is None
-
-
-def test_one_seed_is_mcnemars_exact_test():
-    hits, others = np.array([1] * 9 + [0] * 1 + [1] * 90), np.array([0] * 9 + [1] * 1 + [1] * 90)
-    # 9 wins, 1 loss: 2 * (C(10,0) + C(10,1)) / 2^10
-    assert sign_test(hits, others, np.arange(100)) == pytest.approx(22 / 1024)
-    assert sign_test(hits, hits, np.arange(100)) == 1.0
-    assert sign_test(hits[:0], others[:0], np.arange(0)) is None
-
-
-def test_pairs_of_one_query_are_one_observation():
-    hits, others = np.ones(10), np.zeros(10)
-    assert sign_test(hits, others, np.arange(10)) == pytest.approx(2 / 1024)
-    assert sign_test(hits, others, np.zeros(10, dtype=int)) == 1.0  # one win of one
-
-
-def test_seeds_decide_where_there_are_enough_of_them_and_queries_elsewhere():
-    better = np.stack([np.arange(100) < n for n in (60, 62, 64)])
-    worse = np.stack([np.arange(100) < n for n in (30, 32, 34)])
-    several = compare(better, worse, np.arange(100))
-    assert several.difference == pytest.approx(0.3)
-    assert (several.deciding, several.significant) == ("seeds", True)
-    single = compare(better[:1], worse[:1], np.arange(100))
-    assert (single.p_seeds, single.deciding, single.significant) == (None, "queries", True)
-    assert not compare(better[:1], better[:1], np.arange(100)).significant
 
 
 def test_deviation_is_the_samples():
@@ -94,6 +68,25 @@ def test_permutations_agree_with_the_t_test_and_count_users_once():
     assert same.tolist() == [1.0, 1.0]
     assert many[0] == pytest.approx(2 / 1024, abs=0.002)
     assert permutation_tests(np.zeros((5, 1)), np.arange(5), 1)[0] == 1.0
+
+
+def test_the_p_of_a_permutation_does_not_depend_on_the_order_of_units_and_is_normal_for_many():
+    gains = np.random.default_rng(4).normal(0.02, 1.0, size=(12_000, 2))
+    units = np.arange(12_000)
+    shuffled = np.random.default_rng(5).permutation(600)
+    few = permutation_tests(gains[:600], units[:600], seed=1)
+    assert permutation_tests(gains[:600][shuffled], units[:600], seed=1) == pytest.approx(few, abs=1e-12)
+    expected = [stats.ttest_1samp(column, 0).pvalue for column in gains.T]
+    assert permutation_tests(gains, units, seed=1) == pytest.approx(expected, abs=0.001)
+
+
+def test_the_bootstrap_of_a_figure_agrees_with_the_t_test_of_its_mean():
+    gains = np.random.default_rng(8).normal(0.2, 1.0, size=80)
+    weights = resampled_weights(np.arange(80), seed=1, num_resamples=4000)
+    means = weights @ gains / weights.sum(axis=1)
+    assert normal_p(gains.mean(), means, 80) == pytest.approx(stats.ttest_1samp(gains, 0).pvalue, rel=0.2)
+    assert normal_p(0.0, np.zeros(9), 80) == 1.0
+    assert normal_p(0.1, np.array([np.nan, 0.1]), 80) is None
 
 
 def test_the_bootstrap_p_is_never_nothing():

@@ -18,10 +18,6 @@ Scores = Mapping[int | None, np.ndarray]
 # What earlier stages must have made: the image summaries, the embedder's vision tower, the embedder's LLM.
 Need = Literal["image_summaries", "image_tower", "llm"]
 
-# A row's part in the tests of significance. reference: every other row is tested against it; tested: it is only tested
-# against the references; chance: it is not tested.
-Role = Literal["reference", "tested", "chance"]
-
 
 @dataclass(frozen=True)
 class RankingBaseline:
@@ -35,14 +31,12 @@ class RankingBaseline:
         untuned: the row is the recommender's model before tuning, prompted like this ranker variant; score-candidates
             writes its table of scores.
         needs: what earlier stages must have made, besides sequences and notes.
-        role: its part in the tests of significance.
         remark: a sentence on how the row was made, for the head of the report.
     """
 
     scores: Callable[[RankingData, ProtocolData], Scores] | None = None
     untuned: RankerVariant | None = None
     needs: frozenset[Need] = frozenset()
-    role: Role = "tested"
     remark: Callable[[RankingData], str] | None = None
 
     def __post_init__(self) -> None:

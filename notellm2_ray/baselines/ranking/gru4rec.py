@@ -11,4 +11,4 @@ def _scores(data: RankingData, protocol: ProtocolData) -> Scores:
     return sequential_scores("gru4rec", "gru4rec", data, protocol)
 
 
-BASELINE = RankingBaseline(_scores, role="reference")
+BASELINE = RankingBaseline(_scores)

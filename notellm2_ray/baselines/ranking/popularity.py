@@ -10,4 +10,4 @@ def _scores(data: RankingData, protocol: ProtocolData) -> Scores:
     return {None: protocol.task.scores_by_note(protocol.clicks)}
 
 
-BASELINE = RankingBaseline(_scores, role="reference")
+BASELINE = RankingBaseline(_scores)

@@ -10,4 +10,4 @@ def _scores(data: RankingData, protocol: ProtocolData) -> Scores:
     return {seed: protocol.task.random_scores(seed) for seed in data.seeds}
 
 
-BASELINE = RankingBaseline(_scores, role="chance")
+BASELINE = RankingBaseline(_scores)

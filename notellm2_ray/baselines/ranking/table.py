@@ -20,7 +20,7 @@ from notellm2_ray.core.settings import Settings
 from notellm2_ray.core.settings.ranking import RankerVariant
 
 if TYPE_CHECKING:
-    from notellm2_ray.baselines.ranking.baseline import Need, RankingBaseline, Role
+    from notellm2_ray.baselines.ranking.baseline import Need, RankingBaseline
 
 RANKING_BASELINES: Registry[RankingBaseline] = Registry(
     "ranking baseline",
@@ -52,11 +52,6 @@ def in_table_order(settings: Settings) -> dict[str, RankingBaseline]:
     """The same rows in the order of the table above."""
     rows = named(settings)
     return {name: rows[name] for name in RANKING_BASELINES.names() if name in rows}
-
-
-def with_role(settings: Settings, role: Role) -> list[str]:
-    """Names of the named rows that have this part in the tests of significance, in the order of the table above."""
-    return [name for name, row in in_table_order(settings).items() if row.role == role]
 
 
 def needs(settings: Settings) -> set[Need]:

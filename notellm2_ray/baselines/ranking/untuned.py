@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from notellm2_ray.baselines.ranking.baseline import RankingBaseline
 
-BASELINE = RankingBaseline(untuned="mllm_msr", role="reference")
+BASELINE = RankingBaseline(untuned="mllm_msr")

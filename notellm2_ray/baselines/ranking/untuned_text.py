@@ -4,4 +4,4 @@ from __future__ import annotations
 
 from notellm2_ray.baselines.ranking.baseline import RankingBaseline
 
-BASELINE = RankingBaseline(untuned="tallrec", role="reference")
+BASELINE = RankingBaseline(untuned="tallrec")

@@ -83,6 +83,11 @@ class EmbedderSettings(Frozen):
     model: dict[str, Any] = Field({}, description="settings that replace those of `model`, as in {llm: NAME}")
     train: dict[str, Any] = Field({}, description="settings that replace those of `train`")
     trained: bool = Field(True, description="false: the model before any training, as a row to compare with")
+    baseline: bool | None = Field(
+        None,
+        description="whether the star of the recall table compares with it; null: if it is untrained, or of another "
+        "variant than notellm2",
+    )
 
 
 class ModelSettings(Frozen):

@@ -67,6 +67,12 @@ def ndcg_at(ranks: np.ndarray, k: int) -> np.ndarray:
     return np.where(ranks <= k, 1.0 / np.log2(ranks + 1.0), 0.0)
 
 
+def main_figures(cutoffs: Sequence[int]) -> list[str]:
+    """The paper's figures, at k = 5 if that was measured, with the AUC per user and NDCG."""
+    k = 5 if 5 in cutoffs else cutoffs[0]
+    return ["auc", "auc_norm", "user_auc", f"hr@{k}", f"mrr@{k}", f"ndcg@{k}"]
+
+
 def example_figures(
     groups: np.ndarray, labels: np.ndarray, scores: np.ndarray, num_examples: int, cutoffs: Sequence[int]
 ) -> dict[str, np.ndarray]:
@@ -75,6 +81,24 @@ def example_figures(
     found = {"user_auc": example_auc(groups, labels, scores, num_examples)}
     for name, at in (("hr", hit_at), ("mrr", reciprocal_rank_at), ("ndcg", ndcg_at)):
         found |= {f"{name}@{k}": at(ranks, k) for k in cutoffs}
+    return found
+
+
+def normalised(groups: np.ndarray, scores: np.ndarray, num_examples: int) -> np.ndarray:
+    """(R,) scores less the mean of their example's candidates, over the deviation of these.
+
+    What a sequential model gives one user's candidates is not meant to be compared with what it gives another's. An
+    area over all users at once needs that; these scores can be compared. Where all candidates of an example score the
+    same, they get 0. Infinite scores, of candidates that were not scored, stay so.
+    """
+    finite = np.isfinite(scores)
+    at, values = groups[finite], scores[finite].astype(np.float64)
+    count = np.maximum(np.bincount(at, minlength=num_examples), 1)
+    values = values - (np.bincount(at, weights=values, minlength=num_examples) / count)[at]
+    deviation = np.sqrt(np.bincount(at, weights=values**2, minlength=num_examples) / count)[at]
+    alike = deviation <= 1e-9 * np.abs(scores[finite])  # rounding alone
+    found = scores.astype(np.float64)
+    found[finite] = np.where(alike, 0.0, values / np.where(alike, 1.0, deviation))
     return found
 
 

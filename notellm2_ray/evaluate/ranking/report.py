@@ -88,15 +88,17 @@ def _protocol(results: Mapping[str, Any], output: Path) -> RankingSection:
 
 def _tests(results: Mapping[str, Any]) -> RankingSection:
     name = tables.PROTOCOL_NAMES.get(results["protocol"], results["protocol"])
-    mine = tables.significance_table(results, ("ablation", "control"))
-    references = tables.significance_table(results, ("reference",))
+    every = [("best other",), ("best baseline",), ("ablation", "control"), ("baseline",)]
     folded = [
-        (f"{tables.STRATUM_NAMES[stratum]}, all tests", tables.significance_table(results, roles, stratum))
+        (f"{tables.STRATUM_NAMES[stratum]}, all tests", tables.significance_table(results, sum(every, ()), stratum))
         for stratum in ("warm", "cold")
-        if (roles := ("reference", "ablation", "control")) and results["examples"][stratum]
+        if results["examples"][stratum]
     ]
-    shown = [table for table in (mine, references) if table.rows]
-    text = "The first ranker against its ablations and controls; then every method against the reference rows."
+    shown = [table for roles in every if (table := tables.significance_table(results, roles)).rows]
+    text = (
+        "The best row against the second; each method against the best baseline; the first ranker against its "
+        "ablations and controls; each ranker against every baseline."
+    )
     return RankingSection(f"Significance: {name.lower()}", text, shown, folded if shown else [])
 
 

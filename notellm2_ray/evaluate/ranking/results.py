@@ -9,7 +9,7 @@ Used as::
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple
 
@@ -17,16 +17,16 @@ import numpy as np
 
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.settings import RankEvaluateSettings
-from notellm2_ray.evaluate.ranking.metrics import PooledAuc, example_figures
+from notellm2_ray.evaluate.comparisons import contests, correct, verdict
+from notellm2_ray.evaluate.ranking.metrics import PooledAuc, example_figures, main_figures, normalised
 from notellm2_ray.evaluate.ranking.task import STRATA, RankingTask
 from notellm2_ray.evaluate.statistics import (
     LEVEL,
-    bootstrap_p,
     interval,
     mean_and_deviation,
+    normal_p,
     permutation_tests,
     resampled_weights,
-    seeds_test,
 )
 
 Kind = Literal["baseline", "untuned", "ranker", "control"]
@@ -56,18 +56,21 @@ class _Measured(NamedTuple):
     """A method's figures on one stratum of E examples, for S seeds and B resamples."""
 
     per_seed: dict[str, list[float]]  # figure to (S,)
-    per_example: dict[str, np.ndarray]  # figure, without auc, to (E,), mean over seeds
+    per_example: dict[str, np.ndarray]  # figure, without the pooled areas, to (E,), mean over seeds
     resampled: dict[str, np.ndarray]  # figure to (B,)
 
 
+class _Match(NamedTuple):
+    """A comparison of two of the methods, by their places, on one figure."""
+
+    method: int
+    other: int
+    role: str
+    figure: str
+
+
 def evaluate_protocol(
-    task: RankingTask,
-    methods: Sequence[MethodScores],
-    settings: RankEvaluateSettings,
-    seed: int,
-    *,
-    references: Sequence[str] = (),
-    untested: Collection[str] = (),
+    task: RankingTask, methods: Sequence[MethodScores], settings: RankEvaluateSettings, seed: int
 ) -> dict[str, Any]:
     """Every figure of every method with its interval over users, and the tests between methods, as JSON values.
 
@@ -76,16 +79,15 @@ def evaluate_protocol(
         methods: in the order of the tables.
         settings: cutoffs and level of the intervals.
         seed: of the resamples and permutations.
-        references: methods that every other method is tested against, in the order of the tests; those that are not
-            among ``methods`` are ignored.
-        untested: methods that are not tested against the references.
 
     Returns:
         ``protocol``, ``examples`` and ``users`` (per stratum), ``candidates`` (fewest and most of an example),
         ``cutoffs``, ``confidence``, ``level``; ``rows``: method, kind, seeds, ``figures[stratum][figure] = {mean,
         deviation, low, high, seeds}`` (None if the stratum is empty); ``tests``: method, against, role
-        ("reference", "ablation" or "control"), stratum, figure, difference, p_seeds, seeds_test, p_users (paired
-        over users: a bootstrap for ``auc``, permutations for the other figures), significant. Shares are from 0 to 1.
+        ("best other", "best baseline", "baseline", "ablation" or "control"), stratum, figure, difference, p_seeds,
+        seeds_test, p_units (paired over users: a bootstrap for the two pooled areas, permutations for the other
+        figures), p (the larger of the two), p_holm, significant: see :mod:`notellm2_ray.evaluate.comparisons`. The main
+        figures of a stratum are corrected together, and so are its other figures. Shares are from 0 to 1.
 
     Raises:
         DataError: a method is given twice, or the number of scores is not that of the candidates.
@@ -96,12 +98,13 @@ def evaluate_protocol(
         for one in methods
     ]
     tests: list[dict[str, Any]] = []
-    matches = _matches(methods, references, untested)
     for stratum in STRATA:
         measured = _measure(task, methods, task.mask(stratum), settings, seed)
         for row, one in zip(rows, measured, strict=True):
             row["figures"][stratum] = one and _figures(one, row["seeds"], settings.confidence)
-        tests += _tests(task, methods, matches, measured, stratum, seed)
+        tests += _tests(task, methods, measured, stratum, seed)
+    main = main_figures(settings.cutoffs)
+    correct(tests, lambda test: (test["role"], test["stratum"], test["figure"] in main))
     sizes = np.bincount(task.groups)
     return {
         "protocol": task.protocol,
@@ -135,11 +138,17 @@ def _measure_one(
     cutoffs: Sequence[int],
 ) -> _Measured:
     runs = [example_figures(groups, labels, s[rows], weights.shape[1], cutoffs) for s in method.scores.values()]
-    areas = [PooledAuc(groups, labels, s[rows]) for s in method.scores.values()]
+    scores = [s[rows] for s in method.scores.values()]
+    areas = {
+        "auc": [PooledAuc(groups, labels, one) for one in scores],
+        "auc_norm": [PooledAuc(groups, labels, normalised(groups, one, weights.shape[1])) for one in scores],
+    }
     per_example = {name: np.mean([run[name] for run in runs], axis=0) for name in runs[0]}
-    per_seed = {"auc": [area() for area in areas]}
+    per_seed = {name: [area() for area in found] for name, found in areas.items()}
     per_seed |= {name: [float(run[name].mean()) for run in runs] for name in runs[0]}
-    resampled = {"auc": np.array([np.mean([area(one) for area in areas]) for one in weights])}
+    resampled = {
+        name: np.array([np.mean([area(one) for area in found]) for one in weights]) for name, found in areas.items()
+    }
     resampled |= {name: weights @ values / weights.sum(axis=1) for name, values in per_example.items()}
     return _Measured(per_seed, per_example, resampled)
 
@@ -157,61 +166,64 @@ def _figures(measured: _Measured, seeds: Sequence[int], confidence: float) -> di
 def _tests(
     task: RankingTask,
     methods: Sequence[MethodScores],
-    matches: Sequence[tuple[int, int, str]],
     measured: Sequence[_Measured | None],
     stratum: str,
     seed: int,
 ) -> list[dict[str, Any]]:
-    pairs = [(mine, theirs) for one, other, _ in matches if (mine := measured[one]) and (theirs := measured[other])]
-    if not pairs:
+    known = [one for one in measured if one is not None]
+    if not known:
         return []
-    summed = list(pairs[0][0].per_example)  # every figure but auc, which is not a sum over users
-    gains = [mine.per_example[name] - theirs.per_example[name] for mine, theirs in pairs for name in summed]
-    users = task.user_groups[task.mask(stratum)]
-    permuted = permutation_tests(np.stack(gains, axis=1), users, seed).reshape(len(pairs), len(summed))
-    found = []
-    for (one, other, role), (mine, theirs), row in zip(matches, pairs, permuted, strict=True):
-        areas = bootstrap_p(mine.resampled["auc"] - theirs.resampled["auc"])
-        p_users: dict[str, float | None] = {"auc": areas, **dict(zip(summed, row.tolist(), strict=True))}
-        names = {"method": methods[one].method, "against": methods[other].method, "role": role, "stratum": stratum}
-        for figure, p in p_users.items():
-            values, others = mine.per_seed[figure], theirs.per_seed[figure]
-            by_seeds = seeds_test(values, others, fixed=methods[one].fixed, other_fixed=methods[other].fixed)
-            found.append({**names, "figure": figure, **_verdict(values, others, by_seeds, p)})
+    matches = [match for figure in known[0].per_seed for match in _matches(methods, known, figure)]
+    p_users = _p_users(matches, known, task.user_groups[task.mask(stratum)], seed)
+    return [
+        {"method": methods[one].method, "against": methods[other].method, "role": role, "stratum": stratum}
+        | {"figure": figure}
+        | verdict(
+            known[one].per_seed[figure],
+            known[other].per_seed[figure],
+            p,
+            fixed=methods[one].fixed,
+            other_fixed=methods[other].fixed,
+        )
+        for (one, other, role, figure), p in zip(matches, p_users, strict=True)
+    ]
+
+
+def _p_users(
+    matches: Sequence[_Match], measured: Sequence[_Measured], users: np.ndarray, seed: int
+) -> list[float | None]:
+    """p-values over users: of a permutation test, or for a pooled AUC, which is no sum over users, of a bootstrap."""
+    summed = [at for at, match in enumerate(matches) if match.figure in measured[0].per_example]
+    found: list[float | None] = [None] * len(matches)
+    if summed:
+        gains = [
+            measured[one].per_example[figure] - measured[other].per_example[figure]
+            for one, other, _, figure in (matches[at] for at in summed)
+        ]
+        for at, p in zip(summed, permutation_tests(np.stack(gains, axis=1), users, seed).tolist(), strict=True):
+            found[at] = p
+    num_users = len(np.unique(users))
+    for at in set(range(len(matches))) - set(summed):
+        one, other, _, figure = matches[at]
+        difference = np.mean(measured[one].per_seed[figure]) - np.mean(measured[other].per_seed[figure])
+        resampled = measured[one].resampled[figure] - measured[other].resampled[figure]
+        found[at] = normal_p(float(difference), resampled, num_users)
     return found
 
 
-def _verdict(
-    values: Sequence[float], others: Sequence[float], by_seeds: tuple[float | None, str], p_users: float | None
-) -> dict[str, Any]:
-    """Significant only if each test that exists rejects "no difference": over users, and over seeds."""
-    p_seeds, seeds_name = by_seeds
-    return {
-        "difference": float(np.mean(values) - np.mean(others)),
-        "p_seeds": p_seeds,
-        "seeds_test": seeds_name,
-        "p_users": p_users,
-        "significant": p_users is not None and p_users < LEVEL and (p_seeds is None or p_seeds < LEVEL),
-    }
-
-
-def _matches(
-    methods: Sequence[MethodScores], references: Sequence[str], untested: Collection[str]
-) -> list[tuple[int, int, str]]:
-    """Which methods are compared: every one with the references, the main ranker also with its variants."""
-    place = {method.method: at for at, method in enumerate(methods)}
-    present = [place[name] for name in references if name in place]
-    main = next((at for at, method in enumerate(methods) if method.kind == "ranker"), None)
-    matches = [
-        (at, reference, "reference")
-        for at, method in enumerate(methods)
-        for reference in present
-        if at != reference and method.method not in untested and not (at in present and at < reference)
-    ]
-    if main is not None:
-        roles = {"ranker": "ablation", "control": "control"}
+def _matches(methods: Sequence[MethodScores], measured: Sequence[_Measured], figure: str) -> list[_Match]:
+    """The comparisons that marks need, those of rankers with every baseline, and of the main ranker with the rest."""
+    means = [float(np.mean(one.per_seed[figure])) for one in measured]
+    baseline = [method.kind in ("baseline", "untuned") for method in methods]
+    matches = [_Match(one, other, role, figure) for one, other, role in contests(means, baseline)]
+    rankers = [at for at, method in enumerate(methods) if method.kind == "ranker"]
+    matches += [_Match(at, other, "baseline", figure) for at in rankers for other in np.flatnonzero(baseline).tolist()]
+    roles = {"ranker": "ablation", "control": "control"}
+    for main in rankers[:1]:
         matches += [
-            (main, at, roles[method.kind]) for at, method in enumerate(methods) if at != main and method.kind in roles
+            _Match(main, at, roles[method.kind], figure)
+            for at, method in enumerate(methods)
+            if at != main and method.kind in roles
         ]
     return matches
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from notellm2_ray.evaluate.comparisons import mark_notes, marks, seeds_note
+from notellm2_ray.evaluate.ranking.metrics import main_figures
 from notellm2_ray.evaluate.tables import NOT_MEASURED, Table, p_value, percent
 
 PROTOCOL_NAMES = {
@@ -18,14 +20,8 @@ STRATUM_NAMES = {"all": "All targets", "warm": "Warm targets", "cold": "Cold tar
 def figure_label(figure: str) -> str:
     """A figure's name in the header of its column."""
     name, _, k = figure.partition("@")
-    names = {"auc": "AUC", "user_auc": "AUC per user"}
+    names = {"auc": "AUC", "auc_norm": "AUC norm.", "user_auc": "AUC per user"}
     return names.get(figure, f"{name.upper()}@{k}")
-
-
-def main_figures(results: Mapping[str, Any]) -> list[str]:
-    """The paper's figures, at k = 5 if that was measured, with the AUC per user and NDCG."""
-    k = 5 if 5 in results["cutoffs"] else results["cutoffs"][0]
-    return ["auc", "user_auc", f"hr@{k}", f"mrr@{k}", f"ndcg@{k}"]
 
 
 def ranking_table(results: Mapping[str, Any], figures: Sequence[str] | None = None) -> Table:
@@ -35,24 +31,26 @@ def ranking_table(results: Mapping[str, Any], figures: Sequence[str] | None = No
         results: of :func:`notellm2_ray.evaluate.ranking.results.evaluate_protocol`.
         figures: columns; None: the main figures.
     """
-    chosen = list(figures or main_figures(results))
-    marks = _marks(results)
+    chosen = list(figures or main_figures(results["cutoffs"]))
+    tests = [test for test in results["tests"] if test["stratum"] == "all" and test["figure"] in chosen]
+    marked = marks(tests, lambda test: (test["method"], test["figure"]))
     cells = []
     for row in results["rows"]:
         values = row["figures"]["all"]
-        marked = [percent(values[name]) + marks.get((row["method"], name), "") for name in chosen]
-        cells.append([row["method"], str(len(row["seeds"]) or 1), marked[0], _interval(values[chosen[0]]), *marked[1:]])
+        shown = [percent(values[name]) + marked.get((row["method"], name), "") for name in chosen]
+        cells.append([row["method"], str(len(row["seeds"]) or 1), shown[0], _interval(values[chosen[0]]), *shown[1:]])
     labels = [figure_label(name) for name in chosen]
     level = f"{100 * results['confidence']:g}%"
     columns = ("Method", "Seeds", labels[0], f"{labels[0]}, {level} interval", *labels[1:])
     strong = {(row, 2 if at == 0 else at + 3) for at, name in enumerate(chosen) for row in _best(results, name)}
-    return Table(columns, cells, notes=_notes(results, cells), strong=strong)
+    notes = [*_notes(cells), *mark_notes(str(cells), tests, "users")]
+    return Table(columns, cells, notes=notes, strong=strong)
 
 
 def strata_table(results: Mapping[str, Any]) -> Table:
-    """The first three main figures of warm and of cold targets."""
+    """The AUC, the AUC per user and the HR of warm and of cold targets."""
     strata = [name for name in ("warm", "cold") if results["examples"][name]]
-    auc, user_auc, hits, *_ = main_figures(results)
+    auc, _, user_auc, hits, *_ = main_figures(results["cutoffs"])
     chosen = [auc, user_auc, hits]
     cells = []
     for row in results["rows"]:
@@ -77,8 +75,8 @@ def interval_table(results: Mapping[str, Any], stratum: str = "all") -> Table:
 def significance_table(
     results: Mapping[str, Any], roles: Sequence[str], stratum: str = "all", figures: Sequence[str] | None = None
 ) -> Table:
-    """The tests of some roles ("reference", "ablation", "control"), one row per pair of methods and figure."""
-    wanted = list(figures or (main_figures(results)[at] for at in (0, 2, 3)))
+    """The comparisons of some roles (see ``evaluate_protocol``), one row per pair of methods and figure."""
+    wanted = list(figures or (main_figures(results["cutoffs"])[at] for at in (0, 1, 3, 4)))
     chosen = [
         test
         for test in results["tests"]
@@ -91,19 +89,17 @@ def significance_table(
             figure_label(test["figure"]),
             f"{100 * test['difference']:+.2f}",
             p_value(test["p_seeds"]),
-            p_value(test["p_users"]),
+            p_value(test["p_units"]),
+            p_value(test["p_holm"]),
             "yes" if test["significant"] else "no",
         ]
         for test in chosen
     ]
-    kinds = sorted({test["seeds_test"] for test in chosen})
-    notes = (
-        "Difference in percentage points. p over seeds: two-sided t-test (" + "; ".join(kinds) + ").",
-        "p over users: paired permutation test of the users' figures; a paired bootstrap for the pooled AUC.",
-        f"Significant: p < {results['level']} over users, and over seeds too where that test exists; not corrected for "
-        "the number of comparisons.",
+    unit_test = (
+        "p users: two-sided paired permutation test over users; for a pooled AUC, a paired bootstrap over users."
     )
-    columns = ("Method", "Against", "Figure", "Difference", "p seeds", "p users", "Significant")
+    notes = seeds_note(chosen, unit_test)
+    columns = ("Method", "Against", "Figure", "Difference", "p seeds", "p users", "p Holm", "Significant")
     return Table(columns, rows, num_labels=3, notes=notes if rows else ())
 
 
@@ -130,7 +126,7 @@ def printed(results: Mapping[str, Any]) -> str:
     parts = []
     for name, one in results["protocols"].items():
         parts += [f"{PROTOCOL_NAMES.get(name, name)}: {lead(one)}", str(ranking_table(one)), str(strata_table(one))]
-        tests = significance_table(one, ("reference", "ablation", "control"), figures=["auc"])
+        tests = significance_table(one, ("best other", "best baseline", "ablation", "control"), figures=["auc"])
         parts += [str(tests)] if tests.rows else []
     return "\n\n".join(parts) + "\n"
 
@@ -145,33 +141,21 @@ def lead(results: Mapping[str, Any]) -> str:
     )
 
 
-def _marks(results: Mapping[str, Any]) -> dict[tuple[str, str], str]:
-    """A star if a ranker is significantly above every reference that it was tested against."""
-    verdicts: dict[tuple[str, str], list[bool]] = {}
-    for test in results["tests"]:
-        if test["role"] == "reference" and test["stratum"] == "all":
-            above = test["significant"] and test["difference"] > 0
-            verdicts.setdefault((test["method"], test["figure"]), []).append(above)
-    kinds = {row["method"]: row["kind"] for row in results["rows"]}
-    return {key: "*" for key, above in verdicts.items() if all(above) and kinds[key[0]] == "ranker"}
-
-
 def _best(results: Mapping[str, Any], figure: str) -> list[int]:
     means = [row["figures"]["all"][figure]["mean"] for row in results["rows"]]
     return [at for at, mean in enumerate(means) if mean == max(means)]
 
 
-def _notes(results: Mapping[str, Any], cells: Sequence[Sequence[str]]) -> list[str]:
+def _notes(cells: Sequence[Sequence[str]]) -> list[str]:
     text = " ".join(cell for row in cells for cell in row[2:])
     notes = [
-        "In %. AUC: over all rows at once, of all users. AUC per user: within each target's candidates, mean. HR, MRR "
-        "and NDCG: ties count against the method; MRR is 0 beyond k. Interval: bootstrap over users."
+        "In %. AUC: over the candidates of all users at once, by the scores as they are; those of sequential models are "
+        "not made to be compared between users. AUC norm.: the same, with scores normalised among each target's "
+        "candidates. AUC per user: within each target's candidates, mean. HR, MRR and NDCG: ties count against the "
+        "method; MRR is 0 beyond k. Interval: bootstrap over users."
     ]
     if "±" in text:
         notes.append("±: standard deviation over seeds.")
-    if "*" in text:
-        against = list(dict.fromkeys(test["against"] for test in results["tests"] if test["role"] == "reference"))
-        notes.append(f"*: above every reference row ({', '.join(against)}), p < {results['level']}.")
     return notes
 
 

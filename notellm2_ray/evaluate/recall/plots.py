@@ -27,8 +27,8 @@ def recall_curves(results: Mapping[str, Any], directory: Path, stratum: str = "a
                 curve["k"],
                 [100 * value for value in curve["recall"]],
                 color=theme.series[at % len(theme.series)],
-                linestyle="--" if row["baseline"] else "-",
-                linewidth=1.5 if row["baseline"] else 2.2,
+                linestyle="-" if row["kind"] == "embedder" else "--",
+                linewidth=2.2 if row["kind"] == "embedder" else 1.5,
                 label=row["method"],
             )
         ks, most = rows[0]["curve"][stratum]["k"], max(results["pool_notes"] - 1, 1)

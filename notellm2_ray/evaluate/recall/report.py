@@ -99,7 +99,7 @@ def _training(histories: Mapping[str, Sequence[Mapping[str, Any]]], output: Path
 
 
 def _significance(results: Mapping[str, Any]) -> RecallSection:
-    roles = ("best baseline", "reference")
+    roles = ("best other", "best baseline", "reference")
     by_role = {role: tables.significance_table(results, role, ("all", "short_query")) for role in roles}
     shown = [table for table in by_role.values() if table.rows]
     if not shown:

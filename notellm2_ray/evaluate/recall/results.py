@@ -12,17 +12,22 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
 from notellm2_ray.core.errors import DataError
+from notellm2_ray.evaluate.comparisons import contests, correct, verdict
 from notellm2_ray.evaluate.recall import metrics
-from notellm2_ray.evaluate.recall.task import RetrievalTask
-from notellm2_ray.evaluate.statistics import LEVEL, compare, mean_and_deviation
+from notellm2_ray.evaluate.recall.task import TABLES, RetrievalTask
+from notellm2_ray.evaluate.statistics import LEVEL, mean_and_deviation, permutation_tests
 
 CURVE_STRATA = ("all", "short_query")
 CURVE_POINTS = 40
+
+# baseline: a row that is not an embedder; trained_baseline: an embedder that the method is compared with, such as one
+# of the text alone.
+Kind = Literal["baseline", "trained_baseline", "embedder"]
 
 
 @dataclass(frozen=True)
@@ -34,13 +39,13 @@ class MethodRanks:
         inputs: what it was tested with: "multimodal", "image", "text" or "-". A method may be given several times with
             different inputs, its main ones first.
         ranks: training seed to (Q,) ranks; a deterministic method has the one seed None.
-        baseline: whether embedders are tested against it.
+        kind: whether it is a baseline; the star compares embedders with the best of both kinds of baselines.
     """
 
     method: str
     inputs: str
     ranks: Mapping[int | None, np.ndarray]
-    baseline: bool = False
+    kind: Kind = "embedder"
 
     @property
     def fixed(self) -> bool:
@@ -51,20 +56,24 @@ class MethodRanks:
         return np.stack([ranks[mask] <= k for ranks in self.ranks.values()])
 
 
-def evaluate(task: RetrievalTask, rankings: Sequence[MethodRanks], reference: str | None = None) -> dict[str, Any]:
+def evaluate(
+    task: RetrievalTask, rankings: Sequence[MethodRanks], reference: str | None = None, *, seed: int = 42
+) -> dict[str, Any]:
     """Recall of every method, and the tests between methods, as JSON values.
 
     Args:
         task: the pairs.
         rankings: the methods' ranks, in the order of the tables.
         reference: a method, such as "basic", that all others are tested against as well, with its main inputs.
+        seed: of the permutations.
 
     Returns:
         ``pool_notes``, ``pairs`` (per stratum), ``cutoffs``, ``saturated``, ``chance`` (per cutoff) and
-        ``rows``: method, inputs, baseline, main, seeds, ``recall[stratum][cutoff] = {mean, deviation, seeds}``,
+        ``rows``: method, inputs, kind, main, seeds, ``recall[stratum][cutoff] = {mean, deviation, seeds}``,
         ``mrr[stratum]``, ``curve[stratum] = {k, recall}``;
-        ``tests``: method, inputs, against, against_inputs, role ("best baseline" or "reference"), stratum, cutoff,
-        difference, p_seeds, seeds_test, p_queries, deciding, significant.
+        ``tests``, among rows with their main inputs: method, inputs, against, against_inputs, role ("best other", "best
+        baseline" or "reference"), stratum, cutoff, difference, p_seeds, seeds_test, p_units (over query notes, by
+        permutation), p (the larger of the two), p_holm, significant: see :mod:`notellm2_ray.evaluate.comparisons`.
         Figures are shares from 0 to 1, or None if there are no pairs.
 
     Raises:
@@ -84,7 +93,7 @@ def evaluate(task: RetrievalTask, rankings: Sequence[MethodRanks], reference: st
         "chance": _keyed(metrics.chance_at(len(task.pool_ids), task.query_rows, task.cutoffs)),
         "level": LEVEL,
         "rows": rows,
-        "tests": _tests(task, rankings, rows, reference),
+        "tests": _tests(task, rankings, rows, reference, seed),
     }
 
 
@@ -92,7 +101,7 @@ def _row(task: RetrievalTask, ranking: MethodRanks, main: bool) -> dict[str, Any
     return {
         "method": ranking.method,
         "inputs": ranking.inputs,
-        "baseline": ranking.baseline,
+        "kind": ranking.kind,
         "main": main,
         "seeds": [seed for seed in ranking.ranks if seed is not None],
         "recall": {
@@ -124,43 +133,64 @@ def _curve(task: RetrievalTask, ranking: MethodRanks, mask: np.ndarray) -> dict[
 
 
 def _tests(
-    task: RetrievalTask, rankings: Sequence[MethodRanks], rows: Sequence[dict[str, Any]], reference: str | None
+    task: RetrievalTask,
+    rankings: Sequence[MethodRanks],
+    rows: Sequence[dict[str, Any]],
+    reference: str | None,
+    seed: int,
 ) -> list[dict[str, Any]]:
-    groups = np.unique(task.query_ids.astype(str), return_inverse=True)[1]
-    found = []
-    for stratum, mask in task.strata.items():
-        if not mask.any():
-            continue
-        for k in (k for k in task.cutoffs if k not in task.saturated):
-            for ranking, other, role in _matches(rankings, rows, stratum, k, reference):
-                test = compare(
-                    ranking.hits(k, mask),
-                    other.hits(k, mask),
-                    groups[mask],
-                    fixed=ranking.fixed,
-                    other_fixed=other.fixed,
-                )
-                names: dict[str, Any] = {"method": ranking.method, "inputs": ranking.inputs, "against": other.method}
-                names |= {"against_inputs": other.inputs, "role": role, "stratum": stratum, "cutoff": k}
-                found.append({**names, **test._asdict(), "deciding": test.deciding, "significant": test.significant})
+    found = [
+        test
+        for stratum, mask in task.strata.items()
+        if mask.any()
+        for test in _tests_of(task, rankings, rows, stratum, reference, seed)
+    ]
+    table_of = {stratum: table for table, strata in TABLES.items() for stratum in strata}
+    correct(found, lambda test: (test["role"], table_of[test["stratum"]]))
     return found
 
 
-def _matches(
-    rankings: Sequence[MethodRanks], rows: Sequence[dict[str, Any]], stratum: str, k: int, reference: str | None
-) -> list[tuple[MethodRanks, MethodRanks, str]]:
-    """Which methods are compared: each one with the best baseline of this stratum and k, and with the reference."""
-    means = [row["recall"][stratum][str(k)]["mean"] for row in rows]
-    baselines = [at for at, ranking in enumerate(rankings) if ranking.baseline]
-    best = max(baselines, key=lambda at: means[at], default=None)
-    anchor = next((at for at, ranking in enumerate(rankings) if ranking.method == reference), None)
-    matches = []
-    for at, ranking in enumerate(rankings):
-        if best is not None and not ranking.baseline:
-            matches.append((ranking, rankings[best], "best baseline"))
-        if anchor is not None and at != anchor:
-            matches.append((ranking, rankings[anchor], "reference"))
-    return matches
+def _tests_of(
+    task: RetrievalTask,
+    rankings: Sequence[MethodRanks],
+    rows: Sequence[dict[str, Any]],
+    stratum: str,
+    reference: str | None,
+    seed: int,
+) -> list[dict[str, Any]]:
+    """The comparisons of a stratum's columns, among the rows with their main inputs."""
+    mask = task.strata[stratum]
+    main = [at for at, row in enumerate(rows) if row["main"]]
+    baseline = [rankings[at].kind != "embedder" for at in main]
+    anchor = next((at for at in main if rankings[at].method == reference), None)
+    matches: list[tuple[int, int, str, int]] = []
+    for k in (k for k in task.cutoffs if k not in task.saturated):
+        means = [rows[at]["recall"][stratum][str(k)]["mean"] for at in main]
+        matches += [(main[one], main[other], role, k) for one, other, role in contests(means, baseline)]
+        if anchor is not None:
+            matches += [(at, anchor, "reference", k) for at in main if at != anchor]
+    if not matches:
+        return []
+    gains = [_gain(rankings[one], rankings[other], k, mask) for one, other, _, k in matches]
+    groups = np.unique(task.query_ids[mask].astype(str), return_inverse=True)[1]
+    p_queries = permutation_tests(np.stack(gains, axis=1), groups, seed).tolist()
+    return [
+        {"method": rows[one]["method"], "inputs": rows[one]["inputs"], "against": rows[other]["method"]}
+        | {"against_inputs": rows[other]["inputs"], "role": role, "stratum": stratum, "cutoff": k}
+        | verdict(
+            rankings[one].hits(k, mask).mean(axis=1),
+            rankings[other].hits(k, mask).mean(axis=1),
+            p,
+            fixed=rankings[one].fixed,
+            other_fixed=rankings[other].fixed,
+        )
+        for (one, other, role, k), p in zip(matches, p_queries, strict=True)
+    ]
+
+
+def _gain(ranking: MethodRanks, other: MethodRanks, k: int, mask: np.ndarray) -> np.ndarray:
+    """(M,) how much more often, over seeds, each pair of the stratum is found."""
+    return ranking.hits(k, mask).mean(axis=0) - other.hits(k, mask).mean(axis=0)
 
 
 def _check(task: RetrievalTask, rankings: Sequence[MethodRanks], reference: str | None) -> None:

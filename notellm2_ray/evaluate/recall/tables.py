@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
+from notellm2_ray.evaluate.comparisons import mark_notes, marks, seeds_note
+from notellm2_ray.evaluate.recall.task import TABLES
 from notellm2_ray.evaluate.tables import NO_DATA, Table, p_value, percent
 
 STRATUM_NAMES = {
@@ -19,9 +21,7 @@ STRATUM_NAMES = {
     "warm_target": "Warm Target Pair",
     "cold_target": "Cold Target Pair",
 }
-PAPER_STRATA = ("all", "short_query", "short_target")  # Tables 2 to 4; Table 11 has the long ones
-LONG_STRATA = ("long_query", "long_target")
-WARMTH_STRATA = ("warm_query", "cold_query", "warm_target", "cold_target")
+PAPER_STRATA, LONG_STRATA, WARMTH_STRATA = TABLES.values()
 COLD_NOTE = "A note is cold if no click on it is in the log that the training pairs were mined from."
 
 
@@ -32,18 +32,20 @@ def recall_table(results: Mapping[str, Any], strata: Sequence[str] = PAPER_STRAT
         results: of :func:`notellm2_ray.evaluate.recall.results.evaluate`.
         strata: groups of columns.
         inputs: False: each method with its main inputs (Tables 2 and 4). True: each method that was tested with several
-            inputs, with all of them (Table 3).
+            inputs, with all of them (Table 3). Its rows are not tested.
     """
     rows = [row for row in results["rows"] if row["main"]]
     if inputs:
         several = {row["method"] for row in results["rows"] if not row["main"]}
         rows = [row for row in results["rows"] if row["method"] in several]
-    marks = _marks(results)
-    cells = [[row["method"], row["inputs"], *_recall_cells(results, row, strata, marks)] for row in rows]
+    tests = [] if inputs else [test for test in results["tests"] if test["stratum"] in strata]
+    marked = marks(tests, lambda test: (test["method"], test["stratum"], test["cutoff"]))
+    cells = [[row["method"], row["inputs"], *_recall_cells(results, row, strata, marked)] for row in rows]
     names = [f"R@{_short(k)}" for k in _shown(results)]
     groups = [("", 2), *((f"{STRATUM_NAMES[s]} ({results['pairs'][s]:,})", len(names)) for s in strata)]
     columns = ("Method", "Input", *names * len(strata))
-    return Table(columns, cells, groups, 2, _recall_notes(results, cells), _best(results, rows, strata))
+    notes = [*_recall_notes(results, cells), *mark_notes(str(cells), tests, "query notes")]
+    return Table(columns, cells, groups, 2, notes, _best(results, rows, strata))
 
 
 def warmth_table(results: Mapping[str, Any]) -> Table | None:
@@ -60,7 +62,7 @@ def significance_table(results: Mapping[str, Any], role: str, strata: Sequence[s
 
     Args:
         results: of :func:`notellm2_ray.evaluate.recall.results.evaluate`.
-        role: "best baseline" or "reference".
+        role: "best other", "best baseline" or "reference".
         strata: the strata shown.
     """
     chosen = [test for test in results["tests"] if test["role"] == role and test["stratum"] in strata]
@@ -73,19 +75,25 @@ def significance_table(results: Mapping[str, Any], role: str, strata: Sequence[s
             f"R@{_short(test['cutoff'])}",
             f"{100 * test['difference']:+.2f}",
             p_value(test["p_seeds"]),
-            p_value(test["p_queries"]),
+            p_value(test["p_units"]),
+            p_value(test["p_holm"]),
             "yes" if test["significant"] else "no",
         ]
         for test in chosen
     ]
-    kinds = sorted({test["seeds_test"] for test in chosen})
-    notes = (
-        "Difference in percentage points. p over seeds: two-sided t-test (" + "; ".join(kinds) + ").",
-        "p over queries: two-sided exact sign test over query notes (McNemar's for one seed and one pair per query).",
-        f"Significant: p < {results['level']} over seeds where that test exists, else over queries; not corrected for "
-        "the number of comparisons.",
+    notes = seeds_note(chosen, "p queries: two-sided paired permutation test over query notes.")
+    columns = (
+        "Method",
+        "Input",
+        "Against",
+        "Pairs",
+        "k",
+        "Difference",
+        "p seeds",
+        "p queries",
+        "p Holm",
+        "Significant",
     )
-    columns = ("Method", "Input", "Against", "Pairs", "k", "Difference", "p seeds", "p queries", "Significant")
     return Table(columns, rows, num_labels=4, notes=notes if rows else ())
 
 
@@ -109,12 +117,12 @@ def mrr_table(results: Mapping[str, Any], strata: Sequence[str] = PAPER_STRATA) 
 
 
 def _recall_cells(
-    results: Mapping[str, Any], row: Mapping[str, Any], strata: Sequence[str], marks: Mapping[tuple[Any, ...], str]
+    results: Mapping[str, Any], row: Mapping[str, Any], strata: Sequence[str], marked: Mapping[Hashable, str]
 ) -> list[str]:
     cells = []
     for stratum in strata:
         for k in _shown(results):
-            mark = marks.get((row["method"], row["inputs"], stratum, k), "")
+            mark = marked.get((row["method"], stratum, k), "")
             cells.append(percent(row["recall"][stratum][str(k)]) + mark)
     return cells
 
@@ -141,14 +149,6 @@ def _best(results: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], strata:
     return best
 
 
-def _marks(results: Mapping[str, Any]) -> dict[tuple[Any, ...], str]:
-    return {
-        (test["method"], test["inputs"], test["stratum"], test["cutoff"]): "*" if test["deciding"] == "seeds" else "†"
-        for test in results["tests"]
-        if test["role"] == "best baseline" and test["significant"] and test["difference"] > 0
-    }
-
-
 def _recall_notes(results: Mapping[str, Any], cells: Sequence[Sequence[str]]) -> list[str]:
     text = " ".join(cell for row in cells for cell in row[2:])
     figures = [f"R@{_short(k)} {100 * results['chance'][str(k)]:.2f}" for k in _telling(results)]
@@ -159,13 +159,6 @@ def _recall_notes(results: Mapping[str, Any], cells: Sequence[Sequence[str]]) ->
     ]
     if "±" in text:
         notes.append("±: standard deviation over seeds.")
-    if "*" in text:
-        notes.append(f"*: above the best baseline of the column, two-sided t-test over seeds, p < {results['level']}.")
-    if "†" in text:
-        notes.append(
-            f"†: above the best baseline of the column, sign test over query notes, p < {results['level']} "
-            "(too few seeds for a t-test)."
-        )
     if results["saturated"]:
         names = ", ".join(f"R@{_short(k)}" for k in results["saturated"])
         notes.append(f"{names}: 100 for any method, as k covers the whole pool.")

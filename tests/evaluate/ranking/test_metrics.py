@@ -12,6 +12,7 @@ from notellm2_ray.evaluate.ranking.metrics import (
     example_auc,
     example_figures,
     ndcg_at,
+    normalised,
     target_ranks,
 )
 
@@ -105,3 +106,14 @@ def test_ndcg_of_the_first_second_and_none():
 def test_an_example_needs_one_target_and_a_negative(labels):
     with pytest.raises(DataError, match="one target and some negatives"):
         check_groups(np.zeros(len(labels), dtype=int), np.array(labels, dtype=bool), 1)
+
+
+def test_normalised_scores_can_be_compared_between_users():
+    groups, labels = np.repeat([0, 1], 3), np.array([True, False, False] * 2)
+    scores = np.array([3.0, 1.0, 2.0, 103.0, 101.0, 102.0])  # one user's scores are another's plus 100
+    assert PooledAuc(groups, labels, scores)() < 1.0
+    assert PooledAuc(groups, labels, normalised(groups, scores, 2))() == 1.0
+    z = np.array([1.2247449, -1.2247449, 0.0])
+    assert normalised(groups, scores, 2) == pytest.approx(np.concatenate([z, z]))
+    equal = normalised(groups, np.array([0.1, 0.1, 0.1, -np.inf, 1.0, 3.0]), 2)
+    assert equal.tolist() == [0.0, 0.0, 0.0, -np.inf, -1.0, 1.0]

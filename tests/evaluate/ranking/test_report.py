@@ -36,7 +36,7 @@ def evaluated(protocol):
         MethodScores("<b>direct</b>", "ranker", {seed: noisy(task, 1.0, seed) for seed in (1, 2)}),
         MethodScores("mllm_msr, shuffled image", "control", {1: noisy(task, 0.0, 8)}),
     ]
-    return task, methods, evaluate_protocol(task, methods, SETTINGS, 7, references=("popularity",))
+    return task, methods, evaluate_protocol(task, methods, SETTINGS, 7)
 
 
 def get_notes(ids):

@@ -31,7 +31,7 @@ def report(tmp_path_factory):
     task = RetrievalTask.build(pair_table(pairs), notes, dict.fromkeys(notes, 10), settings)
     ranks = task.embedding_ranks(np.array(notes, dtype=object), vectors)
     rankings = [
-        MethodRanks("bm25", "text", {None: task.random_ranks(7)}, baseline=True),
+        MethodRanks("bm25", "text", {None: task.random_ranks(7)}, "baseline"),
         MethodRanks("<b>x</b>", "multimodal", {42: ranks, 43: ranks}),
         MethodRanks("<b>x</b>", "image", {42: ranks, 43: ranks}),
     ]
@@ -108,7 +108,7 @@ def test_samples_show_the_nearest_and_wherever_the_target_is(report):
 
 def test_a_report_without_training_or_samples_can_be_written(tmp_path):
     task = RetrievalTask.build(pair_table([("a", "b")]), list("abc"), {"a": 90, "b": 90}, EvaluateSettings())
-    results = evaluate(task, [MethodRanks("bm25", "text", {None: np.array([1])}, baseline=True)])
+    results = evaluate(task, [MethodRanks("bm25", "text", {None: np.array([1])}, "baseline")])
     write_report(tmp_path, results=results, statistics={}, histories={}, samples=[], settings={}, index_info={})
     html = (tmp_path / "index.html").read_text(encoding="utf-8")
     assert "Training" not in html
