@@ -149,8 +149,8 @@ def _best(results: Mapping[str, Any], figure: str) -> list[int]:
 def _notes(cells: Sequence[Sequence[str]]) -> list[str]:
     text = " ".join(cell for row in cells for cell in row[2:])
     notes = [
-        "In %. AUC: over the candidates of all users at once, by the scores as they are; those of sequential models are "
-        "not made to be compared between users. AUC norm.: the same, with scores normalised among each target's "
+        "In %. AUC: over the candidates of all users at once, by the scores as they are; those of sequential models "
+        "are not made to be compared between users. AUC norm.: the same, with scores normalised among each target's "
         "candidates. AUC per user: within each target's candidates, mean. HR, MRR and NDCG: ties count against the "
         "method; MRR is 0 beyond k. Interval: bootstrap over users."
     ]
