@@ -39,7 +39,7 @@ def compare_ranking(
 
     Returns:
         Counts for the manifest, with each ranker's AUC. results.json holds ``{"protocols": {name: results of
-        evaluate_protocol}, "remarks": [...]}``.
+        evaluate_protocol}, "remarks": [...], "tuned_baselines": {...}}``.
 
     Raises:
         DataError: scores and sequences do not belong together.
@@ -53,7 +53,7 @@ def compare_ranking(
     protocols = [read_protocol(workspace, name) for name in settings.candidates.protocols]
     data = RankingData(settings, workspace, protocols, llm, settings.ranking.image_tower or vision)
     methods = {protocol.task.protocol: list(_methods(data, protocol, scores)) for protocol in protocols}
-    results: dict[str, Any] = {"protocols": {}, "remarks": _remarks(data)}
+    results: dict[str, Any] = {"protocols": {}, "remarks": _remarks(data), "tuned_baselines": data.tuned}
     for protocol in protocols:
         results["protocols"][protocol.task.protocol] = evaluate_protocol(
             protocol.task, methods[protocol.task.protocol], settings.ranking, settings.seed

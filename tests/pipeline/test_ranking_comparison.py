@@ -19,7 +19,8 @@ def workspace(tmp_path_factory):
 @pytest.mark.slow
 def test_everything_is_compared_and_reported(workspace, tmp_path):
     names = ["random", "popularity", "gru4rec", "sasrec", "gru4rec_image", "gru4rec_summary", "untuned"]
-    settings = settings_for(workspace, ranking={"baselines": names, "rankers": ["mllm_msr", "tallrec"]})
+    ranking = {"baselines": names, "rankers": ["mllm_msr", "tallrec"], "tune_baselines": True}
+    settings = settings_for(workspace, ranking={**ranking, "baseline_grid": {"learning_rate": [1e-5, 3e-3]}})
     scores = {}
     for protocol in ("uniform", "popular"):
         tables = [
@@ -42,9 +43,14 @@ def test_everything_is_compared_and_reported(workspace, tmp_path):
         # the id tells the next note of the circle; images and summaries tell only its kind
         assert min(found["gru4rec"], found["sasrec"]) > 0.9
         assert min(found["gru4rec_image"], found["gru4rec_summary"]) > 0.55
+    assert set(results["tuned_baselines"]) == {"gru4rec", "sasrec", "gru4rec_image", "gru4rec_summary"}
+    for one in results["tuned_baselines"].values():
+        assert [point["knobs"] for point in one["points"]] == [{"learning_rate": 1e-5}, {"learning_rate": 3e-3}]
+        assert [point["chosen"] for point in one["points"]] == [False, True]
     assert "mllm_msr, shuffled image" in (output / "table.txt").read_text()
     html = (output / "index.html").read_text(encoding="utf-8")
     assert html.count("The user likes kind") == 6
     assert html.count('class="badge">target') == 3
     assert "red round cat" in html
+    assert "Tuned baselines" in html
     assert "gru4rec_summary: mean of the last states" in html

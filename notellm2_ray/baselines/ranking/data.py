@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -57,6 +57,7 @@ class RankingData(Kept):
         protocols: all protocols that will be scored.
         llm: directory or hub name of the embedder's LLM.
         image_tower: directory or name of the vision tower: ``ranking.image_tower``, or else the embedder's.
+        tuned: what the search for a baseline's knobs tried, by name; a baseline that searches adds itself.
     """
 
     settings: Settings
@@ -64,6 +65,7 @@ class RankingData(Kept):
     protocols: Sequence[ProtocolData]
     llm: str
     image_tower: str
+    tuned: dict[str, Any] = field(default_factory=dict)
 
     @property
     def seeds(self) -> tuple[int, ...]:

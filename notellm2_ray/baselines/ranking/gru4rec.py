@@ -8,7 +8,7 @@ from notellm2_ray.baselines.ranking.sequential.scores import sequential_scores
 
 
 def _scores(data: RankingData, protocol: ProtocolData) -> Scores:
-    return sequential_scores("gru4rec", "gru4rec", data, protocol)
+    return sequential_scores("gru4rec", data, protocol)
 
 
 BASELINE = RankingBaseline(_scores)

@@ -11,7 +11,7 @@ def _scores(data: RankingData, protocol: ProtocolData) -> Scores:
     from notellm2_ray.baselines.ranking.sequential.features import image_features
 
     features = data.once("image features", lambda: image_features(data.images(), data.image_tower))
-    return sequential_scores("gru4rec_image", "gru4rec", data, protocol, features)
+    return sequential_scores("gru4rec_image", data, protocol, features)
 
 
 def _remark(data: RankingData) -> str:

@@ -15,7 +15,7 @@ def _scores(data: RankingData, protocol: ProtocolData) -> Scores:
         "summary features",
         lambda: text_features(data.summaries(), data.llm, attention=model.attention, revision=model.revision),
     )
-    return sequential_scores("gru4rec_summary", "gru4rec", data, protocol, features)
+    return sequential_scores("gru4rec_summary", data, protocol, features)
 
 
 def _remark(data: RankingData) -> str:

@@ -10,7 +10,7 @@ import numpy as np
 
 from notellm2_ray.baselines.recall.baseline import Ranks, RecallBaseline, RecallData
 from notellm2_ray.core.errors import DataError
-from notellm2_ray.core.settings.retrieval import Bm25Settings
+from notellm2_ray.core.settings.baselines import Bm25Settings
 from notellm2_ray.core.words import note_text, tokenize
 from notellm2_ray.evaluate.recall.metrics import ranks_by_query
 

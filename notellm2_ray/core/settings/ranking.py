@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from notellm2_ray.core.config import Frozen, resource
+from notellm2_ray.core.settings.baselines import GRID, Gru4RecSettings, SasRecSettings, points
 
 PreferenceVariant = Literal["recurrent", "direct", "no_image_summary"]
 RankerVariant = Literal["mllm_msr", "direct", "no_image_summary", "tallrec"]
@@ -243,6 +244,17 @@ class RankEvaluateSettings(Frozen):
         "",
         description="vision tower of the baseline gru4rec_image: as in model.vision, or vgg19; empty: model.vision",
     )
+    gru4rec: Gru4RecSettings = Field(Gru4RecSettings(), description="knobs of the baseline gru4rec")
+    sasrec: SasRecSettings = Field(SasRecSettings(), description="knobs of the baseline sasrec")
+    gru4rec_image: Gru4RecSettings = Field(Gru4RecSettings(), description="knobs of the baseline gru4rec_image")
+    gru4rec_summary: Gru4RecSettings = Field(Gru4RecSettings(), description="knobs of the baseline gru4rec_summary")
+    tune_baselines: bool = Field(
+        False,
+        description="choose the knobs of sequential baselines in baseline_grid by their AUC on validation targets",
+    )
+    baseline_grid: dict[str, tuple[float, ...]] = Field(
+        GRID, description="values that tune_baselines tries, by knob; every combination is trained once, with one seed"
+    )
     sweep: Literal["block_size", "context_length"] = resource("block_size", description="what `notellm2 sweep` varies")
     confidence: float = Field(0.95, gt=0.5, lt=1, description="confidence level of the bootstrap intervals over users")
     sample_users: int = Field(8, ge=0, description="users whose history, preferences and ranking the report shows")
@@ -253,6 +265,11 @@ class RankEvaluateSettings(Frozen):
             values = getattr(self, name)
             if len(set(values)) != len(values):
                 raise ValueError(f"ranking.{name} has a duplicate: {list(values)}")
+        for name in ("gru4rec", "sasrec", "gru4rec_image", "gru4rec_summary"):
+            try:
+                points(getattr(self, name), self.baseline_grid)
+            except ValueError as error:
+                raise ValueError(f"ranking.baseline_grid does not fit {name}: {error}") from error
         if self.controls and not self.rankers:
             raise ValueError("ranking.controls need a ranker: name one in ranking.rankers, or set ranking.controls=[]")
         if self.controls and self.rankers[0] == "tallrec":

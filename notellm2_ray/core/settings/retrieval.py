@@ -7,6 +7,7 @@ from typing import Literal
 from pydantic import Field, model_validator
 
 from notellm2_ray.core.config import Frozen, resource
+from notellm2_ray.core.settings.baselines import Bm25Settings, SwingSettings
 
 Inputs = Literal["multimodal", "image", "text"]
 
@@ -63,19 +64,6 @@ class IndexSettings(Frozen):
         if self.kind == "hnsw" and self.gpu:
             raise ValueError("index.kind=hnsw has no GPU search in FAISS: use index.kind=ivf, or index.gpu=false")
         return self
-
-
-class Bm25Settings(Frozen):
-    """The recall baseline bm25 (Lucene's variant)."""
-
-    k1: float = Field(1.5, ge=0, description="how much it counts that a word occurs several times")
-    b: float = Field(0.75, ge=0, le=1, description="how much long texts are held against a note")
-
-
-class SwingSettings(Frozen):
-    """The recall baseline swing (Yang et al. 2020)."""
-
-    alpha: float = Field(1.0, ge=0, description="smoothing; larger: users who share many notes count for more")
 
 
 class EvaluateSettings(Frozen):

@@ -57,6 +57,7 @@ def write_report(
     sections = [
         *(_protocol(one, output) for one in results["protocols"].values()),
         *(_tests(one) for one in results["protocols"].values()),
+        _tuned(results.get("tuned_baselines", {})),
         *(_sweep(one, output) for one in sweeps),
         _training(histories, output),
         RankingSection("Dataset", tables=[statistics_table(statistics)] if statistics else []),
@@ -100,6 +101,11 @@ def _tests(results: Mapping[str, Any]) -> RankingSection:
         "ablations and controls; each ranker against every baseline."
     )
     return RankingSection(f"Significance: {name.lower()}", text, shown, folded if shown else [])
+
+
+def _tuned(tuned: Mapping[str, Any]) -> RankingSection:
+    text = "Every combination of ranking.baseline_grid, with one seed. The best on validation targets is used."
+    return RankingSection("Tuned baselines", text, [tables.tuning_table(tuned)] if tuned else [])
 
 
 def _sweep(sweep: Mapping[str, Any], output: Path) -> RankingSection:

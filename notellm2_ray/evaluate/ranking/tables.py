@@ -117,6 +117,22 @@ def sweep_table(sweep: Mapping[str, Any]) -> Table:
     return Table((sweep["parameter"], *map(figure_label, names), ""), rows)
 
 
+def tuning_table(tuned: Mapping[str, Any]) -> Table:
+    """What was tried for each baseline that was tuned, with the AUC on validation targets in percent."""
+    knobs = list(dict.fromkeys(knob for one in tuned.values() for point in one["points"] for knob in point["knobs"]))
+    rows = [
+        [
+            name,
+            *(f"{point['knobs'][knob]:g}" for knob in knobs),
+            f"{100 * point['validation_auc']:.2f}",
+            "chosen" if point["chosen"] else "",
+        ]
+        for name, one in tuned.items()
+        for point in one["points"]
+    ]
+    return Table(("Baseline", *(knob.replace("_", " ") for knob in knobs), "Validation AUC", ""), rows)
+
+
 def printed(results: Mapping[str, Any]) -> str:
     """All protocols' tables as text.
 

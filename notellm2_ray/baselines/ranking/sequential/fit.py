@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,7 +15,6 @@ from notellm2_ray.baselines.ranking.sequential.model import (
     FIRST_NOTE,
     PAD,
     UNKNOWN,
-    Architecture,
     FeatureEmbedding,
     IdEmbedding,
     SequentialModel,
@@ -30,52 +28,25 @@ from notellm2_ray.baselines.ranking.sequential.recommender import (
 )
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.run import stream_seed
+from notellm2_ray.core.settings.baselines import SequentialSettings
 
 log = logging.getLogger(__name__)
 
-_LEARNING_RATES: dict[Architecture, float] = {"gru4rec": 3e-3, "sasrec": 1e-3}
 _ROWS = 256  # validation histories in a forward batch
 
 
-@dataclass(frozen=True)
-class SequentialSettings:
-    """How a baseline is trained; RecBole's defaults unless stated.
-
-    Attributes:
-        max_length: how many of a sequence's last notes are read.
-        learning_rate: Adam's. None: RecBole's 1e-3 for SASRec, and 3e-3 for GRU4Rec, which ends lower at 1e-3
-            (validation AUC .894 against .925; 1e-3, 3e-3 and 5e-3 tried on one synthetic set of 600 users, one seed).
-        max_epochs: most passes over the sequences (RecBole: 300, far more than a small set needs).
-        patience: epochs without a better validation AUC before stopping (RecBole: 10; on small sets GRU4Rec first
-            learns what is popular, then gets worse for a while before it learns more).
-        min_batch, max_batch: bounds on the sequences in an update. Between them it is a twentieth of all, so that an
-            epoch of a small set has several updates too (RecBole: 2,048 prefixes).
-        unknown_share: share of the notes read that are replaced by the unknown note, so that its vector is trained.
-        max_classes: if there are more notes than this, this many are drawn as negatives of an update.
-    """
-
-    max_length: int = 50
-    learning_rate: float | None = None
-    max_epochs: int = 100
-    patience: int = 20
-    min_batch: int = 32
-    max_batch: int = 512
-    unknown_share: float = 0.02
-    max_classes: int = 20_000
-
-
 def fit(
-    architecture: Architecture,
+    settings: SequentialSettings,
     sequences: Sequence[Sequence[str]],
     validation: Sequence[tuple[Sequence[str], str]],
     *,
     seed: int,
     features: FrozenFeatures | None = None,
-    settings: SequentialSettings | None = None,
 ) -> SequentialRecommender:
     """Train a baseline and keep its weights from the epoch that ranked the validation targets best.
 
     Args:
+        settings: which model, its sizes, and how it is trained.
         sequences: note ids, oldest first. They must hold no validation or test target, and no later event of its user.
         validation: (history, target). After every epoch the targets are ranked among all notes of the sequences. If
             empty, all epochs are trained.
@@ -85,33 +56,31 @@ def fit(
     Raises:
         DataError: there is no sequence of two notes, or no note in the sequences has features.
     """
-    chosen = settings or SequentialSettings()
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     seen = dict.fromkeys(note for sequence in sequences for note in sequence)
     names = list(seen) if features is None else list(features.ids)
     numbers = {name: at for at, name in enumerate(names, start=FIRST_NOTE)}
-    rows = [encode(sequence, numbers, chosen.max_length + 1) for sequence in sequences if len(sequence) > 1]
+    rows = [encode(sequence, numbers, settings.max_length + 1) for sequence in sequences if len(sequence) > 1]
     classes = [UNKNOWN, *(numbers[name] for name in seen if name in numbers)]
     if not rows or len(classes) == 1:
         raise DataError(
-            f"{architecture}: {len(rows)} training sequences of two notes or more, {len(classes) - 1} usable notes in "
-            "them: leave it out of ranking.baselines, or use more events"
+            f"{settings.architecture}: {len(rows)} training sequences of two notes or more, {len(classes) - 1} usable "
+            "notes in them: leave it out of ranking.baselines, or use more events"
         )
-    targets = [(encode(history, numbers, chosen.max_length), numbers.get(target)) for history, target in validation]
+    targets = [(encode(history, numbers, settings.max_length), numbers.get(target)) for history, target in validation]
     learned = set(classes)
     known = [(history, target) for history, target in targets if target in learned]
     with torch.random.fork_rng(devices=range(torch.cuda.device_count())):
-        torch.manual_seed(stream_seed(seed, architecture))
-        embedding = IdEmbedding(len(names) + FIRST_NOTE) if features is None else _embedding(features)
-        model = SequentialModel(architecture, embedding, chosen.max_length).to(device)
-        rate = chosen.learning_rate or _LEARNING_RATES[architecture]
-        history = _train(model, rate, rows, torch.tensor(classes, device=device), known, chosen, seed)
-    return SequentialRecommender(model, numbers, chosen.max_length, history)
+        torch.manual_seed(stream_seed(seed, settings.architecture))
+        width = settings.width
+        embedding = IdEmbedding(len(names) + FIRST_NOTE, width) if features is None else _embedding(features, width)
+        model = SequentialModel(settings, embedding).to(device)
+        history = _train(model, rows, torch.tensor(classes, device=device), known, settings, seed)
+    return SequentialRecommender(model, numbers, settings.max_length, history)
 
 
 def _train(
     model: SequentialModel,
-    learning_rate: float,
     rows: Sequence[Sequence[int]],
     classes: torch.Tensor,
     validation: Sequence[tuple[list[int], Any]],
@@ -119,7 +88,7 @@ def _train(
     seed: int,
 ) -> list[float]:
     """Train until validation stops improving, and load the best weights; return the validation AUC of each epoch."""
-    optimizer = torch.optim.Adam(model.parameters(), lr=learning_rate)
+    optimizer = torch.optim.Adam(model.parameters(), lr=settings.learning_rate)
     size = min(max(len(rows) // 20, settings.min_batch), settings.max_batch)
     rng = np.random.default_rng(stream_seed(seed, "order of sequences"))
     history: list[float] = []
@@ -186,7 +155,7 @@ def _validation_auc(
     return total * len(classes) / max(len(classes) - 1, 1) / len(validation)  # a target is not among its own negatives
 
 
-def _embedding(features: FrozenFeatures) -> FeatureEmbedding:
+def _embedding(features: FrozenFeatures, width: int) -> FeatureEmbedding:
     if not len(features.ids):
         raise DataError("no note has features: leave this baseline out of ranking.baselines")
-    return FeatureEmbedding(torch.from_numpy(np.ascontiguousarray(features.matrix, dtype=np.float32)))
+    return FeatureEmbedding(torch.from_numpy(np.ascontiguousarray(features.matrix, dtype=np.float32)), width)

@@ -1,25 +1,23 @@
 """GRU4Rec and SASRec as modules: from a user's notes to a vector at each position that predicts the next note.
 
-Sizes are RecBole's defaults (recbole/properties/model/{GRU4Rec,SASRec}.yaml). Items are numbered: 0 is padding, 1 is
+Default sizes are RecBole's (recbole/properties/model/{GRU4Rec,SASRec}.yaml). Items are numbered: 0 is padding, 1 is
 any unknown note, and known notes start at 2. Sequences are padded on the right.
 """
 
 from __future__ import annotations
 
-from typing import Literal
-
 import torch
 from torch import nn
 
-Architecture = Literal["gru4rec", "sasrec"]
+from notellm2_ray.core.settings.baselines import Gru4RecSettings, SasRecSettings, SequentialSettings
+
 PAD, UNKNOWN, FIRST_NOTE = 0, 1, 2
-WIDTH = 64
 
 
 class IdEmbedding(nn.Module):
     """A learned vector per item."""
 
-    def __init__(self, num_items: int, width: int = WIDTH) -> None:
+    def __init__(self, num_items: int, width: int) -> None:
         super().__init__()
         self.items = nn.Embedding(num_items, width, padding_idx=PAD)
         nn.init.normal_(self.items.weight, std=0.02)
@@ -36,7 +34,7 @@ class FeatureEmbedding(nn.Module):
 
     features: torch.Tensor
 
-    def __init__(self, features: torch.Tensor, width: int = WIDTH) -> None:
+    def __init__(self, features: torch.Tensor, width: int) -> None:
         """Take the (N, F) float32 features of notes FIRST_NOTE, FIRST_NOTE + 1, ...; they are standardised here."""
         super().__init__()
         spread, mean = torch.std_mean(features, dim=0, correction=0)
@@ -59,10 +57,14 @@ class FeatureEmbedding(nn.Module):
 class SequentialModel(nn.Module):
     """An item embedding, shared by input and output, and a causal encoder between them."""
 
-    def __init__(self, architecture: Architecture, embedding: nn.Module, max_length: int) -> None:
+    def __init__(self, settings: SequentialSettings, embedding: nn.Module) -> None:
         super().__init__()
         self.embedding = embedding
-        self.encoder = _Gru() if architecture == "gru4rec" else _CausalAttention(max_length)
+        if isinstance(settings, Gru4RecSettings):
+            self.encoder: nn.Module = _Gru(settings)
+        else:
+            assert isinstance(settings, SasRecSettings)
+            self.encoder = _CausalAttention(settings)
 
     def forward(self, items: torch.Tensor) -> torch.Tensor:
         """(B, L) items to (B, L, D) states; a state depends on no later item."""
@@ -70,13 +72,13 @@ class SequentialModel(nn.Module):
 
 
 class _Gru(nn.Module):
-    """GRU4Rec: one layer of 128, dropout .3 on its input, a linear layer back to the items' width."""
+    """GRU4Rec: one recurrent layer, dropout on its input, a linear layer back to the items' width."""
 
-    def __init__(self, width: int = WIDTH, hidden: int = 128, dropout: float = 0.3) -> None:
+    def __init__(self, settings: Gru4RecSettings) -> None:
         super().__init__()
-        self.dropout = nn.Dropout(dropout)
-        self.gru = nn.GRU(width, hidden, bias=False, batch_first=True)
-        self.out = nn.Linear(hidden, width)
+        self.dropout = nn.Dropout(settings.dropout)
+        self.gru = nn.GRU(settings.width, settings.hidden, bias=False, batch_first=True)
+        self.out = nn.Linear(settings.hidden, settings.width)
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
         states, _ = self.gru(self.dropout(vectors))
@@ -84,23 +86,18 @@ class _Gru(nn.Module):
 
 
 class _CausalAttention(nn.Module):
-    """SASRec: learned positions, two layers of two heads, inner width 256, GELU, dropout .5."""
+    """SASRec: learned positions, causal attention, GELU."""
 
-    def __init__(
-        self,
-        max_length: int,
-        width: int = WIDTH,
-        layers: int = 2,
-        heads: int = 2,
-        inner: int = 256,
-        dropout: float = 0.5,
-    ) -> None:
+    def __init__(self, settings: SasRecSettings) -> None:
         super().__init__()
-        self.positions = nn.Embedding(max_length, width)
+        width, dropout = settings.width, settings.dropout
+        self.positions = nn.Embedding(settings.max_length, width)
         nn.init.normal_(self.positions.weight, std=0.02)
         self.norm, self.dropout = nn.LayerNorm(width), nn.Dropout(dropout)
-        layer = nn.TransformerEncoderLayer(width, heads, inner, dropout, activation="gelu", batch_first=True)
-        self.layers = nn.TransformerEncoder(layer, layers, enable_nested_tensor=False)
+        layer = nn.TransformerEncoderLayer(
+            width, settings.heads, settings.inner, dropout, activation="gelu", batch_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, settings.layers, enable_nested_tensor=False)
 
     def forward(self, vectors: torch.Tensor) -> torch.Tensor:
         length = vectors.shape[1]
