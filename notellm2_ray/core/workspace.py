@@ -6,6 +6,7 @@ of it asks here for its path; the stage that writes it gets the directory.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from pathlib import Path
 
 _TABLE = ".lance"  # an embedding table is beside the directory of its blocks
@@ -16,10 +17,16 @@ class Workspace:
 
     Attributes:
         root: its directory, absolute: Ray's workers run in directories of their own.
+        seed: which of several training seeds this is the workspace of; None: the first or the only one.
+        own: names of the directories that this seed has of its own, below ``seeds/SEED``; it shares the others.
     """
 
-    def __init__(self, root: str | Path) -> None:
+    def __init__(self, root: str | Path, seed: int | None = None, own: Collection[str] = ()) -> None:
         self.root = Path(root).absolute()
+        self.seed, self.own = seed, frozenset(own)
+
+    def _of_seed(self, name: str) -> Path:
+        return (self.root / "seeds" / str(self.seed) if name in self.own else self.root) / name
 
     # --- notes, events and pairs
 
@@ -76,7 +83,7 @@ class Workspace:
     @property
     def tiny(self) -> Path:
         """The tiny LLM and CLIP trained from scratch."""
-        return self.root / "tiny"
+        return self._of_seed("tiny")
 
     @property
     def tiny_llm(self) -> Path:
@@ -116,7 +123,7 @@ class Workspace:
     @property
     def sequences(self) -> Path:
         """Histories, blocks, targets and candidates."""
-        return self.root / "sequences"
+        return self._of_seed("sequences")
 
     @property
     def sequence_table(self) -> Path:
@@ -145,11 +152,11 @@ class Workspace:
     @property
     def tiny_mllm(self) -> Path:
         """The tiny multimodal LLM trained from scratch."""
-        return self.root / "tiny_mllm"
+        return self._of_seed("tiny_mllm")
 
     @property
     def image_summaries(self) -> Path:
-        return self.root / "image_summaries"
+        return self._of_seed("image_summaries")
 
     @property
     def summary_table(self) -> Path:
@@ -158,14 +165,14 @@ class Workspace:
 
     def preferences(self, variant: str, history: str = "") -> Path:
         """Preferences of a variant, made from a history (see :meth:`blocks`)."""
-        return self.root / "preferences" / (f"{variant}-{history}" if history else variant)
+        return self._of_seed("preferences") / (f"{variant}-{history}" if history else variant)
 
     def preference_table(self, variant: str, history: str = "") -> Path:
         return self.preferences(variant, history) / "preferences.parquet"
 
     def preference_logs(self, variant: str, history: str = "") -> Path:
         """Logs of finished calls, apart from the output, so that a history that grew by a block costs one call."""
-        return self.root / "preference_logs" / self.preferences(variant, history).name
+        return self._of_seed("preference_logs") / self.preferences(variant, history).name
 
     def ranker(self, name: str) -> Path:
         """A tuning run of a ranker, as in ``mllm_msr-seed42``."""
@@ -181,7 +188,7 @@ class Workspace:
 
     def scores(self, name: str, protocol: str) -> Path:
         """One model's scores of one protocol's candidates."""
-        return self.root / "scores" / name / protocol
+        return self._of_seed("scores") / name / protocol
 
     def score_table(self, name: str, protocol: str) -> Path:
         return self.scores(name, protocol) / "scores.parquet"

@@ -19,6 +19,7 @@ from notellm2_ray.live.current import current
 from notellm2_ray.live.durability import manifests
 from notellm2_ray.pipeline import ranking_outputs
 from notellm2_ray.pipeline.embedders import resolved
+from notellm2_ray.pipeline.seeds import ranking_workspace
 from notellm2_ray.pipeline.stage import workspace_of
 from notellm2_ray.serve.spec import ServiceSpec
 
@@ -106,7 +107,7 @@ def service_spec(settings: Settings) -> ServiceSpec:
         actions=settings.sequences.positive_actions,
         events=workspace.events,
         saved_index=_if_there(workspace.index(settings.embedder_name), "index.json"),
-        sequences=_if_there(workspace.sequences, "blocks.parquet"),
+        sequences=_if_there(ranking_outputs.histories_of(settings).sequences, "blocks.parquet"),
         preferences=_if_there(_preferences_of(settings), "preferences.parquet"),
         summaries=_summaries(settings),
         **_engines(settings),
@@ -150,11 +151,11 @@ def _ranker_model(settings: Settings) -> Path:
 
 def _preferences_of(settings: Settings) -> Path:
     variant = ranking_outputs.PREFERENCES[settings.ranker.variant] or settings.preferences.variant
-    return workspace_of(settings).preferences(variant)
+    return ranking_workspace(settings).preferences(variant)
 
 
 def _summaries(settings: Settings) -> Path | None:
-    table = workspace_of(settings).summary_table
+    table = ranking_workspace(settings).summary_table
     return table if table.is_file() else None
 
 

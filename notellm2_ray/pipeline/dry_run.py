@@ -27,7 +27,8 @@ def dry_run(settings: Settings, verb: str) -> str:
 
 def _planned(settings: Settings, verb: str) -> list[Planned]:
     if verb == SWEEP_VERB:
-        return [one for stage in sweep_stages(settings) for one in stage.outputs(settings)]
+        each = [(stage, one) for stage in sweep_stages(settings) for one in stage.in_a_run(settings)]
+        return [output for stage, one in each for output in stage.outputs(one)]
     return [one for _, one in planned(verb, settings)]
 
 

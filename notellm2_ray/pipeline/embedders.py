@@ -10,7 +10,7 @@ from notellm2_ray.core.config import build, merge, to_plain
 from notellm2_ray.core.run import files_fingerprint
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.models.embedder.kinds import kind_of
-from notellm2_ray.pipeline.stage import workspace_of
+from notellm2_ray.pipeline.seeds import recall_workspace
 
 
 def select(settings: Settings, name: str, seed: int) -> Settings:
@@ -34,10 +34,9 @@ def resolved(settings: Settings) -> Settings:
 
 
 def compared_embedders(settings: Settings) -> list[Settings]:
-    """Resolved settings of every embedder in ``evaluate``: one per seed, for an untrained one the first seed only."""
-    chosen = [select(settings, name, seed) for name in settings.evaluate.embedders for seed in settings.evaluate.seeds]
-    first = settings.evaluate.seeds[0]
-    return [resolved(each) for each in chosen if is_trained(each) or each.train.seed == first]
+    """Resolved settings of every embedder in ``evaluate``, one per seed: what is untrained is random too."""
+    names, seeds = settings.evaluate.embedders, settings.evaluate.seeds
+    return [resolved(select(settings, name, seed)) for name in names for seed in seeds]
 
 
 def chosen_embedder(settings: Settings) -> Settings:
@@ -122,16 +121,16 @@ def tiny_parts(settings: Settings) -> list[str]:
 
 
 def model_paths(settings: Settings) -> tuple[str, str]:
-    """Names or paths of the LLM and the vision tower, with 'tiny' replaced by the workspace's directory."""
-    workspace = workspace_of(settings)
+    """Names or paths of the LLM and the vision tower, with 'tiny' replaced by the directory of ``train.seed``."""
+    workspace = recall_workspace(settings)
     llm = str(workspace.tiny_llm) if is_tiny(settings, "llm") else settings.model.llm
     vision = str(workspace.tiny_clip) if is_tiny(settings, "vision") else settings.model.vision
     return llm, vision
 
 
 def model_reads(settings: Settings, parts: Sequence[str]) -> dict[str, Path]:
-    """Directory of the workspace's tiny models, if any of the parts is tiny."""
-    return {"tiny": workspace_of(settings).tiny} if any(is_tiny(settings, part) for part in parts) else {}
+    """Directory of the tiny models of ``train.seed``, if any of the parts is tiny."""
+    return {"tiny": recall_workspace(settings).tiny} if any(is_tiny(settings, part) for part in parts) else {}
 
 
 def model_versions(settings: Settings, parts: Sequence[str]) -> dict[str, str]:

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import pyarrow.dataset as ds
@@ -17,12 +18,14 @@ from notellm2_ray.core.schema import Note, iter_notes
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.core.workspace import Workspace
 from notellm2_ray.pipeline.embedders import model_paths
-from notellm2_ray.pipeline.ranking_outputs import PREFERENCES, Scored
+from notellm2_ray.pipeline.ranking_outputs import PREFERENCES, Scored, needs_tiny_embedder_parts
+from notellm2_ray.pipeline.seeds import ranking_workspace, recall_workspace, with_ranking_seed, with_recall_seed
 from notellm2_ray.pipeline.stage import workspace_of
 
 if TYPE_CHECKING:
     from notellm2_ray.baselines.ranking.data import ProtocolData, RankingData
     from notellm2_ray.evaluate.ranking.results import Kind, MethodScores
+    from notellm2_ray.evaluate.ranking.task import RankingTask
 
 CONTROL_NAMES = {"shuffled_image": "shuffled image", "other_preference": "another user's preference"}
 
@@ -45,23 +48,63 @@ def compare_ranking(
         DataError: scores and sequences do not belong together.
         ModelError: a baseline's weights are missing.
     """
-    from notellm2_ray.baselines.ranking.data import RankingData, read_protocol
     from notellm2_ray.evaluate.ranking.results import evaluate_protocol
     from notellm2_ray.evaluate.ranking.tables import printed
 
-    llm, vision = model_paths(settings)
-    protocols = [read_protocol(workspace, name) for name in settings.candidates.protocols]
-    data = RankingData(settings, workspace, protocols, llm, settings.ranking.image_tower or vision)
-    methods = {protocol.task.protocol: list(_methods(data, protocol, scores)) for protocol in protocols}
-    results: dict[str, Any] = {"protocols": {}, "remarks": _remarks(data), "tuned_baselines": data.tuned}
-    for protocol in protocols:
-        results["protocols"][protocol.task.protocol] = evaluate_protocol(
-            protocol.task, methods[protocol.task.protocol], settings.ranking, settings.seed
+    draws = _draws(settings, workspace)
+    first = draws[0]
+    methods = _methods(draws, scores)
+    results: dict[str, Any] = {"protocols": {}, "remarks": _remarks(replace(first.data, settings=settings))}
+    for at, protocol in enumerate(first.data.protocols):
+        name = protocol.task.protocol
+        drawn: dict[int | None, RankingTask] = {
+            seed: draw.data.protocols[at].task for draw in draws[1:] for seed in draw.seeds
+        }
+        results["protocols"][name] = evaluate_protocol(
+            protocol.task, methods[name], settings.ranking, settings.seed, drawn=drawn
         )
+    results["tuned_baselines"] = {
+        f"{name}, seed {draw.seeds[0]}" if at else name: one
+        for at, draw in enumerate(draws)
+        for name, one in draw.data.tuned.items()
+    }
     write_atomically(output / "results.json", json.dumps(results, indent=1))
     write_atomically(output / "table.txt", printed(results))
-    _report(data, methods, results, output)
+    _report(first.data, methods, results, output)
     return _brief(results)
+
+
+class _Draw(NamedTuple):
+    """The seeds that share what is random before training, and what their baselines are given."""
+
+    seeds: tuple[int, ...]
+    data: RankingData
+    first: bool
+
+
+def _draws(settings: Settings, workspace: Workspace) -> list[_Draw]:
+    """The first seed with those that share its draws, and then each seed with draws of its own."""
+    own = {seed: _own_workspace(settings, workspace, seed) for seed in settings.ranking.seeds}
+    shared = tuple(seed for seed, home in own.items() if not home.own)
+    groups = [shared, *((seed,) for seed in own if seed not in shared)]
+    return [_Draw(seeds, _data(settings, own[seeds[0]], seeds), seeds is shared) for seeds in groups]
+
+
+def _own_workspace(settings: Settings, workspace: Workspace, seed: int) -> Workspace:
+    own = ranking_workspace(with_ranking_seed(settings, seed)).own
+    if needs_tiny_embedder_parts(settings):
+        own |= recall_workspace(with_recall_seed(settings, seed)).own if seed != settings.ranking.seeds[0] else set()
+    return Workspace(workspace.root, seed, own)
+
+
+def _data(settings: Settings, workspace: Workspace, seeds: tuple[int, ...]) -> RankingData:
+    from notellm2_ray.baselines.ranking.data import RankingData, read_protocol
+
+    llm, vision = model_paths(with_recall_seed(settings, seeds[0]))
+    ranking = settings.ranking.model_copy(update={"seeds": seeds})
+    protocols = [read_protocol(workspace, name) for name in settings.candidates.protocols]
+    narrowed = settings.model_copy(update={"ranking": ranking})
+    return RankingData(narrowed, workspace, protocols, llm, settings.ranking.image_tower or vision)
 
 
 def _brief(results: Mapping[str, Any]) -> dict[str, Any]:
@@ -73,15 +116,33 @@ def _brief(results: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def _methods(data: RankingData, protocol: ProtocolData, scores: Mapping[Scored, Path]) -> Iterator[MethodScores]:
+def _methods(draws: Sequence[_Draw], scores: Mapping[Scored, Path]) -> dict[str, list[MethodScores]]:
+    """The rows of each protocol, with the seeds of all draws put together."""
+    from notellm2_ray.evaluate.ranking.results import MethodScores
+
+    found: dict[str, list[MethodScores]] = {}
+    for at, protocol in enumerate(draws[0].data.protocols):
+        rows: dict[str, MethodScores] = {}
+        for draw in draws:
+            for one in _methods_of(draw, draw.data.protocols[at], scores):
+                # Of several draws, what is computed without a seed differs by its candidates.
+                by_seed = {draw.seeds[0] if s is None and len(draws) > 1 else s: v for s, v in one.scores.items()}
+                before = rows[one.method].scores if one.method in rows else {}
+                rows[one.method] = MethodScores(one.method, one.kind, {**before, **by_seed})
+        found[protocol.task.protocol] = list(rows.values())
+    return found
+
+
+def _methods_of(draw: _Draw, protocol: ProtocolData, scores: Mapping[Scored, Path]) -> Iterator[MethodScores]:
     """Rows in the order of the tables: baselines in the order of the settings, then rankers, then controls."""
     from notellm2_ray.baselines.ranking.table import named
     from notellm2_ray.evaluate.ranking.results import MethodScores
 
-    tables = _by_method(protocol, scores)
-    for name, row in named(data.settings).items():
+    seeds = {*draw.seeds, *((None,) if draw.first else ())}  # untuned models have no seed in the first draw
+    tables = _by_method(protocol, {table: path for table, path in scores.items() if table.seed in seeds})
+    for name, row in named(draw.data.settings).items():
         if row.scores is not None:
-            yield MethodScores(name, "baseline", row.scores(data, protocol))
+            yield MethodScores(name, "baseline", row.scores(draw.data, protocol))
         elif name in tables:
             yield tables.pop(name)
     yield from sorted(tables.values(), key=lambda method: method.kind == "control")
@@ -105,7 +166,7 @@ def row_name(table: Scored) -> tuple[str, Kind]:
     """A score table's name in the results, and the kind of its row."""
     if table.control is not None:
         return f"{table.method}, {CONTROL_NAMES[table.control]}", "control"
-    return table.method, "untuned" if table.seed is None else "ranker"
+    return table.method, "ranker" if table.tuned else "untuned"
 
 
 def _remarks(data: RankingData) -> list[str]:

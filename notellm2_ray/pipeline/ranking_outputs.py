@@ -4,16 +4,29 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from notellm2_ray.baselines.ranking.table import needs, untuned_rows
 from notellm2_ray.core.config import shaping
 from notellm2_ray.core.run import files_fingerprint, fingerprint
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.core.settings.ranking import Control, PreferenceVariant, ProtocolName, RankerVariant
+from notellm2_ray.core.workspace import Workspace
 from notellm2_ray.pipeline.embedders import model_reads, model_versions
+from notellm2_ray.pipeline.seeds import (
+    drawn_with,
+    each_with_own,
+    label_of,
+    ranking_workspace,
+    with_ranking_seed,
+    with_recall_seed,
+)
 from notellm2_ray.pipeline.stage import Planned, workspace_of
+
+if TYPE_CHECKING:
+    from notellm2_ray.baselines.ranking.baseline import Need
 
 # The preferences that each ranker variant reads.
 PREFERENCES: dict[RankerVariant, PreferenceVariant | None] = {
@@ -29,9 +42,10 @@ class Scored(NamedTuple):
 
     method: str  # row of the tables
     ranker: RankerVariant  # how it is prompted
-    seed: int | None  # of its tuning; None: untuned
+    seed: int | None  # of ``ranking.seeds``; None: an untuned model with what the first seed draws
     control: Control | None
     protocol: ProtocolName
+    tuned: bool = True
 
     @property
     def history(self) -> str:
@@ -47,7 +61,12 @@ class Scored(NamedTuple):
 def for_ranker(settings: Settings, variant: RankerVariant, seed: int) -> Settings:
     """The settings that tune one of the compared rankers."""
     ranker = settings.ranker.model_copy(update={"variant": variant})
-    return settings.model_copy(update={"ranker": ranker, "tune": settings.tune.model_copy(update={"seed": seed})})
+    return with_ranking_seed(settings, seed).model_copy(update={"ranker": ranker})
+
+
+def for_table(settings: Settings, table: Scored) -> Settings:
+    """The settings of the seed whose draws a table of scores is made with."""
+    return with_ranking_seed(settings, settings.ranking.seeds[0] if table.seed is None else table.seed)
 
 
 def rankers(settings: Settings) -> Iterator[Settings]:
@@ -78,9 +97,10 @@ def needs_image_summaries(settings: Settings) -> bool:
 def scored(settings: Settings) -> list[Scored]:
     """Every table of scores that the evaluation compares."""
     found: list[Scored] = []
+    others = [each.tune.seed for each in each_with_own(settings, "scores")][1:]
     for protocol in settings.candidates.protocols:
         for name, variant in untuned_rows(settings).items():
-            found.append(Scored(name, variant, None, None, protocol))
+            found += [Scored(name, variant, seed, None, protocol, tuned=False) for seed in (None, *others)]
         for variant in settings.ranking.rankers:
             found += [Scored(variant, variant, seed, None, protocol) for seed in settings.ranking.seeds]
         for control in settings.ranking.controls if protocol == settings.candidates.protocols[0] else ():
@@ -97,8 +117,8 @@ def preference_histories(settings: Settings) -> list[str]:
 
 
 def ranking_model(settings: Settings, name: str) -> str:
-    """Name or path of a model of the recommender, with 'tiny' replaced by the workspace's directory."""
-    return str(workspace_of(settings).tiny_mllm) if name == "tiny" else name
+    """Name or path of a model of the recommender, with 'tiny' replaced by the directory of ``tune.seed``."""
+    return str(ranking_workspace(settings).tiny_mllm) if name == "tiny" else name
 
 
 def uses_tiny_mllm(settings: Settings) -> bool:
@@ -114,8 +134,8 @@ def needs_tiny_embedder_parts(settings: Settings) -> bool:
 
 
 def _model_reads(settings: Settings, name: str) -> dict[str, Path]:
-    """Directory of the workspace's tiny MLLM, if ``name`` is 'tiny'."""
-    return {"model": workspace_of(settings).tiny_mllm} if name == "tiny" else {}
+    """Directory of the tiny MLLM of ``tune.seed``, if ``name`` is 'tiny'."""
+    return {"model": ranking_workspace(settings).tiny_mllm} if name == "tiny" else {}
 
 
 def _model_versions(name: str) -> dict[str, str]:
@@ -124,53 +144,67 @@ def _model_versions(name: str) -> dict[str, str]:
 
 
 def sequences(settings: Settings) -> Planned:
-    workspace = workspace_of(settings)
+    workspace = ranking_workspace(settings)
     shaped = {
         "sequences": shaping(settings.sequences),
         "candidates": shaping(settings.candidates),
         "seed": settings.seed,
+        "draws": drawn_with(settings, workspace, "sequences"),
     }
-    return Planned("make-sequences", workspace.sequences, shaped, {"prepared": workspace.prepared})
+    name = label_of(workspace, "sequences")
+    return Planned("make-sequences", workspace.sequences, shaped, {"prepared": workspace.prepared}, name=name)
 
 
 def tiny_mllm(settings: Settings) -> Planned:
-    workspace = workspace_of(settings)
+    workspace = ranking_workspace(settings)
     shaped = {
         "tiny": {name: value for name, value in shaping(settings.tiny).items() if re.match("mllm_|vocab_size", name)},
-        "seed": settings.seed,
+        "seed": drawn_with(settings, workspace, "tiny_mllm"),
         "prompt_language": settings.prompts.language,
         "templates": [settings.summaries.template, settings.preferences.template],
     }
-    return Planned("build-tiny-mllm", workspace.tiny_mllm, shaped, {"prepared": workspace.prepared})
+    name = label_of(workspace, "tiny_mllm")
+    return Planned("build-tiny-mllm", workspace.tiny_mllm, shaped, {"prepared": workspace.prepared}, name=name)
 
 
 def image_summaries(settings: Settings) -> Planned:
-    workspace, model = workspace_of(settings), settings.summaries.model
+    workspace, model = ranking_workspace(settings), settings.summaries.model
     shaped = {
         "summaries": shaping(settings.summaries),
         "language": settings.prompts.language,
         "generation": shaping(settings.generation),
     }
     reads = {"prepared": workspace.prepared, **_model_reads(settings, model)}
-    return Planned("summarize-images", workspace.image_summaries, shaped, reads, versions=_model_versions(model))
+    name, versions = label_of(workspace, "image_summaries"), _model_versions(model)
+    return Planned("summarize-images", workspace.image_summaries, shaped, reads, versions=versions, name=name)
 
 
 def preferences(settings: Settings, history: str = "") -> Planned:
     """Preferences of ``preferences.variant`` from one of :func:`preference_histories`."""
-    workspace, variant, model = workspace_of(settings), settings.preferences.variant, settings.preferences.model
+    workspace, variant, model = ranking_workspace(settings), settings.preferences.variant, settings.preferences.model
     shaped = {
         "preferences": shaping(settings.preferences),
         "language": settings.prompts.language,
         "generation": shaping(settings.generation),
-        "seed": settings.seed,
+        "seed": drawn_with(settings, workspace, "preferences"),
         "history": history,
     }
-    reads = {"sequences": workspace.sequences, **_model_reads(settings, model)}
+    reads = {"sequences": histories_of(settings).sequences, **_model_reads(settings, model)}
     if variant != "no_image_summary":
         reads["image_summaries"] = workspace.image_summaries
     directory = workspace.preferences(variant, history)
     versions = _model_versions(model)
-    return Planned("summarize-preferences", directory, shaped, reads, versions=versions, name=directory.name)
+    name = f"{directory.name} {label_of(workspace, 'preferences')}".strip()
+    return Planned("summarize-preferences", directory, shaped, reads, versions=versions, name=name)
+
+
+def histories_of(settings: Settings) -> Workspace:
+    """The workspace whose histories preferences are made from; those of all seeds are equal.
+
+    Preferences that all seeds share are made from the first one's.
+    """
+    workspace = ranking_workspace(settings)
+    return workspace if "preferences" in workspace.own else workspace_of(settings)
 
 
 def ranker_name(settings: Settings) -> str:
@@ -179,7 +213,7 @@ def ranker_name(settings: Settings) -> str:
 
 
 def ranker(settings: Settings) -> Planned:
-    workspace, name, model = workspace_of(settings), ranker_name(settings), settings.ranker.model
+    workspace, name, model = ranking_workspace(settings), ranker_name(settings), settings.ranker.model
     return Planned(
         "train-ranker",
         workspace.ranker(name),
@@ -196,24 +230,25 @@ def ranker(settings: Settings) -> Planned:
 
 def _preference_reads(settings: Settings, variant: RankerVariant, history: str = "") -> dict[str, Path]:
     kind = PREFERENCES[variant]
-    return {} if kind is None else {"preferences": workspace_of(settings).preferences(kind, history)}
+    return {} if kind is None else {"preferences": ranking_workspace(settings).preferences(kind, history)}
 
 
 def scores(settings: Settings, table: Scored) -> Planned:
-    workspace, model = workspace_of(settings), settings.ranker.model
+    settings = for_table(settings, table)
+    workspace, model = ranking_workspace(settings), settings.ranker.model
     shaped = {
         "ranker": shaping(settings.ranker.model_copy(update={"variant": table.ranker})),
         "table": table._asdict(),
         "language": settings.prompts.language,
         "generation": shaping(settings.generation),
-        "seed": settings.seed,
+        "seed": drawn_with(settings, workspace, "scores"),
     }
     reads = {
         "sequences": workspace.sequences,
         **_preference_reads(settings, table.ranker, table.history),
         **_model_reads(settings, model),
     }
-    if table.seed is not None:
+    if table.tuned:
         reads["ranker"] = workspace.ranker(f"{table.ranker}-seed{table.seed}")
     return Planned(
         "score-candidates",
@@ -227,26 +262,35 @@ def scores(settings: Settings, table: Scored) -> Planned:
 
 def ranking_evaluation(settings: Settings) -> Planned:
     workspace = workspace_of(settings)
+    tables = {table: ranking_workspace(for_table(settings, table)) for table in scored(settings)}
     reads = {
-        f"{table.name}/{table.protocol}": workspace.scores(table.name, table.protocol) for table in scored(settings)
+        f"{table.name}/{table.protocol}": home.scores(table.name, table.protocol) for table, home in tables.items()
     }
-    reads |= {"sequences": workspace.sequences, "prepared": workspace.prepared}
+    reads["prepared"] = workspace.prepared
     versions: dict[str, str] = {}
     needed = needs(settings)
     shaped = {"ranking": shaping(settings.ranking), "seed": settings.seed}
-    if "image_summaries" in needed:
-        reads["image_summaries"] = workspace.image_summaries
+    for each in map(partial(with_ranking_seed, settings), settings.ranking.seeds):
+        reads |= _read_by_baselines(each, needed)
     if "llm" in needed:
-        reads |= model_reads(settings, ["llm"])
         versions |= model_versions(settings, ["llm"])
         shaped["llm"] = settings.model.llm
     if "image_tower" in needed:
         if settings.ranking.image_tower:
             versions["image_tower"] = files_fingerprint(settings.ranking.image_tower)
         else:
-            reads |= model_reads(settings, ["vision"])
             versions |= model_versions(settings, ["vision"])
             shaped["vision"] = settings.model.vision
     for path in workspace.sweep_results():
         versions[f"sweep {path.parent.name}"] = fingerprint(path.read_text(encoding="utf-8"))
     return Planned("eval-ranking", workspace.ranking_report, shaped, reads, versions=versions)
+
+
+def _read_by_baselines(settings: Settings, needed: set[Need]) -> dict[str, Path]:
+    """What the baselines of ``tune.seed`` read."""
+    workspace = ranking_workspace(settings)
+    reads = [workspace.sequences, *([workspace.image_summaries] if "image_summaries" in needed else [])]
+    parts = ["llm"] if "llm" in needed else []
+    parts += ["vision"] if "image_tower" in needed and not settings.ranking.image_tower else []
+    reads += model_reads(with_recall_seed(settings, settings.tune.seed), parts).values()
+    return {str(path.relative_to(workspace.root)): path for path in reads}

@@ -15,6 +15,7 @@ from notellm2_ray.core.errors import OutputError
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.core.settings.ranking import RankerVariant
 from notellm2_ray.pipeline import ranking_outputs as outputs
+from notellm2_ray.pipeline.seeds import drawn_with, each_with_own, ranking_workspace
 from notellm2_ray.pipeline.stage import Planned, require, run_stage, run_together, workspace_of
 
 SPLITS = ("train", "valid", "test")
@@ -26,7 +27,10 @@ def make_sequences(settings: Settings) -> dict[str, Any]:
 
     def run(output: Path) -> dict[str, Any]:
         connect(settings.ray)
-        return work(workspace_of(settings).prepared, output, settings.sequences, settings.candidates, settings.seed)
+        workspace = ranking_workspace(settings)
+        draws = drawn_with(settings, workspace, "sequences")
+        knobs = settings.sequences, settings.candidates
+        return work(workspace.prepared, output, *knobs, settings.seed, draws=draws)
 
     return run_stage(outputs.sequences(settings), run)
 
@@ -38,9 +42,12 @@ def build_tiny_mllm(settings: Settings) -> dict[str, Any]:
     from notellm2_ray.lessons.tastes import lessons
     from notellm2_ray.models.tiny.mllm import train_tiny_mllm
 
+    seed = drawn_with(settings, ranking_workspace(settings), "tiny_mllm")
+
     def run(output: Path) -> dict[str, Any]:
         texts = _texts(workspace_of(settings).notes)
-        return train_tiny_mllm(lessons(settings), texts, settings.tiny, output, settings.seed)
+        lesson = lessons(settings.model_copy(update={"seed": seed}))
+        return train_tiny_mllm(lesson, texts, settings.tiny, output, seed)
 
     return run_stage(outputs.tiny_mllm(settings), run)
 
@@ -83,21 +90,21 @@ def summarize_preferences(settings: Settings) -> dict[str, Any]:
 def _summarize(settings: Settings, history: str) -> dict[str, Any]:
     from notellm2_ray.infer.preferences import summarize_preferences as work
 
-    workspace = workspace_of(settings)
+    workspace, histories = ranking_workspace(settings), outputs.histories_of(settings)
     with_images = settings.preferences.variant != "no_image_summary"
 
     def run(output: Path) -> dict[str, Any]:
         connect(settings.ray)
         return work(
             outputs.ranking_model(settings, settings.preferences.model),
-            workspace.blocks(history),
+            histories.blocks(history),
             workspace.notes,
             workspace.summary_table if with_images else None,
             output,
             settings.preferences,
             settings.generation,
             settings.prompts.language,
-            seed=settings.seed,
+            seed=drawn_with(settings, workspace, "preferences"),
             needed=_needed(settings, history, output) if settings.preferences.variant == "direct" else None,
             logs=workspace.preference_logs(settings.preferences.variant, history),
         )
@@ -110,7 +117,7 @@ def _needed(settings: Settings, history: str, output: Path) -> Path:
     import pyarrow.parquet as pq
 
     parts = (history,) if history else SPLITS
-    workspace = workspace_of(settings)
+    workspace = outputs.histories_of(settings)
     tables = [pq.read_table(workspace.examples(part), columns=["user_id", "block"]) for part in parts]
     path = output / "needed.parquet"
     pq.write_table(pa.concat_tables(tables).group_by(["user_id", "block"]).aggregate([]), path)
@@ -132,7 +139,7 @@ def train_ranker(settings: Settings) -> dict[str, Any]:
             settings.ranker,
             settings.tune,
             model_path=outputs.ranking_model(settings, settings.ranker.model),
-            sequences=workspace_of(settings).sequences,
+            sequences=ranking_workspace(settings).sequences,
             notes=workspace_of(settings).notes,
             preferences=_preferences(settings, settings.ranker.variant),
             output=output,
@@ -144,14 +151,14 @@ def train_ranker(settings: Settings) -> dict[str, Any]:
 
 def _preferences(settings: Settings, variant: RankerVariant, history: str = "") -> Path | None:
     kind = outputs.PREFERENCES[variant]
-    return None if kind is None else workspace_of(settings).preference_table(kind, history)
+    return None if kind is None else ranking_workspace(settings).preference_table(kind, history)
 
 
 def score_candidates(settings: Settings) -> dict[str, Any]:
     """Compute P(yes) of every compared model for every candidate. Each model's engine is started once."""
     by_model: dict[str, list[outputs.Scored]] = defaultdict(list)
     for table in outputs.scored(settings):
-        if table.seed is not None:
+        if table.tuned and table.seed is not None:
             tuned = outputs.ranker(outputs.for_ranker(settings, table.ranker, table.seed))
             require(tuned, "run train-ranker, or `notellm2 run-ranking` for all of them")
         by_model[_scoring_model(settings, table)].append(table)
@@ -165,8 +172,8 @@ def score_candidates(settings: Settings) -> dict[str, Any]:
 
 
 def _scoring_model(settings: Settings, table: outputs.Scored) -> str:
-    if table.seed is None:
-        return outputs.ranking_model(settings, settings.ranker.model)
+    if not table.tuned:
+        return outputs.ranking_model(outputs.for_table(settings, table), settings.ranker.model)
     return str(workspace_of(settings).ranker_model(f"{table.ranker}-seed{table.seed}"))
 
 
@@ -178,22 +185,27 @@ def _score(
     from notellm2_ray.infer.score_questions import Controls
 
     connect(settings.ray)
-    workspace = workspace_of(settings)
     asked = []
     for number, directory in zip(todo, directories, strict=True):
         table = tables[number]
+        own = outputs.for_table(settings, table)
+        workspace = ranking_workspace(own)
         asked.append(
             ScoreTable(
                 settings.ranker.model_copy(update={"variant": table.ranker}),
                 workspace.examples(table.history or "test"),
                 workspace.candidates(table.protocol),
-                _preferences(settings, table.ranker, table.history),
+                _preferences(own, table.ranker, table.history),
                 directory,
-                Controls(table.control == "shuffled_image", table.control == "other_preference", settings.seed),
+                Controls(
+                    table.control == "shuffled_image",
+                    table.control == "other_preference",
+                    drawn_with(own, workspace, "scores"),
+                ),
                 settings.prompts.language,
             )
         )
-    return work(model, settings.generation, workspace.notes, asked)
+    return work(model, settings.generation, workspace_of(settings).notes, asked)
 
 
 def eval_ranking(settings: Settings) -> dict[str, Any]:
@@ -208,7 +220,8 @@ def eval_ranking(settings: Settings) -> dict[str, Any]:
             f"{', '.join(missing)} have not scored the candidates with these settings: run score-candidates, or "
             "`notellm2 run-ranking` for everything"
         )
-    paths = {table: workspace.score_table(table.name, table.protocol) for table in tables}
+    homes = {table: ranking_workspace(outputs.for_table(settings, table)) for table in tables}
+    paths = {table: home.score_table(table.name, table.protocol) for table, home in homes.items()}
     counts = run_stage(
         outputs.ranking_evaluation(settings), lambda output: compare_ranking(settings, workspace, paths, output)
     )
@@ -248,15 +261,16 @@ def planned_evaluation(settings: Settings) -> list[Planned]:
 
 
 def each_with_image_summaries(settings: Settings) -> Iterator[Settings]:
-    """The settings, if any compared ranker or baseline reads image summaries; else nothing."""
+    """The settings of each seed with summaries of its own, if any compared ranker or baseline reads them."""
     if outputs.needs_image_summaries(settings):
-        yield settings
+        yield from each_with_own(settings, "image_summaries")
 
 
 def each_preference_variant(settings: Settings) -> Iterator[Settings]:
-    """Settings of each variant of preferences that the compared rankers need."""
-    for variant in outputs.preference_variants(settings):
-        yield outputs.for_preferences(settings, variant)
+    """Settings of each variant of preferences that the compared rankers need, for each seed with its own."""
+    for each in each_with_own(settings, "preferences"):
+        for variant in outputs.preference_variants(settings):
+            yield outputs.for_preferences(each, variant)
 
 
 def tuning_size(settings: Settings) -> str:

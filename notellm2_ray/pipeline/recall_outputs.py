@@ -17,6 +17,7 @@ from notellm2_ray.pipeline.embedders import (
     shown_inputs,
     tiny_parts,
 )
+from notellm2_ray.pipeline.seeds import drawn_with, label_of, recall_workspace
 from notellm2_ray.pipeline.stage import Planned, workspace_of
 
 
@@ -46,11 +47,12 @@ def pairs(settings: Settings) -> Planned:
 
 
 def tiny(settings: Settings) -> Planned:
-    workspace = workspace_of(settings)
+    """The tiny models of ``train.seed``."""
+    workspace = recall_workspace(settings)
     sizes = {name: value for name, value in shaping(settings.tiny).items() if not name.startswith("mllm_")}
-    shaped = {"tiny": sizes, "parts": tiny_parts(settings), "seed": settings.seed}
+    shaped = {"tiny": sizes, "parts": tiny_parts(settings), "seed": drawn_with(settings, workspace, "tiny")}
     shaped["prompt_language"] = settings.model.prompt_language  # the prompt's words are in the tokenizer's corpus
-    return Planned("build-tiny", workspace.tiny, shaped, {"pairs": workspace.pairs})
+    return Planned("build-tiny", workspace.tiny, shaped, {"pairs": workspace.pairs}, name=label_of(workspace, "tiny"))
 
 
 def embedder(settings: Settings) -> Planned:

@@ -14,6 +14,7 @@ from notellm2_ray.lessons.corpus import captions_for_clip, texts_for_llm
 from notellm2_ray.pipeline import embedders
 from notellm2_ray.pipeline import recall_outputs as outputs
 from notellm2_ray.pipeline.recall_comparison import compare
+from notellm2_ray.pipeline.seeds import drawn_with, recall_workspace
 from notellm2_ray.pipeline.stage import Planned, run_stage, workspace_of
 
 log = logging.getLogger("notellm2_ray")
@@ -57,16 +58,18 @@ def build_tiny(settings: Settings) -> dict[str, Any]:
     from notellm2_ray.models.tiny.clip import train_tiny_clip
     from notellm2_ray.models.tiny.llm import train_tiny_llm
 
+    seed = drawn_with(settings, recall_workspace(settings), "tiny")
+
     def run(output: Path) -> dict[str, Any]:
         # Training notes only: a model trained on the texts of test notes would have an unfair advantage.
         store = NoteStore(workspace_of(settings).train_notes)
         counts = {}
         if "llm" in parts:
-            corpus = texts_for_llm(store, settings.model.prompt_language, settings.seed)
-            counts["llm"] = train_tiny_llm(corpus, settings.tiny, output / "llm", settings.seed)
+            corpus = texts_for_llm(store, settings.model.prompt_language, seed)
+            counts["llm"] = train_tiny_llm(corpus, settings.tiny, output / "llm", seed)
         if "clip" in parts:
-            pictures = captions_for_clip(settings, store)
-            counts["clip"] = train_tiny_clip(pictures, settings.tiny, output / "clip", settings.seed)
+            pictures = captions_for_clip(settings.model_copy(update={"seed": seed}), store)
+            counts["clip"] = train_tiny_clip(pictures, settings.tiny, output / "clip", seed)
         return counts
 
     return run_stage(outputs.tiny(settings), run)

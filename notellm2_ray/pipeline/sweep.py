@@ -138,10 +138,12 @@ def trial_workspace(workspace: Path, sweep: Sweep, value: int) -> Path:
     """
     home = workspace / "sweeps" / sweep.name / f"{sweep.parameter.rsplit('.', 1)[-1]}-{value}"
     home.mkdir(parents=True, exist_ok=True)
-    for name in _SHARED:
-        link = home / name
-        if (workspace / name).is_dir() and not link.exists():
-            link.symlink_to(workspace / name, target_is_directory=True)
+    for place in (workspace, *workspace.glob("seeds/*")):
+        for shared in filter(Path.is_dir, (place / name for name in _SHARED)):
+            link = home / shared.relative_to(workspace)
+            link.parent.mkdir(parents=True, exist_ok=True)
+            if not link.exists():
+                link.symlink_to(shared, target_is_directory=True)
     return home
 
 

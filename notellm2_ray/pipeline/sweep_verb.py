@@ -29,7 +29,8 @@ def sweep(settings: Settings) -> None:
     """Run the trials of ``ranking.sweep`` and print their figures; the next report has a plot of them."""
     connect(settings.ray)
     for stage in sweep_stages(settings):
-        stage.work(settings)
+        for each in stage.in_a_run(settings):
+            stage.work(each)
     found = run_sweep(SWEEPS[settings.ranking.sweep], partial(_trial, settings), workspace_of(settings).root)
     for point in found["points"]:
         figures = ", ".join(f"{name} {value:.3f}" for name, value in point["metrics"].items())

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from notellm2_ray.core.settings import Settings
-from notellm2_ray.pipeline import embedders, ranking_outputs, recall_outputs
+from notellm2_ray.pipeline import embedders, ranking_outputs, recall_outputs, seeds
 from notellm2_ray.pipeline import ranking_stages as ranking
 from notellm2_ray.pipeline import recall_stages as recall
 from notellm2_ray.pipeline.stage import Planned, Stage
@@ -19,6 +19,17 @@ from notellm2_ray.pipeline.stage import Planned, Stage
 
 def _tiny_embedder_parts(settings: Settings) -> tuple[str, ...]:
     return ("build-tiny",) if ranking_outputs.needs_tiny_embedder_parts(settings) else ()
+
+
+def _each_tiny(settings: Settings) -> Iterator[Settings]:
+    """Settings of each seed with tiny models of its own, in the recall half or for baselines of the other half."""
+    first, *others = settings.evaluate.seeds
+    if ranking_outputs.needs_tiny_embedder_parts(settings):
+        others = list(dict.fromkeys([*others, *settings.ranking.seeds]))
+    yield seeds.with_recall_seed(settings, first)
+    for seed in others:
+        if seeds.recall_workspace(one := seeds.with_recall_seed(settings, seed)).own:
+            yield one
 
 
 # Each stage comes after those that it needs.
@@ -46,6 +57,7 @@ STAGES: list[Stage] = [
         needs=("mine-pairs",),
         outputs=recall.planned_tiny,
         work=recall.build_tiny,
+        in_a_run=_each_tiny,
     ),
     Stage(
         "train-embedder",
@@ -92,6 +104,7 @@ STAGES: list[Stage] = [
         needs=("prepare",),
         outputs=ranking.planned_sequences,
         work=ranking.make_sequences,
+        in_a_run=lambda settings: seeds.each_with_own(settings, "sequences"),
     ),
     Stage(
         "build-tiny-mllm",
@@ -100,6 +113,7 @@ STAGES: list[Stage] = [
         needs=("prepare",),
         outputs=ranking.planned_tiny_mllm,
         work=ranking.build_tiny_mllm,
+        in_a_run=lambda settings: seeds.each_with_own(settings, "tiny_mllm"),
     ),
     Stage(
         "summarize-images",

@@ -59,7 +59,8 @@ def test_a_recall_baseline_reaches_the_table_and_the_report(tmp_path):
 
 def test_a_ranking_baseline_goes_through_the_command_line_into_the_table_and_the_report(tmp_path, capsys):
     ranking_workspace.write_sequences(tmp_path / "sequences")
-    for stage in ("sequences", "prepared"):
+    ranking_workspace.write_sequences(tmp_path / "seeds" / "2" / "sequences", draws=2)  # each seed draws negatives
+    for stage in ("sequences", "seeds/2/sequences", "prepared"):
         (tmp_path / stage).mkdir(exist_ok=True)
         (tmp_path / stage / MANIFEST).write_text(json.dumps({"fingerprint": stage, "counts": {}}))
     names = "ranking.baselines=[random,popularity,already_seen]"
@@ -70,7 +71,8 @@ def test_a_ranking_baseline_goes_through_the_command_line_into_the_table_and_the
     results = json.loads((output / "results.json").read_text())
     (one,) = results["protocols"].values()
     assert [row["method"] for row in one["rows"]] == ["random", "popularity", "already_seen"]
-    assert one["rows"][2]["seeds"] == [1, 2]
+    assert [row["seeds"] for row in one["rows"]] == [[1, 2]] * 3
+    assert one["rows"][1]["figures"]["all"]["auc"]["deviation"] > 0  # popularity among other negatives
     # no row is left out of the comparison of the best with the second
     assert "already_seen" in {name for test in one["tests"] for name in (test["method"], test["against"])}
     assert "already_seen: seeds (1, 2)." in results["remarks"]

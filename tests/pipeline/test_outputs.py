@@ -106,6 +106,8 @@ def test_outputs_are_read_only_by_stages_that_need_them(tmp_path):
     from notellm2_ray.pipeline.table import STAGES, stage_of
 
     extra = (
+        "evaluate.seeds=[42,43]",
+        "ranking.seeds=[42,43]",
         "ranking.baselines=[random,gru4rec_image,gru4rec_summary,untuned]",
         "candidates.protocols=[uniform,published]",
     )
@@ -199,6 +201,46 @@ def test_a_dry_run_leaves_out_outputs_that_do_not_depend_on_the_seed(tmp_path):
     assert "block_size = 1, 2, 3, 4, 5" in dry_run(settings_of(tmp_path), "sweep")
 
 
+def directories(settings, verb="run"):
+    """Where a verb writes, below the workspace."""
+    root = settings.workspace
+    return {str(one.directory.relative_to(root)) for _, one in planned(verb, settings)}
+
+
+def test_every_seed_has_what_is_random_of_its_own_and_the_first_seeds_paths_stay(tmp_path):
+    alone = directories(settings_of(tmp_path))
+    several = settings_of(tmp_path, "evaluate.seeds=[42,43]", "ranking.seeds=[42,43]")
+    assert alone <= directories(several)
+    assert not any(path.startswith("seeds/") for path in alone)
+    own = {path for path in directories(several) if path.startswith("seeds/43/")}
+    assert own == {
+        f"seeds/43/{path}"
+        for path in alone
+        if path.split("/")[0] in ("tiny", "sequences", "tiny_mllm", "image_summaries", "preferences")
+    } | {
+        f"seeds/43/scores/{name.replace('untuned', 'untuned-seed43').replace('seed42', 'seed43')}"
+        for name in (path.removeprefix("scores/") for path in alone if path.startswith("scores/"))
+    }
+    drawn = {one.directory.name: one.settings for _, one in planned("run", several) if "seeds" in one.directory.parts}
+    assert drawn["tiny"]["seed"] not in (42, 43)
+    assert drawn["sequences"]["seed"] == 42  # of the split
+    assert drawn["sequences"]["draws"] == drawn["tiny"]["seed"]
+
+
+def test_seeds_can_share_tiny_models_and_negatives_and_real_models_are_always_shared(tmp_path):
+    seeds = "evaluate.seeds=[42,43]", "ranking.seeds=[42,43]"
+    shared = settings_of(tmp_path, *seeds, "tiny.per_seed=false", "candidates.per_seed=false")
+    assert not any(path.startswith("seeds/") for path in directories(shared))
+    model = tmp_path / "model"
+    model.mkdir()
+    names = ("model.llm", "model.vision", "summaries.model", "preferences.model", "ranker.model")
+    real = settings_of(tmp_path, *seeds, *(f"{name}={model}" for name in names))
+    own = {path.split("/")[2] for path in directories(real) if path.startswith("seeds/")}
+    assert own == {"sequences", "scores"}
+    (preferences,) = [one for _, one in planned("run", real) if one.verb == "summarize-preferences"]
+    assert preferences.reads["sequences"] == tmp_path / "sequences"
+
+
 @pytest.mark.parametrize(("baseline", "parts"), [("gru4rec_image", ["llm", "clip"]), ("gru4rec_summary", ["llm"])])
 def test_baselines_wait_for_the_tiny_models_that_they_read(tmp_path, monkeypatch, baseline, parts):
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
@@ -232,7 +274,9 @@ def test_named_embedders_are_compared_in_one_table(tmp_path):
         "evaluate.seeds=[42,43]",
     )
     names = [each.embedder_name for each in embedders.compared_embedders(settings)]
-    assert names == ["basic-seed42", "basic-seed43", "small-seed42", "small-seed43", "as_it_comes-seed42"]
+    assert names == [f"{name}-seed{seed}" for name in ("basic", "small", "as_it_comes") for seed in (42, 43)]
+    assert [embedders.is_baseline(each) for each in embedders.compared_embedders(settings)] == [True] * 6
+    assert not embedders.is_baseline(embedders.resolved(embedders.select(settings, "notellm2", 42)))
     small = embedders.resolved(embedders.select(settings, "small", 43))
     assert (small.model.embedding_dim, small.train.epochs, small.train.seed) == (16, 5, 43)
     assert embedders.resolved(small) == small

@@ -21,11 +21,13 @@ def test_everything_is_compared_and_reported(workspace, tmp_path):
     names = ["random", "popularity", "gru4rec", "sasrec", "gru4rec_image", "gru4rec_summary", "untuned"]
     ranking = {"baselines": names, "rankers": ["mllm_msr", "tallrec"], "tune_baselines": True}
     settings = settings_for(workspace, ranking={**ranking, "baseline_grid": {"learning_rate": [1e-5, 3e-3]}})
+    (workspace / "seeds").mkdir()
+    (workspace / "seeds" / "2").symlink_to(workspace, target_is_directory=True)  # of the second seed
     scores = {}
     for protocol in ("uniform", "popular"):
         tables = [
             (Scored("mllm_msr", "mllm_msr", 1, "shuffled_image", protocol), 0.1),
-            (Scored("untuned", "mllm_msr", None, None, protocol), 0.1),
+            *((Scored("untuned", "mllm_msr", seed, None, protocol, tuned=False), 0.1) for seed in (None, 2)),
             *((Scored(name, name, seed, None, protocol), 0.9) for name in ("mllm_msr", "tallrec") for seed in (1, 2)),
         ]
         for at, (table, strength) in enumerate(tables):
@@ -39,11 +41,13 @@ def test_everything_is_compared_and_reported(workspace, tmp_path):
     results = json.loads((output / "results.json").read_text())
     for one in results["protocols"].values():
         assert [row["method"] for row in one["rows"]] == [*names, "mllm_msr", "tallrec", "mllm_msr, shuffled image"]
+        assert all(row["seeds"] == [1, 2] for row in one["rows"] if row["kind"] != "control")
         found = {row["method"]: row["figures"]["all"]["user_auc"]["mean"] for row in one["rows"]}
         # the id tells the next note of the circle; images and summaries tell only its kind
         assert min(found["gru4rec"], found["sasrec"]) > 0.9
         assert min(found["gru4rec_image"], found["gru4rec_summary"]) > 0.55
-    assert set(results["tuned_baselines"]) == {"gru4rec", "sasrec", "gru4rec_image", "gru4rec_summary"}
+    tuned = {"gru4rec", "sasrec", "gru4rec_image", "gru4rec_summary"}
+    assert set(results["tuned_baselines"]) == tuned | {f"{name}, seed 2" for name in tuned}
     for one in results["tuned_baselines"].values():
         assert [point["knobs"] for point in one["points"]] == [{"learning_rate": 1e-5}, {"learning_rate": 3e-3}]
         assert [point["chosen"] for point in one["points"]] == [False, True]

@@ -31,9 +31,9 @@ def sequence_of(user: int) -> list[str]:
     return [NOTES[(2 * (user // 2 + step) + user % 2) % NUM_NOTES] for step in range(LENGTH)]
 
 
-def write_sequences(home: Path) -> None:
-    """The directory of the sequences stage: 40 users train, 10 validate, 10 test."""
-    rng = np.random.default_rng(0)
+def write_sequences(home: Path, draws: int = 0) -> None:
+    """The directory of the sequences stage: 40 users train, 10 validate, 10 test; ``draws`` seeds the negatives."""
+    rng = np.random.default_rng(draws)
     rows, examples = [], {"train": [], "valid": [], "test": []}
     blocks, candidates = [], {"valid": [], "test": [], "train": []}
     for user in range(NUM_USERS):

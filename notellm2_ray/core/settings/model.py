@@ -6,7 +6,7 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from notellm2_ray.core.config import Frozen
+from notellm2_ray.core.config import Frozen, resource
 
 VariantName = Literal["basic", "micl", "late_fusion", "notellm2", "only_late_fusion", "text_only", "image_only"]
 VARIANT_NAMES: tuple[str, ...] = get_args(VariantName)
@@ -15,6 +15,11 @@ VARIANT_NAMES: tuple[str, ...] = get_args(VariantName)
 class TinySettings(Frozen):
     """Small models trained from scratch on your own notes, for runs without any download."""
 
+    per_seed: bool = resource(
+        True,
+        description="with several seeds, train tiny models anew for each, and let each write image summaries and "
+        "preferences of its own; false: all seeds share the first one's",
+    )
     vocab_size: int = Field(4000, ge=300, description="vocabulary size of the byte-level BPE tokenizer")
     llm_layers: int = Field(2, ge=1, description="layers of the causal LM (Qwen2 architecture)")
     llm_hidden_size: int = Field(128, ge=16, description="width of the causal LM")

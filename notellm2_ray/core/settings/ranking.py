@@ -56,6 +56,9 @@ class CandidateSettings(Frozen):
         description="targets of a training user: the last event alone (paper), or also the first event after every "
         "full block, with the preference at that time",
     )
+    per_seed: bool = resource(
+        True, description="with several ranking.seeds, draw the negatives anew for each; false: all seeds share them"
+    )
     protocols: tuple[ProtocolName, ...] = Field(
         ("uniform", "popular"),
         min_length=1,

@@ -72,6 +72,7 @@ class _Shared:
     sequences: SequenceSettings
     candidates: CandidateSettings
     seed: int
+    draws: int
     split: UserSplit | None = None
 
 
@@ -82,6 +83,7 @@ def make_sequences(
     candidates: CandidateSettings,
     seed: int,
     *,
+    draws: int | None = None,
     partitions: int = 0,
 ) -> dict[str, Any]:
     """Write the recommender's tables into ``output``; Ray must be connected unless there is only one part.
@@ -92,6 +94,10 @@ def make_sequences(
     published.parquet, published_blocks.parquet and published_popularity.parquet. Each file appears complete or not at
     all. The same input gives the same files for any number of ``partitions`` of the users (0: by the log's length).
     Users are ordered by a hash of their ids, so that the first n are a random sample.
+
+    Args:
+        seed: of the split and of the users that are tested.
+        draws: seed of the negatives; None: ``seed``.
 
     Returns:
         counts for the manifest.
@@ -107,7 +113,9 @@ def make_sequences(
     for stale in output.glob(f"{_SCRATCH}*"):  # from a run that was killed
         shutil.rmtree(stale)
     with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=output) as scratch:
-        shared = _Shared(Path(scratch), tuple(units), partitions, sequences, candidates, seed)
+        shared = _Shared(
+            Path(scratch), tuple(units), partitions, sequences, candidates, seed, seed if draws is None else draws
+        )
         write_arrow(shared.scratch / "notes.arrow", ids.to_batches(), ids.schema)
         read = list(run(_read_unit, len(units), shared, "make-sequences", "units of events read"))
         check_actions(read, sequences)
@@ -149,7 +157,7 @@ def _make_part(shared: _Shared, index: int) -> dict[str, Any]:
     notes = _facts(shared)
     histories = _part(shared, index, notes.in_core)
     settings = shared.sequences, shared.candidates
-    made = PartTables(histories, _vocabulary(shared), notes, shared.split, *settings, shared.seed)
+    made = PartTables(histories, _vocabulary(shared), notes, shared.split, *settings, shared.draws)
     for name, table in made.tables.items():
         write_arrow(shared.scratch / f"{name}-{index}.arrow", table.to_batches(), table.schema)
     return made.counts

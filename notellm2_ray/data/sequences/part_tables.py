@@ -56,6 +56,7 @@ class PartTables:
         Args:
             histories: whole histories. Notes that ``sequences.max_events`` leaves out are not negatives either.
             vocabulary: all note ids, ascending.
+            seed: of the negatives.
         """
         self.vocabulary, self.notes, self.seed = vocabulary, notes, seed
         self.sequences, self.candidates = sequences, candidates

@@ -70,7 +70,12 @@ class _Match(NamedTuple):
 
 
 def evaluate_protocol(
-    task: RankingTask, methods: Sequence[MethodScores], settings: RankEvaluateSettings, seed: int
+    task: RankingTask,
+    methods: Sequence[MethodScores],
+    settings: RankEvaluateSettings,
+    seed: int,
+    *,
+    drawn: Mapping[int | None, RankingTask] | None = None,
 ) -> dict[str, Any]:
     """Every figure of every method with its interval over users, and the tests between methods, as JSON values.
 
@@ -79,6 +84,8 @@ def evaluate_protocol(
         methods: in the order of the tables.
         settings: cutoffs and level of the intervals.
         seed: of the resamples and permutations.
+        drawn: the candidates of seeds whose negatives were drawn apart, of the same examples; all other seeds have
+            those of ``task``.
 
     Returns:
         ``protocol``, ``examples`` and ``users`` (per stratum), ``candidates`` (fewest and most of an example),
@@ -90,16 +97,18 @@ def evaluate_protocol(
         figures of a stratum are corrected together, and so are its other figures. Shares are from 0 to 1.
 
     Raises:
-        DataError: a method is given twice, or the number of scores is not that of the candidates.
+        DataError: a method is given twice, the number of scores is not that of the candidates, or the candidates of a
+            seed are not of the same examples.
     """
-    _check(task, methods)
+    drawn = drawn or {}
+    _check(task, methods, drawn)
     rows: list[dict[str, Any]] = [
         {"method": one.method, "kind": one.kind, "seeds": [s for s in one.scores if s is not None], "figures": {}}
         for one in methods
     ]
     tests: list[dict[str, Any]] = []
     for stratum in STRATA:
-        measured = _measure(task, methods, task.mask(stratum), settings, seed)
+        measured = _measure(task, methods, task.mask(stratum), settings, seed, drawn)
         for row, one in zip(rows, measured, strict=True):
             row["figures"][stratum] = one and _figures(one, row["seeds"], settings.confidence)
         tests += _tests(task, methods, measured, stratum, seed)
@@ -120,28 +129,41 @@ def evaluate_protocol(
 
 
 def _measure(
-    task: RankingTask, methods: Sequence[MethodScores], mask: np.ndarray, settings: RankEvaluateSettings, seed: int
+    task: RankingTask,
+    methods: Sequence[MethodScores],
+    mask: np.ndarray,
+    settings: RankEvaluateSettings,
+    seed: int,
+    drawn: Mapping[int | None, RankingTask],
 ) -> list[_Measured | None]:
     if not mask.any():
         return [None] * len(methods)
     rows, groups, users = task.subset(mask)
     weights = resampled_weights(users, seed)  # (B, E)
-    return [_measure_one(one, rows, groups, task.labels[rows], weights, settings.cutoffs) for one in methods]
+    labels = {each: drawn[each].labels if each in drawn else task.labels for one in methods for each in one.scores}
+    return [
+        _measure_one(
+            [(labels[each][rows], scores[rows]) for each, scores in one.scores.items()],
+            groups,
+            weights,
+            settings.cutoffs,
+        )
+        for one in methods
+    ]
 
 
 def _measure_one(
-    method: MethodScores,
-    rows: np.ndarray,
+    scored: Sequence[tuple[np.ndarray, np.ndarray]],
     groups: np.ndarray,
-    labels: np.ndarray,
     weights: np.ndarray,
     cutoffs: Sequence[int],
 ) -> _Measured:
-    runs = [example_figures(groups, labels, s[rows], weights.shape[1], cutoffs) for s in method.scores.values()]
-    scores = [s[rows] for s in method.scores.values()]
+    """The figures of one method from the labels and the scores of each seed."""
+    num_examples = weights.shape[1]
+    runs = [example_figures(groups, labels, scores, num_examples, cutoffs) for labels, scores in scored]
     areas = {
-        "auc": [PooledAuc(groups, labels, one) for one in scores],
-        "auc_norm": [PooledAuc(groups, labels, normalised(groups, one, weights.shape[1])) for one in scores],
+        "auc": [PooledAuc(groups, labels, scores) for labels, scores in scored],
+        "auc_norm": [PooledAuc(groups, labels, normalised(groups, scores, num_examples)) for labels, scores in scored],
     }
     per_example = {name: np.mean([run[name] for run in runs], axis=0) for name in runs[0]}
     per_seed = {name: [area() for area in found] for name, found in areas.items()}
@@ -228,7 +250,10 @@ def _matches(methods: Sequence[MethodScores], measured: Sequence[_Measured], fig
     return matches
 
 
-def _check(task: RankingTask, methods: Sequence[MethodScores]) -> None:
+def _check(task: RankingTask, methods: Sequence[MethodScores], drawn: Mapping[int | None, RankingTask]) -> None:
+    for drawn_for, other in drawn.items():
+        if not (np.array_equal(other.groups, task.groups) and np.array_equal(other.example_ids, task.example_ids)):
+            raise DataError(f"{task.protocol}: seed {drawn_for} has candidates of other examples: run make-sequences")
     names = [method.method for method in methods]
     if len(set(names)) != len(names):
         raise DataError(f"a method is given twice among {names}")

@@ -1,6 +1,7 @@
 """The comparison of rankers: strata, intervals, tests, missing scores."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -64,6 +65,19 @@ def test_strata_and_figures(task):
     assert evaluate_protocol(task, methods, SETTINGS, seed=42) == results
     first = found["mllm_msr", "direct", "best other"]
     assert first["p"] == max(first["p_seeds"], first["p_units"]) <= first["p_holm"]
+
+
+def test_seeds_may_have_candidates_of_their_own(task):
+    order = np.concatenate([start + np.roll(np.arange(6), 1) for start in range(0, len(task.groups), 6)])
+    moved = replace(task, note_ids=task.note_ids[order], labels=task.labels[order])
+    scores = noisy(task, 1.0, 1)
+    both = [MethodScores("x", "ranker", {1: scores, 2: scores[order]})]
+    (row,) = evaluate_protocol(task, both, SETTINGS, 1, drawn={2: moved})["rows"]
+    first, second = row["figures"]["all"]["auc"]["seeds"].values()
+    assert first == pytest.approx(second)
+    fewer = RankingTask.build("uniform", *tables(59), clicks())
+    with pytest.raises(DataError, match="seed 2 has candidates of other examples"):
+        evaluate_protocol(task, both, SETTINGS, 1, drawn={2: fewer})
 
 
 def test_no_cold_targets_leave_the_stratum_empty():
