@@ -82,7 +82,9 @@ class Settings(Frozen):
 
     workspace: Path = Field(Path("runs/world"), description="directory that all stages write into")
     seed: int = Field(
-        42, ge=0, description="seed of the synthetic world, the splits and the first tiny models; training has train.seed"
+        42,
+        ge=0,
+        description="seed of the synthetic world, the splits and the first tiny models; training has train.seed",
     )
     source: AnySource = Field(default_factory=default_source, description="where notes and events come from")
     prepare: PrepareSettings = Field(PrepareSettings(), description="checks on the source")

@@ -7,7 +7,7 @@ from typing import Any, ClassVar, Literal
 
 from pydantic import Field, model_validator
 
-from notellm2_ray.core.config import Frozen
+from notellm2_ray.core.config import Frozen, build
 
 Architecture = Literal["gru4rec", "sasrec"]
 
@@ -90,8 +90,8 @@ def points(settings: SequentialSettings, grid: dict[str, tuple[float, ...]]) -> 
     """The settings with every combination of the grid's values.
 
     Raises:
-        ValueError: a name is no knob of these settings, or a value does not fit.
+        ConfigError: a name is no knob of these settings, or a value does not fit.
     """
     plain: dict[str, Any] = settings.model_dump()
     combined = (dict(zip(grid, values, strict=True)) for values in product(*grid.values()))
-    return [type(settings).model_validate(plain | changed) for changed in combined]
+    return [build(type(settings), plain | changed) for changed in combined]

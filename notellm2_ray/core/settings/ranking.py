@@ -7,6 +7,7 @@ from typing import Any, Literal
 from pydantic import Field, PositiveInt, model_validator
 
 from notellm2_ray.core.config import Frozen, resource
+from notellm2_ray.core.errors import ConfigError
 from notellm2_ray.core.settings.baselines import GRID, Gru4RecSettings, SasRecSettings, points
 
 PreferenceVariant = Literal["recurrent", "direct", "no_image_summary"]
@@ -271,7 +272,7 @@ class RankEvaluateSettings(Frozen):
         for name in ("gru4rec", "sasrec", "gru4rec_image", "gru4rec_summary"):
             try:
                 points(getattr(self, name), self.baseline_grid)
-            except ValueError as error:
+            except ConfigError as error:
                 raise ValueError(f"ranking.baseline_grid does not fit {name}: {error}") from error
         if self.controls and not self.rankers:
             raise ValueError("ranking.controls need a ranker: name one in ranking.rankers, or set ranking.controls=[]")

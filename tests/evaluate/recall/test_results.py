@@ -180,7 +180,7 @@ def test_marks_are_above_the_best_other_row_and_the_star_above_the_best_baseline
     assert {test["method"] for test in by_role["reference"]} == {"bm25", "random", "notellm2"}
     assert (top["p_seeds"], top["p"]) == (None, top["p_units"])  # one seed
     assert top["p_holm"] >= top["p"]
-    assert {test["inputs"] for test in results["tests"] if test["method"] == "basic"} == {"multimodal"}
+    assert {test["against_inputs"] for test in results["tests"] if test["against"] == "basic"} == {"multimodal"}
     text = str(tables.significance_table(results, "reference"))
     assert "one-sample t-test" in text or "Welch's t-test" in text
 

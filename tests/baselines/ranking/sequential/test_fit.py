@@ -116,7 +116,7 @@ def test_sizes_are_settings_and_the_grid_is_every_combination():
     sizes = SequentialModel(small, IdEmbedding(20, 6)).state_dict()
     assert sizes["encoder.gru.weight_hh_l0"].shape == (15, 5)
     assert sizes["encoder.out.weight"].shape == (6, 5)
-    with pytest.raises(ValueError, match=r"baseline_grid does not fit gru4rec.*widht"):
+    with pytest.raises(ValueError, match=r"baseline_grid does not fit gru4rec.*'widht'; did you mean 'width'"):
         RankEvaluateSettings(baseline_grid={"widht": (1, 2)})
     with pytest.raises(ValueError, match=r"baseline_grid does not fit sasrec.*multiple of heads"):
         RankEvaluateSettings(baseline_grid={"width": (63,)})
