@@ -103,15 +103,14 @@ def mark_notes(cells: str, tests: Sequence[Mapping[str, Any]], units: str) -> li
     """
     if not (deciding := [test for test in tests if test["role"] in MARKS]):
         return []
-    seeded = sum(test["p_seeds"] is not None for test in deciding)
-    over = f"over {units} alone, since there are too few seeds to test over"
-    if seeded:
-        over = f"over {units} and over seeds" + ("" if seeded == len(deciding) else " (where both rows have several)")
-    how = f"p < {LEVEL} {over}, corrected by Holm for all comparisons of the table"
+    over = f"over {units} alone, as there are too few seeds to test over"
+    if any(test["p_seeds"] is not None for test in deciding):
+        over = f"over {units} and, where rows have several seeds, over seeds too"
+    how = f"p < {LEVEL} {over}; corrected by Holm for all comparisons of the table"
     shown = [meaning for mark, meaning in _MEANINGS.items() if mark in cells]
     if shown:
-        return [" ".join([*shown, f"Two-sided, {how}."])]
-    return [f"No row is above the best other row or the best baseline of its column ({how})."]
+        return [" ".join([*shown, f"Two-sided {how}."])]
+    return [f"No row is above the best other row or the best baseline of its column at {how}."]
 
 
 def seeds_note(tests: Sequence[Mapping[str, Any]], unit_test: str) -> list[str]:

@@ -44,9 +44,12 @@ def test_a_family_is_corrected_together_and_marks_say_what_they_claim():
     assert marks(worse, lambda test: test["column"]) == {}
     (note,) = mark_notes("50.0†*", found, "users")
     assert note.startswith("†: above the best other row of the column. *: above the best baseline")
-    assert "over users alone, since there are too few seeds" in note
+    assert "over users alone, as there are too few seeds" in note
     assert mark_notes("50.0", found, "users")[0].startswith("No row is above the best other row")
-    assert "over users and over seeds, corrected" in mark_notes("†", [{**found[0], "p_seeds": 0.01}], "users")[0]
+    assert (
+        "over users and, where rows have several seeds, over seeds too"
+        in mark_notes("†", [{**found[0], "p_seeds": 0.01}], "users")[0]
+    )
 
 
 @pytest.mark.parametrize("num_seeds", [1, 3])

@@ -153,7 +153,7 @@ def test_the_table_has_the_papers_layout(results):
     assert "±" not in rows["bm25"]
     assert "†*" in rows["notellm2"]
     assert "*" not in rows["basic"]
-    assert "over query notes alone, since there are too few seeds" in lines[-1]  # notellm2 has one
+    assert "over query notes alone, as there are too few seeds" in lines[-1]  # notellm2 has one
     assert len({len(line) for line in (lines[1].rstrip(), lines[2])}) <= 2
     by_input = str(tables.recall_table(results, inputs=True)).splitlines()
     assert [line.split()[:2] for line in by_input[3:5]] == [["basic", "multimodal"], ["basic", "image"]]
