@@ -22,6 +22,7 @@ from notellm2_ray.core.progress import Progress
 from notellm2_ray.core.schema import EVENT_SCHEMA, NOTE_SCHEMA, QUARANTINE_SCHEMA
 from notellm2_ray.core.settings.data import PrepareSettings
 from notellm2_ray.data.duplicates import Versions, drop_rows, numbered_tables
+from notellm2_ray.data.keys import write_note_keys
 from notellm2_ray.data.rows import FATAL, category
 from notellm2_ray.data.validate import check_events, check_notes, hash_ids, without_form
 from notellm2_ray.data.writer import RollingWriter
@@ -41,7 +42,7 @@ _ORIGINS = pa.schema(
 
 
 def prepare(tables: SourceTables, settings: PrepareSettings, output: Path) -> dict[str, Any]:
-    """Write ``notes/``, ``events/`` and ``quarantine/`` below ``output``; Ray must be connected.
+    """Write ``notes/``, ``events/``, ``quarantine/`` and note_keys.parquet below ``output``; Ray must be connected.
 
     Every raw row ends in exactly one place. Where several usable notes have one id, the newest by ``created_at`` is
     kept, or the last in the source's order where that does not tell. The same input gives the same files. A run starts
@@ -49,7 +50,8 @@ def prepare(tables: SourceTables, settings: PrepareSettings, output: Path) -> di
 
     Returns:
         counts: notes, events, users, notes_with_image, quarantined_notes, quarantined_events, dropped_images (notes
-        kept without their unusable image; the quarantine lists them), and reasons (category -> rows of both tables).
+        kept without their unusable image; the quarantine lists them), alike_notes (notes that have the content and the
+        times of events of another), and reasons (category -> rows of both tables).
 
     Raises:
         DataError: a table has no usable row or too many bad ones (the message counts the reasons and gives an example
@@ -61,6 +63,7 @@ def prepare(tables: SourceTables, settings: PrepareSettings, output: Path) -> di
     ids = NoteIds(KeySet(), KeySet(), KeySet())
     notes = _prepare_notes(tables.notes, settings, output, ids)
     events, num_users = _prepare_events(tables.events, settings, output, ids)
+    alike = write_note_keys(output)
     return {
         "notes": notes.kept,
         "events": events.kept,
@@ -69,6 +72,7 @@ def prepare(tables: SourceTables, settings: PrepareSettings, output: Path) -> di
         "quarantined_notes": notes.bad,
         "quarantined_events": events.bad,
         "dropped_images": notes.dropped,
+        "alike_notes": alike,
         "reasons": dict((notes.reasons + events.reasons).most_common()),
     }
 

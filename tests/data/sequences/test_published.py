@@ -12,7 +12,7 @@ import pytest
 
 from notellm2_ray.core.schema import EVENT_SCHEMA, NOTE_SCHEMA
 from notellm2_ray.data import event_log
-from notellm2_ray.data.sequences.events import build_histories, positive_events
+from notellm2_ray.data.sequences.events import build_histories, group_events, positive_events
 from notellm2_ray.data.sequences.histories import k_core, within_core
 from notellm2_ray.data.sequences.targets import last_targets, published_histories
 from notellm2_ray.data.sources.files import TableFile
@@ -92,7 +92,9 @@ def test_the_published_protocol_gives_popularity_what_it_gave_it(sample):
     """On all of MicroLens-50k, (7, 5)-core: AUC .801. The sample's core is small, and its figure its own."""
     ids = pq.read_table(sample / "notes").sort_by("note_id")["note_id"].combine_chunks()
     units = event_log.plan_units(event_log.list_row_groups([sample / "events" / "part.parquet"]), 0, 1 << 62)
-    everybody = build_histories(positive_events(unit, ids, ("click",), 1)[0][0] for unit in units)
+    keys = np.arange(len(ids), dtype=np.uint64)
+    grouped, _ = group_events((positive_events(unit, ids, ("click",), 1)[0][0] for unit in units), keys, 1)
+    everybody = build_histories(grouped, keys, direction=1)
     core = within_core(everybody, k_core(lambda: [everybody], len(ids), 7, 5), 7)
     assert (len(core.users), len(np.unique(core.notes)), len(core.notes)) == (75, 77, 1035)
     assert core_auc(core, published=True) == pytest.approx(0.838, abs=0.01)
