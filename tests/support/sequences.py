@@ -19,12 +19,12 @@ Row = tuple[str, str, float]  # user, note, hour
 
 
 def make_log(users=60, notes=120, seed=3) -> list[Row]:
-    """Users with 1 to 20 clicks on notes of skewed popularity."""
+    """Users with 1 to 20 clicks on notes of skewed popularity, no two of a user's at one time."""
     rng = np.random.default_rng(seed)
     return [
         (f"u{user}", f"n{int(notes * rng.random() ** 2):03}", float(hour))
         for user in range(users)
-        for hour in rng.integers(0, 500, size=rng.integers(1, 20))
+        for hour in rng.choice(500, size=rng.integers(1, 20), replace=False)
     ]
 
 

@@ -83,8 +83,8 @@ def mine(prepared: Path, output: Path, pairs: PairSettings, split: SplitSettings
 
     texts = ["title", "topics", "content"]
     statistics = {
-        "training": describe_notes(_stream(notes, trained, texts), train_mined.pairs.num_rows),
-        "testing": describe_notes(_stream(notes, pool, texts), test_mined.pairs.num_rows),
+        "training": describe_notes(_stream(notes, trained, texts), train_mined.pairs.num_rows) | train_mined.ties,
+        "testing": describe_notes(_stream(notes, pool, texts), test_mined.pairs.num_rows) | test_mined.ties,
     }
     write_atomically(output / "statistics.json", json.dumps(statistics, indent=2))
     log.info("statistics of the pairs (validation pairs count as training):\n%s", format_statistics(statistics))

@@ -69,6 +69,11 @@ class MinedPairs(NamedTuple):
     clicks: np.ndarray
     counts: dict[str, int]
 
+    @property
+    def ties(self) -> dict[str, int]:
+        """The queries, and those of them whose top t ends between equal scores."""
+        return {name: self.counts[name] for name in ("queries", "tied_cuts")}
+
 
 @dataclass(frozen=True)
 class _Shared:

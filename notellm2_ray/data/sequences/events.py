@@ -120,7 +120,7 @@ def group_events(
     first = order[_starts(who[order], notes[order])]
     first = first[np.lexsort((note_keys[notes[first]], times[first], who[first]))]
     lengths = np.bincount(who[first], minlength=len(users.dictionary))
-    keys = _user_keys(lengths, times[first], note_keys[notes[first]])
+    keys = _user_keys(lengths, times[first], note_keys[notes[first]], _KEY_EVENTS)
     by_row = first[np.lexsort((rows[first], who[first]))]
     steps = np.sign(np.diff(times[by_row]))[who[by_row][1:] == who[by_row][:-1]]
     offsets = pa.array(offsets_of(lengths), pa.int32())
@@ -154,8 +154,7 @@ def build_histories(batches: Iterable[pa.RecordBatch], note_keys: np.ndarray, di
     lengths = notes.value_lengths().to_numpy()
     notes, times, rows = (column.flatten().to_numpy() for column in (notes, times, rows))
     users, keys = _flat(table["user_id"]), table["key"].to_numpy()
-    earliest = np.minimum.reduceat(rows, offsets_of(lengths)[:-1]) if len(rows) else rows
-    order = np.lexsort((earliest, keys))  # users who are alike in the events of their keys stand in the log's order
+    keys, order = _told_apart(keys, lengths, times, note_keys[notes], rows)
     place = np.argsort(order)
     owners = np.repeat(np.arange(len(lengths)), lengths)
     ties = rows * direction if direction else mix(note_keys[notes] ^ mix(keys[owners]))
@@ -170,15 +169,35 @@ def build_histories(batches: Iterable[pa.RecordBatch], note_keys: np.ndarray, di
     )
 
 
-def _user_keys(lengths: np.ndarray, times: np.ndarray, note_keys: np.ndarray) -> np.ndarray:
-    """(U,) uint64, a hash of the first events of each user, which are sorted by user, time and note key."""
+def _user_keys(lengths: np.ndarray, times: np.ndarray, note_keys: np.ndarray, most: int | None) -> np.ndarray:
+    """(U,) uint64, a hash of the first ``most`` events of each user, which are sorted by user, time and note key."""
     owners = np.repeat(np.arange(len(lengths)), lengths)
     number = np.arange(len(times)) - np.repeat(offsets_of(lengths)[:-1], lengths)
-    early = number < _KEY_EVENTS
+    early = number < (len(times) if most is None else most)
     keys = np.zeros(len(lengths), np.uint64)
     events = mix(mix(times.view(np.uint64)) ^ (note_keys + GOLDEN * number.astype(np.uint64)))
     np.add.at(keys, owners[early], events[early])
     return mix(keys)
+
+
+def _told_apart(
+    keys: np.ndarray, lengths: np.ndarray, times: np.ndarray, note_keys: np.ndarray, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(U,) keys of which no two are equal, and (U,) the users in order.
+
+    Users whose first events are alike are told apart by all of their events, and those who are alike in everything by
+    the order of rows: which of them is which makes no difference but for their ids.
+    """
+    _, same, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    alike = counts[same] > 1
+    whole = np.where(alike, mix(keys ^ _user_keys(lengths, times, note_keys, None)), keys)
+    earliest = np.minimum.reduceat(rows, offsets_of(lengths)[:-1]) if len(rows) else rows
+    order = np.lexsort((earliest, whole, keys))
+    starts = np.flatnonzero(_starts(whole[order]))
+    number = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))
+    apart = np.empty_like(whole)
+    apart[order] = np.where(number > 0, mix(whole[order] + GOLDEN * number.astype(np.uint64)), whole[order])
+    return apart, order
 
 
 def _starts(*columns: np.ndarray) -> np.ndarray:

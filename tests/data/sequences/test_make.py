@@ -136,10 +136,13 @@ def test_what_happens_after_the_bound_changes_nothing_in_training(tmp_path):
     first = make(tmp_path / "one", rows, prepared=prepare(tmp_path / "a", rows), split_by="time")
     statistics = json.loads((first / "statistics.json").read_text())
     bound = (datetime.fromisoformat(statistics["test_from"] + "+00:00") - START) / timedelta(hours=1)
-    other = [(u, "n007" if h > bound and i % 2 else n, h) for i, (u, n, h) in enumerate(rows)]
     ids = sorted({note for _, note, _ in rows})
+    liked = {user: [note for _, note in notes] for user, notes in likes(rows).items()}
+    last = {user: max(hour for u, _, hour in rows if u == user) for user in liked}
+    other = [(u, "n007" if h == last[u] > bound and "n007" not in liked[u] else n, h) for u, n, h in rows]
     second = make(tmp_path / "two", other, prepared=prepare(tmp_path / "b", other, ids), split_by="time")
-    assert json.loads((second / "statistics.json").read_text())["test_from"] == statistics["test_from"]
+    changed = json.loads((second / "statistics.json").read_text())
+    assert all(changed[name] == statistics[name] for name in ("validation_from", "test_from"))
     for name in ("train", "candidates/train", "popularity"):
         assert read(first, name) == read(second, name)
     assert read(first, "test") != read(second, "test")
@@ -223,7 +226,7 @@ def test_one_event_is_enough_where_min_events_says_so(tmp_path):
 
 def test_events_of_one_time_follow_a_log_and_else_no_name(tmp_path, caplog):
     users, notes = [f"u{u:02}" for u in range(90)], ("c", "a", "b")
-    rows = [(user, f"z{u % 30}", 1.0 + u) for u, user in enumerate(users)]
+    rows = [(user, f"{'0z'[u % 2]}{u % 30}", 1.0 + u) for u, user in enumerate(users)]
     rows += [(user, note, 500.0) for user in users for note in notes]
     ids = sorted({note for _, note, _ in rows})
 
