@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 import random
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -42,11 +43,14 @@ WORDS = ["harbour", "noodles", "sneakers", "puppy", "tent", "lipstick", "garden"
 Rows = list[dict[str, Any]]
 
 
+@dataclass(frozen=True)
 class Tables:
-    """A platform's two tables, and the files they are cut into."""
+    """A platform's two tables, the files they are cut into, and how its notes are split."""
 
-    def __init__(self, notes: Rows, events: Rows, files: int = 1) -> None:
-        self.notes, self.events, self.files = notes, events, files
+    notes: Rows
+    events: Rows
+    files: int = 1
+    split: str = "notes"
 
 
 def platform(step: int = 1) -> Tables:
@@ -84,12 +88,12 @@ def platform(step: int = 1) -> Tables:
 
 def in_order(tables: Tables) -> Tables:
     """The events as a log, by time."""
-    return Tables(tables.notes, sorted(tables.events, key=lambda event: event["timestamp"]))
+    return replace(tables, events=sorted(tables.events, key=lambda event: event["timestamp"]), split="time")
 
 
 def by_name(tables: Tables) -> Tables:
     """The events by user and note, as MovieLens has them: their order says nothing of time."""
-    return Tables(tables.notes, sorted(tables.events, key=lambda event: (event["user_id"], event["note_id"])))
+    return replace(tables, events=sorted(tables.events, key=lambda event: (event["user_id"], event["note_id"])))
 
 
 def _shuffled(rows: Rows, seed: int) -> Rows:
@@ -106,19 +110,19 @@ def renamed(tables: Tables) -> Tables:
     keys = ("note_id", "user_id", "session_id")
     both = (tables.notes, tables.events)
     rows = [[{k: new_name(v) if k in keys else v for k, v in row.items()} for row in table] for table in both]
-    return Tables(*rows, tables.files)
+    return replace(tables, notes=rows[0], events=rows[1])
 
 
 def shuffled(tables: Tables) -> Tables:
-    return Tables(_shuffled(tables.notes, 1), _shuffled(tables.events, 2), tables.files)
+    return replace(tables, notes=_shuffled(tables.notes, 1), events=_shuffled(tables.events, 2))
 
 
 def in_other_files(tables: Tables) -> Tables:
-    return Tables(tables.notes, tables.events, 3)
+    return replace(tables, files=3)
 
 
 def delivered_twice(tables: Tables) -> Tables:
-    return Tables(tables.notes, tables.events + tables.events[::3], tables.files)
+    return replace(tables, events=tables.events + tables.events[::3])
 
 
 def everything(tables: Tables) -> Tables:
@@ -148,18 +152,24 @@ def prepare_by_the_verb(tables: Tables, home: Path) -> None:
         (home / "raw" / name).mkdir(parents=True)
         for part, piece in enumerate(np.array_split(np.arange(len(rows)), tables.files)):
             pq.write_table(pa.Table.from_pylist([rows[row] for row in piece]), home / "raw" / name / f"{part}.parquet")
-    prepare(settings_of(home))
+    prepare(settings_of(home, tables.split))
 
 
-def settings_of(home: Path) -> Settings:
+def settings_of(home: Path, split: str) -> Settings:
     raw = {name: str(home / "raw" / name) for name in ("notes", "events")}
     baselines = ["random", "popularity", "newest"]
     values = {
         "workspace": str(home),
         "source": {"kind": "tabular", **raw},
         "pairs": {"window_days": None},
-        "split": {"by": "notes", "test_share": 0.4},
-        "evaluate": {"cutoffs": [5, 20], "short_tokens": 6, "long_tokens": 9},
+        "split": {"by": split, "test_share": 0.4, "test_notes": "new" if split == "notes" else "all"},
+        "evaluate": {
+            "cutoffs": [5, 20],
+            "short_tokens": 6,
+            "long_tokens": 9,
+            "seeds": [1, 2],
+            "baselines": ["bm25", "item_cf", "swing", "popularity", "random"],
+        },
         "sequences": {"blocks_by": "session", "session_gap_minutes": 600},
         "candidates": {
             "protocols": ["uniform", "popular", "published"],
@@ -174,7 +184,7 @@ def settings_of(home: Path) -> Settings:
 def made(tables: Tables, home: Path, prepare: Callable[[Tables, Path], None] = write_prepared) -> dict[str, Any]:
     """Everything that the stages make of the tables: files by name, and the printed tables."""
     prepare(tables, home)
-    settings, workspace = settings_of(home), Workspace(home)
+    settings, workspace = settings_of(home, tables.split), Workspace(home)
     for directory in (workspace.pairs, workspace.sequences):
         directory.mkdir(parents=True, exist_ok=True)
     mine(workspace.prepared, workspace.pairs, settings.pairs, settings.split, 5)
@@ -192,15 +202,17 @@ def made(tables: Tables, home: Path, prepare: Callable[[Tables, Path], None] = w
 def recall_table(settings: Settings, workspace: Workspace) -> str:
     notes = read_test_notes(workspace)
     lengths = {note_id: len(tokenize(note_text(note))) for note_id, note in notes.items()}
-    task = RetrievalTask.build(pq.read_table(workspace.test_pairs), list(notes), lengths, settings.evaluate)
-    data = RecallData(task, notes, workspace, (1, 2))
+    clicks = pq.read_table(workspace.pair_popularity).to_pylist()
+    clicked = {row["note_id"] for row in clicks if row["train_clicks"]}
+    task = RetrievalTask.build(pq.read_table(workspace.test_pairs), list(notes), lengths, settings.evaluate, clicked)
+    data = RecallData(task, notes, workspace, settings)
     vectors = np.array([_vector(note.title) for note in notes.values()], np.float32)
     rankings = [MethodRanks("untrained", "text", {7: task.embedding_ranks(np.array(list(notes)), vectors)})]
-    for name in ("bm25", "popularity", "random"):
+    for name in settings.evaluate.baselines:
         row = RECALL_BASELINES.get(name)
-        rankings.append(MethodRanks(name, row.inputs, row.ranks(data), baseline=True))
+        rankings.append(MethodRanks(name, row.inputs, row.ranks(data), "baseline"))
     results = evaluate(task, rankings)
-    return recall_tables.printed(results) + str(recall_tables.significance_table(results, "best baseline"))
+    return recall_tables.printed(results) + json.dumps(results["tests"], indent=1)
 
 
 def _vector(text: str) -> np.ndarray:
@@ -220,7 +232,7 @@ def ranking_table(settings: Settings, workspace: Workspace) -> str:
             if (row := RANKING_BASELINES.get(name).scores) is not None
         ]
         task = protocol.task
-        results[task.protocol] = evaluate_protocol(task, methods, settings.ranking, 5, references=["popularity"])
+        results[task.protocol] = evaluate_protocol(task, methods, settings.ranking, 5)
     return ranking_tables.printed({"protocols": results})
 
 
