@@ -54,7 +54,7 @@ class LogTimes:
         """Log the facts and return them as counts.
 
         Raises:
-            DataError: all events lie within a minute.
+            DataError: several events, and all within a minute.
         """
         if self.invented:
             log.info(
@@ -62,7 +62,7 @@ class LogTimes:
             )
             return {"times": "invented"}
         span = self._last - self._first
-        if span < _MINUTE:
+        if span < _MINUTE and self._events > 1:
             raise DataError(
                 f"all {self._events:,} events lie within a minute of {_shown(self._first)} ({span / 1e6:g} seconds): "
                 "their times were read in the wrong unit, or are no times. Set source.time_unit or "

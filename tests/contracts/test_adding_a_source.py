@@ -70,7 +70,8 @@ def given(tmp_path) -> list[str]:
     """Overrides that choose a toy source of two good notes and events, and a bad one of each."""
     path = tmp_path / "toy.txt"
     path.write_text(
-        "note a A red hat\nnote b Blue shoes\nnote a Again\nevent u a 1\nevent v b 2\nevent v c 3\nevent v a x\n"
+        "note a A red hat\nnote b Blue shoes\nnote a Again\n"
+        "event u a 1700000000\nevent v b 1700086400\nevent v c 1700086400\nevent v a x\n"
     )
     return [
         f"workspace={tmp_path / 'work'}", "source.kind=toy", f"source.path={path}", "split.by=notes",
@@ -125,7 +126,9 @@ def test_the_example_in_the_documentation_works(tmp_path, monkeypatch, ray_clust
     monkeypatch.syspath_prepend(tmp_path)
     shop = importlib.import_module("shop").SOURCE
     (tmp_path / "items.csv").write_text("note_id,title\na,A red hat\n,Nothing\n")
-    (tmp_path / "sales.csv").write_text("user_id,note_id,timestamp,action\nu,a,1,click\nu,b,2,click\n")
+    (tmp_path / "sales.csv").write_text(
+        "user_id,note_id,timestamp,action\nu,a,1700000000,click\nu,b,1700000000,click\n"
+    )
     register_source(shop)
     try:
         given = [f"workspace={tmp_path / 'work'}", "source.kind=shop", f"source.folder={tmp_path}", "split.by=notes"]

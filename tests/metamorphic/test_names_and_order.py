@@ -23,6 +23,7 @@ from notellm2_ray.baselines.ranking.table import RANKING_BASELINES
 from notellm2_ray.baselines.recall.baseline import RecallData
 from notellm2_ray.baselines.recall.table import RECALL_BASELINES
 from notellm2_ray.core.config import build
+from notellm2_ray.core.note_store import NoteStore
 from notellm2_ray.core.schema import EVENT_SCHEMA, NOTE_SCHEMA
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.core.words import note_text, tokenize
@@ -68,7 +69,7 @@ def platform(step: int = 1) -> Tables:
                 "topics": [word],
                 "content": text * (told % 3),
                 "image": picture(number % len(WORDS)) if told % 4 else None,
-                "created_at": START + told % 10 * DAY // 2,
+                "created_at": START + told % 10 * DAY,
             }
         )
     events = []
@@ -195,6 +196,7 @@ def made(tables: Tables, home: Path, prepare: Callable[[Tables, Path], None] = w
             found[str(path.relative_to(home))] = pq.read_table(path).to_pylist()
         statistics = json.loads((directory / "statistics.json").read_text())
         found[f"{directory.name}/statistics"] = {k: v for k, v in statistics.items() if k != "unknown_note_events"}
+    found["train_notes"] = NoteStore(workspace.train_notes).ids
     found["recall table"] = recall_table(settings, workspace)
     return found | {"ranking table": ranking_table(settings, workspace)}
 

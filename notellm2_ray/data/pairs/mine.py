@@ -79,7 +79,7 @@ def mine(prepared: Path, output: Path, pairs: PairSettings, split: SplitSettings
     start, end = parted.train_window
     write_atomically(output / "train_log.json", json.dumps({"start": start, "end": end}))
     trained = pc.unique(pa.chunked_array([*(train_mined.pairs.column(c).combine_chunks() for c in (0, 1))]))
-    num_stored = NoteStore.write(output / "train_notes.arrow", _stream(notes, trained, NOTE_SCHEMA.names))
+    num_stored = _store(notes, trained, output / "train_notes.arrow")
 
     texts = ["title", "topics", "content"]
     statistics = {
@@ -110,7 +110,7 @@ def _mine_both(
     notes are left out. In a split by time there are none before the boundary, unless the source is wrong.
     """
     for stale in output.glob(f"{_SCRATCH}*"):  # from a run that was killed
-        shutil.rmtree(stale)
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=output) as scratch:
         train_dir, test_dir = Path(scratch, "train"), Path(scratch, "test")
         train_dir.mkdir()
@@ -150,6 +150,15 @@ def _check_test(num_pairs: int) -> None:
             num_pairs,
             100 / num_pairs,
         )
+
+
+def _store(notes: ds.Dataset, wanted: pa.Array, path: Path) -> int:
+    """Write a NoteStore of the wanted notes in their order, on which what the tiny models are taught depends."""
+    unordered = path.with_name(f"{_SCRATCH}{path.name}")
+    NoteStore.write(unordered, _stream(notes, wanted, NOTE_SCHEMA.names))
+    count = NoteStore.write(path, NoteStore(unordered).batches(wanted.to_pylist()))
+    unordered.unlink()
+    return count
 
 
 def _stream(notes: ds.Dataset, wanted: pa.Array | pa.ChunkedArray, columns: list[str]) -> Iterator[pa.RecordBatch]:

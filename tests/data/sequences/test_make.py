@@ -137,9 +137,15 @@ def test_what_happens_after_the_bound_changes_nothing_in_training(tmp_path):
     statistics = json.loads((first / "statistics.json").read_text())
     bound = (datetime.fromisoformat(statistics["test_from"] + "+00:00") - START) / timedelta(hours=1)
     ids = sorted({note for _, note, _ in rows})
-    liked = {user: [note for _, note in notes] for user, notes in likes(rows).items()}
+    liked = likes(rows)
+    # A user whose last event is the last like, on a note new to them, likes another new note then.
     last = {user: max(hour for u, _, hour in rows if u == user) for user in liked}
-    other = [(u, "n007" if h == last[u] > bound and "n007" not in liked[u] else n, h) for u, n, h in rows]
+    moved = {
+        (user, *notes[-1][::-1])
+        for user, notes in liked.items()
+        if notes[-1][0] == last[user] > bound and "n007" not in {note for _, note in notes}
+    }
+    other = [(u, "n007" if (u, n, h) in moved else n, h) for u, n, h in rows]
     second = make(tmp_path / "two", other, prepared=prepare(tmp_path / "b", other, ids), split_by="time")
     changed = json.loads((second / "statistics.json").read_text())
     assert all(changed[name] == statistics[name] for name in ("validation_from", "test_from"))

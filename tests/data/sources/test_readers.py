@@ -106,7 +106,7 @@ def test_a_relative_image_root_starts_where_the_command_was_given(tmp_path, ray_
     write(tmp_path / "notes.csv", [{"note_id": "1", "image": "a.jpg"}], "csv")
     write(tmp_path / "events.csv", [{"user_id": "u", "note_id": "1", "timestamp": 1}], "csv")
     monkeypatch.chdir(tmp_path)  # Ray's workers stay where they are
-    notes, _ = tabular_tables(
+    notes, *_ = tabular_tables(
         TabularSettings(kind="tabular", notes="notes.csv", events="events.csv", image_root="pictures")
     )
     assert notes.take_all()[0]["image"]["path"] == str(tmp_path / "pictures/a.jpg")
@@ -371,7 +371,7 @@ def test_missing_source_files_name_the_setting(tmp_path):
 
 def test_the_real_movielens_with_posters(ray_cluster, shared_data):
     source = MovieLensSettings(kind="movielens", directory=shared_data / "movielens_posters")
-    notes, events = open_source(source, 0)
+    notes, events, _ = open_source(source, 0)
     ids = {row["note_id"] for row in notes.iter_rows()}
     seen = events.to_pandas()
     # Four of the posters are of movies that only have tags: they are notes without ratings.
@@ -385,7 +385,7 @@ def test_the_real_microlens_sample(ray_cluster, shared_data):
     source = MicroLensSettings(
         kind="microlens", pairs=folder / "MicroLens-50k_pairs.tsv", titles=folder / "MicroLens-50k_titles.csv"
     )
-    notes, events = open_source(source, 0)
+    notes, events, _ = open_source(source, 0)
     assert notes.count() == 12_303
     seen = events.to_pandas()
     assert (len(seen), seen["user_id"].nunique()) == (35_767, 5_000)
