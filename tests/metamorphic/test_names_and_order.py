@@ -308,6 +308,18 @@ def test_no_name_tells_a_target(unordered, ordered):
         assert 0.3 < np.mean(won) < 0.7
 
 
+@pytest.mark.slow
+def test_trained_baselines_give_the_same_table(tmp_path):
+    tables = by_name(platform(step=DAY))
+    printed = []
+    for name, one in (("base", tables), ("other", everything(tables))):
+        made(one, tmp_path / name)
+        settings = settings_of(tmp_path / name, tables.split)
+        ranking = settings.ranking.model_copy(update={"baselines": ("gru4rec", "sasrec"), "seeds": (1,)})
+        printed.append(ranking_table(settings.model_copy(update={"ranking": ranking}), Workspace(tmp_path / name)))
+    assert printed[0] == printed[1]
+
+
 @pytest.mark.parametrize("change", [renamed, everything])
 def test_through_prepare(unordered, tmp_path, ray_cluster, change):
     tables, base = unordered
