@@ -83,14 +83,14 @@ def test_a_registered_source_is_prepared_and_its_bad_rows_are_quarantined(toy, g
     cli.main(["prepare", *given])
     prepared = tmp_path / "work" / "prepared"
     notes, events = (pq.read_table(prepared / name).to_pylist() for name in ("notes", "events"))
-    assert [(note["note_id"], note["title"]) for note in notes] == [("a", "A red hat"), ("b", "Blue shoes")]
+    assert [(note["note_id"], note["title"]) for note in notes] == [("b", "Blue shoes"), ("a", "Again")]
     assert [(event["user_id"], event["note_id"], event["action"]) for event in events] == [
         ("u", "a", "click"),
         ("v", "b", "click"),
     ]
     bad = pq.read_table(prepared / "quarantine").to_pylist()
     assert {(row["source"], row["reason"].partition(":")[0]) for row in bad} == {
-        (f"{tmp_path / 'toy.txt'}:3", "duplicate note_id"),
+        (f"{tmp_path / 'toy.txt'}:1", "duplicate note_id"),
         (f"{tmp_path / 'toy.txt'}:6", "unknown note"),
         (f"{tmp_path / 'toy.txt'}:7", "unparsable timestamp"),
     }
