@@ -170,7 +170,7 @@ def _baseline_ranks(
     data = RecallData(task, notes, workspace, settings)
     for name in settings.evaluate.baselines:
         row = RECALL_BASELINES.get(name)
-        yield MethodRanks(name, row.inputs, row.ranks(data), "baseline")
+        yield MethodRanks(name, row.inputs, row.ranks(data), "baseline", row.remark)
 
 
 def _histories(workspace: Workspace, rows: Mapping[str, Sequence[Settings]]) -> dict[str, list[dict[str, Any]]]:

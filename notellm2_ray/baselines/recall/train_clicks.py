@@ -20,6 +20,8 @@ from scipy import sparse
 from notellm2_ray.baselines.recall.baseline import Ranks, RecallData
 from notellm2_ray.evaluate.recall.metrics import ranks_by_query
 
+REMARK = "it knows training clicks alone."
+
 
 @dataclass(frozen=True)
 class TrainClicks:
