@@ -36,7 +36,7 @@ def make_table(path: Path, count: int, image_bytes: int) -> None:
     from notellm2_ray.live.rows import live_schema
 
     schema = live_schema(DIM, model_fingerprint="bench")
-    matrix = vectors(count, 1)
+    matrix, images = vectors(count, 1), np.random.default_rng(2)
 
     def batches():
         for start in range(0, count, 1000):
@@ -48,7 +48,7 @@ def make_table(path: Path, count: int, image_bytes: int) -> None:
                     "title": [f"title {row}" for row in rows],
                     "topics": [[f"topic {row % 50}"] for row in rows],
                     "content": [""] * len(rows),
-                    "image": pa.array([bytes(image_bytes)] * len(rows), pa.binary()),
+                    "image": pa.array([images.bytes(image_bytes) for _ in rows], pa.binary()),
                     "created_at": pa.nulls(len(rows), schema.field("created_at").type),
                     "embedding": pa.FixedSizeListArray.from_arrays(flat, DIM),
                 }

@@ -18,10 +18,29 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs a Ray cluster is slow."""
+    """What needs a Ray cluster is slow. What changes the shared service comes after its other tests, by its mark."""
     for item in items:
         if "ray_cluster" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.slow)
+    using = [item for item in items if "service" in getattr(item, "fixturenames", ()) and _has_no_own_service(item)]
+    late = sorted((item for item in using if _place(item)), key=_place)
+    if late:
+        last = max((items.index(item) for item in using if not _place(item)), default=len(items) - 1)
+        items[:] = [
+            *(item for item in items[: last + 1] if not _place(item)),
+            *late,
+            *(item for item in items[last + 1 :] if not _place(item)),
+        ]
+
+
+def _has_no_own_service(item: pytest.Item) -> bool:
+    return not hasattr(getattr(item, "module", None), "service")
+
+
+def _place(item: pytest.Item) -> int:
+    """The place among the tests that change the shared service; 0 for other tests."""
+    mark = item.get_closest_marker("late")
+    return 0 if mark is None else mark.args[0]
 
 
 @pytest.fixture(scope="session")
@@ -62,6 +81,39 @@ def world(tmp_path_factory: pytest.TempPathFactory):
     from tests.support.serving import make_world
 
     return make_world(tmp_path_factory.mktemp("world"))
+
+
+@pytest.fixture(scope="session")
+def service(world, tmp_path_factory: pytest.TempPathFactory):
+    """The running service that most tests share, with all its parts: two gateways, keys, stand-ins of engines, arms.
+
+    Starting one takes half a minute. ``key`` and ``reading`` are its keys; ``http`` has the first. Tests delete the
+    notes that they write; those that kill replicas, swap the model or stop it are marked ``late``.
+    """
+    from notellm2_ray.serve.keys import create_key
+    from tests.support import engines
+    from tests.support.serving import SMALL, Service
+
+    path = tmp_path_factory.mktemp("keys") / "keys.json"
+    reading, key = create_key(path, "page", ["read"]), create_key(path, "platform", ["read", "write"])
+    arms = [{"name": "ranked", "share": 0.5}, {"name": "recalled", "share": 0.5, "use_ranker": False}]
+    spec = world.spec(
+        "workspace/serving",
+        auth="on",
+        keys_file=path,
+        arms=arms,
+        limits={"body_bytes": 200_000, "notes": 8},
+        gateway=SMALL.model_copy(update={"replicas": 2}),
+        ranker=SMALL,
+        preferences=SMALL,
+        spec_ranker_engine=engines.make_ranker,
+        spec_preference_engine=engines.make_preferences,
+    )
+    made = Service(spec, tmp_path_factory.mktemp("service"))
+    made.key, made.reading = key, reading
+    made.http.headers["authorization"] = f"Bearer {key}"
+    yield made
+    made.stop()
 
 
 @pytest.fixture(scope="module")

@@ -133,6 +133,7 @@ RENAMED = {
     "ranker.prompt_language": "prompts.language",
     "evaluate.variants": "evaluate.embedders",
     "sequences.actions": "sequences.positive_actions",
+    "serve.encode.precision": "embed.precision",
 }
 
 

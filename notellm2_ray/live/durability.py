@@ -8,6 +8,7 @@ that were not acknowledged; :func:`set_aside_torn_versions` removes those.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import logging
@@ -95,6 +96,20 @@ def sync_version(table: Path, version: int) -> None:
 def listing(table: Path) -> set[Path]:
     """All files below a table."""
     return {Path(folder) / name for folder, _, names in os.walk(table) for name in names}
+
+
+def newest_bytes(dataset: Any) -> int:
+    """Bytes of the rows' files in a dataset's version."""
+    return sum(file.file_size_bytes or 0 for part in dataset.get_fragments() for file in part.metadata.files)
+
+
+def old_bytes(dataset: Any, table: Path) -> int:
+    """Bytes of a table's other files: of older versions, and some of the version itself."""
+    found = 0
+    for path in listing(table):
+        with contextlib.suppress(FileNotFoundError):  # a merge's temporary file
+            found += path.stat().st_size
+    return found - newest_bytes(dataset)
 
 
 def sync_new(table: Path, before: set[Path]) -> None:

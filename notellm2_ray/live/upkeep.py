@@ -6,23 +6,29 @@ import logging
 import threading
 import time
 from datetime import timedelta
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from notellm2_ray.live import durability
 from notellm2_ray.live.rows import now
 from notellm2_ray.live.table import PURGED_KEY, LiveTable
 
+if TYPE_CHECKING:
+    from lance.optimize import CompactionOptions
+
 log = logging.getLogger(__name__)
 
 FRAGMENT_ROWS = 16_384  # a file of so many rows is rewritten only when a tenth of its rows is deleted
+_JOINED_ROWS = 64  # files of fewer rows are joined each time
+_DEAD_SHARE = 0.25  # of all rows, at which all files that may be joined are
 
 
 class Upkeep:
     """When and how a table is compacted and cleaned.
 
-    Files are joined in the writer's thread between two commit groups, so that no write can conflict. Small files are
-    rewritten, and files that lost a tenth of their rows. Old versions are removed in another thread. A follower that
-    still reads a removed version notices it and continues with the newest.
+    Files are joined in the writer's thread between two commit groups, so that no write can conflict: those of a few
+    rows each time, and all that are not full, or lost a tenth of their rows, when that has made many files or many rows
+    are dead. So a small table is not written anew for every few updates. Old versions are removed in another thread. A
+    follower that still reads a removed version notices it and continues with the newest.
     """
 
     def __init__(
@@ -33,6 +39,7 @@ class Upkeep:
         idle_small_files: int = 4,
         tombstone_horizon: timedelta = timedelta(hours=1),
         keep_versions: timedelta = timedelta(minutes=2),
+        keep_crowded: timedelta = timedelta(seconds=2),
     ):
         """Set the thresholds.
 
@@ -41,10 +48,13 @@ class Upkeep:
             small_files: number of added files at which they are joined, while there are writes ...
             idle_small_files: ... and while there are none.
             tombstone_horizon: older tombstones are removed; a follower that was away for longer loads the table anew.
-            keep_versions: how long an old version stays readable.
+            keep_versions: how long an old version stays readable ...
+            keep_crowded: ... and how long if old versions take more bytes than the newest: then the table is small, and
+                so is the time that reading it takes.
         """
         self.fragment_rows, self.small_files, self.idle_small_files = fragment_rows, small_files, idle_small_files
-        self.tombstone_horizon, self.keep_versions = tombstone_horizon, keep_versions
+        self.tombstone_horizon = tombstone_horizon
+        self.keep_versions, self.keep_crowded = keep_versions, min(keep_crowded, keep_versions)
         self._settled = 0  # fragments after the last run
         self._cleaner: threading.Thread | None = None
         self._counts: dict[str, Any] = {"compactions": 0, "purged_tombstones": 0, "longest_pause_seconds": 0.0}
@@ -95,11 +105,20 @@ class Upkeep:
         from lance.optimize import Compaction
 
         dataset, before = table.dataset, durability.listing(table.path)
-        plan = Compaction.plan(dataset, {"target_rows_per_fragment": self.fragment_rows})
+        plan = Compaction.plan(dataset, self._what_to_join(dataset))
         results = [task.execute(dataset) for task in plan.tasks]
         if results:
             durability.sync_new(table.path, before)
             Compaction.commit(dataset, results)
+
+    def _what_to_join(self, dataset: Any) -> CompactionOptions:
+        """Options of Lance's plan of a compaction."""
+        files = [part.metadata for part in dataset.get_fragments()]
+        dead, rows = sum(one.num_deletions for one in files), sum(one.physical_rows for one in files)
+        joined = sum(_JOINED_ROWS <= one.physical_rows < self.fragment_rows for one in files)
+        if dead >= _DEAD_SHARE * rows or joined > self.small_files or self.fragment_rows < _JOINED_ROWS:
+            return {"target_rows_per_fragment": self.fragment_rows}
+        return {"target_rows_per_fragment": _JOINED_ROWS, "materialize_deletions": False}
 
     def _purge(self, table: LiveTable, seq: int) -> int:
         """Remove old tombstones. First records up to which seq, so that a follower behind it loads the table anew."""
@@ -123,7 +142,8 @@ class Upkeep:
 
         def clean() -> None:
             try:
-                dataset.cleanup_old_versions(older_than=self.keep_versions)
+                crowded = durability.old_bytes(dataset, table.path) > durability.newest_bytes(dataset)
+                dataset.cleanup_old_versions(older_than=self.keep_crowded if crowded else self.keep_versions)
             except (OSError, RuntimeError, ValueError):  # what Lance raises
                 log.exception("%s: old versions could not be removed; trying again later", table.path)
 

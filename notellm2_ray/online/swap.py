@@ -17,7 +17,7 @@ import pyarrow as pa
 
 from notellm2_ray.core.cluster import connect
 from notellm2_ray.core.config import shaping
-from notellm2_ray.core.errors import ConfigError, DataError, ModelError, OutputError
+from notellm2_ray.core.errors import DataError, ModelError, OutputError
 from notellm2_ray.core.run import MANIFEST, Output, files_fingerprint, read_manifest
 from notellm2_ray.core.schema import NOTE_SCHEMA, Note
 from notellm2_ray.core.settings import Settings
@@ -61,11 +61,6 @@ def swap_embedder(settings: Settings) -> str:
     directory = workspace_of(settings).serving
     model = workspace_of(settings).embedder_model(settings.embedder_name)
     read_manifest(model.parent)  # raises if its training is not finished
-    if settings.embed.precision != settings.serve.encode.precision:
-        raise ConfigError(
-            f"embed.precision={settings.embed.precision} and serve.encode.precision={settings.serve.encode.precision}: "
-            "vectors of two precisions cannot be served together, so set both to the same value"
-        )
     served = current.current(directory)
     if not manifests(served.table):
         raise OutputError(f"nothing is served from {directory} yet: `notellm2 serve` starts with this embedder")
@@ -252,7 +247,7 @@ async def _serve_next(directory: Path, next_served: current.Served, settings: Se
         source = directory / next_served.source
         if (await successor.missed(LiveTable(source))).notes:  # load the model before locking the source
             assert next_served.model is not None
-            workers = Workers(settings.serve.encode, Figures("swap-embedder"))
+            workers = Workers(settings.serve.encode, settings.embed.precision, Figures("swap-embedder"))
             model.append(LoadedModel(next_served.model, "cpu", workers))
             if model[0].fingerprint != successor.store.model_fingerprint:
                 raise ModelError(

@@ -102,6 +102,7 @@ def service_spec(settings: Settings) -> ServiceSpec:
         serve=settings.serve,
         index=settings.index,
         ranker=settings.ranker,
+        precision=settings.embed.precision,
         seed=settings.seed,
         block_rule=BlockRule.from_settings(settings.sequences),
         actions=settings.sequences.positive_actions,

@@ -10,7 +10,8 @@ from notellm2_ray.serve.spec import ServiceSpec
 def compose(spec: ServiceSpec) -> Any:
     """The Ray Serve application of a spec, ready for ``serve.run``.
 
-    Gateway (HTTP and index) calls Encoder, Writer, Users and Ranker; Users calls Preferences; Writer calls Encoder
+    Gateway (HTTP and index) calls Encoder, Writer, Users and Ranker; Users calls Preferences, which Gateway only asks
+    whether it runs; Writer calls Encoder
     while it prepares another model's table. Ranker and Preferences are optional.
     """
     from notellm2_ray.serve.deployments.encoder import encoder_deployment
@@ -29,4 +30,5 @@ def compose(spec: ServiceSpec) -> Any:
         writer_deployment(spec).bind(spec, encoder),
         users_deployment(spec).bind(spec, preferences),
         ranker,
+        preferences,
     )

@@ -1,4 +1,7 @@
-"""Errors of the API. Each has an HTTP status and the body ``{"error": {"type", "message", "param"}}``."""
+"""Errors of the API. Each has an HTTP status and the body ``{"error": {"type", "message", "param", "code"}}``.
+
+That is OpenAI's shape, which its clients read; ``code`` is always null.
+"""
 
 from __future__ import annotations
 
@@ -44,6 +47,12 @@ class InvalidError(ApiError):
     """The request can be parsed, but its values are wrong."""
 
     status, kind = 422, "invalid_request"
+
+
+class OpenAiError(ApiError):
+    """A wrong value in a request of OpenAI's format, with the status and type that OpenAI's clients expect."""
+
+    status, kind = 400, "invalid_request_error"
 
 
 class MalformedError(ApiError):
@@ -113,7 +122,7 @@ BY_STATUS: dict[int, str] = {
 
 def error_body(kind: str, message: str, param: str | None = None) -> bytes:
     """JSON of an error; lone surrogates from a hostile request are escaped."""
-    return json.dumps({"error": {"type": kind, "message": message, "param": param}}).encode()
+    return json.dumps({"error": {"type": kind, "message": message, "param": param, "code": None}}).encode()
 
 
 def explain_validation(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | None]:
@@ -121,7 +130,8 @@ def explain_validation(errors: Sequence[Mapping[str, Any]]) -> tuple[str, str | 
     lines = []
     for error in errors[:5]:
         place = ".".join(str(part) for part in error["loc"] if part != "body")[:200]
-        lines.append(f"{place}: {error['msg']}" if place else str(error["msg"]))
+        message = str(error["msg"]).removeprefix("Value error, ")
+        lines.append(f"{place}: {message}" if place else message)
     more = f" (and {len(errors) - 5} more)" if len(errors) > 5 else ""
     first = ".".join(str(part) for part in errors[0]["loc"] if part != "body")[:200] if errors else ""
     return "; ".join(lines)[:1000] + more, first or None

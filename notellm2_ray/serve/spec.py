@@ -27,6 +27,7 @@ class ServiceSpec:
         notes: prepared notes, for the first start.
         embeddings: their bulk vectors, for the first start.
         serve, index, ranker: settings.
+        precision: that ``embeddings`` were computed in, and notes are embedded in.
         seed: of the index and of sampling.
         block_rule: where the blocks of a user's history end.
         actions: events that put a note into a user's history.
@@ -48,6 +49,7 @@ class ServiceSpec:
     serve: ServeSettings
     index: IndexSettings
     ranker: RankerSettings
+    precision: str = "fp32"
     seed: int = 42
     block_rule: BlockRule = DEFAULT_RULE
     actions: tuple[str, ...] = ("click",)
@@ -92,6 +94,18 @@ def replica_options(
             downscale_delay_s=60,
         )
     return options
+
+
+def engine_options(
+    settings: DeploymentSettings, *, drain_seconds: float, environment: dict[str, str] | None
+) -> dict[str, Any]:
+    """As :func:`replica_options`, for a deployment around an engine.
+
+    Serve replaces a replica after its third failed check. An engine's check is cheap, and the engine that follows needs
+    long enough to start.
+    """
+    options = replica_options(settings, drain_seconds=drain_seconds, environment=environment)
+    return {**options, "health_check_period_s": 1}
 
 
 def common_options(

@@ -209,6 +209,21 @@ def test_compaction_purge_and_clean_up_keep_the_notes_and_followers(tmp_path):
         assert store.upsert([note("x")]) == seq + 1
 
 
+def test_updating_the_same_notes_over_and_over_keeps_a_small_table_small(path):
+    images = np.random.default_rng(0)
+    bytes_now, versions = [], []
+    with LiveStore.open(path, upkeep=Upkeep(keep_crowded=timedelta(seconds=0.1)), gather_seconds=0) as store:
+        store.upsert([note(f"n{row}", image=images.bytes(20_000)) for row in range(100)])
+        fresh = sum(one.stat().st_size for one in files.listing(path))
+        for step in range(200):
+            store.upsert([note(f"n{step % 70}", step, image=images.bytes(20_000))])
+            if step % 10 == 0:
+                bytes_now.append(files.old_bytes(store.table.dataset, path) + files.newest_bytes(store.table.dataset))
+                versions.append(len(files.manifests(path)))
+    assert max(bytes_now) < 4 * fresh and max(versions) < 120  # without upkeep for small tables 11 times, 200 versions
+    assert titles(path)["n59"] == "199" and len(titles(path)) == 100
+
+
 def test_a_seq_is_never_reused_even_if_the_last_tombstone_was_removed(path):
     with LiveStore.open(path, upkeep=Upkeep(tombstone_horizon=timedelta(0), **BUSY)) as store:
         seq = store.delete(["n1"])

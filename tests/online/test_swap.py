@@ -10,7 +10,6 @@ import threading
 from datetime import timedelta
 from types import SimpleNamespace
 
-import httpx
 import numpy as np
 import pytest
 
@@ -31,7 +30,7 @@ from notellm2_ray.serve.deployments.encoder import Encoder
 from notellm2_ray.serve.deployments.loaded_model import Vectors
 from notellm2_ray.serve.deployments.writer import Writer
 from tests.support.live_notes import MODEL, make_table, note, unit
-from tests.support.serving import SMALL, wait_for
+from tests.support.serving import wait_for
 
 NEW = "model-2"
 
@@ -194,7 +193,7 @@ def test_the_old_model_is_served_until_the_new_one_works(filled):
         await writer.upsert([note("a", 1)], MODEL)
         current.set_upcoming(filled, "live-2.lance", "m2", "live.lance", 0)
         await taken_over(writer)
-        assert "must be the same" in writer.takeover.waits and current.waiting_reason(filled) == writer.takeover.waits
+        assert "embed.precision" in writer.takeover.waits and current.waiting_reason(filled) == writer.takeover.waits
         handle.loaded = NEW
         calls = itertools.count()
 
@@ -295,7 +294,7 @@ def test_a_table_filled_from_one_that_is_no_longer_served_is_not_used(filled):
         await taken_over(writer)
         assert "filled from live-0.lance" in writer.takeover.waits
         current.set_upcoming(filled, "live-2.lance", "m2", "live.lance", 0)
-        handle = writer.takeover.encoder
+        handle = writer.takeover.encoder.handle
 
         async def give_up():
             current.forget_upcoming(filled)
@@ -476,19 +475,19 @@ def trained(encoder, path):
 
 
 @pytest.mark.slow
-def test_a_running_service_switches_without_a_failed_request(world, other_model, workspace, start):
-    spec = world.spec("workspace/serving", gateway=SMALL.model_copy(update={"replicas": 2}))
-    service = start(spec)
+@pytest.mark.late(3)
+def test_a_running_service_switches_without_a_failed_request(world, other_model, workspace, service):
+    spec = service.spec
     stop, statuses, wanted = threading.Event(), [], {}
 
     def search(which):
-        with httpx.Client(base_url=service.http.base_url, timeout=30, trust_env=False) as http:
+        with service.client(service.key) as http:
             body = {"note_id": "n5", "k": 5} if which else {"note": {"note_id": "x", "title": "a red cat"}, "k": 5}
             while not stop.is_set():
                 statuses.append(http.post("/v1/similar", json=body).status_code)
 
     def write():
-        with httpx.Client(base_url=service.http.base_url, timeout=30, trust_env=False) as http:
+        with service.client(service.key) as http:
             for number in itertools.count():
                 if stop.is_set():
                     return
@@ -524,14 +523,13 @@ def test_a_running_service_switches_without_a_failed_request(world, other_model,
     for row, one in enumerate(world.notes):
         np.testing.assert_allclose(found[one.note_id][1], bulk[row], atol=1e-4)
     best = np.argsort(-(bulk @ bulk[5]))[1:4]
-    where = {"exclude": list(wanted)}
+    where = {"exclude": sorted(set(found) - {one.note_id for one in world.notes})}
     answer = service.http.post("/v1/similar", json={"note_id": "n5", "k": 3, "filter": where}).json()
     assert [one["note_id"] for one in answer["results"]] == [f"n{row}" for row in best]
     settings = swap_settings(workspace)
     assert "served already" in online_swap.swap_embedder(settings)
     # After a restart the same model is served, even if the workspace's embedder has changed.
     assert online.service_spec(settings).model == spec.directory / "models" / other_model.fingerprint
-    service.stop()
 
 
 def _model(service):

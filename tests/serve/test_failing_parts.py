@@ -20,15 +20,16 @@ from notellm2_ray.live.follower import StoreFollower
 from notellm2_ray.live.group_commit import GroupCommitter
 from notellm2_ray.live.store import LiveStore
 from notellm2_ray.live.table import LiveTable
-from notellm2_ray.serve.calls import Dependency
+from notellm2_ray.serve.calls import Dependency, EngineCalls
 from notellm2_ray.serve.deployments.encoder import Vectors
 from notellm2_ray.serve.deployments.gateway import Gateway
+from notellm2_ray.serve.deployments.ranker import Ranker
 from notellm2_ray.serve.deployments.workload import Workload
 from notellm2_ray.serve.deployments.writer import Writer
 from notellm2_ray.serve.errors import OverloadedError, UnavailableError
 from notellm2_ray.serve.figures import Figures
 from notellm2_ray.serve.http.checks import Images
-from notellm2_ray.serve.http.schemas import Note, SimilarRequest
+from notellm2_ray.serve.http.schemas import QueryNote, SimilarRequest
 from notellm2_ray.serve.http.similar import find_similar
 from tests.support.live_notes import MODEL, make_table, note, unit
 
@@ -258,13 +259,14 @@ def gateway_of(problem=None, **handles):
     described = answering(describe={"models": [{"fingerprint": MODEL}]}, exchange={"other": {}})
     made = Gateway.__new__(Gateway)
     made.name, made.reports, made.writing_model = "gateway-1", {}, ""
-    made.problems, made.missing = [], []
+    made.problems, made.missing, made._last_problems = [], [], {}
     made._asking, made._asked = asyncio.Lock(), float("-inf")
     made._report = dict
     index = SimpleNamespace(model_fingerprint=MODEL)
     made.follower = SimpleNamespace(problem=problem, index=index, alive=True)
     for name in ("encoder", "writer", "users", "ranker"):
         setattr(made, name, Dependency(handles.get(name, described), name, 4))
+    made.optional = [made.ranker]
     return made
 
 
@@ -285,6 +287,85 @@ def test_a_busy_deployment_is_available():
     gateway.reports = {"before": {}}
     assert asyncio.run(gateway.problems_now()) == []
     assert gateway.reports == {"before": {}}
+
+
+def test_a_deployment_that_died_is_not_available_because_calls_queue_up_for_it():
+    answers = [UnavailableError("away"), OverloadedError("full")]
+
+    async def answer(name):
+        raise answers.pop(0)
+
+    gateway = gateway_of(encoder=Handle(answer))
+    assert [asyncio.run(gateway._find_problems()) for _ in range(2)] == [["encoder: away"]] * 2
+
+
+class Peers:
+    """The handle of all gateways; ``answers`` are theirs."""
+
+    def __init__(self, *answers):
+        self.answers = answers
+
+    def broadcast(self, method):
+        assert method == "status"
+        return self
+
+    async def results_async(self, timeout_s):
+        for one in self.answers:
+            if isinstance(one, Exception):
+                raise one
+        return list(self.answers)
+
+
+def test_the_service_is_ready_when_every_gateway_is():
+    async def ready(*answers):
+        gateway = gateway_of()
+        gateway.peers = Peers(*answers)
+        return await gateway.status_of_all()
+
+    fine, away = ([], []), (["encoder: away"], ["ranker: away"])
+    assert asyncio.run(ready(fine, fine)) == ([], [])
+    assert asyncio.run(ready(fine, away, away)) == away
+    assert "gateway" in asyncio.run(ready(fine, RuntimeError("died"))).problems[0]
+
+
+def test_a_ranker_whose_engine_has_died_is_missing_and_its_cause_is_logged_once_with_a_count(caplog):
+    class Engine:
+        dead, engine = True, SimpleNamespace()
+
+        async def score(self, *arguments):
+            if self.dead:
+                raise RuntimeError("engine core died\nlong details")
+            return [0.5]
+
+        async def check_health(self):
+            if self.dead:
+                raise RuntimeError("engine core died")
+
+    async def run():
+        engine = Engine()
+        engine.engine.check_health = engine.check_health
+        replica = Ranker.__new__(Ranker)
+        replica.engine, replica.figures = EngineCalls(engine, "ranker's engine"), Figures("ranker")
+        gateway = gateway_of(ranker=Handle(lambda name: getattr(replica, name)(*arguments.get(name, ()))))
+        for _ in range(20):
+            with pytest.raises(UnavailableError):
+                await gateway.ranker.call("score", seconds=1)
+        status = await gateway.status()
+        assert status.problems == [] and gateway.lacks("ranker") and not gateway.lacks("encoder")
+        with pytest.raises(RuntimeError, match="died"):
+            await replica.check_health()
+        engine.dead = False
+        assert await gateway.ranker.call("score", seconds=1) == [0.5]
+        await gateway._ask_optional()
+        assert not gateway.lacks("ranker") and gateway.ranker.in_hand == 0
+
+    arguments = {"score": (None, [], [("a", None)])}
+    with caplog.at_level("WARNING", "notellm2_ray.serve"):
+        asyncio.run(run())
+    lines = [one.getMessage() for one in caplog.records]
+    assert [line.split(" (")[0] for line in lines[:2]] == ["the ranker's engine failed", "the ranker failed"]
+    assert sum("RuntimeError: engine core died" in line and "failed (" in line for line in lines) == 2
+    assert sum("the ranker answers again; 21 calls failed" in line for line in lines) == 1 and len(lines) == 4
 
 
 def test_readiness_is_checked_again_and_once_for_simultaneous_requests(monkeypatch):
@@ -309,7 +390,7 @@ def test_readiness_is_checked_again_and_once_for_simultaneous_requests(monkeypat
 
 def test_an_index_that_is_not_updated_makes_a_replica_unready_and_a_dead_thread_restarts_it():
     gateway = gateway_of(problem="the table cannot be followed: gone")
-    assert asyncio.run(gateway.problems_now()) == ["the table cannot be followed: gone"]
+    assert asyncio.run(gateway.problems_now()) == ["index: the table cannot be followed: gone"]
     gateway.check_health()
     gateway.follower.alive = False
     with pytest.raises(RuntimeError):
@@ -340,7 +421,7 @@ def test_one_index_answers_a_request_though_another_takes_its_place(path, tmp_pa
     body = SimilarRequest(note_id="n9", k=5, explain=True)
     answer = json.loads(asyncio.run(find_similar(searching_gateway(state, now.index), body)))
     assert len(answer["results"]) == 5 and answer["index"]["size"] == 20
-    given = SimilarRequest(note=Note(note_id="q", title="a"), k=2)
+    given = SimilarRequest(note=QueryNote(title="a"), k=2)
     vectors = Vectors({"embedding": unit(1, seed=3)}, {}, 1, "model-2")
     with pytest.raises(UnavailableError, match="model-2"):
         asyncio.run(find_similar(searching_gateway(state, state.index, vectors), given))

@@ -5,21 +5,13 @@ from __future__ import annotations
 import threading
 import time
 
-import httpx
 import numpy as np
 import pytest
 
-from tests.support.serving import SMALL
-
 pytestmark = pytest.mark.slow
 
-REQUESTS, NOTES = 63, 8  # together a little over 500 notes
+REQUESTS, NOTES = 24, 8  # together nearly 200 notes
 ALL_REPLICAS = 12  # answers in a row: two replicas take turns
-
-
-@pytest.fixture(scope="module")
-def service(world, start):
-    return start(world.spec("freshness", gateway=SMALL.model_copy(update={"replicas": 2})))
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +20,7 @@ def clients(service):
     stop, statuses = threading.Event(), []
 
     def search() -> None:
-        with httpx.Client(base_url=service.http.base_url, timeout=30, trust_env=False) as http:
+        with service.client(service.key) as http:
             while not stop.is_set():
                 statuses.append(http.post("/v1/similar", json={"note_id": "n5", "k": 10}).status_code)
 

@@ -25,7 +25,8 @@ import pyarrow.parquet as pq
 from notellm2_ray.core.schema import NOTE_SCHEMA, Note
 from notellm2_ray.core.settings.ranking import RankerSettings
 from notellm2_ray.core.settings.retrieval import IndexSettings
-from notellm2_ray.core.settings.serve import DeploymentSettings, ServeSettings
+from notellm2_ray.core.settings.serve import ArmSettings, DeploymentSettings, RecommendSettings, ServeSettings
+from notellm2_ray.serve.experiments import arm_of
 from notellm2_ray.serve.spec import ServiceSpec
 from tests.support import ROOT
 
@@ -102,22 +103,36 @@ class Service:
                 stdout=output,
                 stderr=subprocess.STDOUT,
             )
-        self.http = httpx.Client(base_url=f"http://127.0.0.1:{spec.serve.port}", timeout=60, trust_env=False)
+        self.http = self.client()
         try:
             wait_for(lambda: self._is_up(), 180)
         except BaseException:
             self.stop()
             raise
 
+    def client(self, key: str = "") -> httpx.Client:
+        """A new client, for example for a thread of its own."""
+        address = f"http://127.0.0.1:{self.spec.serve.port}"
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        return httpx.Client(base_url=address, headers=headers, timeout=60, trust_env=False)
+
     def replicas(self, deployment: str) -> list[psutil.Process]:
         """The processes of a deployment's replicas."""
-        name = f"ray::ServeReplica:{self.spec.serve.name}:{deployment}"
+        return self.processes(f"ray::ServeReplica:{self.spec.serve.name}:{deployment}")
+
+    def processes(self, name: str) -> list[psutil.Process]:
+        """Its processes with a name in their command line."""
         found = []
         for one in self._tree():
             with contextlib.suppress(psutil.NoSuchProcess):  # also raised for a zombie
                 if name in " ".join(one.cmdline()):
                     found.append(one)
         return found
+
+    def log(self) -> str:
+        """What it and its replicas have logged so far. Replicas keep all but errors back for a while."""
+        files = sorted(Path("/tmp/ray").glob(f"session_*_{self.process.pid}/logs/serve/*.log"))
+        return "".join(one.read_text() for one in [self.output, *files])
 
     def stop(self, seconds: float = 60) -> int | None:
         """Terminate it; its exit status, or None if it had to be killed."""
@@ -143,6 +158,13 @@ class Service:
             return psutil.Process(self.process.pid).children(recursive=True)
         except psutil.NoSuchProcess:
             return []
+
+
+def user_in(arm: str, prefix: str) -> str:
+    """A user of the shared service's arm ``ranked`` or ``recalled``, named by the prefix and a number."""
+    arms = (ArmSettings(name="ranked", share=0.5), ArmSettings(name="recalled", share=0.5))
+    names = (f"{prefix}{number}" for number in range(1000))
+    return next(name for name in names if arm_of(name, "default", arms, RecommendSettings()).name == arm)
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 20) -> Any:

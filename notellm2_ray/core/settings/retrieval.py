@@ -27,7 +27,9 @@ class EmbedSettings(Frozen):
     block_rows: int = Field(1024, ge=1, description="notes in a block: the unit of work that a killed run repeats")
     batch_tokens: int = Field(16_384, ge=64, description="padded tokens in a forward batch, of notes of similar length")
     max_batch_notes: int = Field(256, ge=1, description="most notes in a forward batch")
-    precision: Literal["bf16", "fp32"] = Field("fp32", description="precision of the forward pass")
+    precision: Literal["bf16", "fp32"] = Field(
+        "fp32", description="precision of the forward pass, here and in the service that serves these vectors"
+    )
     max_bad_share: float = resource(
         0.05, ge=0, le=1, description="the job stops if more than this share of notes is quarantined"
     )

@@ -83,9 +83,6 @@ class EncodeSettings(Frozen):
     batch: int = Field(32, ge=1, description="most notes in a micro-batch (and in a forward pass)")
     threads: int = Field(1, ge=1, description="threads that decode and tokenise, beside the model's")
     batch_tokens: int = Field(16_384, ge=64, description="padded tokens in a forward pass")
-    precision: Literal["fp32", "bf16"] = Field(
-        "fp32", description="precision of the forward pass; keep it equal to embed.precision"
-    )
     timeout_seconds: float = Field(20, gt=0, description="time limit for the vectors of one request; after it: 503")
 
 

@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -22,7 +22,7 @@ from notellm2_ray.live.index import LiveIndex
 from notellm2_ray.live.rows import StoredCard, StoredNote
 from notellm2_ray.live.search import Filter, Hits
 from notellm2_ray.live.table import LiveTable, newest_if_gone
-from notellm2_ray.serve.calls import Dependency, call
+from notellm2_ray.serve.calls import Dependency
 from notellm2_ray.serve.errors import ApiError, NotFoundError, OverloadedError, UnavailableError
 from notellm2_ray.serve.figures import Figures
 from notellm2_ray.serve.http.checks import Images
@@ -33,8 +33,17 @@ from notellm2_ray.serve.spec import ServiceSpec
 log = logging.getLogger("notellm2_ray.serve")
 
 _EXCHANGE_SECONDS = 2.0
+_ASK_SECONDS = 5.0  # for another deployment's answer about itself
+_PEERS_SECONDS = 12.0  # more than two rounds of questions to the other deployments may take
 _READY_SECONDS = 0.25  # how long the answer that this replica is ready stays valid
 _INLINE_SECONDS = 0.003  # if searches take longer, they run in a thread, so that other requests are answered meanwhile
+
+
+class Status(NamedTuple):
+    """What is not available, each with its reason: ``NAME: why``."""
+
+    problems: list[str]  # of parts that requests need
+    missing: list[str]  # of parts that they can do without
 
 
 class Gateway:
@@ -43,13 +52,17 @@ class Gateway:
     Attributes:
         follower: follows the live table and keeps the index.
         encoder, writer, users, ranker: the other deployments; ``ranker`` is None if there is none.
+        optional: those among all others without which requests are still answered.
         reports: the last report of every replica, by name.
         writing_model: fingerprint of the writer's model, as last reported; "": the same as the index's.
         problems: why this replica is not ready.
+        peers: handle of all gateways, this one included.
         missing: what is not available but not needed either.
     """
 
-    def __init__(self, spec: ServiceSpec, encoder: Any, writer: Any, users: Any, ranker: Any = None) -> None:
+    def __init__(
+        self, spec: ServiceSpec, encoder: Any, writer: Any, users: Any, ranker: Any = None, preferences: Any = None
+    ) -> None:
         from ray import serve
 
         self.spec, self.settings, self.limits = spec, spec.serve, spec.serve.limits
@@ -57,6 +70,8 @@ class Gateway:
         self.encoder, self.writer = Dependency(encoder, "encoder", most), Dependency(writer, "writer", most)
         self.users = Dependency(users, "users", most)
         self.ranker = None if ranker is None else Dependency(ranker, "ranker", most)
+        writes = None if preferences is None else Dependency(preferences, "preferences", most)
+        self.optional = [one for one in (self.ranker, writes) if one is not None]
         self.name = f"gateway-{serve.get_replica_context().replica_id.unique_id}"
         self.figures = Figures(self.name)
         self.guard: Any = None  # set by build_api
@@ -67,14 +82,20 @@ class Gateway:
         self.writing_model = ""
         self.problems = ["the other deployments have not been asked yet"]
         self.missing: list[str] = []
+        self.peers = serve.get_deployment_handle("Gateway", serve.get_replica_context().app_name)
         self._asking = asyncio.Lock()
         self._asked = float("-inf")  # when the other deployments were last asked
+        self._last_problems: dict[str, list[str]] = {}  # of each deployment, when it last answered or failed
         self._search_seconds = 0.0
         self._tasks: set[asyncio.Task[Any]] = set()
         self.follower = _follow(spec)
 
     async def start(self) -> None:
-        """Start the background tasks."""
+        """Start the background tasks; no request arrives before this ends.
+
+        The first round is waited for: a handle that has not been used yet may still lead to a replica that died.
+        """
+        await self._ask_needed()
         self.background(self._exchange_forever())
 
     def background(self, coroutine: Any) -> None:
@@ -176,10 +197,9 @@ class Gateway:
     async def other_figures(self) -> list[Any]:
         """Figures of the deployments that send no reports, from one replica of each."""
         found = []
-        for one in (self.encoder, self.users, self.ranker):
-            if one is not None:
-                with contextlib.suppress(ApiError):
-                    found.append(await call(one.handle.report, what=one.name, seconds=2))
+        for one in (self.encoder, self.users, *self.optional):
+            with contextlib.suppress(ApiError):
+                found.append(await one.ask("report", seconds=2))
         return found
 
     async def problems_now(self) -> list[str]:
@@ -191,6 +211,32 @@ class Gateway:
         if not self.problems:
             await self._ask_needed(not_before=time.monotonic() - _READY_SECONDS)
         return self.problems
+
+    async def status(self) -> Status:
+        """What this replica misses at the moment."""
+        problems = await self.problems_now()
+        if not self.missing:  # one that was missing is asked by the exchange alone: that may take until it is back
+            await self._ask_optional()
+        return Status(problems, self.missing)
+
+    async def status_of_all(self) -> Status:
+        """What any of the gateways misses, since any of them may get the next request.
+
+        Each has handles of its own, and learns later or earlier than others that a replica was replaced.
+        """
+        try:
+            answers = self.peers.broadcast("status").results_async(timeout_s=_PEERS_SECONDS)
+            found = await asyncio.gather(self.status(), answers)
+        except Exception as error:  # any kind: a gateway that does not answer would not answer a request either
+            log.info("a gateway does not answer: %s", type(error).__name__)
+            return Status([*self.problems, "gateway: one of its replicas does not answer"], self.missing)
+        statuses = [found[0], *found[1]]
+        merged = [list(dict.fromkeys(one for status in statuses for one in status[part])) for part in range(2)]
+        return Status(*merged)
+
+    def lacks(self, name: str) -> bool:
+        """Whether a part is known to be away, so that a request need not wait for it."""
+        return any(one.startswith(f"{name}:") for one in self.missing)
 
     def check_health(self) -> None:
         """Ray Serve restarts the replica if this raises."""
@@ -212,7 +258,8 @@ class Gateway:
 
     async def _ask_optional(self) -> None:
         """Update ``missing``: without the ranker, answers come from recall and say so."""
-        self.missing = [] if self.ranker is None else (await self._ask(self.ranker, "describe"))[1]
+        asked = await asyncio.gather(*(self._ask(one, "describe") for one in self.optional))
+        self.missing = [problem for _, problems in asked for problem in problems]
 
     async def _find_problems(self) -> list[str]:
         """Exchange reports with the writer and ask the other required deployments; why this replica is not ready."""
@@ -227,24 +274,31 @@ class Gateway:
         self.writing_model = written.get("model_fingerprint", self.writing_model)
         problems += away + without_users
         if self.follower.problem is not None:
-            problems.append(self.follower.problem)
+            problems.append(f"index: {self.follower.problem}")
         there = [] if described is None else [one["fingerprint"] for one in described["models"]]
         if described is not None and needed not in there:
             problems.append(
-                f"the encoder runs {' and '.join(there)}, but the index was made with {needed}: if the embedder was "
+                f"encoder: it runs {' and '.join(there)}, but the index was made with {needed}: if the embedder was "
                 "trained again, run `notellm2 swap-embedder`"
             )
         return problems
 
     async def _ask(self, other: Dependency, method: str, *arguments: Any) -> tuple[Any, list[str]]:
-        """The answer or None, and the problem if there is one. A deployment too busy to answer is no problem."""
+        """The answer or None, and the problem if there is one.
+
+        If the deployment's queue is full, nothing has changed since it last answered: a running one is busy, and calls
+        to a dead one queue up.
+        """
+        answer, problems = None, []
         try:
             # Without Dependency.call's bound: a deployment with many calls in hand is running.
-            return await call(getattr(other.handle, method), *arguments, what=other.name, seconds=5), []
+            answer = await other.ask(method, *arguments, seconds=_ASK_SECONDS)
         except OverloadedError:
-            return None, []
+            return None, self._last_problems.get(other.name, [])
         except Exception as error:  # any kind: this replica is not ready and reports the reason
-            return None, [f"{other.name}: {error.message if isinstance(error, ApiError) else error}"]
+            problems = [f"{other.name}: {error.message if isinstance(error, ApiError) else error}"]
+        self._last_problems[other.name] = problems
+        return answer, problems
 
     def _report(self) -> dict[str, Any]:
         index, freshness = self.index.info(), self.follower.freshness()

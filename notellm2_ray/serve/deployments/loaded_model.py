@@ -67,10 +67,15 @@ class Workers:
     """Threads and figures that the models of a replica share.
 
     A single thread runs all models: two at once would only share the device.
+
+    Args:
+        settings: of micro-batches.
+        precision: of the models' weights.
+        figures: of the replica.
     """
 
-    def __init__(self, settings: EncodeSettings, figures: Figures) -> None:
-        self.settings, self.figures = settings, figures
+    def __init__(self, settings: EncodeSettings, precision: str, figures: Figures) -> None:
+        self.settings, self.precision, self.figures = settings, precision, figures
         self.preprocess = ThreadPoolExecutor(settings.threads, thread_name_prefix="preprocess")
         self.model = ThreadPoolExecutor(1, thread_name_prefix="model")
         self.workload = Workload(_MOST_SECONDS)
@@ -95,7 +100,7 @@ class LoadedModel:
 
         self.path, self.workers, self.settings = path, workers, workers.settings
         self.files = files_fingerprint(str(path))
-        self.encoder = NoteEncoder.from_pretrained(path, device=device, precision=workers.settings.precision)
+        self.encoder = NoteEncoder.from_pretrained(path, device=device, precision=workers.precision)
         self.fingerprint = self.encoder.fingerprint
         self.used = self.wanted = time.monotonic()
         self._local = threading.local()

@@ -11,8 +11,9 @@ from typing import Any
 from notellm2_ray.core.recommend_prompts import Item
 from notellm2_ray.live.current import current_table
 from notellm2_ray.live.table import LiveTable
+from notellm2_ray.serve.calls import EngineCalls, Failed
 from notellm2_ray.serve.figures import Family, Figures
-from notellm2_ray.serve.spec import ServiceSpec, replica_options
+from notellm2_ray.serve.spec import ServiceSpec, engine_options
 
 log = logging.getLogger("notellm2_ray.serve")
 
@@ -27,11 +28,12 @@ class Preferences:
         self.spec = spec
         self.figures = Figures(f"preferences-{serve.get_replica_context().replica_id.unique_id}")
         self.summaries = await asyncio.to_thread(read_summaries, spec)
-        self.engine = spec.preference_engine()  # in this coroutine: vLLM needs its event loop
-        await self.engine.advance(None, [Item("")], user="", block=0)  # warms up, so that no user waits for it
+        engine = spec.preference_engine()  # in this coroutine: vLLM needs its event loop
+        await engine.advance(None, [Item("")], user="", block=0)  # warms up, so that no user waits for it
+        self.engine = EngineCalls(engine, "preferences' engine")
 
-    async def advance(self, user: str, block: int, previous: str | None, note_ids: Sequence[str]) -> str:
-        """The preference after a block.
+    async def advance(self, user: str, block: int, previous: str | None, note_ids: Sequence[str]) -> str | Failed:
+        """The preference after a block; Failed if the engine fails.
 
         Args:
             previous: the preference of the block before; None for the first block.
@@ -44,19 +46,19 @@ class Preferences:
         items = await asyncio.to_thread(self._items, list(note_ids))
         if not items:
             return previous or ""
-        step = await self.engine.advance(previous, items, user=user, block=block)
+        step = await self.engine("advance", previous, items, user=user, block=block)
+        if isinstance(step, Failed):
+            return step
         self.figures.took("preference", time.perf_counter() - started)
         return step.preference
 
     async def check_health(self) -> None:
         """Ray Serve restarts the replica if this raises, as vLLM's check does after the engine has failed."""
-        check = getattr(getattr(self.engine, "engine", None), "check_health", None)
-        if check is not None:
-            await check()
+        await self.engine.check_health()
 
-    def describe(self) -> dict[str, Any]:
-        """Facts about this replica; an answer shows that it runs."""
-        return {"summaries": len(self.summaries)}
+    async def describe(self) -> dict[str, Any] | Failed:
+        """Facts about this replica; shows that it and its engine run."""
+        return await self.engine.describe(summaries=len(self.summaries))
 
     def report(self) -> list[Family]:
         """This replica's figures."""
@@ -82,7 +84,7 @@ def preferences_deployment(spec: ServiceSpec) -> Any:
     from ray import serve
 
     assert spec.serve.preferences is not None
-    options = replica_options(
+    options = engine_options(
         spec.serve.preferences, drain_seconds=spec.serve.drain_seconds, environment=spec.environment
     )
     return serve.deployment(Preferences, name="Preferences", **options)

@@ -7,8 +7,9 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+from notellm2_ray.serve.calls import EngineCalls, Failed
 from notellm2_ray.serve.figures import Family, Figures
-from notellm2_ray.serve.spec import ServiceSpec, replica_options
+from notellm2_ray.serve.spec import ServiceSpec, engine_options
 
 
 class Ranker:
@@ -19,17 +20,18 @@ class Ranker:
 
         assert spec.ranker_engine is not None
         self.figures = Figures(f"ranker-{serve.get_replica_context().replica_id.unique_id}")
-        self.engine = spec.ranker_engine()  # in this coroutine: vLLM needs its event loop
+        engine = spec.ranker_engine()  # in this coroutine: vLLM needs its event loop
         # The first request with an image compiles kernels and takes many times as long; no user should wait for it.
-        await self.engine.score(None, [], [("0", _grey_image())])
+        await engine.score(None, [], [("0", _grey_image())])
+        self.engine = EngineCalls(engine, "ranker's engine")
 
     async def score(
         self,
         preference: str | None,
         history_titles: Sequence[str],
         candidates: Sequence[tuple[str, bytes | None] | None],
-    ) -> list[float | None]:
-        """P(yes) of each candidate, in their order.
+    ) -> list[float | None] | Failed:
+        """P(yes) of each candidate, in their order; Failed if the engine fails.
 
         Args:
             preference: the user's; None if there is none yet.
@@ -38,20 +40,21 @@ class Ranker:
         """
         started = time.perf_counter()
         there = [one for one in candidates if one is not None]
-        scores = iter(await self.engine.score(preference, list(history_titles), there))
+        answer = await self.engine("score", preference, list(history_titles), there)
+        if isinstance(answer, Failed):
+            return answer
+        scores = iter(answer)
         self.figures.took("ranker", time.perf_counter() - started)
         self.figures.batch("ranker", len(there))
         return [None if one is None else next(scores) for one in candidates]
 
     async def check_health(self) -> None:
         """Ray Serve restarts the replica if this raises, as vLLM's check does after the engine has failed."""
-        check = getattr(getattr(self.engine, "engine", None), "check_health", None)
-        if check is not None:
-            await check()
+        await self.engine.check_health()
 
-    def describe(self) -> dict[str, Any]:
-        """Facts about this replica; an answer shows that it runs."""
-        return {}
+    async def describe(self) -> dict[str, Any] | Failed:
+        """Shows that this replica and its engine run."""
+        return await self.engine.describe()
 
     def report(self) -> list[Family]:
         """This replica's figures."""
@@ -71,5 +74,5 @@ def ranker_deployment(spec: ServiceSpec) -> Any:
     from ray import serve
 
     assert spec.serve.ranker is not None
-    options = replica_options(spec.serve.ranker, drain_seconds=spec.serve.drain_seconds, environment=spec.environment)
+    options = engine_options(spec.serve.ranker, drain_seconds=spec.serve.drain_seconds, environment=spec.environment)
     return serve.deployment(Ranker, name="Ranker", **options)

@@ -23,7 +23,7 @@ from notellm2_ray.live.current import (
     upcoming,
 )
 from notellm2_ray.live.store import LiveStore
-from notellm2_ray.serve.calls import call
+from notellm2_ray.serve.calls import Dependency
 from notellm2_ray.serve.deployments.successor import Successor
 from notellm2_ray.serve.errors import ApiError
 from notellm2_ray.serve.spec import ServiceSpec
@@ -66,7 +66,8 @@ class TakeOver:
     """
 
     def __init__(self, writer: TableWriter, encoder: Any) -> None:
-        self.writer, self.encoder = writer, encoder
+        self.writer = writer
+        self.encoder = None if encoder is None else Dependency(encoder, "encoder", 1)
         self.task: asyncio.Task[None] | None = None
         self.waits: str | None = None
         self._successor: Successor | None = None
@@ -158,7 +159,7 @@ class TakeOver:
         if found:
             return (
                 f"{successor.next_served.table.name} was made with the model {wanted}, which the service has loaded "
-                f"as {', '.join(found)}: embed.precision and serve.encode.precision must be the same"
+                f"as {', '.join(found)}: its embed.precision is another; start it with the same, or swap with its own"
             )
         return f"the encoder has not loaded the model {wanted} yet; if it fails to, its log says why"
 
@@ -205,4 +206,5 @@ class TakeOver:
 
     async def _ask_encoder(self, method: str, *arguments: Any) -> Any:
         seconds = self.writer.spec.serve.encode.timeout_seconds
-        return await call(getattr(self.encoder, method), *arguments, what="encoder", seconds=seconds)
+        assert self.encoder is not None  # without one there is no step
+        return await self.encoder.ask(method, *arguments, seconds=seconds)

@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from datetime import UTC, datetime
 from typing import Any
 
+from notellm2_ray.serve.calls import Dependency
+from notellm2_ray.serve.errors import ApiError
 from notellm2_ray.serve.figures import Family, Figures
 from notellm2_ray.serve.spec import ServiceSpec, common_options
 from notellm2_ray.users.exposures import Exposure
@@ -34,7 +36,8 @@ class Users:
     """
 
     def __init__(self, spec: ServiceSpec, preferences: Any = None) -> None:
-        self.spec, self.preferences = spec, preferences
+        self.spec = spec
+        self.preferences = None if preferences is None else Dependency(preferences, "preferences", _AT_ONCE)
         self.store = open_users(spec)
         self.figures = Figures("users")
         self.popular_notes: list[str] | None = None
@@ -176,16 +179,14 @@ class Users:
                 await asyncio.wait_for(self.wake.wait(), _LOOK_SECONDS)
 
     async def _write(self, pending: PendingBlock) -> None:
-        from notellm2_ray.serve.calls import call
-
+        assert self.preferences is not None
         try:
-            text = await call(
-                self.preferences.advance,
+            text = await self.preferences.ask(
+                "advance",
                 pending.user_id,
                 pending.block,
                 pending.previous,
                 pending.note_ids,
-                what="preferences",
                 seconds=_PREFERENCE_SECONDS,
             )
             saved = self.store.submit_preference(pending.user_id, pending.block, pending.fingerprint, text)
@@ -194,7 +195,8 @@ class Users:
             self.not_before.pop(pending.user_id, None)
             self.wake.set()  # the user's next block may be complete already
         except Exception as error:  # any kind: the block stays pending and is tried again
-            log.warning("a preference was not written: %s", type(error).__name__)
+            if not isinstance(error, ApiError):  # those are logged by Dependency
+                log.warning("a preference was not written: %s", type(error).__name__)
             self.not_before[pending.user_id] = time.monotonic() + _RETRY_SECONDS
         finally:
             self.under_way.discard(pending.user_id)

@@ -16,10 +16,11 @@ if TYPE_CHECKING:
 _DESCRIPTION = (
     "Notes by content, and recommendations for users. API keys: `Authorization: Bearer KEY` or `x-api-key: KEY`."
 )
+OPENAI_PATH = "/v1/embeddings"
 FAILURES: dict[int | str, dict[str, Any]] = {
     status: {"model": schemas.ErrorAnswer, "description": text}
     for status, text in {
-        400: "the body is not JSON, or has another content type",
+        400: "the body is not JSON; or, where OpenAI's format is used, a value is wrong",
         401: "no valid API key",
         403: "the API key lacks the scope",
         408: "the body took too long to arrive",
@@ -95,13 +96,12 @@ def _add_error_answers(app: Any) -> None:
         app.state.refused(error.kind)
         return answer(error.status, error.body(), error.headers)
 
-    async def invalid(_: Any, error: RequestValidationError) -> Response:
+    async def invalid(request: Any, error: RequestValidationError) -> Response:
         found = error.errors()
         if any(one["type"] == "json_invalid" for one in found):
-            app.state.refused("malformed_request")
-            return answer(400, errors.error_body("malformed_request", "the body is not valid JSON"))
-        app.state.refused("invalid_request")
-        return answer(422, errors.error_body("invalid_request", *errors.explain_validation(found)))
+            return await ours(request, errors.MalformedError("the body is not valid JSON"))
+        kind = errors.OpenAiError if request.url.path == OPENAI_PATH else errors.InvalidError
+        return await ours(request, kind(*errors.explain_validation(found)))
 
     async def http(_: Any, error: HTTPException) -> Response:
         kind = errors.BY_STATUS.get(error.status_code, "internal")

@@ -12,7 +12,7 @@ from starlette.requests import Request  # at module level, because FastAPI looks
 
 from notellm2_ray.core.schema import Note
 from notellm2_ray.live.table import newest_if_gone
-from notellm2_ray.serve.errors import InvalidError, NotFoundError, UnavailableError
+from notellm2_ray.serve.errors import NotFoundError, OpenAiError, UnavailableError
 from notellm2_ray.serve.http import schemas
 from notellm2_ray.serve.http.cards import cards
 from notellm2_ray.serve.http.checks import check_count, check_ids, check_k, check_text, prepare_notes
@@ -151,30 +151,48 @@ async def _write(
 
 
 async def embed(gateway: Gateway, body: schemas.EmbeddingsRequest) -> dict[str, Any]:
-    """Embeddings in OpenAI's format; a text becomes a note with only that content."""
+    """Embeddings in OpenAI's format; a text becomes a note with only that content.
+
+    Raises:
+        OpenAiError: a value in the request is wrong.
+    """
     inputs: list[Any] = [body.input] if isinstance(body.input, str) else list(body.input)
     check_count(inputs, gateway.limits.notes, "input")
     if not inputs:
-        raise InvalidError("input is empty", "input")
-    model = gateway.index.model_fingerprint
-    if body.model not in (None, "", "notellm2", model):
-        raise InvalidError(f"this service only runs the model {model!r} (or 'notellm2')", "model")
-    given = [
-        one if isinstance(one, schemas.Note) else schemas.Note(note_id=f"input-{row}", content=one)
-        for row, one in enumerate(inputs)
-    ]
+        raise OpenAiError("input is empty: send at least one text", "input")
+    index = gateway.index
+    if body.model and body.model not in ("notellm2", index.model_fingerprint):
+        raise OpenAiError(f"there is no model {body.model[:100]!r} here: ask for 'notellm2'", "model")
+    if body.dimensions not in (None, index.dim):
+        raise OpenAiError(
+            f"the model has {index.dim} dimensions: leave dimensions out, or send {index.dim}", "dimensions"
+        )
+    given = [_note_of(row, one) for row, one in enumerate(inputs)]
     prepared, problems = await prepare_notes(given, gateway.limits, gateway.fetcher, gateway.images)
+    if not problems:
+        vectors = await gateway.encode(prepared, model=index.model_fingerprint)
+        problems = vectors.problems
     for row, reason in problems.items():
-        raise InvalidError(reason, f"input.{row}")
-    vectors = await gateway.encode(prepared, model=model)
-    for row, reason in vectors.problems.items():
-        raise InvalidError(reason, f"input.{row}")
+        raise OpenAiError(reason, f"input.{row}")
     data = [
         {"object": "embedding", "index": row, "embedding": _shown(vector, body.encoding_format)}
         for row, vector in enumerate(vectors.columns["embedding"])
     ]
     usage = {"prompt_tokens": vectors.tokens, "total_tokens": vectors.tokens}
     return {"object": "list", "data": data, "model": vectors.fingerprint, "usage": usage}
+
+
+def _note_of(row: int, given: str | schemas.QueryNote) -> schemas.Note:
+    """An input as a note.
+
+    Raises:
+        OpenAiError: nothing in it could be embedded.
+    """
+    note = (schemas.QueryNote(content=given) if isinstance(given, str) else given).named(f"input-{row}")
+    texts = (note.title, note.content, *note.topics)
+    if note.image is None and note.image_url is None and not any(text.strip() for text in texts):
+        raise OpenAiError(f"input {row} is empty, and an empty text has no vector: leave it out", f"input.{row}")
+    return note
 
 
 def _shown(vector: np.ndarray, encoding: str) -> list[float] | str:

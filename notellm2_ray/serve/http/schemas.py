@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from datetime import datetime
-from typing import Annotated, Any, Literal
+from datetime import UTC, datetime
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from notellm2_ray.core.times import read_time
 
-_TIME = "ISO 8601 with a time zone, or a number: s, ms, us or ns since 1970"
+def _in_range(value: datetime) -> datetime:
+    # A time zone shifts a time by up to a day, which could leave Python's range in its first or last year.
+    if not 2 <= value.year <= 9998:
+        raise ValueError("the year must be from 2 to 9998")
+    return value.astimezone(UTC)
+
 
 Id = Annotated[str, Field(min_length=1, max_length=1024, description="an id of the platform")]
-Time = Annotated[datetime, BeforeValidator(read_time)]  # the rule by which tables are read
+Time = Annotated[AwareDatetime, AfterValidator(_in_range)]
 
 
 class Body(BaseModel):
@@ -21,22 +25,37 @@ class Body(BaseModel):
     model_config = ConfigDict(extra="forbid", strict=True)
 
 
-class Note(Body):
-    """A note to be written, or to search similar notes for."""
+class NoteParts(Body):
+    """What a note consists of."""
 
-    note_id: Id
     title: str = ""
     topics: list[str] = []
     content: str = ""
     image: str | None = Field(None, description="the encoded image (JPEG, PNG, WebP, GIF, BMP, AVIF, TIFF) in base64")
     image_url: str | None = Field(None, max_length=2048, description="or its URL, on one of the listed hosts")
-    created_at: Time | None = Field(None, description=_TIME, strict=False)
+    created_at: Time | None = Field(None, description="ISO 8601 with a time zone", strict=False)
 
     @model_validator(mode="after")
-    def _one_image(self) -> Note:
+    def _one_image(self) -> Self:
         if self.image is not None and self.image_url is not None:
             raise ValueError("give image or image_url, not both")
         return self
+
+
+class Note(NoteParts):
+    """A note to be written."""
+
+    note_id: Id
+
+
+class QueryNote(NoteParts):
+    """A note that need not be stored: to embed it, or to find notes like it."""
+
+    note_id: Id | None = Field(None, description="not needed; only named in messages")
+
+    def named(self, name: str) -> Note:
+        """The note with an id."""
+        return Note.model_construct(**{**dict(self), "note_id": self.note_id or name})
 
 
 class NoteCard(BaseModel):
@@ -84,12 +103,28 @@ class CardsAnswer(BaseModel):
     notes: list[NoteCard]
 
 
-class EmbeddingsRequest(BaseModel):
-    """A request in OpenAI's format; fields that have no meaning here (user, dimensions) are ignored."""
+TOKEN_IDS = (
+    "token ids of another tokenizer cannot be embedded: send texts (in LangChain's OpenAIEmbeddings, set "
+    "check_embedding_ctx_length=False)"
+)
 
-    input: str | list[str] | list[Note]
-    model: str | None = None
+
+class EmbeddingsRequest(BaseModel):
+    """A request in OpenAI's format; fields that have no meaning here (user) are ignored."""
+
+    input: str | list[str] | list[QueryNote] = Field(description="texts or notes; token ids are refused")
+    model: str | None = Field(None, description='"notellm2", or the model\'s fingerprint')
     encoding_format: Literal["float", "base64"] = "float"
+    dimensions: int | None = Field(None, ge=1, description="may only be the number that the model has")
+
+    @field_validator("input", mode="before")
+    @classmethod
+    def _no_token_ids(cls, value: Any) -> Any:
+        # Otherwise the message would list why the ids are neither a text, nor texts, nor notes.
+        first = value[0] if isinstance(value, list) and value else None
+        if isinstance(first, (int, list)):
+            raise ValueError(TOKEN_IDS)
+        return value
 
 
 class Embedding(BaseModel):
@@ -120,11 +155,36 @@ class Filter(Body):
     exclude: list[Id] = Field([], description="ids never to return")
 
 
+Diversity = Annotated[
+    float,
+    Field(
+        ge=0,
+        le=1,
+        strict=False,
+        description="maximal marginal relevance: each next result has the largest (1 - diversity) * relevance - "
+        "diversity * its largest cosine with a result before it. Relevance is the score in similar notes, and in "
+        "recommendations the place: 1 for the first candidate, falling evenly to 0",
+    ),
+]
+FoldAbove = Annotated[
+    float | None,
+    Field(
+        gt=0,
+        le=1,
+        strict=False,
+        description="a result whose cosine with a better one is so large or larger is listed under that one's "
+        "`duplicates`; one so near to the query or the history is no result. null: nothing is folded",
+    ),
+]
+
+
 class SimilarRequest(Body):
     note_id: Id | None = None
-    note: Note | None = None
+    note: QueryNote | None = Field(None, description="or a note that need not be stored")
     k: int = Field(20, ge=1)
     filter: Filter | None = None
+    diversity: Diversity = 0.0
+    fold_above: FoldAbove = None
     explain: bool = Field(False, description="add cards, and separate cosines of images and texts if there are any")
 
     @model_validator(mode="after")
@@ -139,6 +199,7 @@ class Similar(BaseModel):
     score: float
     note: NoteCard | None = None
     by_modality: dict[Literal["image", "text"], float | None] | None = None
+    duplicates: list[str] | None = Field(None, description="near duplicates that were folded into this result")
 
 
 class IndexState(BaseModel):
@@ -150,6 +211,7 @@ class IndexState(BaseModel):
 class SimilarAnswer(BaseModel):
     query: str | None
     results: list[Similar]
+    duplicates: list[str] | None = Field(None, description="near duplicates of the query, if results are folded")
     index: IndexState
 
 
@@ -161,7 +223,7 @@ class Event(Body):
     )
     user_id: Id
     note_id: Id
-    timestamp: Time | None = Field(None, description=f"{_TIME}; null: now", strict=False)
+    timestamp: Time | None = Field(None, description="null: now", strict=False)
     action: Annotated[str, Field(min_length=1, max_length=64)]
     session_id: Id | None = None
     request_id: Id | None = Field(None, description="of the recommendation that showed the note")
@@ -195,6 +257,8 @@ class RecommendRequest(Body):
     history: list[Id] | None = Field(None, description="note ids, oldest first, for a user who is not stored here")
     k: int = Field(10, ge=1)
     budget_ms: float | None = Field(None, gt=0, le=60_000, strict=False)
+    diversity: Diversity = 0.0
+    fold_above: FoldAbove = None
     explain: bool = Field(False, description="add cards")
 
     @model_validator(mode="after")
@@ -210,6 +274,7 @@ class Recommended(BaseModel):
     p_yes: float | None = None
     from_history: list[str] = Field(description="notes of the history that it is similar to, strongest first")
     note: NoteCard | None = None
+    duplicates: list[str] | None = Field(None, description="near duplicates that were folded into this result")
 
 
 class RecommendAnswer(BaseModel):
@@ -244,12 +309,14 @@ class Health(BaseModel):
 class Ready(BaseModel):
     ready: bool
     reasons: list[str]
+    parts: dict[str, bool] = Field(description="whether each part answers; ranker and preferences are not needed")
 
 
 class ErrorDetail(BaseModel):
     type: str
     message: str
     param: str | None
+    code: str | None = None
 
 
 class ErrorAnswer(BaseModel):

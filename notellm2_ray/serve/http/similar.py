@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
 from datetime import datetime
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 
@@ -13,10 +15,13 @@ from notellm2_ray.serve.errors import InvalidError
 from notellm2_ray.serve.http import schemas
 from notellm2_ray.serve.http.cards import cards
 from notellm2_ray.serve.http.checks import check_count, check_ids, prepare_notes
+from notellm2_ray.serve.variety import arrange
 
 if TYPE_CHECKING:
     from notellm2_ray.serve.deployments.gateway import Gateway
 
+VARIETY = 4  # so many times the wanted results are looked at for diversity and near duplicates
+_MOST_FETCHED = 4000
 _MODALITIES = {"image": "embedding_image", "text": "embedding_text"}
 
 
@@ -27,9 +32,11 @@ async def find_similar(gateway: Gateway, body: schemas.SimilarRequest) -> bytes:
     exclude, where = index_filter(gateway, body.filter) if body.filter else ((), None)
     state = gateway.follower.state  # read once, so that table, index and seq belong together
     own: dict[str, np.ndarray] = {}
+    query: str | np.ndarray
+    model: str | None = None
     if body.note_id is not None:
         check_ids([body.note_id], gateway.limits, "note_id")
-        hits = await gateway.search(body.note_id, body.k, exclude, where, index=state.index)
+        query = body.note_id
     else:
         assert body.note is not None
         columns = state.table.columns if body.explain else ("embedding",)
@@ -38,10 +45,22 @@ async def find_similar(gateway: Gateway, body: schemas.SimilarRequest) -> bytes:
         state = gateway.follower.state
         if model != state.index.model_fingerprint:
             own, model = await query_vectors(gateway, body.note, columns)
-        hits = await gateway.search(own["embedding"], body.k, exclude, where, index=state.index, model=model)
+        query = own["embedding"]
+
+    async def search(k: int) -> Hits:
+        return await gateway.search(query, k, exclude, where, index=state.index, model=model)
+
+    folded: Folding | None = None
+    if body.diversity or body.fold_above is not None:
+        hits, folded = await varied(state.index, body, query, search)
+    else:
+        hits = await search(body.k)
     results: list[dict[str, Any]] = [
         {"note_id": note_id, "score": score} for note_id, score in zip(hits.ids, hits.scores.tolist(), strict=True)
     ]
+    if folded is not None:
+        for result, duplicates in zip(results, folded.results, strict=True):
+            result["duplicates"] = duplicates
     if body.explain:
         await explain(gateway, state.index, body.note_id, own, hits, results)
     info = state.index.info()
@@ -49,20 +68,55 @@ async def find_similar(gateway: Gateway, body: schemas.SimilarRequest) -> bytes:
         {
             "query": body.note_id,
             "results": results,
+            **({} if folded is None else {"duplicates": folded.query}),
             "index": {"version": state.seq, "fresh": info["fresh"], "size": info["notes"]},
         }
     )
 
 
+class Folding(NamedTuple):
+    """Ids of the near duplicates that are not results of their own."""
+
+    results: list[list[str]]  # of each result
+    query: list[str]
+
+
+async def varied(
+    index: LiveIndex, body: schemas.SimilarRequest, query: str | np.ndarray, search: Callable[[int], Awaitable[Hits]]
+) -> tuple[Hits, Folding | None]:
+    """Hits as ``diversity`` and ``fold_above`` ask, out of several times as many, and what was folded."""
+    known = vectors_of(index, [query]) if isinstance(query, str) else query[None]
+    asked = VARIETY * body.k
+    while True:
+        hits = await search(asked)
+        vectors = await asyncio.to_thread(vectors_of, index, hits.ids)
+        found = await asyncio.to_thread(arrange, hits.scores, vectors, body.k, body.diversity, body.fold_above, known)
+        if len(found.rows) >= body.k or len(hits.ids) < asked or asked >= _MOST_FETCHED:
+            break
+        asked *= VARIETY
+    chosen = Hits([hits.ids[row] for row in found.rows], hits.scores[found.rows])
+    if body.fold_above is None:
+        return chosen, None
+    of_results = [[hits.ids[row] for row in found.duplicates.get(kept, ())] for kept in found.rows]
+    return chosen, Folding(of_results, [hits.ids[row] for row in found.of_known])
+
+
+def vectors_of(index: LiveIndex, note_ids: Sequence[str]) -> np.ndarray:
+    """(N, D) vectors of notes; zeros for one that was deleted meanwhile, which is like no other then."""
+    found = [index.vector(note_id) for note_id in note_ids]
+    nothing = np.zeros(index.dim, np.float32)
+    return np.array([nothing if one is None else one for one in found], np.float32).reshape(-1, index.dim)
+
+
 async def query_vectors(
-    gateway: Gateway, note: schemas.Note, columns: tuple[str, ...]
+    gateway: Gateway, note: schemas.QueryNote, columns: tuple[str, ...]
 ) -> tuple[dict[str, np.ndarray], str]:
     """(D,) vectors of a note in the request, and the fingerprint of their model.
 
     Raises:
         InvalidError: the note cannot be embedded.
     """
-    prepared, problems = await prepare_notes([note], gateway.limits, gateway.fetcher, gateway.images)
+    prepared, problems = await prepare_notes([note.named("query")], gateway.limits, gateway.fetcher, gateway.images)
     if problems:
         raise InvalidError(problems[0], "note")
     vectors = await gateway.encode(prepared, columns)

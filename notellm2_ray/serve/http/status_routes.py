@@ -27,9 +27,15 @@ def build(gateway: Gateway) -> Any:
 
     @routes.get("/v1/ready", response_model=schemas.Ready, responses={503: {"model": schemas.Ready}})
     async def ready() -> Any:
-        """Whether everything needed is available; 503 until it is. Reasons may also name optional parts."""
-        problems = await gateway.problems_now()
-        body = {"ready": not problems, "reasons": problems + gateway.missing}
+        """Whether the next requests will be answered, whichever gateway they go to; 503 until they will.
+
+        Reasons may also name optional parts.
+        """
+        problems, missing = await gateway.status_of_all()
+        reasons = problems + missing
+        names = ("index", "encoder", "writer", "users", *(one.name for one in gateway.optional))
+        parts = {name: not any(reason.startswith(f"{name}:") for reason in reasons) for name in names}
+        body = {"ready": not problems, "reasons": reasons, "parts": parts}
         return JSONResponse(body, 200 if body["ready"] else 503)
 
     @routes.get("/v1/stats", response_model=schemas.Stats)

@@ -9,12 +9,16 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
+
 from notellm2_ray.serve.errors import ApiError, NotFoundError, TookTooLongError
 from notellm2_ray.serve.experiments import Arm, arm_of
 from notellm2_ray.serve.http import schemas
 from notellm2_ray.serve.http.cards import cards
 from notellm2_ray.serve.http.checks import check_count, check_ids, check_k
+from notellm2_ray.serve.http.similar import VARIETY, vectors_of
 from notellm2_ray.serve.recommend import Candidate, merge, ranked, recent
+from notellm2_ray.serve.variety import diverse, fold
 
 if TYPE_CHECKING:
     from notellm2_ray.serve.deployments.gateway import Gateway
@@ -133,9 +137,9 @@ class Recommendation:
         view = await self._view()
         with self.gateway.figures.timing("recall"):
             candidates = await self._recall(view)
-        wanted = self.body.k
+        candidates, folded = await self._folded(view, candidates)
         p_yes, fallback = await self._rank(view, candidates)
-        chosen = ranked(candidates, p_yes)[:wanted]
+        chosen = await self._varied(ranked(candidates, p_yes))
         if fallback is not None:
             self.gateway.figures.fallback(fallback)
         if self.body.user_id is not None:
@@ -155,6 +159,7 @@ class Recommendation:
                     "p_yes": p,
                     "from_history": list(one.from_history),
                     "note": shown.get(one.note_id),
+                    "duplicates": None if folded is None else folded.get(one.note_id, []),
                 }
                 for one, p in chosen
             ],
@@ -194,6 +199,34 @@ class Recommendation:
             candidates += await self._popular(view, known, len(candidates))
         return candidates
 
+    async def _folded(
+        self, view: dict[str, Any], candidates: list[Candidate]
+    ) -> tuple[list[Candidate], dict[str, list[str]] | None]:
+        """Candidates without near duplicates, of each other or of the recent history; the folded ones by note id.
+
+        They are folded before they are ranked, so that the ranker's few places are for different notes.
+        """
+        above, index = self.body.fold_above, self.gateway.index
+        if above is None:
+            return candidates, None
+        vectors = await asyncio.to_thread(vectors_of, index, [one.note_id for one in candidates])
+        known = vectors_of(index, recent(view["history"], self.arm.recommend))
+        found = await asyncio.to_thread(fold, vectors, above, known)
+        duplicates = {
+            candidates[kept].note_id: [candidates[row].note_id for row in rows]
+            for kept, rows in found.duplicates.items()
+        }
+        return [candidates[row] for row in found.rows], duplicates
+
+    async def _varied(self, ordered: list[tuple[Candidate, float | None]]) -> list[tuple[Candidate, float | None]]:
+        """The wanted candidates, diverse if that is asked for."""
+        if not self.body.diversity:
+            return ordered[: self.body.k]
+        vectors = await asyncio.to_thread(vectors_of, self.gateway.index, [one.note_id for one, _ in ordered])
+        places = np.linspace(1, 0, len(ordered))
+        rows = await asyncio.to_thread(diverse, places, vectors, self.body.k, self.body.diversity)
+        return [ordered[row] for row in rows]
+
     async def _seen_long_ago(self, view: dict[str, Any], note_ids: list[str]) -> set[str]:
         """The notes among these that the user has seen; queried only if the view does not contain all seen notes."""
         if view["all_seen"] or not note_ids:
@@ -207,6 +240,8 @@ class Recommendation:
         left = [note_id for note_id in ids if note_id not in excluded and note_id in self.gateway.index]
         seen = await self._seen_long_ago(view, left)
         left = [note_id for note_id in left if note_id not in seen]
+        if self.body.diversity or self.body.fold_above is not None:
+            wanted *= VARIETY
         return [Candidate(note_id, 0.0, ()) for note_id in left[:wanted]]
 
     async def _rank(self, view: dict[str, Any], candidates: list[Candidate]) -> tuple[list[float | None], str | None]:
@@ -218,6 +253,8 @@ class Recommendation:
             return [], "arm"
         if not view["history"]:
             return [], "no history"
+        if gateway.lacks("ranker"):
+            return [], "failed"
         left = self.budget - (time.perf_counter() - self.started)
         if left <= 0:
             return [], "budget"

@@ -13,6 +13,7 @@ from pydantic import ValidationError
 from notellm2_ray import cli
 from notellm2_ray.core.history_blocks import MINUTE, BlockRule
 from notellm2_ray.core.settings.serve import LimitSettings, ServeSettings
+from notellm2_ray.serve.calls import EngineCalls
 from notellm2_ray.serve.deployments import users as users_module
 from notellm2_ray.serve.deployments.preferences import Preferences
 from notellm2_ray.serve.deployments.users import Users
@@ -161,7 +162,8 @@ def test_a_block_whose_notes_are_all_deleted_keeps_the_preference_before_it(tmp_
             return SimpleNamespace(preference="new")
 
     replica = Preferences.__new__(Preferences)
-    replica.spec, replica.summaries, replica.engine = SimpleNamespace(directory=tmp_path), {}, Engine()
+    replica.spec, replica.summaries = SimpleNamespace(directory=tmp_path), {}
+    replica.engine = EngineCalls(Engine(), "engine")
     replica.figures = Figures("test")
     assert asyncio.run(replica.advance("u", 1, previous, ["gone", "away"])) == kept and asked == []
     assert asyncio.run(replica.advance("u", 1, previous, ["gone", "n1"])) == "new" and asked == [["0"]]
