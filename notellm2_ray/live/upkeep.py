@@ -39,7 +39,7 @@ class Upkeep:
         idle_small_files: int = 4,
         tombstone_horizon: timedelta = timedelta(hours=1),
         keep_versions: timedelta = timedelta(minutes=2),
-        keep_crowded: timedelta = timedelta(seconds=2),
+        keep_crowded: timedelta = timedelta(seconds=1),
     ):
         """Set the thresholds.
 
@@ -49,14 +49,15 @@ class Upkeep:
             idle_small_files: ... and while there are none.
             tombstone_horizon: older tombstones are removed; a follower that was away for longer loads the table anew.
             keep_versions: how long an old version stays readable ...
-            keep_crowded: ... and how long if old versions take more bytes than the newest: then the table is small, and
-                so is the time that reading it takes.
+            keep_crowded: ... and how long if old versions take more than half the bytes of the newest: such a table is
+                small, and read quickly.
         """
         self.fragment_rows, self.small_files, self.idle_small_files = fragment_rows, small_files, idle_small_files
         self.tombstone_horizon = tombstone_horizon
         self.keep_versions, self.keep_crowded = keep_versions, min(keep_crowded, keep_versions)
         self._settled = 0  # fragments after the last run
         self._cleaner: threading.Thread | None = None
+        self._crowded = False  # whether old versions took many bytes at the last clean-up
         self._counts: dict[str, Any] = {"compactions": 0, "purged_tombstones": 0, "longest_pause_seconds": 0.0}
 
     def index(self, table: LiveTable) -> None:
@@ -78,6 +79,8 @@ class Upkeep:
             table: the newest version.
             seq: of the last commit group.
         """
+        if self._crowded:  # a busy machine may not come round to cleaning up: then writes wait, and not the disk
+            self.wait()
         started, before = time.perf_counter(), durability.listing(table.path)
         purged = self._purge(table, seq)
         table.dataset.checkout_latest()
@@ -142,8 +145,9 @@ class Upkeep:
 
         def clean() -> None:
             try:
-                crowded = durability.old_bytes(dataset, table.path) > durability.newest_bytes(dataset)
-                dataset.cleanup_old_versions(older_than=self.keep_crowded if crowded else self.keep_versions)
+                newest = durability.newest_bytes(dataset)
+                self._crowded = durability.old_bytes(dataset, table.path) > newest / 2
+                dataset.cleanup_old_versions(older_than=self.keep_crowded if self._crowded else self.keep_versions)
             except (OSError, RuntimeError, ValueError):  # what Lance raises
                 log.exception("%s: old versions could not be removed; trying again later", table.path)
 

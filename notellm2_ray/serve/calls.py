@@ -10,7 +10,9 @@ from typing import Any, NamedTuple
 from notellm2_ray.core.errors import DataError, ModelError, NoteLLMError
 from notellm2_ray.serve.errors import ApiError, InvalidError, OverloadedError, TookTooLongError, UnavailableError
 
-log = logging.getLogger("notellm2_ray.serve")
+# Below Serve's own logger, which writes a replica's log: at once for an error, else a thousand lines later. Lines of
+# other loggers reach that log through stderr, as mere information, and would be lost with a killed replica.
+log = logging.getLogger("ray.serve.notellm2")
 
 _LOG_SAYS_WHY = "its log says why"
 
@@ -32,7 +34,6 @@ class Outage:
         """Count a failed call; ``error``: its traceback is logged as well."""
         if not self._failing:
             self.count, self.cause, self.began = 0, cause, time.monotonic()
-            # An error, because Serve's replicas write their log only then, or every thousand lines.
             log.error("the %s failed (%s); further failures are counted", self.name, cause, exc_info=error)
         self._failing.add(method)
         self.count += 1

@@ -109,7 +109,7 @@ def test_a_dead_engine_costs_the_order_but_no_answer_and_is_replaced(service, en
     user = user_in("ranked", "dora")
     click(service, user, "n1", "n2")
     wait_for(lambda: recommend(service, user)["ranked_by"] == "ranker")
-    stop, answers = threading.Event(), []
+    before, stop, answers = service.log(), threading.Event(), []
 
     def keep_asking():  # 20 times a second
         with ThreadPoolExecutor(40) as pool:
@@ -134,6 +134,13 @@ def test_a_dead_engine_costs_the_order_but_no_answer_and_is_replaced(service, en
         ("ranker", None), ("recall", "failed"), ("recall", "budget")
     }  # fmt: skip
     assert all(len(one["results"]) == 5 for one in given)
+
+    def lines(words):
+        return service.log().count(words) - before.count(words)
+
+    wait_for(lambda: lines("the ranker answers again; "))
+    assert 1 <= lines("the ranker failed (RuntimeError: EngineCore encountered an issue)") <= 2, "one line a gateway"
+    assert lines("the ranker's engine failed (") == 1
 
 
 CUT_OFF = 0
