@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -82,6 +82,16 @@ class NoteStore:
         """
         return [self._note(note_id) for note_id in ids]
 
+    def batches(self, ids: Sequence[str]) -> Iterator[pa.RecordBatch]:
+        """The notes with these ids, in this order, as record batches.
+
+        Raises:
+            DataError: an id is not in the store.
+        """
+        for start in range(0, len(ids), _ROWS_PER_BATCH):
+            rows = [self._row(note_id) for note_id in ids[start : start + _ROWS_PER_BATCH]]
+            yield from pa.Table.from_batches(rows).combine_chunks().to_batches()
+
     @property
     def ids(self) -> list[str]:
         """All ids, in the order of the file."""
@@ -106,6 +116,9 @@ class NoteStore:
         return NoteStore, (self.path, self.stage)
 
     def _note(self, note_id: str) -> Note:
+        return next(iter_notes(self._row(note_id)))
+
+    def _row(self, note_id: str) -> pa.RecordBatch:
         try:
             row = self._rows[note_id]
         except KeyError:
@@ -115,4 +128,4 @@ class NoteStore:
             ) from None
         number = int(np.searchsorted(self._ends, row, side="right"))
         batch = self._batches[number]
-        return next(iter_notes(batch.slice(row - (int(self._ends[number]) - batch.num_rows), 1)))
+        return batch.slice(row - (int(self._ends[number]) - batch.num_rows), 1)

@@ -7,20 +7,17 @@ both "7", because pandas turns an integer column with a missing value into float
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from datetime import UTC, datetime
 from typing import NamedTuple
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from notellm2_ray.core.times import EARLIEST, END, YEARS, Unit, describe_unit, is_local, read_numbers, read_time
 from notellm2_ray.data.literals import split_topics
 
 TIMESTAMP = pa.timestamp("us", tz="UTC")
 TOPICS = pa.list_(pa.string())
-UNIT_MICROSECONDS = {"s": 1_000_000, "ms": 1_000, "us": 1}
-# A time outside these years was read in the wrong unit. Microseconds within them are exact in a float64.
-_EARLIEST, _LATEST = (datetime(year, 1, 1, tzinfo=UTC).timestamp() * 1e6 for year in (1900, 2200))
 _EXACT = 2**53
 
 
@@ -29,6 +26,14 @@ class Column(NamedTuple):
 
     values: pa.Array  # null where the value is missing or wrong
     problems: dict[int, str]  # row of each wrong value -> what is wrong with it
+
+
+class Times(NamedTuple):
+    """A converted column of times."""
+
+    values: pa.Array  # TIMESTAMP, null where the value is missing or wrong
+    problems: dict[int, str]
+    local: np.ndarray  # (N,) bool: neither the value nor a setting says in which zone it is
 
 
 def flat(array: pa.Array | pa.ChunkedArray) -> pa.Array:
@@ -163,69 +168,82 @@ def to_topics(array: pa.Array | pa.ChunkedArray, separator: str | None = None) -
     return Column(lists, problems | more)
 
 
-def to_timestamps(array: pa.Array | pa.ChunkedArray, unit: str = "s") -> Column:
-    """UTC microseconds from times, dates, ISO 8601 text (UTC unless it names a zone) or numbers since 1970.
+def to_timestamps(array: pa.Array | pa.ChunkedArray, unit: Unit = "auto", zone: str | None = None) -> Times:
+    """UTC microseconds from times, dates, ISO 8601 text or numbers, as :mod:`notellm2_ray.core.times` reads them.
 
     Args:
         array: the column; text that is a number is read as one.
-        unit: of the numbers: ``s``, ``ms`` or ``us``.
+        unit: of the numbers.
+        zone: of dates and of times without a zone; None: UTC, and :attr:`Times.local` says which they are.
     """
     array = flat(array)
     kind = array.type
     if is_text(kind) or is_bytes(kind):
-        return _from_text(array, unit)
+        return _from_text(array, unit, zone)
     if pa.types.is_timestamp(kind):
-        factors = {"s": 1e6, "ms": 1e3, "us": 1.0, "ns": 1e-3}
-        return _from_numbers(array.cast(pa.int64()), factors[kind.unit], kind)
+        return _from_numbers(array.cast(pa.int64()), kind.unit, zone, f"read as {kind}", local=kind.tz is None)
     if pa.types.is_date(kind):
-        days = pa.types.is_date32(kind)
-        return _from_numbers(array.cast(pa.int32() if days else pa.int64()), 86_400e6 if days else 1e3, kind)
+        seconds = pc.multiply(array.cast(pa.date32()).cast(pa.int32()).cast(pa.int64()), 86_400)
+        return _from_numbers(seconds, "s", zone, f"read as {kind}", local=True)
     if pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_decimal(kind):
-        return _from_numbers(array, UNIT_MICROSECONDS[unit], f"{unit} since 1970; see source.time_unit")
+        numbers = array.cast(pa.int64() if pa.types.is_integer(kind) else pa.float64(), safe=False)
+        return _from_numbers(numbers, unit, zone, describe_unit(unit))
     rows = np.flatnonzero(array.is_valid().to_numpy(zero_copy_only=False))
-    return Column(pa.nulls(len(array), TIMESTAMP), {int(row): f"is of type {kind}, not a time" for row in rows})
+    problems = {int(row): f"is of type {kind}, not a time" for row in rows}
+    return Times(pa.nulls(len(array), TIMESTAMP), problems, np.zeros(len(array), bool))
 
 
-def _from_numbers(array: pa.Array, factor: float, reading: object) -> Column:
-    if factor < 1 and pa.types.is_integer(array.type):  # nanoseconds are too large for a float64's exact integers
-        array, factor = pc.floor(pc.divide(array, 1000)), 1.0
-    values = array.cast(pa.float64(), safe=False).to_numpy(zero_copy_only=False)
-    with np.errstate(over="ignore", invalid="ignore"):
-        micros = np.rint(values * factor)
-        fine = (micros >= _EARLIEST) & (micros <= _LATEST)
-    wrong = np.flatnonzero(~fine & ~np.isnan(values))
-    problems = {int(row): f"{values[row]:.15g} is outside the years 1900 to 2200 (read as {reading})" for row in wrong}
-    times = pa.array(np.where(fine, micros, 0).astype(np.int64), mask=~fine).cast(TIMESTAMP)
-    return Column(times, problems)
+def _from_numbers(array: pa.Array, unit: Unit, zone: str | None, reading: str, local: bool = False) -> Times:
+    """Times from int64 or float64 numbers; all are without a zone if ``local``, else those that are dates."""
+    values = array.fill_null(0).to_numpy(zero_copy_only=False)
+    micros, fine, is_date = read_numbers(values, unit)
+    given = array.is_valid().to_numpy(zero_copy_only=False) & (values == values)  # NaN is how pandas writes null
+    wrong = np.flatnonzero(given & ~fine)
+    problems = {int(row): f"{values[row]:.15g} is outside {YEARS} ({reading})" for row in wrong}
+    return _in_utc(micros, fine & given, local | is_date, zone, problems)
 
 
-def _from_text(array: pa.Array, unit: str) -> Column:
+def _in_utc(
+    micros: np.ndarray, fine: np.ndarray, local: np.ndarray | bool, zone: str | None, problems: dict[int, str]
+) -> Times:
+    times, without_zone = pa.array(micros, mask=~fine), local & fine
+    if zone is not None and without_zone.any():
+        there = times.cast(pa.timestamp("us"))
+        utc = pc.assume_timezone(there, zone, ambiguous="earliest", nonexistent="latest").cast(pa.int64())
+        times, without_zone = pc.if_else(pa.array(without_zone), utc, times), np.zeros(len(times), bool)
+    return Times(times.cast(TIMESTAMP), problems, without_zone)
+
+
+def _from_text(array: pa.Array, unit: Unit, zone: str | None) -> Times:
     text, problems = to_text(array)
     text = pc.utf8_trim_whitespace(text)
     text = pc.if_else(pc.equal(text, ""), pa.scalar(None, pa.string()), text)
     numeric = pc.fill_null(pc.match_substring_regex(text, r"^[+-]?\d+(\.\d*)?([eE][+-]?\d+)?$"), False)
     nothing = pa.scalar(None, pa.string())
-    numbers = _from_numbers(pc.if_else(numeric, text, nothing).cast(pa.float64()), UNIT_MICROSECONDS[unit],
-                            f"{unit} since 1970; see source.time_unit")  # fmt: skip
-    written = _from_iso(pc.if_else(numeric, nothing, text))
-    return Column(pc.coalesce(numbers.values, written.values), problems | numbers.problems | written.problems)
+    numbers = _from_numbers(_cast_numbers(pc.if_else(numeric, text, nothing)), unit, zone, describe_unit(unit))
+    written = _from_iso(pc.if_else(numeric, nothing, text), zone)
+    values = pc.coalesce(numbers.values, written.values)
+    return Times(values, problems | numbers.problems | written.problems, numbers.local | written.local)
 
 
-def _from_iso(text: pa.Array) -> Column:
+def _cast_numbers(text: pa.Array) -> pa.Array:
+    try:
+        return text.cast(pa.int64())  # all digits of nanoseconds
+    except pa.ArrowInvalid:
+        return text.cast(pa.float64())
+
+
+def _from_iso(text: pa.Array, zone: str | None) -> Times:
     for kind in (pa.timestamp("us"), TIMESTAMP):  # Arrow reads a column with zones or one without, not a mixture
         try:
-            return _from_numbers(text.cast(kind).cast(pa.int64()), 1, kind)
+            micros = text.cast(kind).cast(pa.int64()).fill_null(EARLIEST).to_numpy(zero_copy_only=False)
         except pa.ArrowInvalid:
             continue
-    return convert_each(text.to_pylist(), _parse_iso, TIMESTAMP)
-
-
-def _parse_iso(value: str) -> datetime:
-    try:
-        time = datetime.fromisoformat(value)
-    except ValueError:
-        raise ValueError(f"{show(value)} is not a time: give ISO 8601 (2024-05-31T12:00:00Z) or a number") from None
-    time = time.replace(tzinfo=UTC) if time.tzinfo is None else time
-    if not 1900 <= time.year < 2200:
-        raise ValueError(f"{show(value)} is outside the years 1900 to 2200")
-    return time
+        fine = (micros >= EARLIEST) & (micros < END)
+        problems = {int(row): f"{text[int(row)]} is outside {YEARS}" for row in np.flatnonzero(~fine)}
+        return _in_utc(micros, fine & text.is_valid().to_numpy(zero_copy_only=False), kind.tz is None, zone, problems)
+    texts = text.to_pylist()
+    values, problems = convert_each(texts, lambda value: read_time(value, zone or "UTC"), TIMESTAMP)
+    good = values.is_valid().to_pylist()
+    local = [zone is None and fine and is_local(value) for value, fine in zip(texts, good, strict=True)]
+    return Times(values, problems, np.array(local, bool))

@@ -27,6 +27,7 @@ class RowGroup(NamedTuple):
     rows: int
     first: int | None  # earliest timestamp in microseconds; None: the file keeps no statistics
     last: int | None
+    before: int = 0  # rows of the log before this group
 
 
 def parquet_files(directory: Path) -> list[Path]:
@@ -47,7 +48,8 @@ def list_row_groups(files: Sequence[Path]) -> list[RowGroup]:
     Raises:
         DataError: a file is unreadable or lacks a column.
     """
-    found = []
+    found: list[RowGroup] = []
+    before = 0
     for path in files:
         try:
             metadata = pq.read_metadata(path)
@@ -61,7 +63,8 @@ def list_row_groups(files: Sequence[Path]) -> list[RowGroup]:
             statistics = group.column(column).statistics
             known = statistics is not None and statistics.has_min_max
             first, last = (_micros(statistics.min), _micros(statistics.max)) if known else (None, None)
-            found.append(RowGroup(str(path), index, group.num_rows, first, last))
+            found.append(RowGroup(str(path), index, group.num_rows, first, last, before))
+            before += group.num_rows
     return [group for group in found if group.rows]
 
 

@@ -22,6 +22,8 @@ from notellm2_ray.core.progress import Progress
 from notellm2_ray.core.schema import EVENT_SCHEMA, NOTE_SCHEMA, QUARANTINE_SCHEMA
 from notellm2_ray.core.settings.data import PrepareSettings
 from notellm2_ray.data.duplicates import Versions, drop_rows, numbered_tables
+from notellm2_ray.data.keys import write_note_keys
+from notellm2_ray.data.log_times import LogTimes
 from notellm2_ray.data.rows import FATAL, category
 from notellm2_ray.data.validate import check_events, check_notes, hash_ids, without_form
 from notellm2_ray.data.writer import RollingWriter
@@ -41,7 +43,7 @@ _ORIGINS = pa.schema(
 
 
 def prepare(tables: SourceTables, settings: PrepareSettings, output: Path) -> dict[str, Any]:
-    """Write ``notes/``, ``events/`` and ``quarantine/`` below ``output``; Ray must be connected.
+    """Write ``notes/``, ``events/``, ``quarantine/`` and note_keys.parquet below ``output``; Ray must be connected.
 
     Every raw row ends in exactly one place. Where several usable notes have one id, the newest by ``created_at`` is
     kept, or the last in the source's order where that does not tell. The same input gives the same files. A run starts
@@ -49,18 +51,20 @@ def prepare(tables: SourceTables, settings: PrepareSettings, output: Path) -> di
 
     Returns:
         counts: notes, events, users, notes_with_image, quarantined_notes, quarantined_events, dropped_images (notes
-        kept without their unusable image; the quarantine lists them), and reasons (category -> rows of both tables).
+        kept without their unusable image; the quarantine lists them), alike_notes (notes that have the content and the
+        times of events of another), the facts of :class:`LogTimes`, and reasons (category -> rows of both tables).
 
     Raises:
         DataError: a table has no usable row or too many bad ones (the message counts the reasons and gives an example
-            of each), or a file cannot be read to its end.
+            of each), a file cannot be read to its end, or all events lie within a minute.
         OSError: ``output`` cannot be written.
     """
     for name in ("notes", "notes-kept", "origins", "events", "quarantine"):
         shutil.rmtree(output / name, ignore_errors=True)
-    ids = NoteIds(KeySet(), KeySet(), KeySet())
-    notes = _prepare_notes(tables.notes, settings, output, ids)
-    events, num_users = _prepare_events(tables.events, settings, output, ids)
+    ids, times = NoteIds(KeySet(), KeySet(), KeySet()), LogTimes(tables.invented_times)
+    notes = _prepare_notes(tables.notes, settings, output, ids, times)
+    events, num_users = _prepare_events(tables.events, settings, output, ids, times)
+    facts, alike = times.finish(), write_note_keys(output)
     return {
         "notes": notes.kept,
         "events": events.kept,
@@ -69,6 +73,8 @@ def prepare(tables: SourceTables, settings: PrepareSettings, output: Path) -> di
         "quarantined_notes": notes.bad,
         "quarantined_events": events.bad,
         "dropped_images": notes.dropped,
+        "alike_notes": alike,
+        **facts,
         "reasons": dict((notes.reasons + events.reasons).most_common()),
     }
 
@@ -184,7 +190,9 @@ class Intake:
         return "\n".join(f"  {n:,} x {kind}, as in {self.examples[kind]}" for kind, n in self.reasons.most_common())
 
 
-def _prepare_notes(dataset: ray.data.Dataset, settings: PrepareSettings, output: Path, ids: NoteIds) -> Intake:
+def _prepare_notes(
+    dataset: ray.data.Dataset, settings: PrepareSettings, output: Path, ids: NoteIds, times: LogTimes
+) -> Intake:
     # Many small tasks, so that the images of one large file are decoded on all CPUs. Another num_cpus than the reader's
     # keeps Ray from fusing the two steps into the reader's single task.
     checked = dataset.repartition(target_num_rows_per_block=_NOTES_PER_TASK).map_batches(
@@ -206,6 +214,7 @@ def _prepare_notes(dataset: ray.data.Dataset, settings: PrepareSettings, output:
                 versions.add(hashes, ids.kept.add(hashes), good["created_at"])
                 ids.alike.add(hash_ids(without_form(good["note_id"])))
                 writer.write(good)
+                times.add_notes(good)
                 origins.write(good.append_column("has_image", pc.is_valid(good["image"])))
                 intake.with_image += good.num_rows - good["image"].null_count
                 intake.add(good.num_rows, bad)
@@ -227,7 +236,7 @@ def _settle(written: RollingWriter, origins: Path, superseded: dict[int, str], i
 
 
 def _prepare_events(
-    dataset: ray.data.Dataset, settings: PrepareSettings, output: Path, ids: NoteIds
+    dataset: ray.data.Dataset, settings: PrepareSettings, output: Path, ids: NoteIds, times: LogTimes
 ) -> tuple[Intake, int]:
     import ray
 
@@ -243,6 +252,7 @@ def _prepare_events(
             good = block.filter(pc.is_null(block["_reason"]))
             users.add(np.unique(hash_ids(good["user_id"])))
             writer.write(good)
+            times.add_events(good)
             intake.add(good.num_rows, block.filter(pc.is_valid(block["_reason"])))
     intake.finish(settings.max_bad_share)
     return intake, len(users)

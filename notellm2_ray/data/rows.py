@@ -7,12 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+import numpy as np
 import pyarrow as pa
 
+from notellm2_ray.core.times import Unit
 from notellm2_ray.data.columns import (
     TIMESTAMP,
     TOPICS,
     Column,
+    Times,
     flat,
     to_text,
     to_timestamps,
@@ -28,13 +31,16 @@ UNPARSABLE_TIMESTAMP = "unparsable timestamp"
 UNKNOWN_SOURCE = "unknown source"
 
 
-def raw_notes(table: pa.Table, *, unit: str = "s", separator: str | None = None) -> pa.Table:
-    """Notes with our columns, ``_source`` and ``_error``; converting them again changes nothing.
+def raw_notes(
+    table: pa.Table, *, unit: Unit = "auto", zone: str | None = None, separator: str | None = None
+) -> pa.Table:
+    """Notes with our columns, ``_local``, ``_source`` and ``_error``; converting them again changes nothing.
 
     Args:
         table: any of our note columns, of any type; missing ones become null. ``image`` becomes a struct
             (:mod:`notellm2_ray.data.pictures`).
         unit: of numeric times.
+        zone: of times without one; None: UTC, and ``_local`` says which times they are.
         separator: splits topics that are given as one string; see :func:`notellm2_ray.data.literals.split_topics`.
     """
     columns = {
@@ -43,17 +49,17 @@ def raw_notes(table: pa.Table, *, unit: str = "s", separator: str | None = None)
         "topics": _convert(table, "topics", TOPICS, lambda array: to_topics(array, separator)),
         "content": _convert(table, "content", pa.string(), to_text),
         "image": _convert(table, "image", PICTURE, to_pictures),
-        "created_at": _convert(table, "created_at", TIMESTAMP, lambda array: to_timestamps(array, unit)),
+        "created_at": _convert(table, "created_at", TIMESTAMP, lambda array: to_timestamps(array, unit, zone)),
     }
     return _with_errors(table, columns)
 
 
-def raw_events(table: pa.Table, *, unit: str = "s") -> pa.Table:
-    """Events with our columns, ``_source`` and ``_error``; converting them again changes nothing."""
+def raw_events(table: pa.Table, *, unit: Unit = "auto", zone: str | None = None) -> pa.Table:
+    """Events with our columns, ``_local``, ``_source`` and ``_error``; converting them again changes nothing."""
     columns = {
         "user_id": _convert(table, "user_id", pa.string(), to_text),
         "note_id": _convert(table, "note_id", pa.string(), to_text),
-        "timestamp": _convert(table, "timestamp", TIMESTAMP, lambda array: to_timestamps(array, unit)),
+        "timestamp": _convert(table, "timestamp", TIMESTAMP, lambda array: to_timestamps(array, unit, zone)),
         "action": _convert(table, "action", pa.string(), to_text),
         "session_id": _convert(table, "session_id", pa.string(), to_text),
     }
@@ -76,7 +82,7 @@ def _convert(table: pa.Table, name: str, kind: pa.DataType, convert) -> Column:
     return convert(table.column(name))
 
 
-def _with_errors(table: pa.Table, columns: Mapping[str, Column]) -> pa.Table:
+def _with_errors(table: pa.Table, columns: Mapping[str, Column | Times]) -> pa.Table:
     errors = _own(table, "_error")
     found: dict[int, str] = {}
     for name, column in columns.items():
@@ -88,7 +94,15 @@ def _with_errors(table: pa.Table, columns: Mapping[str, Column]) -> pa.Table:
         errors = pa.array([old or found.get(row) for row, old in enumerate(errors.to_pylist())], pa.string())
     source = _own(table, "_source").fill_null(UNKNOWN_SOURCE)
     values = {name: column.values for name, column in columns.items()}
-    return pa.table({**values, "_source": source, "_error": errors})
+    return pa.table({**values, "_local": _local(table, columns), "_source": source, "_error": errors})
+
+
+def _local(table: pa.Table, columns: Mapping[str, Column | Times]) -> pa.Array:
+    """Whether neither a row's time nor a setting names a time zone."""
+    if "_local" in table.column_names:  # converted before: its times are in UTC by now
+        return flat(table.column("_local"))
+    found = [column.local for column in columns.values() if isinstance(column, Times)]
+    return pa.array(found[0] if found else np.zeros(table.num_rows, bool))
 
 
 def _own(table: pa.Table, name: str) -> pa.Array:

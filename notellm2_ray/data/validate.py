@@ -1,7 +1,8 @@
 """Checks on raw rows, block by block on any worker: a row is good, or gets a reason why not.
 
-A checked block has our columns, ``_source``, ``_key`` (the row's id) and ``_reason`` (``category: detail``; null for a
-good row). Notes also have ``_dropped``: why a note that is kept lost its image. Good events have no source and key.
+A checked block has our columns, ``_local`` (its time has no known zone), ``_source``, ``_key`` (the row's id) and
+``_reason`` (``category: detail``; null for a good row). Notes also have ``_dropped``: why a note that is kept lost its
+image. Good events have no source and key.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import os
 import stat
 from collections.abc import Iterator
+from datetime import UTC, datetime, timedelta
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
@@ -31,6 +33,7 @@ ALIKE_NOTE = (
     "note_id differs from a known one only in white space, Unicode form or a final .0: write the ids of both tables in "
     "the same way"
 )
+FUTURE = "in the future: later than tomorrow, see source.time_unit and source.time_zone"
 QUARANTINED_NOTE = "note is quarantined"
 
 _IMAGES_AT_ONCE = 128  # notes in a checked block: their images are in memory together
@@ -38,7 +41,8 @@ _IMAGES_AT_ONCE = 128  # notes in a checked block: their images are in memory to
 
 def _checked(schema: pa.Schema, *more: str) -> pa.Schema:
     fields = [field.with_nullable(True) for field in schema]
-    return pa.schema([*fields, *(pa.field(name, pa.string()) for name in ("_source", "_key", "_reason", *more))])
+    notes = [pa.field(name, pa.string()) for name in ("_source", "_key", "_reason", *more)]
+    return pa.schema([*fields, pa.field("_local", pa.bool_()), *notes])
 
 
 CHECKED_NOTES = _checked(NOTE_SCHEMA, "_dropped")
@@ -168,6 +172,7 @@ def check_events(table: pa.Table, known: np.ndarray, rejected: np.ndarray, alike
         ("missing user_id", is_blank(rows["user_id"].combine_chunks())),
         ("missing note_id", is_blank(rows["note_id"].combine_chunks())),
         ("missing timestamp", rows["timestamp"].is_null().to_numpy()),
+        (FUTURE, _later_than_tomorrow(rows["timestamp"])),
         ("missing action", is_blank(rows["action"].combine_chunks())),
         (QUARANTINED_NOTE, ~is_known & _is_in(note, rejected)),
         (ALIKE_NOTE, _is_alike(rows["note_id"], is_known, alike)),
@@ -180,7 +185,7 @@ def check_events(table: pa.Table, known: np.ndarray, rejected: np.ndarray, alike
     nothing = pa.scalar(None, pa.string())
     ids = [pc.fill_null(rows[name], "") for name in ("user_id", "note_id")]
     key = pc.binary_join_element_wise(*ids, " / ") if pc.any(bad).as_py() else pa.nulls(rows.num_rows, pa.string())
-    columns = {name: rows[name] for name in EVENT_SCHEMA.names} | {
+    columns = {name: rows[name] for name in (*EVENT_SCHEMA.names, "_local")} | {
         "_source": pc.if_else(bad, rows["_source"], nothing),
         "_key": pc.if_else(bad, key, nothing),
         "_reason": reason,
@@ -194,6 +199,11 @@ def _is_alike(ids: pa.Array, is_known: np.ndarray, alike: np.ndarray | None) -> 
     if alike is not None and len(unknown):
         found[unknown] = _is_in(hash_ids(without_form(ids.take(unknown))), alike)
     return found
+
+
+def _later_than_tomorrow(times: pa.ChunkedArray) -> np.ndarray:
+    tomorrow = pa.scalar(datetime.now(UTC) + timedelta(days=1), times.type)
+    return pc.fill_null(pc.greater(times, tomorrow), False).to_numpy()
 
 
 def _is_in(hashes: np.ndarray, ascending: np.ndarray) -> np.ndarray:

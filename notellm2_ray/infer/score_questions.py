@@ -34,7 +34,7 @@ class ScoreFiles(NamedTuple):
 
 
 class Controls(NamedTuple):
-    """What is exchanged to see whether it matters. Every choice depends only on the seed and the candidate."""
+    """What is exchanged to see whether it matters. A choice depends on the seed and the candidate's place, no name."""
 
     shuffled_image: bool = False  # a candidate with an image is shown with the image of another random candidate
     other_preference: bool = False  # a user with a preference is given the preference of another random user
@@ -53,8 +53,8 @@ class Questions:
         self.rows, self._store = files.rows(), NoteStore(files.store, "score-candidates")
         self._ranker, self._controls = ranker, controls
         if controls.shuffled_image:
-            candidates = set(self.rows.note_ids)
-            self._with_image = sorted(candidates.intersection(self._store.ids_with_image))
+            with_image = set(self._store.ids_with_image)
+            self._with_image = [note for note in dict.fromkeys(self.rows.note_ids) if note in with_image]
             if len(self._with_image) < 2:
                 raise DataError("shuffled_image: fewer than two candidates have an image to exchange")
         if controls.other_preference:
@@ -73,30 +73,31 @@ class Questions:
         (note,) = self._store.get([row.note_id])
         image, preference = note.image, row.preference
         if self._controls.shuffled_image and image is not None:
-            (other,) = self._store.get([self._other_note(row)])
+            (other,) = self._store.get([self._other_note(place, row)])
             image = other.image
         if self._controls.other_preference and preference is not None:
-            preference = self.rows.preference(self._other_example(place, row))
+            preference = self.rows.preference(self._other_example(place))
         titles: tuple[str, ...] = ()
         if self._ranker.variant == "tallrec":
             shown = [one for one in row.history_ids[-self._ranker.max_history :] if one in self._store]
             titles = tuple(one.title for one in self._store.get(shown))
         return row, Question(note.title, image, preference, titles)
 
-    def _other_note(self, row: CandidateRow) -> str:
-        pick = _draw(self._controls.seed, "shuffled_image", len(self._with_image), row.example_id, row.note_id)
+    def _other_note(self, place: int, row: CandidateRow) -> str:
+        pick = _draw(self._controls.seed, "shuffled_image", len(self._with_image), place)
         if self._with_image[pick] == row.note_id:
             pick = (pick + 1) % len(self._with_image)
         return self._with_image[pick]
 
-    def _other_example(self, place: int, row: CandidateRow) -> int:
+    def _other_example(self, place: int) -> int:
         """An example of another user; the same one for all candidates of an example."""
-        user = self._users[self.rows.example_of[place]]
-        pick = _draw(self._controls.seed, "other_preference", len(self._with_preference), row.example_id)
+        example = int(self.rows.example_of[place])
+        user = self._users[example]
+        pick = _draw(self._controls.seed, "other_preference", len(self._with_preference), example)
         while self._users[self._with_preference[pick]] == user:
             pick = (pick + 1) % len(self._with_preference)
         return int(self._with_preference[pick])
 
 
-def _draw(seed: int, control: str, below: int, *key: str) -> int:
-    return int(np.random.default_rng(stream_seed(seed, "score", control, *key)).integers(below))
+def _draw(seed: int, control: str, below: int, place: int) -> int:
+    return int(np.random.default_rng(stream_seed(seed, "score", control, place)).integers(below))

@@ -177,6 +177,13 @@ def _remarks(data: RankingData) -> list[str]:
         "baselines are trained on the training users' sequences and on other users' events before their targets. "
         "Training stops by AUC on validation targets. All notes unseen in training get the same score."
     ]
+    statistics = json.loads(data.workspace.sequence_statistics.read_text(encoding="utf-8"))
+    if statistics.get("tied_targets"):
+        with_target = statistics["users"] - statistics["cold_users"]
+        remarks.append(
+            f"{statistics['tied_targets']:,} of {with_target:,} users liked the last two notes of their history at one "
+            f"time; such likes are ordered by {statistics['ties_follow']}."
+        )
     return [*remarks, *(row.remark(data) for row in in_table_order(data.settings).values() if row.remark is not None)]
 
 

@@ -49,10 +49,22 @@ def compare(
     task = RetrievalTask.build(pairs, list(notes), lengths, settings.evaluate, _clicked_in_training(workspace))
     rankings = [*_embedder_ranks(workspace, task, rows), *_baseline_ranks(settings, workspace, task, notes)]
     results = evaluate(task, rankings, reference="basic" if "basic" in rows else None, seed=settings.seed)
+    results["remarks"] = _remarks(workspace)
     write_atomically(output / "results.json", json.dumps(results, indent=1))
     write_atomically(output / "table.txt", printed(results))
     _report(settings, workspace, rows, task, results, notes, output)
     return results
+
+
+def _remarks(workspace: Workspace) -> list[str]:
+    """How the pairs were made, where that matters to the figures."""
+    testing = json.loads(workspace.pair_statistics.read_text(encoding="utf-8")).get("testing", {})
+    if not testing.get("tied_cuts"):
+        return []
+    return [
+        f"{testing['tied_cuts']:,} of {testing['queries']:,} queries have more targets of one score than are kept; "
+        "which of them are pairs was drawn at random."
+    ]
 
 
 def _embedder_ranks(
@@ -158,7 +170,7 @@ def _baseline_ranks(
     data = RecallData(task, notes, workspace, settings)
     for name in settings.evaluate.baselines:
         row = RECALL_BASELINES.get(name)
-        yield MethodRanks(name, row.inputs, row.ranks(data), "baseline")
+        yield MethodRanks(name, row.inputs, row.ranks(data), "baseline", row.remark)
 
 
 def _histories(workspace: Workspace, rows: Mapping[str, Sequence[Settings]]) -> dict[str, list[dict[str, Any]]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from typing import NamedTuple
+from zlib import crc32
 
 import numpy as np
 
@@ -49,11 +50,13 @@ def merge(
             if note_id not in excluded:
                 parts.setdefault(note_id, {})[source] = float(weight * cosine**settings.score_power)
     candidates = [
-        Candidate(note_id, sum(by.values()), tuple(sorted(by, key=lambda one: (-by[one], one))))
+        Candidate(
+            note_id, sum(by.values()), tuple(sorted(reversed(by), key=lambda one: -by[one]))
+        )  # ties: latest first
         for note_id, by in parts.items()
     ]
-    # Ties are ordered by id, so that every replica gives the same answer.
-    return sorted(candidates, key=lambda one: (-one.score, one.note_id))
+    # Ties are ordered by a hash: the same on every replica, and no id stands before another because of its name.
+    return sorted(candidates, key=lambda one: (-one.score, crc32(one.note_id.encode("utf-8", "surrogatepass"))))
 
 
 def ranked(candidates: Sequence[Candidate], p_yes: Sequence[float | None]) -> list[tuple[Candidate, float | None]]:

@@ -66,6 +66,7 @@ def clicks_by_arm(
     ).fetchall()
     arms: list[ArmClicks] = []
     for arm in sorted({row[0] for row in rows}):
-        requests, shown, clicked = np.array([row[2:] for row in rows if row[0] == arm], dtype=np.int64).T
+        # In order of the numbers, not of the users' ids, which must not decide what a bootstrap draws.
+        requests, shown, clicked = np.array(sorted(row[2:] for row in rows if row[0] == arm), dtype=np.int64).T
         arms.append(ArmClicks(arm, int(requests.sum()), shown, clicked))
     return arms

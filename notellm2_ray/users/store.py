@@ -205,8 +205,12 @@ class UserStore:
         ]
 
     def popular(self, limit: int = 100) -> list[str]:
-        """Notes by the number of users who liked them, descending. Reads the whole table: too slow for each request."""
-        most = "SELECT note_id FROM sequence GROUP BY note_id ORDER BY count(*) DESC, note_id LIMIT ?"
+        """Notes by the number of users who liked them, descending, at the same number the last liked first.
+
+        Reads the whole table: too slow for each request.
+        """
+        order = "count(*) DESC, max(timestamp) DESC, min(arrival)"
+        most = f"SELECT note_id FROM sequence GROUP BY note_id ORDER BY {order} LIMIT ?"
         return [row[0] for row in self._read(most, (limit,))]
 
     def add_exposures(self, shown: Sequence[Exposure]) -> int:

@@ -70,7 +70,8 @@ def given(tmp_path) -> list[str]:
     """Overrides that choose a toy source of two good notes and events, and a bad one of each."""
     path = tmp_path / "toy.txt"
     path.write_text(
-        "note a A red hat\nnote b Blue shoes\nnote a Again\nevent u a 1\nevent v b 2\nevent v c 3\nevent v a x\n"
+        "note a A red hat\nnote b Blue shoes\nnote a Again\n"
+        "event u a 1700000000\nevent v b 1700086400\nevent v c 1700086400\nevent v a x\n"
     )
     return [
         f"workspace={tmp_path / 'work'}", "source.kind=toy", f"source.path={path}", "split.by=notes",
@@ -82,14 +83,14 @@ def test_a_registered_source_is_prepared_and_its_bad_rows_are_quarantined(toy, g
     cli.main(["prepare", *given])
     prepared = tmp_path / "work" / "prepared"
     notes, events = (pq.read_table(prepared / name).to_pylist() for name in ("notes", "events"))
-    assert [(note["note_id"], note["title"]) for note in notes] == [("a", "A red hat"), ("b", "Blue shoes")]
+    assert [(note["note_id"], note["title"]) for note in notes] == [("b", "Blue shoes"), ("a", "Again")]
     assert [(event["user_id"], event["note_id"], event["action"]) for event in events] == [
         ("u", "a", "click"),
         ("v", "b", "click"),
     ]
     bad = pq.read_table(prepared / "quarantine").to_pylist()
     assert {(row["source"], row["reason"].partition(":")[0]) for row in bad} == {
-        (f"{tmp_path / 'toy.txt'}:3", "duplicate note_id"),
+        (f"{tmp_path / 'toy.txt'}:1", "duplicate note_id"),
         (f"{tmp_path / 'toy.txt'}:6", "unknown note"),
         (f"{tmp_path / 'toy.txt'}:7", "unparsable timestamp"),
     }
@@ -125,7 +126,9 @@ def test_the_example_in_the_documentation_works(tmp_path, monkeypatch, ray_clust
     monkeypatch.syspath_prepend(tmp_path)
     shop = importlib.import_module("shop").SOURCE
     (tmp_path / "items.csv").write_text("note_id,title\na,A red hat\n,Nothing\n")
-    (tmp_path / "sales.csv").write_text("user_id,note_id,timestamp,action\nu,a,1,click\nu,b,2,click\n")
+    (tmp_path / "sales.csv").write_text(
+        "user_id,note_id,timestamp,action\nu,a,1700000000,click\nu,b,1700000000,click\n"
+    )
     register_source(shop)
     try:
         given = [f"workspace={tmp_path / 'work'}", "source.kind=shop", f"source.folder={tmp_path}", "split.by=notes"]

@@ -138,3 +138,30 @@ def test_help_explains_every_knob():
         line = explained.split(f"  {key} = ")[1]
         assert len(line.splitlines()[1].strip()) > 5 or key.startswith("source.columns")
     assert set(PRESETS) >= {"demo", "mtomato-base", "mqwen-base", "mqwen-bigg"}
+
+
+MICROLENS = ["source.pairs=p.tsv", "source.titles=t.csv"]
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("pairs.window_days=14", "pairs.window_days=14.0 needs the times of the events"),
+        ("pairs.max_gap_hours=1", "pairs.max_gap_hours=1.0 needs the times"),
+        ("candidates.split_by=time", "use candidates.split_by=users"),
+        ("sequences.blocks_by=session", "use sequences.blocks_by=size"),
+        ("split.by=time", "split.by=time needs the notes' creation times"),
+        ("candidates.max_negative_age_days=3", "max_negative_age_days=3.0 needs the notes' creation times"),
+        ("ranking.baselines=[newest]", "the row newest needs the notes' creation times"),
+    ],
+)
+def test_what_needs_times_is_refused_where_they_are_invented(override, words):
+    load_settings(None, "microlens", MICROLENS)
+    with pytest.raises(ConfigError, match=words):
+        load_settings(None, "microlens", [*MICROLENS, override])
+
+
+def test_real_times_of_microlens_may_be_used():
+    real = ["source.pairs=p.csv", "source.titles=t.csv"]
+    settings = load_settings(None, "microlens", [*real, "candidates.split_by=time", "pairs.window_days=14"])
+    assert settings.candidates.split_by == "time"

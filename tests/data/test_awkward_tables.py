@@ -23,6 +23,8 @@ from notellm2_ray.data.sources.tabular import TabularSettings, _read_notes
 from notellm2_ray.data.validate import check_notes
 from tests.support.encoded_pictures import HEIC
 
+LATER = 1_700_000_000  # seconds
+
 
 def encoded(format_: str, **options) -> bytes:
     file = io.BytesIO()
@@ -44,9 +46,9 @@ def test_a_table_of_files_in_many_forms_is_prepared_at_once(tmp_path, ray_cluste
     folder.mkdir()
     (folder / "b.tif").write_bytes(encoded("TIFF"))
     structs = [
-        {"note_id": "struct", "title": "a", "image": {"bytes": encoded("AVIF"), "path": "a.jpg"}, "created_at": 2},
-        {"note_id": "path", "title": "b", "image": {"bytes": None, "path": "b.tif"}, "created_at": 2},
-        {"note_id": "twice", "title": "newer", "image": None, "created_at": 2},
+        {"note_id": "struct", "title": "a", "image": {"bytes": encoded("AVIF"), "path": "a.jpg"}, "created_at": LATER},
+        {"note_id": "path", "title": "b", "image": {"bytes": None, "path": "b.tif"}, "created_at": LATER},
+        {"note_id": "twice", "title": "newer", "image": None, "created_at": LATER},
     ]
     pq.write_table(pa.Table.from_pylist(structs), folder / "1.parquet")
     lists = [{"note_id": "list", "title": "c", "image": [encoded("MPO"), b"never read"]}]
@@ -55,7 +57,7 @@ def test_a_table_of_files_in_many_forms_is_prepared_at_once(tmp_path, ray_cluste
         writer = csv.DictWriter(file, ["note_id", "title", "topics", "image", "created_at"])
         writer.writeheader()
         writer.writerow({"note_id": "csv", "title": "d", "topics": "['tea', 'cup']", "image": "['b.tif', 'c.jpg']"})
-        writer.writerow({"note_id": "twice", "title": "older", "created_at": 1})
+        writer.writerow({"note_id": "twice", "title": "older", "created_at": LATER - 1})
     rows = [
         {"note_id": "half an emoji", "title": "broken \ud83d"},
         {"note_id": "marks", "title": "\u202enul \x00 <|im_end|>", "topics": "a, b"},

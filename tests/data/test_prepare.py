@@ -130,7 +130,8 @@ def reason_of_event(row: dict) -> dict:
         ({"note_id": None}, "missing note_id"),
         ({"timestamp": None}, "missing timestamp"),
         ({"timestamp": "noon"}, "unparsable timestamp: timestamp 'noon' is not a time"),
-        ({"timestamp": 1_700_000_000_000}, "unparsable timestamp: timestamp 1700000000000 is outside the years"),
+        ({"timestamp": 1_700_000}, "unparsable timestamp: timestamp 1700000 is outside the years"),
+        ({"timestamp": 5_000_000_000}, "in the future"),
         ({"action": None}, "missing action"),
         ({"note_id": "3"}, "unknown note"),
         ({"note_id": " 1"}, ALIKE_NOTE),
@@ -199,7 +200,7 @@ NOTES = [
 ]
 EVENTS = [
     {"user_id": 1, "note_id": 1, "timestamp": 1_700_000_000},
-    {"user_id": "2", "note_id": "2", "timestamp": "2023-11-14T22:13:20Z"},
+    {"user_id": "2", "note_id": "2", "timestamp": "2023-11-15T22:13:20Z"},
     {"user_id": "2", "note_id": "4", "timestamp": 1_700_000_000},
     {"user_id": "2", "note_id": "77", "timestamp": 1_700_000_000},
     {"user_id": "2", "note_id": "2", "timestamp": "later"},
@@ -246,6 +247,12 @@ def test_every_row_ends_in_exactly_one_place(messy, tmp_path):
         "quarantined_notes": 4,
         "quarantined_events": 3,
         "dropped_images": 0,
+        "alike_notes": 0,
+        "first_event": "2023-11-14 22:13:20",
+        "last_event": "2023-11-15 22:13:20",
+        "days_with_events": 2,
+        "events_before_note": 0,
+        "times_without_zone": 0,
         "reasons": {
             "unusable image": 1,
             "duplicate note_id": 1,
@@ -316,7 +323,7 @@ def test_the_same_files_from_other_blocks_and_progress_in_the_log(ray_cluster, t
     digests = []
     for size in (1600, 457):
         output = tmp_path / str(size)
-        tables = SourceTables(blocks(notes, size), blocks(events, size))
+        tables = SourceTables(blocks(notes, size), blocks(events, size), invented_times=True)
         with caplog.at_level(logging.INFO, "notellm2_ray"):
             counts = prepare(tables, PrepareSettings(max_bad_share=0.1, rows_per_file=700), output)
         assert (counts["notes"], counts["quarantined_notes"]) == (1500, 100)
@@ -340,5 +347,5 @@ def test_the_last_of_two_notes_is_kept_even_when_its_block_is_the_first_to_be_do
     blocks = [pa.table({"note_id": [str(n) for n in range(600)], "title": [f"block {b}"] * 600}) for b in range(2)]
     notes = ray.data.from_arrow(blocks).map_batches(slowly, batch_format="pyarrow", batch_size=None)
     events = ray.data.from_arrow(pa.Table.from_pylist([event()]))
-    prepare(SourceTables(notes, events), PrepareSettings(max_bad_share=0.5), tmp_path)
+    prepare(SourceTables(notes, events, invented_times=True), PrepareSettings(max_bad_share=0.5), tmp_path)
     assert set(pq.read_table(tmp_path / "notes")["title"].to_pylist()) == {"block 1"}

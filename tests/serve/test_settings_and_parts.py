@@ -166,6 +166,14 @@ def test_images_that_take_too_long_are_refused(monkeypatch):
     asyncio.run(run())
 
 
+def test_times_of_requests_are_read_as_those_of_tables():
+    shapes = ("2024-06-01T20:30:59+08:00", 1_717_245_059, 1_717_245_059_000, "1717245059")
+    assert len({schemas.Note(note_id="a", created_at=shape).created_at for shape in shapes}) == 1
+    for refused in ("2024-06-01T12:30:59", 20240601, 12345, "soon"):
+        with pytest.raises(ValidationError, match="time zone|outside the years|not a time"):
+            schemas.Note(note_id="a", created_at=refused)
+
+
 @pytest.mark.parametrize("text", ["0001-01-01T00:00:00+01:00", "9999-12-31T23:59:59-01:00"])
 def test_a_time_that_its_zone_shifts_out_of_range_is_refused(text):
     with pytest.raises(ValidationError, match="year"):

@@ -19,20 +19,26 @@ Row = tuple[str, str, float]  # user, note, hour
 
 
 def make_log(users=60, notes=120, seed=3) -> list[Row]:
-    """Users with 1 to 20 clicks on notes of skewed popularity."""
+    """Users with 1 to 20 clicks on notes of skewed popularity, no two of a user's at one time."""
     rng = np.random.default_rng(seed)
     return [
         (f"u{user}", f"n{int(notes * rng.random() ** 2):03}", float(hour))
         for user in range(users)
-        for hour in rng.integers(0, 500, size=rng.integers(1, 20))
+        for hour in rng.choice(500, size=rng.integers(1, 20), replace=False)
     ]
 
 
-def prepare(directory: Path, rows: list[Row], notes: list[str] | None = None, born: dict[str, float] | None = None):
+def prepare(
+    directory: Path,
+    rows: list[Row],
+    notes: list[str] | None = None,
+    born: dict[str, float] | None = None,
+    files: int = 2,
+) -> Path:
     ids = sorted({note for _, note, _ in rows}) if notes is None else notes
     hours = born or {}
     table = [
-        {"note_id": note, "title": "", "topics": [], "content": "", "image": None}
+        {"note_id": note, "title": f"about {note}", "topics": [], "content": "", "image": None}
         | {"created_at": START + timedelta(hours=hours[note]) if note in hours else None}
         for note in ids
     ]
@@ -42,9 +48,9 @@ def prepare(directory: Path, rows: list[Row], notes: list[str] | None = None, bo
     ]
     for name, values, schema in (("notes", table, NOTE_SCHEMA), ("events", events, EVENT_SCHEMA)):
         (directory / name).mkdir(parents=True)
-        for part in range(2):
+        for part in range(files):
             path = directory / name / f"{part}.parquet"
-            pq.write_table(pa.Table.from_pylist(values[part::2], schema=schema), path, row_group_size=100)
+            pq.write_table(pa.Table.from_pylist(values[part::files], schema=schema), path, row_group_size=100)
     return directory
 
 

@@ -47,7 +47,9 @@ class RecallBaseline:
         inputs: what of a note it reads: "text", "image", "multimodal", or "-" for nothing.
         ranks: gives the rank of each pair's target among the pool: 1 is best, the query is left out, and ties count
             against the target. ``data.task`` and :mod:`notellm2_ray.evaluate.recall.metrics` rank by scores.
+        remark: what a reader of the table must know of the row; printed below it.
     """
 
     inputs: str
     ranks: Callable[[RecallData], Ranks]
+    remark: str = ""

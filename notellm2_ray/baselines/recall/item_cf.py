@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from notellm2_ray.baselines.recall.baseline import Ranks, RecallBaseline, RecallData
-from notellm2_ray.baselines.recall.train_clicks import TrainClicks, ranks_by_clicks
+from notellm2_ray.baselines.recall.train_clicks import REMARK, TrainClicks, ranks_by_clicks
 
 
 def cosines(clicks: TrainClicks, column: int) -> np.ndarray:
@@ -20,4 +20,4 @@ def _ranks(data: RecallData) -> Ranks:
     return ranks_by_clicks(data, cosines)
 
 
-BASELINE = RecallBaseline("-", _ranks)
+BASELINE = RecallBaseline("-", _ranks, REMARK)

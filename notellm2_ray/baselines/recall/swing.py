@@ -10,7 +10,7 @@ from functools import partial
 import numpy as np
 
 from notellm2_ray.baselines.recall.baseline import Ranks, RecallBaseline, RecallData
-from notellm2_ray.baselines.recall.train_clicks import TrainClicks, ranks_by_clicks
+from notellm2_ray.baselines.recall.train_clicks import REMARK, TrainClicks, ranks_by_clicks
 
 MAX_USERS = 1000  # of a note; of more, the latest. Time and memory grow with their square
 _BLOCK = 1024  # notes whose sums are taken at once
@@ -41,4 +41,4 @@ def _ranks(data: RecallData) -> Ranks:
     return ranks_by_clicks(data, partial(swings, alpha=data.settings.evaluate.swing.alpha))
 
 
-BASELINE = RecallBaseline("-", _ranks)
+BASELINE = RecallBaseline("-", _ranks, REMARK)

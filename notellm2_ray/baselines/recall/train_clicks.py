@@ -9,16 +9,21 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
-from scipy import sparse
 
 from notellm2_ray.baselines.recall.baseline import Ranks, RecallData
 from notellm2_ray.evaluate.recall.metrics import ranks_by_query
+
+if TYPE_CHECKING:
+    from scipy import sparse
+
+REMARK = "it knows training clicks alone."
 
 
 @dataclass(frozen=True)
@@ -38,6 +43,8 @@ class TrainClicks:
     @classmethod
     def build(cls, users: np.ndarray, notes: np.ndarray, times: np.ndarray, ids: list[str]) -> TrainClicks:
         """From (E,) numbers of users and notes, and the times of the clicks; ``ids`` names the notes."""
+        from scipy import sparse
+
         shape = (int(users.max(initial=-1)) + 1, len(ids))
         latest = np.lexsort((times, users, notes))
         keys = (notes * max(shape[0], 1) + users)[latest]

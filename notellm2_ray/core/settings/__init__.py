@@ -116,11 +116,40 @@ class Settings(Frozen):
 
     @model_validator(mode="after")
     def _source_has_what_is_asked(self) -> Settings:
-        if self.split.by == "time" and not SOURCES.get(self.source.kind).has_creation_times:
-            raise ValueError(
-                f"split.by=time needs the notes' creation times, which {self.source.kind} lacks: use split.by=notes"
-            )
+        source = SOURCES.get(self.source.kind)
+        if not source.has_creation_times:
+            for setting, asked, remedy in self._needs_creation_times():
+                if asked:
+                    raise ValueError(
+                        f"{setting} needs the notes' creation times, which {self.source.kind} lacks: {remedy}"
+                    )
+        if source.invented_times(self.source):
+            for setting, asked, remedy in self._needs_times():
+                if asked:
+                    raise ValueError(
+                        f"{setting} needs the times of the events, and this source has only their order: {remedy}"
+                    )
         return self
+
+    def _needs_creation_times(self) -> list[tuple[str, bool, str]]:
+        """Settings that read when a note was created: (as it is set, whether it is, what to set instead)."""
+        aged = self.candidates.max_negative_age_days
+        return [
+            ("split.by=time", self.split.by == "time", "use split.by=notes"),
+            (f"candidates.max_negative_age_days={aged}", aged is not None, "set it to null"),
+            ("the row newest", "newest" in self.ranking.baselines, "leave it out of ranking.baselines"),
+        ]
+
+    def _needs_times(self) -> list[tuple[str, bool, str]]:
+        """Settings that compare the times of events, as in :meth:`_needs_creation_times`."""
+        window, gap = self.pairs.window_days, self.pairs.max_gap_hours
+        by_time, by_session = self.candidates.split_by == "time", self.sequences.blocks_by == "session"
+        return [
+            (f"pairs.window_days={window}", window is not None, "set it to null"),
+            (f"pairs.max_gap_hours={gap}", gap is not None, "set it to null"),
+            ("candidates.split_by=time", by_time, "use candidates.split_by=users"),
+            ("sequences.blocks_by=session", by_session, "use sequences.blocks_by=size"),
+        ]
 
     @model_validator(mode="after")
     def _embedders_are_known(self) -> Settings:

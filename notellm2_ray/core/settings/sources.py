@@ -34,6 +34,10 @@ class SourceSettings(Kinds):
         return found
 
 
+def _has_times(settings: SourceSettings) -> bool:
+    return False
+
+
 @dataclass(frozen=True)
 class Source:
     """Everything that the rest of the package needs of a kind of source.
@@ -44,13 +48,16 @@ class Source:
             when it is called. It raises DataError if a file or a required column is missing.
         versions: settings -> {setting: version of its files}. When a version changes, the notes are prepared again.
             It raises DataError or FileNotFoundError if a file is missing.
-        has_creation_times: whether its notes have ``created_at``.
+        has_creation_times: whether its notes may have ``created_at``.
+        invented_times: settings -> whether its events have an order but no times. The reader then makes some up, and
+            every setting that needs real ones is refused.
     """
 
     settings: type[SourceSettings]
     read: Callable[[Any, int], Any]
     versions: Callable[[Any], Mapping[str, Version]]
     has_creation_times: bool = True
+    invented_times: Callable[[Any], bool] = _has_times
 
     @property
     def kind(self) -> str:

@@ -7,7 +7,7 @@ then one run of the user's clicks sorted by time. Adding up such runs per viewed
 costs a few nanoseconds per (user, A, B) and does not sort them.
 
 Until the end, scores are integers in units of 1 / ``scale``. Integer sums do not depend on the order of their terms, so
-neither the number of parts nor their scheduling can change a result or the order of tied scores.
+neither the number of parts nor their scheduling can change a result or which scores are tied.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from notellm2_ray.data.arrays import offsets_of
+from notellm2_ray.data.arrays import mix, offsets_of
 
 CHUNK_PAIRS = 1 << 22  # (user, A, B) expanded at once: about 40 bytes each
 DECIMALS = 8  # of a pair's score; scores that are equal to so many decimals are tied
@@ -28,7 +28,7 @@ class Log(NamedTuple):
     """Events of some users, each with all of the user's events."""
 
     users: np.ndarray  # (E,) int64, 0 .. number of users - 1
-    notes: np.ndarray  # (E,) int64 codes; a smaller code is a smaller note id
+    notes: np.ndarray  # (E,) int64 codes
     times: np.ndarray  # (E,) int64, microseconds
     views: np.ndarray  # (E,) bool: the action is a view
     clicks: np.ndarray  # (E,) bool: the action is a click (an action may be both)
@@ -44,13 +44,15 @@ class Rows(NamedTuple):
 
 
 class Selected(NamedTuple):
-    """The related notes of some queries, sorted by query, descending score, and target."""
+    """The related notes of some queries, sorted by query and descending score, equal scores by :func:`tie_order`."""
 
     queries: np.ndarray  # (P,) int32
     targets: np.ndarray  # (P,) int32
     scores: np.ndarray  # (P,) float64
     below: int  # pairs dropped for a score below the lower bound
     above: int  # ... above the upper bound
+    num_queries: int  # queries with any pair within the bounds
+    tied_cuts: int  # of these, the ones whose last target kept has the same score as the first one dropped
 
 
 def fixed_point_scale(num_events: int) -> int:
@@ -91,10 +93,28 @@ def add_up(pieces: Sequence[Rows], num_notes: int) -> Rows:
     )
 
 
-def select(rows: Rows, *, scale: int, lower: float, upper: float, top: int) -> Selected:
-    """The ``top`` targets of each query whose score is within [lower, upper]; ties go to the smaller target code.
+def clicked_by(log: Log, num_notes: int) -> tuple[np.ndarray, np.ndarray]:
+    """(C,) codes of the notes that were clicked, distinct, and (C,) int64, the users who clicked each."""
+    keys = np.sort(log.users[log.clicks] * num_notes + log.notes[log.clicks])
+    return np.unique(keys[_starts(keys)] % num_notes, return_counts=True)
+
+
+def tie_order(query_keys: np.ndarray, target_keys: np.ndarray) -> np.ndarray:
+    """(K,) uint64: of targets with equal scores, those with the smallest number come first.
+
+    The order is another one for each query, so that no note gains from it again and again, and it comes from the notes'
+    keys (:mod:`notellm2_ray.data.keys`), so that no name decides.
+    """
+    return mix(target_keys ^ mix(query_keys))
+
+
+def select(rows: Rows, keys: np.ndarray, *, scale: int, lower: float, upper: float, top: int) -> Selected:
+    """The ``top`` targets of each query whose score is within [lower, upper].
 
     Scores are first rounded to ``DECIMALS`` decimals. A note is not a target of itself.
+
+    Args:
+        keys: (number of notes,) uint64, the notes' keys, which order equal scores.
     """
     queries = np.repeat(rows.queries, np.diff(rows.offsets))
     grid = np.rint(rows.sums * (10**DECIMALS / scale))
@@ -105,17 +125,20 @@ def select(rows: Rows, *, scale: int, lower: float, upper: float, top: int) -> S
     if top <= _TRIM_LIMIT:
         kept = kept[_near_top(queries[kept], grid[kept], top)]
     queries, targets, grid = queries[kept], rows.targets[kept], grid[kept]
-    order = np.lexsort((targets, -grid, queries))
+    order = np.lexsort((tie_order(keys[queries], keys[targets]), -grid, queries))
     queries, targets, grid = queries[order], targets[order], grid[order]
     starts = _starts(queries)
-    rank = np.arange(len(queries)) - np.repeat(starts, np.diff(np.append(starts, len(queries))))
-    best = rank < top
+    lengths = np.diff(np.append(starts, len(queries)))
+    best = np.arange(len(queries)) - np.repeat(starts, lengths) < top
+    cut = starts[lengths > top] + top
     return Selected(
         queries[best].astype(np.int32),
         targets[best].astype(np.int32),
         grid[best] / 10**DECIMALS,
         int(low.sum()),
         int(high.sum()),
+        len(starts),
+        int((grid[cut] == grid[cut - 1]).sum()),
     )
 
 

@@ -37,8 +37,6 @@ class UnitCounts(NamedTuple):
     events: int
     actions: dict[str, int]  # events by action
     unknown: int  # events on notes outside the vocabulary
-    clicked_notes: np.ndarray  # (C,) codes, distinct
-    click_counts: np.ndarray  # (C,) click events on each
 
 
 def pack_unit(
@@ -60,15 +58,12 @@ def pack_unit(
     codes = pc.index_in(notes.dictionary, vocabulary).fill_null(-1).to_numpy(zero_copy_only=False)
     codes, flags = codes[notes.indices.to_numpy()], bits[actions.indices.to_numpy()]
     known = inside & (codes >= 0)
-    clicked, click_counts = np.unique(codes[known & (flags & CLICK > 0)], return_counts=True)
     kept = np.flatnonzero(known & (flags > 0))
     batches = _pack(users, codes[kept], times[kept], flags[kept], users.indices.to_numpy()[kept], partitions)
     counts = UnitCounts(
         int(inside.sum()),
         {name: int(count) for name, count in zip(names, by_action, strict=True) if count},
         int(inside.sum() - known.sum()),
-        clicked,
-        click_counts,
     )
     return batches, counts
 

@@ -21,6 +21,7 @@ from notellm2_ray.core.run import write_atomically
 from notellm2_ray.core.schema import NOTE_SCHEMA, require_columns
 from notellm2_ray.core.settings import PairSettings, SplitSettings
 from notellm2_ray.data import event_log
+from notellm2_ray.data.keys import read_notes
 from notellm2_ray.data.pairs.related import MinedPairs, mine_pairs
 from notellm2_ray.data.pairs.split import Split, split_notes, split_pairs
 from notellm2_ray.data.pairs.statistics import describe_notes, format_statistics
@@ -44,15 +45,16 @@ POPULARITY_SCHEMA = pa.schema(
 def mine(prepared: Path, output: Path, pairs: PairSettings, split: SplitSettings, seed: int) -> dict[str, Any]:
     """Mine, split and describe the pairs of related notes (NoteLLM-2, Eq. 2, section 2.3 and Table 1).
 
-    Writes into ``output``: train.parquet, valid.parquet and test.parquet (PAIR_SCHEMA, sorted by query, descending
-    score, target), test_pool.parquet (note_id: all test notes), train_notes.arrow (a NoteStore of the notes of training
-    and validation pairs), popularity.parquet, train_log.json (``start`` and ``end`` of the log that the training pairs
-    were mined from, in microseconds since 1970, end exclusive) and statistics.json.
+    Writes into ``output``: train.parquet, valid.parquet and test.parquet (PAIR_SCHEMA, sorted by query and descending
+    score), test_pool.parquet (note_id: all test notes), train_notes.arrow (a NoteStore of the notes of training and
+    validation pairs), popularity.parquet, train_log.json (``start`` and ``end`` of the log that the training pairs were
+    mined from, in microseconds since 1970, end exclusive) and statistics.json. Notes stand in the order of their keys
+    (:mod:`notellm2_ray.data.keys`), and no result depends on their names.
 
-    ``popularity.parquet`` has the clicks on every note within the log that its side is mined from. For notes of the
-    test pool this is the test log, because notes created after the boundary have no other. A ranking by it has seen the
-    clicks that it must predict; the column ``optimistic`` marks these rows. In production popularity would know less,
-    so this favours the popularity baseline, never the embedder.
+    ``popularity.parquet`` has the number of users who clicked each note within the log that its side is mined from. For
+    notes of the test pool this is the test log, because notes created after the boundary have no other. A ranking by it
+    has seen the clicks that it must predict; the column ``optimistic`` marks these rows. In production popularity would
+    know less, so this favours the popularity baseline, never the embedder.
 
     Returns:
         counts for the manifest.
@@ -64,9 +66,7 @@ def mine(prepared: Path, output: Path, pairs: PairSettings, split: SplitSettings
     notes = ds.dataset([str(path) for path in event_log.parquet_files(prepared / "notes")], format="parquet")
     require_columns(notes.schema, NOTE_SCHEMA, str(prepared / "notes"))
     span = event_log.log_span(groups)
-    parted = split_notes(
-        notes.to_table(columns=["note_id", "created_at"]), span, split, window_days=pairs.window_days, seed=seed
-    )
+    parted = split_notes(read_notes(prepared), span, split, window_days=pairs.window_days, seed=seed)
     train_mined, test_mined = _mine_both(groups, parted, pairs, output)
     train, valid = split_pairs(train_mined.pairs, split.valid_share, seed)
     _check_test(test_mined.pairs.num_rows)
@@ -79,12 +79,12 @@ def mine(prepared: Path, output: Path, pairs: PairSettings, split: SplitSettings
     start, end = parted.train_window
     write_atomically(output / "train_log.json", json.dumps({"start": start, "end": end}))
     trained = pc.unique(pa.chunked_array([*(train_mined.pairs.column(c).combine_chunks() for c in (0, 1))]))
-    num_stored = NoteStore.write(output / "train_notes.arrow", _stream(notes, trained, NOTE_SCHEMA.names))
+    num_stored = _store(notes, trained, output / "train_notes.arrow")
 
     texts = ["title", "topics", "content"]
     statistics = {
-        "training": describe_notes(_stream(notes, trained, texts), train_mined.pairs.num_rows),
-        "testing": describe_notes(_stream(notes, pool, texts), test_mined.pairs.num_rows),
+        "training": describe_notes(_stream(notes, trained, texts), train_mined.pairs.num_rows) | train_mined.ties,
+        "testing": describe_notes(_stream(notes, pool, texts), test_mined.pairs.num_rows) | test_mined.ties,
     }
     write_atomically(output / "statistics.json", json.dumps(statistics, indent=2))
     log.info("statistics of the pairs (validation pairs count as training):\n%s", format_statistics(statistics))
@@ -110,18 +110,21 @@ def _mine_both(
     notes are left out. In a split by time there are none before the boundary, unless the source is wrong.
     """
     for stale in output.glob(f"{_SCRATCH}*"):  # from a run that was killed
-        shutil.rmtree(stale)
+        shutil.rmtree(stale) if stale.is_dir() else stale.unlink()
     with tempfile.TemporaryDirectory(prefix=_SCRATCH, dir=output) as scratch:
         train_dir, test_dir = Path(scratch, "train"), Path(scratch, "test")
         train_dir.mkdir()
         test_dir.mkdir()
-        known = parted.notes.filter(pa.array(~parted.is_test))
+        known, keys = parted.notes.filter(pa.array(~parted.is_test)), parted.keys[~parted.is_test]
         start, end = parted.train_window
-        train = mine_pairs(groups, known, settings, start=start, end=end, scratch=train_dir, what="training pairs")
+        train = mine_pairs(
+            groups, known, keys, settings, start=start, end=end, scratch=train_dir, what="training pairs"
+        )
         start, end = parted.test_window
         test = mine_pairs(
             groups,
             parted.notes,
+            parted.keys,
             settings,
             start=start,
             end=end,
@@ -147,6 +150,15 @@ def _check_test(num_pairs: int) -> None:
             num_pairs,
             100 / num_pairs,
         )
+
+
+def _store(notes: ds.Dataset, wanted: pa.Array, path: Path) -> int:
+    """Write a NoteStore of the wanted notes in their order, on which what the tiny models are taught depends."""
+    unordered = path.with_name(f"{_SCRATCH}{path.name}")
+    NoteStore.write(unordered, _stream(notes, wanted, NOTE_SCHEMA.names))
+    count = NoteStore.write(path, NoteStore(unordered).batches(wanted.to_pylist()))
+    unordered.unlink()
+    return count
 
 
 def _stream(notes: ds.Dataset, wanted: pa.Array | pa.ChunkedArray, columns: list[str]) -> Iterator[pa.RecordBatch]:

@@ -27,7 +27,15 @@ from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.schema import PAIR_SCHEMA
 from notellm2_ray.core.settings import PairSettings
 from notellm2_ray.data import event_log
-from notellm2_ray.data.pairs.cooccurrence import Rows, accumulate, add_up, fixed_point_scale, select
+from notellm2_ray.data.keys import report_ties
+from notellm2_ray.data.pairs.cooccurrence import (
+    Rows,
+    accumulate,
+    add_up,
+    clicked_by,
+    fixed_point_scale,
+    select,
+)
 from notellm2_ray.data.pairs.events import PACKED_SCHEMA, pack_unit, unpack
 from notellm2_ray.data.tasks import read_arrow, run_here, run_on_ray, write_arrow
 
@@ -50,14 +58,21 @@ class MinedPairs(NamedTuple):
     """Pairs of related notes, and counts of the mining.
 
     Attributes:
-        pairs: PAIR_SCHEMA, sorted by query, descending score, and target; scores are rounded to 8 decimals.
-        clicks: (number of notes,) int64, click events in the window on each note of the vocabulary.
-        counts: events in the window, those on notes outside the vocabulary, parts, scored pairs dropped by the bounds.
+        pairs: PAIR_SCHEMA, sorted by query (in the order of the vocabulary) and descending score; scores are rounded to
+            8 decimals.
+        clicks: (number of notes,) int64, users who clicked each note of the vocabulary in the window.
+        counts: events in the window, those on notes outside the vocabulary, parts, scored pairs dropped by the bounds,
+            queries, and those of them whose top t ends between equal scores.
     """
 
     pairs: pa.Table
     clicks: np.ndarray
     counts: dict[str, int]
+
+    @property
+    def ties(self) -> dict[str, int]:
+        """The queries, and those of them whose top t ends between equal scores."""
+        return {name: self.counts[name] for name in ("queries", "tied_cuts")}
 
 
 @dataclass(frozen=True)
@@ -77,6 +92,7 @@ class _Shared:
 def mine_pairs(
     groups: Sequence[event_log.RowGroup],
     notes: pa.Array,
+    keys: np.ndarray,
     settings: PairSettings,
     *,
     start: int,
@@ -94,7 +110,8 @@ def mine_pairs(
 
     Args:
         groups: see :func:`event_log.list_row_groups`.
-        notes: distinct note ids, ascending. Events on other notes are ignored.
+        notes: distinct note ids. Events on other notes are ignored.
+        keys: (len(notes),) uint64, the notes' keys, which decide between equal scores.
         pairable: (len(notes),) bool, the notes that may be a query or a target; None: all.
         scratch: an empty directory for intermediate files, seen by every node.
         in_process: run in this process, without Ray; None: if there is only one part.
@@ -108,31 +125,38 @@ def mine_pairs(
     partitions = settings.partitions or -(-rows // PARTITION_EVENTS) or 1
     shared = _Shared(scratch, tuple(units), (), partitions, fixed_point_scale(rows), start, end, settings)
     mask = np.ones(len(notes), bool) if pairable is None else pairable
-    vocabulary = pa.table({"note_id": notes, "pairable": pa.array(mask)})
+    vocabulary = pa.table({"note_id": notes, "key": pa.array(keys), "pairable": pa.array(mask)})
     write_arrow(scratch / "notes.arrow", vocabulary.to_batches(), vocabulary.schema)
     run = run_here if (partitions == 1 if in_process is None else in_process) else run_on_ray
     log.info("%s: mining %d events in %d part(s)", what, rows, partitions)
 
     seen = list(run(_pack_unit, len(units), shared, what, "units of events read"))
-    clicks = np.zeros(len(notes), np.int64)
     actions: dict[str, int] = {}
     for unit in seen:
-        clicks[unit["clicked_notes"]] += np.asarray(unit["click_counts"], np.int64)
         for name, count in json.loads(unit["actions"]).items():
             actions[name] = actions.get(name, 0) + count
     counts = {"events": sum(u["events"] for u in seen), "unknown_note_events": sum(u["unknown"] for u in seen)}
     _check_log(counts["events"], actions, settings, what)
 
-    sums = sum(part["sums"] for part in run(_sum_part, partitions, shared, what, "parts of the users summed"))
+    clicks, sums = np.zeros(len(notes), np.int64), 0
+    for part in run(_sum_part, partitions, shared, what, "parts of the users summed"):
+        clicks[part["clicked_notes"]] += np.asarray(part["clicks"], np.int64)
+        sums += part["sums"]
     for path in scratch.glob("unit-*.arrow"):
         path.unlink()
     shared = _Shared(scratch, (), _cut_queries(shared, len(notes)), partitions, shared.scale, start, end, settings)
     merged = list(run(_merge_range, len(shared.ranges), shared, what, "ranges of query notes merged"))
     pairs = _as_pairs(merged, notes)
-    below, above = sum(m["below"] for m in merged), sum(m["above"] for m in merged)
+    below, above, queries, tied = (
+        sum(m[name] for m in merged) for name in ("below", "above", "num_queries", "tied_cuts")
+    )
     _check_pairs(pairs.num_rows, below, above, int(clicks.sum()), settings, what)
     log.info("%s: %d pairs; %d below and %d above the bounds", what, pairs.num_rows, below, above)
+    report_ties(
+        f"{what}: queries whose top {settings.top} end between equal scores, so that chance decides", tied, queries
+    )
     counts |= {"partitions": partitions, "partial_sums": sums, "below": below, "above": above, "pairs": pairs.num_rows}
+    counts |= {"queries": queries, "tied_cuts": tied}
     return MinedPairs(pairs, clicks, counts)
 
 
@@ -166,22 +190,22 @@ def _sum_part(shared: _Shared, index: int) -> dict[str, Any]:
             yield pa.record_batch([pa.array(rows.queries), *lists], schema=_SUMS_SCHEMA)
 
     write_arrow(shared.scratch / f"sums-{index}.arrow", batches(), _SUMS_SCHEMA)
-    return {"sums": written}
+    clicked, users = clicked_by(events, len(pairable))
+    return {"sums": written, "clicked_notes": clicked, "clicks": users}
 
 
 def _merge_range(shared: _Shared, index: int) -> dict[str, Any]:
     low, high = shared.ranges[index]
-    num_notes = read_arrow(shared.scratch / "notes.arrow").read_all().num_rows
+    keys = read_arrow(shared.scratch / "notes.arrow").read_all().column("key").to_numpy()
     pending: list[Rows] = []
     for piece in _pieces(shared, low, high):
         pending.append(piece)
         # A range holds few sums, but a single note may have many: add them up before they fill the memory.
         if sum(len(p.sums) for p in pending[1:]) > MERGE_SUMS:
-            pending = [add_up(pending, num_notes)]
+            pending = [add_up(pending, len(keys))]
     settings = shared.settings
-    chosen = select(
-        add_up(pending, num_notes), scale=shared.scale, lower=settings.lower, upper=settings.upper, top=settings.top
-    )
+    sums = add_up(pending, len(keys))
+    chosen = select(sums, keys, scale=shared.scale, lower=settings.lower, upper=settings.upper, top=settings.top)
     return chosen._asdict()
 
 

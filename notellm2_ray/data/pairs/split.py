@@ -21,7 +21,7 @@ import pyarrow.compute as pc
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.settings import SplitSettings
-from notellm2_ray.data.arrays import hash_strings
+from notellm2_ray.data.arrays import mix
 
 DAY = 86_400_000_000  # microseconds
 
@@ -29,7 +29,8 @@ DAY = 86_400_000_000  # microseconds
 class Split(NamedTuple):
     """Notes and times of the two sides; times in microseconds since 1970, ends exclusive."""
 
-    notes: pa.Array  # (N,) note ids, ascending
+    notes: pa.Array  # (N,) note ids, in the order given
+    keys: np.ndarray  # (N,) uint64, the notes' keys
     is_test: np.ndarray  # (N,) bool; all other notes are training notes
     in_pool: np.ndarray  # (N,) bool; the notes that test pairs join and are searched in
     boundary: int | None  # None in a split by notes
@@ -43,7 +44,7 @@ def split_notes(
     """The two sides.
 
     Args:
-        notes: columns note_id and created_at of all prepared notes.
+        notes: all prepared notes, as :func:`notellm2_ray.data.keys.read_notes` gives them.
         span: times of the first and the last event.
         window_days: length of the mined log before the boundary (by notes: before the end); None: all of it.
 
@@ -52,20 +53,18 @@ def split_notes(
     """
     if not notes.num_rows:
         raise DataError("the prepared notes table is empty: run prepare on a source that has notes")
-    notes = notes.sort_by("note_id").combine_chunks()
-    ids = notes.column("note_id").combine_chunks()
+    ids, keys = notes.column("note_id").combine_chunks(), notes.column("key").to_numpy()
     first, end = span[0], span[1] + 1
     if settings.by == "time":
         boundary = first + round((span[1] - first) * (1 - settings.test_share))
         is_test = _created(notes) >= boundary
         in_pool = np.ones(len(ids), bool) if settings.test_notes == "all" else is_test
         window = (_back(boundary, window_days, first), boundary)
-        split = Split(ids, is_test, in_pool, boundary, window, (boundary, end))
+        split = Split(ids, keys, is_test, in_pool, boundary, window, (boundary, end))
     else:
-        key = f"{stream_seed(seed, 'split', 'notes'):016x}"
-        is_test = hash_strings(ids, key) / 2.0**64 < settings.test_share
+        is_test = mix(keys ^ np.uint64(stream_seed(seed, "split", "notes"))) / 2.0**64 < settings.test_share
         window = (_back(end, window_days, first), end)
-        split = Split(ids, is_test, is_test, None, window, window)
+        split = Split(ids, keys, is_test, is_test, None, window, window)
     if split.is_test.all() or not split.is_test.any():
         side = "training" if split.is_test.all() else "test"
         raise DataError(

@@ -1,8 +1,13 @@
 """From the event log to every user's history of liked notes.
 
 Hashing brings a user's positive events together: those of a unit of reading go into one record batch for each part of
-the users, and a part is a range of hashes. From then on users are in the order of (hash of the id, id), which depends
-neither on the number of parts nor on the order of the events in the files.
+the users, and a part is a range of hashes of the ids. Then every user gets a key, and users are in the order of their
+keys from then on. A key is a hash of the first notes that the user liked and when. It depends neither on the user's id,
+nor on the order of the events in the files, nor on later events.
+
+Where a user liked several notes at one time, the order of rows decides if the table is a log, with each user's rows in
+order of time (or newest first). Where it is not, that order may be of the notes' names, as in MovieLens, and a hash of
+the two keys decides: the order of such events is not known.
 """
 
 from __future__ import annotations
@@ -15,7 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from notellm2_ray.core.schema import EVENT_SCHEMA, QUARANTINE_SCHEMA
-from notellm2_ray.data.arrays import hash_strings, offsets_of
+from notellm2_ray.data.arrays import GOLDEN, hash_strings, mix, offsets_of
 from notellm2_ray.data.event_log import RowGroup
 from notellm2_ray.data.sequences.histories import Histories
 from notellm2_ray.data.validate import UNKNOWN_NOTE
@@ -26,11 +31,24 @@ _TIME = pa.timestamp("us", tz="UTC")
 POSITIVE_EVENT_SCHEMA = pa.schema(
     [
         pa.field("user_id", pa.string()),
-        pa.field("note", pa.int32()),  # code: position in the ascending list of note ids
+        pa.field("note", pa.int32()),  # code: position in the list of notes
         pa.field("time", pa.int64()),  # microseconds
         pa.field("session_id", pa.string()),
+        pa.field("row", pa.int64()),  # in the log
     ]
 )
+GROUPED_SCHEMA = pa.schema(
+    [
+        pa.field("user_id", pa.string()),
+        pa.field("key", pa.uint64()),
+        pa.field("notes", pa.list_(pa.int32())),  # each once
+        pa.field("times", pa.list_(pa.int64())),
+        pa.field("sessions", pa.list_(pa.string())),
+        pa.field("rows", pa.list_(pa.int64())),
+    ]
+)
+_KEY_EVENTS = 5  # of each user, the first: a user with more keeps the key, and so the side, while the log grows
+_IN_ORDER = 0.99  # of neighbouring rows of a user: the others are events that were logged late
 
 
 def positive_events(
@@ -39,7 +57,7 @@ def positive_events(
     """The positive events of a unit of reading.
 
     Args:
-        vocabulary: all note ids, ascending.
+        vocabulary: all note ids.
         actions: the positive ones.
 
     Returns:
@@ -57,6 +75,7 @@ def positive_events(
         codes.drop_null(),
         _flat(known["timestamp"].cast(_TIME).cast(pa.int64())),
         _flat(known["session_id"]),
+        _flat(known["log_row"]),
     ]
     rows = pa.record_batch(columns, schema=POSITIVE_EVENT_SCHEMA)
     part = part_of(columns[0], partitions)
@@ -72,33 +91,120 @@ def part_of(users: pa.Array, partitions: int) -> np.ndarray:
     if partitions == 1:
         return np.zeros(len(users), np.int64)
     encoded = users.dictionary_encode()
-    high = hash_strings(encoded.dictionary, USER_KEY) >> np.uint64(32)
-    part = (high * np.uint64(partitions) >> np.uint64(32)).astype(np.int64)
-    return part[encoded.indices.to_numpy()]
+    return _range_of(hash_strings(encoded.dictionary, USER_KEY), partitions)[encoded.indices.to_numpy()]
 
 
-def build_histories(batches: Iterable[pa.RecordBatch]) -> Histories:
-    """The histories of one part of the users, from its batches of all units: each note at its first positive event."""
+def _range_of(hashes: np.ndarray, partitions: int) -> np.ndarray:
+    return ((hashes >> np.uint64(32)) * np.uint64(partitions) >> np.uint64(32)).astype(np.int64)
+
+
+def group_events(
+    batches: Iterable[pa.RecordBatch], note_keys: np.ndarray, partitions: int
+) -> tuple[list[pa.RecordBatch], np.ndarray]:
+    """The events of one part of the users, user by user, each note at its first positive event.
+
+    Args:
+        batches: the part's POSITIVE_EVENT_SCHEMA batches of all units.
+        note_keys: (number of notes,) uint64.
+
+    Returns:
+        GROUPED_SCHEMA batches, one for each range of user keys; and (2,) int64, how often a user's next row is later,
+        and how often it is earlier.
+    """
     table = pa.Table.from_batches(batches, schema=POSITIVE_EVENT_SCHEMA).combine_chunks()
     users = _flat(table["user_id"]).dictionary_encode()
-    order_of_users = np.lexsort((_ranks(users.dictionary), hash_strings(users.dictionary, USER_KEY)))
-    place = np.empty(len(order_of_users), np.int64)
-    place[order_of_users] = np.arange(len(order_of_users))
-    who, notes, times = place[users.indices.to_numpy()], table["note"].to_numpy(), table["time"].to_numpy()
-    sessions = _flat(table["session_id"])
+    who, notes = users.indices.to_numpy(), table["note"].to_numpy()
+    times, rows, sessions = table["time"].to_numpy(), table["row"].to_numpy(), _flat(table["session_id"])
+    # Of events on one note at one time, the first that names a session.
+    order = np.lexsort((rows, sessions.is_null().to_numpy(zero_copy_only=False), times, notes, who))
+    first = order[_starts(who[order], notes[order])]
+    first = first[np.lexsort((note_keys[notes[first]], times[first], who[first]))]
+    lengths = np.bincount(who[first], minlength=len(users.dictionary))
+    keys = _user_keys(lengths, times[first], note_keys[notes[first]], _KEY_EVENTS)
+    by_row = first[np.lexsort((rows[first], who[first]))]
+    steps = np.sign(np.diff(times[by_row]))[who[by_row][1:] == who[by_row][:-1]]
+    offsets = pa.array(offsets_of(lengths), pa.int32())
+    kept = table.select(["note", "time", "session_id", "row"]).take(pa.array(first))
+    lists = [pa.ListArray.from_arrays(offsets, _flat(column)) for column in kept.columns]
+    grouped = pa.record_batch([users.dictionary, pa.array(keys), *lists], schema=GROUPED_SCHEMA)
+    ranges = _range_of(keys, partitions)
+    batches = [grouped.filter(pa.array(ranges == number)) for number in range(partitions)]
+    return batches, np.array([(steps > 0).sum(), (steps < 0).sum()])
 
-    # The session breaks the last ties, so that nothing depends on the order of rows in the files.
-    order = np.lexsort((_ranks(sessions), times, notes, who))
-    again = (who[order][1:] == who[order][:-1]) & (notes[order][1:] == notes[order][:-1])
-    first = order[np.append(True, ~again)[: len(order)]]
-    first = first[np.lexsort((notes[first], times[first], who[first]))]
+
+def log_direction(steps: np.ndarray) -> int:
+    """1 if each user's rows are in order of time, -1 if the newest are first, 0 if their order says nothing.
+
+    Args:
+        steps: (2,) the sum of what :func:`group_events` counts.
+    """
+    later, earlier = (share >= _IN_ORDER * max(steps.sum(), 1) for share in steps)
+    return 1 if later else -1 if earlier else 0
+
+
+def build_histories(batches: Iterable[pa.RecordBatch], note_keys: np.ndarray, direction: int) -> Histories:
+    """The histories of the users in a range of keys.
+
+    Args:
+        batches: GROUPED_SCHEMA, of all parts.
+        direction: see :func:`log_direction`.
+    """
+    table = pa.Table.from_batches(batches, schema=GROUPED_SCHEMA).combine_chunks()
+    notes, times, sessions, rows = (_flat(table[name]) for name in ("notes", "times", "sessions", "rows"))
+    lengths = notes.value_lengths().to_numpy()
+    notes, times, rows = (column.flatten().to_numpy() for column in (notes, times, rows))
+    users, keys = _flat(table["user_id"]), table["key"].to_numpy()
+    keys, order = _told_apart(keys, lengths, times, note_keys[notes], rows)
+    place = np.argsort(order)
+    owners = np.repeat(np.arange(len(lengths)), lengths)
+    ties = rows * direction if direction else mix(note_keys[notes] ^ mix(keys[owners]))
+    events = np.lexsort((rows, ties, times, place[owners]))
     return Histories(
-        users.dictionary.take(pa.array(order_of_users)),
-        offsets_of(np.bincount(who[first], minlength=len(order_of_users))),
-        notes[first],
-        times[first],
-        sessions.take(pa.array(first)),
+        users.take(pa.array(order)),
+        keys[order],
+        offsets_of(lengths[order]),
+        notes[events],
+        times[events],
+        sessions.flatten().take(pa.array(events)),
     )
+
+
+def _user_keys(lengths: np.ndarray, times: np.ndarray, note_keys: np.ndarray, most: int | None) -> np.ndarray:
+    """(U,) uint64, a hash of the first ``most`` events of each user, which are sorted by user, time and note key."""
+    owners = np.repeat(np.arange(len(lengths)), lengths)
+    number = np.arange(len(times)) - np.repeat(offsets_of(lengths)[:-1], lengths)
+    early = number < (len(times) if most is None else most)
+    keys = np.zeros(len(lengths), np.uint64)
+    events = mix(mix(times.view(np.uint64)) ^ (note_keys + GOLDEN * number.astype(np.uint64)))
+    np.add.at(keys, owners[early], events[early])
+    return mix(keys)
+
+
+def _told_apart(
+    keys: np.ndarray, lengths: np.ndarray, times: np.ndarray, note_keys: np.ndarray, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """(U,) keys of which no two are equal, and (U,) the users in order.
+
+    Users whose first events are alike are told apart by all of their events, and those who are alike in everything by
+    the order of rows: which of them is which makes no difference but for their ids.
+    """
+    _, same, counts = np.unique(keys, return_inverse=True, return_counts=True)
+    alike = counts[same] > 1
+    whole = np.where(alike, mix(keys ^ _user_keys(lengths, times, note_keys, None)), keys)
+    earliest = np.minimum.reduceat(rows, offsets_of(lengths)[:-1]) if len(rows) else rows
+    order = np.lexsort((earliest, whole, keys))
+    starts = np.flatnonzero(_starts(whole[order]))
+    number = np.arange(len(order)) - np.repeat(starts, np.diff(np.append(starts, len(order))))
+    apart = np.empty_like(whole)
+    apart[order] = np.where(number > 0, mix(whole[order] + GOLDEN * number.astype(np.uint64)), whole[order])
+    return apart, order
+
+
+def _starts(*columns: np.ndarray) -> np.ndarray:
+    """(E,) bool: whether a row differs from the one before in any column."""
+    changed = np.ones(len(columns[0]), bool)
+    changed[1:] = np.any([column[1:] != column[:-1] for column in columns], axis=0)
+    return changed
 
 
 def _read(group: RowGroup, number: int) -> pa.Table:
@@ -109,6 +215,7 @@ def _read(group: RowGroup, number: int) -> pa.Table:
         table = table.append_column("session_id", pa.nulls(table.num_rows, pa.string()))
     table = table.select(EVENT_SCHEMA.names).cast(EVENT_SCHEMA)
     table = table.append_column("row", pa.array(np.arange(table.num_rows)))
+    table = table.append_column("log_row", pa.array(np.arange(table.num_rows) + group.before))
     return table.append_column("group", pa.array(np.full(table.num_rows, number)))
 
 
@@ -130,13 +237,3 @@ def _quarantined(events: pa.Table, unit: Sequence[RowGroup]) -> pa.Table:
 
 def _flat(column: pa.ChunkedArray) -> pa.Array:
     return column.combine_chunks() if column.num_chunks != 1 else column.chunk(0)
-
-
-def _ranks(values: pa.Array) -> np.ndarray:
-    """(N,) int64, the rank of each value among the distinct ones, from 1; 0 for null."""
-    encoded = values.dictionary_encode()
-    order = pc.sort_indices(encoded.dictionary).to_numpy()
-    rank = np.empty(len(order), np.int64)
-    rank[order] = np.arange(1, len(order) + 1)
-    codes = encoded.indices.fill_null(-1).to_numpy(zero_copy_only=False)
-    return np.append(rank, 0)[codes]

@@ -14,6 +14,7 @@ from notellm2_ray.data.arrays import offsets_of
 HISTORY_SCHEMA = pa.schema(
     [
         pa.field("user_id", pa.string()),
+        pa.field("key", pa.uint64()),
         pa.field("notes", pa.list_(pa.int32())),
         pa.field("times", pa.list_(pa.int64())),
         pa.field("sessions", pa.list_(pa.string())),
@@ -22,12 +23,14 @@ HISTORY_SCHEMA = pa.schema(
 
 
 class Histories(NamedTuple):
-    """Users and the notes that each liked, every note once, by time and, at the same time, by note id.
+    """Users and the notes that each liked, every note once, by time.
 
-    The events of user u are ``offsets[u]:offsets[u + 1]``.
+    Users are in the order of their keys. :mod:`notellm2_ray.data.sequences.events` says what a key is, and in which
+    order events of the same time stand. The events of user u are ``offsets[u]:offsets[u + 1]``.
     """
 
     users: pa.Array  # (U,) ids
+    keys: np.ndarray  # (U,) uint64
     offsets: np.ndarray  # (U + 1,) int64
     notes: np.ndarray  # (E,) int32 codes
     times: np.ndarray  # (E,) int64 microseconds, ascending within a user
@@ -48,6 +51,13 @@ class Histories(NamedTuple):
         """(E,) int64, each event's position in its user's sequence."""
         return np.arange(len(self.notes)) - np.repeat(self.offsets[:-1], self.lengths)
 
+    @property
+    def tied(self) -> np.ndarray:
+        """(E,) bool: whether the user's event before this one has the same time."""
+        same = np.zeros(len(self.times), bool)
+        same[1:] = (self.times[1:] == self.times[:-1]) & (self.positions[1:] > 0)
+        return same
+
     def block_numbers(self, rule: BlockRule) -> np.ndarray:
         """(E,) int64, the block of each event, 0, 1, ... within its user."""
         return number_blocks(self.offsets, self.times, self.sessions, rule)
@@ -59,6 +69,7 @@ class Histories(NamedTuple):
         mask = pa.array(kept)
         return Histories(
             self.users.filter(pa.array(some)),
+            self.keys[some],
             offsets_of(lengths[some]),
             self.notes[kept],
             self.times[kept],
@@ -74,14 +85,16 @@ class Histories(NamedTuple):
         offsets = pa.array(self.offsets, pa.int32())
         values = (pa.array(self.notes, pa.int32()), pa.array(self.times, pa.int64()), self.sessions)
         lists = [pa.ListArray.from_arrays(offsets, column) for column in values]
-        return pa.record_batch([self.users, *lists], schema=HISTORY_SCHEMA)
+        return pa.record_batch([self.users, pa.array(self.keys), *lists], schema=HISTORY_SCHEMA)
 
     @staticmethod
     def from_batch(batch: pa.RecordBatch) -> Histories:
         """The histories that :meth:`to_batch` wrote."""
-        users, notes, times, sessions = batch.columns
+        users, keys, notes, times, sessions = batch.columns
         offsets = notes.offsets.to_numpy().astype(np.int64)
-        return Histories(users, offsets, notes.values.to_numpy(), times.values.to_numpy(), sessions.values)
+        return Histories(
+            users, keys.to_numpy(), offsets, notes.values.to_numpy(), times.values.to_numpy(), sessions.values
+        )
 
 
 def k_core(

@@ -28,21 +28,28 @@ import json
 import logging
 import shutil
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.dataset as ds
 
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.run import write_atomically
-from notellm2_ray.core.schema import NOTE_SCHEMA, QUARANTINE_SCHEMA, require_columns
+from notellm2_ray.core.schema import QUARANTINE_SCHEMA
 from notellm2_ray.core.settings import CandidateSettings, SequenceSettings
 from notellm2_ray.data import event_log
-from notellm2_ray.data.sequences.events import POSITIVE_EVENT_SCHEMA, build_histories, positive_events
+from notellm2_ray.data.keys import read_notes, report_ties
+from notellm2_ray.data.sequences.events import (
+    GROUPED_SCHEMA,
+    POSITIVE_EVENT_SCHEMA,
+    build_histories,
+    group_events,
+    log_direction,
+    positive_events,
+)
 from notellm2_ray.data.sequences.histories import HISTORY_SCHEMA, Histories, k_core, within_core
 from notellm2_ray.data.sequences.leaks import check_tables
 from notellm2_ray.data.sequences.note_facts import EVER, NoteFacts, note_facts
@@ -55,6 +62,7 @@ from notellm2_ray.data.writer import RollingWriter, write_parquet
 
 PARTITION_EVENTS = 1 << 19
 _SCRATCH = ".sequences-"
+TIES_FOLLOW = {1: "the log", -1: "the log, which is newest first", 0: "a hash, because the log's rows are not by time"}
 log = logging.getLogger("notellm2_ray")
 
 POPULARITY_SCHEMA = pa.schema(
@@ -73,6 +81,7 @@ class _Shared:
     candidates: CandidateSettings
     seed: int
     draws: int
+    direction: int = 0
     split: UserSplit | None = None
 
 
@@ -93,7 +102,8 @@ def make_sequences(
     (all notes that may be a candidate), statistics.json and quarantine/. With the protocol ``published`` there are also
     published.parquet, published_blocks.parquet and published_popularity.parquet. Each file appears complete or not at
     all. The same input gives the same files for any number of ``partitions`` of the users (0: by the log's length).
-    Users are ordered by a hash of their ids, so that the first n are a random sample.
+    Users are ordered by their keys (see :mod:`notellm2_ray.data.sequences.events`), so that the first n are a random
+    sample. Under other ids of users and notes the tables are the same but for the ids.
 
     Args:
         seed: of the split and of the users that are tested.
@@ -106,7 +116,7 @@ def make_sequences(
         DataError: there are no positive events, too few users, or too few notes to draw negatives from.
     """
     groups = event_log.list_row_groups(event_log.parquet_files(prepared / "events"))
-    ids, created = _read_notes(prepared / "notes")
+    notes = read_notes(prepared)
     units = event_log.plan_units(groups, EVER, -EVER)
     partitions = partitions or -(-sum(group.rows for group in groups) // PARTITION_EVENTS) or 1
     run = run_here if partitions == 1 else run_on_ray
@@ -116,13 +126,16 @@ def make_sequences(
         shared = _Shared(
             Path(scratch), tuple(units), partitions, sequences, candidates, seed, seed if draws is None else draws
         )
-        write_arrow(shared.scratch / "notes.arrow", ids.to_batches(), ids.schema)
+        write_arrow(shared.scratch / "notes.arrow", notes.to_batches(), notes.schema)
         read = list(run(_read_unit, len(units), shared, "make-sequences", "units of events read"))
         check_actions(read, sequences)
+        grouped = run(_group_part, partitions, shared, "make-sequences", "parts of the users gathered")
+        direction = log_direction(sum((part["steps"] for part in grouped), np.zeros(2, np.int64)))
+        shared = replace(shared, direction=direction)
         list(run(_build_part, partitions, shared, "make-sequences", "parts of the users sorted"))
-        in_core = _core(shared, ids.num_rows)
+        in_core = _core(shared, notes.num_rows)
         shared = replace(shared, split=_split(shared, in_core))
-        _write_facts(shared, in_core, created)
+        _write_facts(shared, in_core, _created(notes))
         counts = list(run(_make_part, partitions, shared, "make-sequences", "parts of the users written"))
         check_negatives(counts, candidates)
         _write_tables(shared, output)
@@ -132,9 +145,20 @@ def make_sequences(
     statistics = sequence_statistics(
         counts, read, num_notes=int(in_core.sum()), split=shared.split, settings=candidates
     )
+    statistics["ties_follow"] = TIES_FOLLOW[direction]
     write_atomically(output / "statistics.json", json.dumps(statistics, indent=2))
     log.info("statistics of the sequences:\n%s", format_statistics(statistics))
-    return {name: value for name, value in statistics.items() if isinstance(value, int)} | {"partitions": partitions}
+    _report_ties(statistics)
+    numbers = {name: value for name, value in statistics.items() if isinstance(value, int)}
+    return numbers | {"ties_follow": statistics["ties_follow"], "partitions": partitions}
+
+
+def _report_ties(statistics: Mapping[str, Any]) -> None:
+    order = f"ordered by {statistics['ties_follow']}"
+    kept = statistics["interactions"] - statistics["truncated_events"]
+    report_ties(f"likes at the same time as another of their user, {order}", statistics["tied_events"], kept)
+    targets = statistics["users"] - statistics["cold_users"]
+    report_ties(f"targets at the same time as the like before, {order}", statistics["tied_targets"], targets)
 
 
 def _read_unit(shared: _Shared, index: int) -> dict[str, Any]:
@@ -145,9 +169,17 @@ def _read_unit(shared: _Shared, index: int) -> dict[str, Any]:
     return {"actions": json.dumps(seen), "unknown_note_events": bad.num_rows}
 
 
-def _build_part(shared: _Shared, index: int) -> dict[str, Any]:
+def _group_part(shared: _Shared, index: int) -> dict[str, Any]:
     units = range(len(shared.units))
-    histories = build_histories(read_arrow(shared.scratch / f"unit-{unit}.arrow").get_batch(index) for unit in units)
+    events = (read_arrow(shared.scratch / f"unit-{unit}.arrow").get_batch(index) for unit in units)
+    batches, steps = group_events(events, _note_keys(shared), shared.partitions)
+    write_arrow(shared.scratch / f"grouped-{index}.arrow", batches, GROUPED_SCHEMA)
+    return {"steps": steps}
+
+
+def _build_part(shared: _Shared, index: int) -> dict[str, Any]:
+    parts = (read_arrow(shared.scratch / f"grouped-{part}.arrow").get_batch(index) for part in range(shared.partitions))
+    histories = build_histories(parts, _note_keys(shared), shared.direction)
     write_arrow(shared.scratch / f"histories-{index}.arrow", [histories.to_batch()], HISTORY_SCHEMA)
     return {"users": len(histories.users)}
 
@@ -185,10 +217,10 @@ def _core(shared: _Shared, num_notes: int) -> np.ndarray:
 
 
 def _split(shared: _Shared, in_core: np.ndarray) -> UserSplit:
-    def with_target() -> Iterator[tuple[pa.Array, np.ndarray]]:
+    def with_target() -> Iterator[tuple[np.ndarray, np.ndarray]]:
         for part in _parts(shared, in_core):
             has = part.lengths >= shared.sequences.min_events
-            yield part.users.filter(pa.array(has)), part.times[part.offsets[1:] - 1][has]
+            yield part.keys[has], part.times[part.offsets[1:] - 1][has]
 
     return fit_split(with_target(), shared.candidates, shared.seed)
 
@@ -243,13 +275,9 @@ def _write_quarantine(shared: _Shared, output: Path) -> None:
             writer.write(read_arrow(shared.scratch / f"quarantine-{name}.arrow").read_all())
 
 
-def _read_notes(directory: Path) -> tuple[pa.Table, np.ndarray]:
-    """All note ids, ascending, as a table, and their creation times in microseconds, EVER where unknown."""
-    notes = ds.dataset([str(path) for path in event_log.parquet_files(directory)], format="parquet")
-    require_columns(notes.schema, NOTE_SCHEMA, str(directory))
-    table = notes.to_table(columns=["note_id", "created_at"]).sort_by("note_id").combine_chunks()
-    created = table["created_at"].cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()).fill_null(EVER)
-    return table.select(["note_id"]), created.to_numpy()
+def _created(notes: pa.Table) -> np.ndarray:
+    """(number of notes,) int64, creation times in microseconds, EVER where unknown."""
+    return notes["created_at"].cast(pa.timestamp("us", tz="UTC")).cast(pa.int64()).fill_null(EVER).to_numpy()
 
 
 def _table(shared: _Shared, name: str, index: int) -> pa.Table:
@@ -258,3 +286,7 @@ def _table(shared: _Shared, name: str, index: int) -> pa.Table:
 
 def _vocabulary(shared: _Shared) -> pa.Array:
     return read_arrow(shared.scratch / "notes.arrow").read_all().column("note_id").combine_chunks()
+
+
+def _note_keys(shared: _Shared) -> np.ndarray:
+    return read_arrow(shared.scratch / "notes.arrow").read_all().column("key").to_numpy()

@@ -11,7 +11,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+from notellm2_ray.data.arrays import GOLDEN, mix
+
 _ROWS = 8192  # examples sampled at once: about 2 kB each with 20 negatives
 
 
@@ -111,7 +112,7 @@ def sample(
 
 def shuffle_keys(keys: np.ndarray, width: int) -> np.ndarray:
     """(X, width) uint64 random numbers to order an example's candidates by, independent of those that draw them."""
-    return _mix(_mix(~keys)[:, None] + _GOLDEN * np.arange(width, dtype=np.uint64))
+    return mix(mix(~keys)[:, None] + GOLDEN * np.arange(width, dtype=np.uint64))
 
 
 def _sample(pool, liked, keys, users, times, count, max_age) -> np.ndarray:
@@ -134,7 +135,7 @@ def _sample(pool, liked, keys, users, times, count, max_age) -> np.ndarray:
 
 
 def _draw(pool: Pool, keys: np.ndarray, begins: np.ndarray, ends: np.ndarray, draws: int) -> np.ndarray:
-    numbers = _unit(_mix(keys[:, None] + _GOLDEN * np.arange(1, draws + 1, dtype=np.uint64)))
+    numbers = _unit(mix(keys[:, None] + GOLDEN * np.arange(1, draws + 1, dtype=np.uint64)))
     before = pool.totals[begins][:, None]
     values = before + (numbers * (pool.totals[ends][:, None] - before)).astype(np.int64)
     return np.searchsorted(pool.totals, values, side="right") - 1
@@ -144,7 +145,7 @@ def _complete(pool, liked, key: np.uint64, user: int, begin: int, end: int, coun
     """``count`` positions, ``drawn`` first. The next note is one of weight w with probability w / remaining weight."""
     positions = np.setdiff1d(np.arange(begin, end), drawn)
     positions = positions[~liked.holds(np.full(len(positions), user), positions)]
-    numbers = _unit(_mix(_mix(key + positions.astype(np.uint64) * _GOLDEN)))
+    numbers = _unit(mix(mix(key + positions.astype(np.uint64) * GOLDEN)))
     waits = -np.log1p(-numbers) / np.diff(pool.totals)[positions]
     return np.append(drawn, positions[np.argsort(waits, kind="stable")])[:count]
 
@@ -160,11 +161,3 @@ def _repeats(positions: np.ndarray) -> np.ndarray:
 
 def _unit(numbers: np.ndarray) -> np.ndarray:
     return (numbers >> np.uint64(11)) * 2.0**-53
-
-
-def _mix(numbers):
-    """SplitMix64's finaliser (Steele, Lea and Flood 2014); products wrap."""
-    with np.errstate(over="ignore"):
-        numbers = (numbers ^ (numbers >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        numbers = (numbers ^ (numbers >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        return numbers ^ (numbers >> np.uint64(31))

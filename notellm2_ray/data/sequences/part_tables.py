@@ -12,7 +12,7 @@ from notellm2_ray.core.history_blocks import BlockRule
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.schema import QUARANTINE_SCHEMA
 from notellm2_ray.core.settings import CandidateSettings, SequenceSettings
-from notellm2_ray.data.arrays import hash_strings
+from notellm2_ray.data.arrays import mix
 from notellm2_ray.data.sequences.histories import Histories
 from notellm2_ray.data.sequences.negatives import Liked, Pool, num_eligible, sample, shuffle_keys
 from notellm2_ray.data.sequences.note_facts import EVER, NoteFacts
@@ -55,7 +55,7 @@ class PartTables:
 
         Args:
             histories: whole histories. Notes that ``sequences.max_events`` leaves out are not negatives either.
-            vocabulary: all note ids, ascending.
+            vocabulary: all note ids.
             seed: of the negatives.
         """
         self.vocabulary, self.notes, self.seed = vocabulary, notes, seed
@@ -73,7 +73,7 @@ class PartTables:
         self._add_all(histories, self._sides(histories, split))
 
     def _sides(self, histories: Histories, split: UserSplit) -> np.ndarray:
-        sides = split.sides(histories.users, histories.times[histories.offsets[1:] - 1])
+        sides = split.sides(histories.keys, histories.times[histories.offsets[1:] - 1])
         return np.where(histories.lengths >= self.sequences.min_events, sides, "none").astype(object)
 
     def _add_all(self, full: Histories, sides: np.ndarray) -> None:
@@ -91,7 +91,11 @@ class PartTables:
             self._add_published(full.filter((sides == TEST)[full.owners]))
 
     def _count_users(self, full: Histories, kept: Histories, sides: np.ndarray) -> None:
+        tied = kept.tied
+        last = tied[kept.offsets[1:] - 1]
         self.counts |= {
+            "tied_events": int((tied | np.append(tied[1:], False)[: len(tied)]).sum()),
+            "tied_targets": int(last[sides != "none"].sum()),
             "users": len(full.users),
             "interactions": len(full.notes),
             "cold_users": int((sides == "none").sum()),
@@ -131,7 +135,7 @@ class PartTables:
         self.tables[name] = example_table(kept, examples, self.vocabulary)
         ids = self.tables[name]["example_id"].combine_chunks()
         for protocol, pool_name in pool_names.items():
-            keys = hash_strings(ids, f"{stream_seed(self.seed, 'candidates', protocol):016x}")
+            keys = _example_keys(kept, examples, stream_seed(self.seed, "candidates", protocol))
             pool = self._pools[pool_name]
             liked = Liked.build(full.owners, full.notes, pool)
             negatives = sample(pool, liked, keys, examples.users, kept.times[targets], count, max_age)
@@ -170,6 +174,11 @@ class PartTables:
             f"{name}_history": tally(examples.positions),
             f"{name}_targets_never_clicked": int((clicks[targets] == 0).sum()),
         }
+
+
+def _example_keys(histories: Histories, examples: Examples, seed: int) -> np.ndarray:
+    """(X,) uint64, a random number for each example, from its user's key and its target's position."""
+    return mix(histories.keys[examples.users] ^ mix(examples.positions.astype(np.uint64) ^ np.uint64(seed)))
 
 
 def _too_few_notes(ids: pa.Array, eligible: np.ndarray, count: int) -> pa.Table:

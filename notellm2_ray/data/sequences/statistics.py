@@ -11,7 +11,10 @@ from notellm2_ray.core.settings import CandidateSettings
 from notellm2_ray.data.sequences.split import SIDES, UserSplit
 
 QUANTILES = {"min": 0.0, "p25": 0.25, "median": 0.5, "p75": 0.75, "p90": 0.9, "p99": 0.99, "max": 1.0}
-_PLAIN = ("users", "interactions", "cold_users", "untested_users", "truncated_users", "truncated_events", "blocks")
+_PLAIN = (
+    *("users", "interactions", "tied_events", "tied_targets", "cold_users", "untested_users"),
+    *("truncated_users", "truncated_events", "blocks"),
+)
 
 
 def tally(values: np.ndarray) -> np.ndarray:

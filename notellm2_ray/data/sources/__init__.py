@@ -22,6 +22,7 @@ class SourceTables(NamedTuple):
 
     notes: ray.data.Dataset
     events: ray.data.Dataset
+    invented_times: bool = False  # an event's time says only its place in its user's sequence
 
 
 def open_source(settings: SourceSettings, seed: int) -> SourceTables:

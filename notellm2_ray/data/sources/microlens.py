@@ -29,7 +29,6 @@ SEQUENCE_START = datetime(2020, 1, 1, tzinfo=UTC)
 ACTION = "click"  # of every interaction: each is a comment, which is more than a view
 
 _BATCH = 20_000
-_MILLISECONDS_FROM = 100_000_000_000  # as seconds this would be the year 5138
 
 
 class MicroLensSettings(SourceSettings):
@@ -48,7 +47,7 @@ def microlens_tables(settings: MicroLensSettings, seed: int = 0) -> SourceTables
         DataError: a file is missing or is not laid out as MicroLens's are.
     """
     titles = _file(settings.titles, "source.titles", "csv")
-    sequences = settings.pairs.suffix.lower() == ".tsv"
+    sequences = _invented_times(settings)
     pairs = _file(settings.pairs, "source.pairs", "tsv" if sequences else "csv")
     _check_titles(titles)
     if not sequences:
@@ -57,7 +56,13 @@ def microlens_tables(settings: MicroLensSettings, seed: int = 0) -> SourceTables
     return SourceTables(
         notes=dataset([titles], lambda file: _read_titles(file, covers)),
         events=dataset([pairs], _read_sequences if sequences else _read_pairs),
+        invented_times=sequences,
     )
+
+
+def _invented_times(settings: MicroLensSettings) -> bool:
+    """Whether the pairs file holds sequences, which have an order and no times."""
+    return settings.pairs.suffix.lower() == ".tsv"
 
 
 def _file(path: Path, setting: str, format_: str) -> TableFile:
@@ -109,20 +114,12 @@ def _read_titles(file: TableFile, covers: Any) -> Iterator[pa.Table]:
 
 def _read_pairs(file: TableFile) -> Iterator[pa.Table]:
     user, item, time = column_names(file)
-    unit = None
     for raw in read_batches(file, (user, item, time), _BATCH):
         if user not in raw.column_names:
             yield raw_events(raw)
             continue
-        unit = unit or _unit(raw[time])
         named = raw.rename_columns({user: "user_id", item: "note_id", time: "timestamp"})
-        yield raw_events(named.append_column("action", _actions(raw.num_rows)), unit=unit)
-
-
-def _unit(times: pa.ChunkedArray) -> str:
-    text = to_text(times).values
-    digits = text.filter(pc.fill_null(pc.match_substring_regex(text, r"^\d{1,18}$"), False))
-    return "ms" if len(digits) and digits.cast(pa.int64())[0].as_py() >= _MILLISECONDS_FROM else "s"
+        yield raw_events(named.append_column("action", _actions(raw.num_rows)))
 
 
 def _actions(num_rows: int) -> pa.Array:
@@ -186,5 +183,9 @@ def microlens_versions(settings: MicroLensSettings) -> dict[str, Version]:
 
 
 SOURCE = Source(
-    settings=MicroLensSettings, read=microlens_tables, versions=microlens_versions, has_creation_times=False
+    settings=MicroLensSettings,
+    read=microlens_tables,
+    versions=microlens_versions,
+    has_creation_times=False,
+    invented_times=_invented_times,
 )

@@ -7,14 +7,16 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Literal
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from notellm2_ray.core.config import Frozen
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.settings.sources import Source, SourceSettings, Version
+from notellm2_ray.core.times import Unit
 from notellm2_ray.data.columns import json_times, topic_lists
 from notellm2_ray.data.pictures import PICTURE, json_pictures
 from notellm2_ray.data.rows import raw_events, raw_notes
@@ -61,8 +63,22 @@ class TabularSettings(SourceSettings):
         description="splits topics that are given as one string; null: the first of | ; , and their like that the "
         "string holds; a list written as JSON or Python is always read as a list",
     )
-    time_unit: Literal["s", "ms", "us"] = Field("s", description="unit of numeric timestamps (since 1970, UTC)")
+    time_unit: Unit = Field(
+        "auto",
+        description="unit of numeric times: s, ms, us or ns since 1970, or date (YYYYMMDD); auto: told by their size",
+    )
+    time_zone: str | None = Field(
+        None, description="zone of dates and of times without one, as in Asia/Shanghai; null: UTC"
+    )
     default_action: str = Field("click", description="action of events in a table without an action column")
+
+    @field_validator("time_zone")
+    @classmethod
+    def _known_zone(cls, value: str | None) -> str | None:
+        try:
+            return None if value is None else ZoneInfo(value).key
+        except (ZoneInfoNotFoundError, ValueError, OSError):
+            raise ValueError(f"there is no time zone {value!r}: give one as in Asia/Shanghai or UTC") from None
 
 
 def tabular_tables(settings: TabularSettings, seed: int = 0) -> SourceTables:
@@ -113,7 +129,10 @@ def _read_notes(settings: TabularSettings, file: TableFile) -> Iterator[pa.Table
     converters: Converters = {names.topics: topics, names.created_at: json_times, names.image: json_pictures}
     for raw in read_batches(file, wanted, NOTE_BATCH, converters):
         rows = raw_notes(
-            _renamed(raw, names, _NOTE_COLUMNS), unit=settings.time_unit, separator=settings.topic_separator
+            _renamed(raw, names, _NOTE_COLUMNS),
+            unit=settings.time_unit,
+            zone=settings.time_zone,
+            separator=settings.topic_separator,
         )
         image = _absolute(rows["image"], settings.image_root or Path(file.path).parent)
         yield rows.set_column(rows.column_names.index("image"), "image", image)
@@ -124,7 +143,7 @@ def _read_events(settings: TabularSettings, file: TableFile) -> Iterator[pa.Tabl
     wanted = [getattr(names, name) for name in _EVENT_COLUMNS]
     has_action = names.action in column_names(file)
     for raw in read_batches(file, wanted, EVENT_BATCH, {names.timestamp: json_times}):
-        rows = raw_events(_renamed(raw, names, _EVENT_COLUMNS), unit=settings.time_unit)
+        rows = raw_events(_renamed(raw, names, _EVENT_COLUMNS), unit=settings.time_unit, zone=settings.time_zone)
         if not has_action:
             action = rows["action"].fill_null(settings.default_action)
             rows = rows.set_column(rows.column_names.index("action"), "action", action)

@@ -50,7 +50,7 @@ def write_report(
 
     Args:
         output: the directory.
-        results: of :func:`notellm2_ray.evaluate.recall.results.evaluate`.
+        results: of :func:`notellm2_ray.evaluate.recall.results.evaluate`; ``remarks`` may add sentences on the pairs.
         statistics: figures of each part ("train", "test") of the data, as in the paper's Table 1.
         histories: run name to its logged training steps, each with ``step``, ``loss`` and, at some steps, a validation
             recall; empty if nothing was trained.
@@ -70,7 +70,8 @@ def write_report(
         _neighbors(samples),
         RecallSection("Settings", listing=yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True)),
     ]
-    write_pages(output, PAGE, "Recall report", tables.lead(results), sections)
+    lead = " ".join([tables.lead(results), *results.get("remarks", ())])
+    write_pages(output, PAGE, "Recall report", lead, sections)
 
 
 def _recall(results: Mapping[str, Any]) -> RecallSection:

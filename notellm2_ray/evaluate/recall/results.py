@@ -39,6 +39,7 @@ class MethodRanks:
         inputs: what it was tested with: "multimodal", "image", "text" or "-". A method may be given several times with
             different inputs, its main ones first.
         ranks: training seed to (Q,) ranks; a deterministic method has the one seed None.
+        remark: what a reader must know of it; printed below the table.
         kind: whether it is a baseline; the star compares embedders with the best of both kinds of baselines.
     """
 
@@ -46,6 +47,7 @@ class MethodRanks:
     inputs: str
     ranks: Mapping[int | None, np.ndarray]
     kind: Kind = "embedder"
+    remark: str = ""
 
     @property
     def fixed(self) -> bool:
@@ -69,7 +71,7 @@ def evaluate(
 
     Returns:
         ``pool_notes``, ``pairs`` (per stratum), ``cutoffs``, ``saturated``, ``chance`` (per cutoff) and
-        ``rows``: method, inputs, kind, main, seeds, ``recall[stratum][cutoff] = {mean, deviation, seeds}``,
+        ``rows``: method, inputs, kind, remark, main, seeds, ``recall[stratum][cutoff] = {mean, deviation, seeds}``,
         ``mrr[stratum]``, ``curve[stratum] = {k, recall}``;
         ``tests``, among rows with their main inputs: method, inputs, against, against_inputs, role ("best other", "best
         baseline" or "reference"), stratum, cutoff, difference, p_seeds, seeds_test, p_units (over query notes, by
@@ -102,6 +104,7 @@ def _row(task: RetrievalTask, ranking: MethodRanks, main: bool) -> dict[str, Any
         "method": ranking.method,
         "inputs": ranking.inputs,
         "kind": ranking.kind,
+        "remark": ranking.remark,
         "main": main,
         "seeds": [seed for seed in ranking.ranks if seed is not None],
         "recall": {

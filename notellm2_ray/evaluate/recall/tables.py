@@ -44,7 +44,8 @@ def recall_table(results: Mapping[str, Any], strata: Sequence[str] = PAPER_STRAT
     names = [f"R@{_short(k)}" for k in _shown(results)]
     groups = [("", 2), *((f"{STRATUM_NAMES[s]} ({results['pairs'][s]:,})", len(names)) for s in strata)]
     columns = ("Method", "Input", *names * len(strata))
-    notes = [*_recall_notes(results, cells), *mark_notes(str(cells), tests, "query notes")]
+    remarks = [f"{row['method']}: {row['remark']}" for row in rows if row["remark"]]
+    notes = [*_recall_notes(results, cells), *remarks, *mark_notes(str(cells), tests, "query notes")]
     return Table(columns, cells, groups, 2, notes, _best(results, rows, strata))
 
 

@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-from datetime import UTC, datetime
+from datetime import datetime
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, field_validator, model_validator
 
+from notellm2_ray.core.times import read_time
 
-def _in_range(value: datetime) -> datetime:
-    # A time zone shifts a time by up to a day, which could leave Python's range in its first or last year.
-    if not 2 <= value.year <= 9998:
-        raise ValueError("the year must be from 2 to 9998")
-    return value.astimezone(UTC)
-
+_TIME = "ISO 8601 with a time zone, or a number: s, ms, us or ns since 1970"
 
 Id = Annotated[str, Field(min_length=1, max_length=1024, description="an id of the platform")]
-Time = Annotated[AwareDatetime, AfterValidator(_in_range)]
+Time = Annotated[datetime, BeforeValidator(read_time)]  # the rule by which tables are read
 
 
 class Body(BaseModel):
@@ -33,7 +29,7 @@ class NoteParts(Body):
     content: str = ""
     image: str | None = Field(None, description="the encoded image (JPEG, PNG, WebP, GIF, BMP, AVIF, TIFF) in base64")
     image_url: str | None = Field(None, max_length=2048, description="or its URL, on one of the listed hosts")
-    created_at: Time | None = Field(None, description="ISO 8601 with a time zone", strict=False)
+    created_at: Time | None = Field(None, description=_TIME, strict=False)
 
     @model_validator(mode="after")
     def _one_image(self) -> Self:
@@ -223,7 +219,7 @@ class Event(Body):
     )
     user_id: Id
     note_id: Id
-    timestamp: Time | None = Field(None, description="null: now", strict=False)
+    timestamp: Time | None = Field(None, description=f"{_TIME}; null: now", strict=False)
     action: Annotated[str, Field(min_length=1, max_length=64)]
     session_id: Id | None = None
     request_id: Id | None = Field(None, description="of the recommendation that showed the note")

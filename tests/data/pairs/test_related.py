@@ -18,16 +18,19 @@ from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.schema import EVENT_SCHEMA, PAIR_SCHEMA
 from notellm2_ray.core.settings import PairSettings
 from notellm2_ray.data import event_log
+from notellm2_ray.data.arrays import mix
 from notellm2_ray.data.pairs import cooccurrence
 from notellm2_ray.data.pairs import related as pairs
 
 HOUR = 3_600_000_000
+KEYS = mix(np.arange(100, dtype=np.uint64) + np.uint64(5))  # of the notes, in the order of their ids
 ALL = {"window_days": None, "lower": 0.0, "upper": 1e9, "top": 1000}
 Event = tuple[str, str, int, str]  # user, note, hour, action
 
 
 def brute_force(events: list[Event], knobs: PairSettings, start: int, end: int, pairable: set[str]) -> dict:
     """Eq. 2, the bounds and the top t, straight from the text of the paper; hours instead of microseconds."""
+    all_notes = {note for _, note, _, _ in events}
     events = [event for event in events if start <= event[2] < end]
     views = [event for event in events if event[3] in knobs.view_actions]
     clicks = [event for event in events if event[3] in knobs.click_actions]
@@ -43,7 +46,17 @@ def brute_force(events: list[Event], knobs: PairSettings, start: int, end: int, 
     related = defaultdict(list)
     for (a, b), score in kept.items():
         related[a].append((-score, b))
-    return {(a, b): float(-score) for a, found in related.items() for score, b in sorted(found)[: knobs.top]}
+    place = {note: number for number, note in enumerate(sorted(all_notes))}
+    return {
+        (a, b): float(-score)
+        for a, found in related.items()
+        for score, b in sorted(found, key=lambda one: (one[0], tie_number(place[a], place[one[1]])))[: knobs.top]
+    }
+
+
+def tie_number(query: int, target: int) -> int:
+    (number,) = cooccurrence.tie_order(KEYS[[query]], KEYS[[target]])
+    return int(number)
 
 
 def write_events(directory: Path, events: list[Event], files: int = 1) -> list[event_log.RowGroup]:
@@ -74,6 +87,7 @@ def mine(events: list[Event], knobs: PairSettings, *, files=1, start=0, end=10**
         mined = pairs.mine_pairs(
             write_events(Path(directory), events, files),
             pa.array(notes),
+            KEYS[: len(notes)],
             knobs,
             start=start * HOUR,
             end=end * HOUR,
@@ -83,9 +97,10 @@ def mine(events: list[Event], knobs: PairSettings, *, files=1, start=0, end=10**
         )
     table = mined.pairs
     assert table.schema == PAIR_SCHEMA
-    rows = [(r["query_id"], -r["score"], r["target_id"]) for r in table.to_pylist()]
-    assert rows == sorted(rows)
-    return {(query, target): -score for query, score, target in rows}
+    rows = table.to_pylist()
+    order = [(row["query_id"], -row["score"]) for row in rows]
+    assert order == sorted(order)
+    return {(row["query_id"], row["target_id"]): row["score"] for row in rows}
 
 
 @st.composite
@@ -151,10 +166,17 @@ def test_clicks_on_notes_outside_the_pool_count_in_n_u():
     assert mine(events, PairSettings(**ALL), pairable={"a", "b"}) == pytest.approx({("a", "b"): 0.5})
 
 
-def test_top_keeps_the_smallest_ids_among_ties():
-    events = [("u", "q", 0, "view"), *(("u", f"n{i}", i + 1, "click") for i in (3, 1, 2, 0))]
-    kept = mine(events, PairSettings(view_actions=("view",), window_days=None, top=2))
-    assert list(kept) == [("q", "n0"), ("q", "n1")]
+def test_no_note_gains_from_its_name_among_ties_and_they_are_counted(caplog):
+    events = [
+        (f"u{u}", note, hour, action)
+        for u in range(60)
+        for hour, note, action in ((0, f"q{u:02}", "view"), (1, "a", "click"), (2, "b", "click"), (3, "c", "click"))
+    ]
+    with caplog.at_level("WARNING", logger="notellm2_ray"):
+        kept = mine(events, PairSettings(view_actions=("view",), window_days=None, top=1))
+    counts = [sum(target == name for _, target in kept) for name in "abc"]
+    assert sum(counts) == 60 and min(counts) > 10  # 20 each, by chance
+    assert "queries whose top 1 end between equal scores, so that chance decides: 60 of 60 (100.0%)" in caplog.text
 
 
 def test_ray_data_and_one_process_give_the_same_table(ray_cluster):

@@ -9,6 +9,7 @@ import pytest
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.schema import NOTE_SCHEMA, PAIR_SCHEMA
 from notellm2_ray.core.settings import SplitSettings
+from notellm2_ray.data.arrays import mix
 from notellm2_ray.data.pairs.split import DAY, split_notes, split_pairs
 
 START = datetime(2024, 1, 1, tzinfo=UTC)
@@ -18,7 +19,8 @@ SPAN = (int(START.timestamp() * 1e6), int(START.timestamp() * 1e6) + 10 * DAY)
 def notes(days: list[float | None]) -> pa.Table:
     created = [None if day is None else START + timedelta(days=day) for day in days]
     ids = [f"n{number}" for number in range(len(days))]
-    return pa.table({"note_id": ids, "created_at": pa.array(created, NOTE_SCHEMA.field("created_at").type)})
+    times = pa.array(created, NOTE_SCHEMA.field("created_at").type)
+    return pa.table({"note_id": ids, "created_at": times, "key": mix(np.arange(len(ids), dtype=np.uint64))})
 
 
 def test_by_time_the_last_part_of_the_log_is_for_testing():

@@ -18,13 +18,15 @@ from notellm2_ray.core.history_blocks import BlockRule
 from notellm2_ray.core.schema import BLOCK_SCHEMA, EVENT_SCHEMA, SEQUENCE_SCHEMA
 from notellm2_ray.core.settings import SequenceSettings
 from notellm2_ray.data import event_log
-from notellm2_ray.data.sequences.events import build_histories, positive_events
+from notellm2_ray.data.arrays import mix
+from notellm2_ray.data.sequences.events import build_histories, group_events, log_direction, positive_events
 from notellm2_ray.data.sequences.histories import Histories, k_core, within_core
 from notellm2_ray.data.sequences.tables import block_table, sequence_table
 
 MINUTE = 60_000_000
 Event = tuple[str, str, int, str, str | None]  # user, note, minute, action, session
 NOTES = pa.array([f"n{number}" for number in range(9)])
+KEYS = mix(np.arange(1, 10, dtype=np.uint64))
 
 
 def write_events(directory: Path, events: list[Event], files: int) -> list[event_log.RowGroup]:
@@ -44,11 +46,14 @@ def write_events(directory: Path, events: list[Event], files: int) -> list[event
     return event_log.list_row_groups(paths)
 
 
-def read(events: list[Event], actions=("click",), files=1, partitions=1) -> tuple[list[Histories], pa.Table]:
+def read(
+    events: list[Event], actions=("click",), files=1, partitions=1, direction=1, keys=KEYS
+) -> tuple[list[Histories], pa.Table]:
     with TemporaryDirectory() as directory:
         units = event_log.plan_units(write_events(Path(directory), events, files), -(1 << 62), 1 << 62)
         units_read = [positive_events(unit, NOTES, actions, partitions) for unit in units]
-    parts = [build_histories(batches[p] for batches, _, _ in units_read) for p in range(partitions)]
+    grouped = [group_events((b[part] for b, _, _ in units_read), keys, partitions)[0] for part in range(partitions)]
+    parts = [build_histories((batches[part] for batches in grouped), keys, direction) for part in range(partitions)]
     return parts, pa.concat_tables([bad for _, bad, _ in units_read])
 
 
@@ -61,24 +66,23 @@ def as_dict(parts: list[Histories]) -> dict[str, list[tuple[str, int, str | None
     return found
 
 
-def twin(events: list[Event], actions: tuple[str, ...]) -> dict[str, list[tuple[str, int, str | None]]]:
-    """First positive event of each note, in time's order; ties by note; of equal events the smallest session, null
-    first."""
+def twin(events: list[Event], actions: tuple[str, ...], direction: int) -> dict[str, list[tuple[str, int, str | None]]]:
+    """First positive event of each note, in time's order, at one time in the order of rows; of equal events the first
+    that names a session."""
     first: dict[str, dict[str, tuple]] = defaultdict(dict)
-    for user, note, minute, action, session in events:
+    for row, (user, note, minute, action, session) in enumerate(events):
         if action in actions and note in NOTES.to_pylist():
-            new = (minute, session is not None, session or "")
+            new = (minute, session is None, row, session)
             first[user][note] = min(first[user].get(note, new), new)
     return {
-        user: [(note, minute, session if has else None) for (minute, has, session), note in sorted(
-            (value, note) for note, value in notes.items()
-        )]
+        user: [
+            (note, minute, session)
+            for note, (minute, _, _, session) in sorted(
+                notes.items(), key=lambda item: (item[1][0], item[1][2] * direction)
+            )
+        ]
         for user, notes in first.items()
-    }  # fmt: skip
-
-
-def by_time_and_note(rows):
-    return sorted(rows, key=lambda row: (row[1], row[0]))
+    }
 
 
 @st.composite
@@ -100,13 +104,19 @@ def logs(draw) -> list[Event]:
 
 
 @settings(max_examples=50, deadline=None)
-@given(logs(), st.integers(1, 3), st.sampled_from([1, 2, 5]), st.sampled_from([("click",), ("click", "like")]))
-def test_equals_the_plain_twin(events, files, partitions, actions):
+@given(
+    logs(),
+    st.integers(1, 3),
+    st.sampled_from([1, 2, 5]),
+    st.sampled_from([("click",), ("click", "like")]),
+    st.sampled_from([1, -1]),
+)
+def test_equals_the_plain_twin(events, files, partitions, actions, direction):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(event_log, "UNIT_EVENTS", 11)
-        parts, bad = read(events, actions, files, partitions)
-    expected = {user: by_time_and_note(rows) for user, rows in twin(events, actions).items()}
-    assert as_dict(parts) == expected
+        parts, bad = read(events, actions, files, partitions, direction)
+    in_files = [event for number in range(files) for event in events[number::files]]
+    assert as_dict(parts) == twin(in_files, actions, direction)
     unknown = [(user, note) for user, note, _, action, _ in events if action in actions and note == "n9"]
     assert sorted(bad["key"].to_pylist()) == sorted(user for user, _ in unknown)
     assert all(reason.startswith("unknown note: 'n9'") for reason in bad["reason"].to_pylist())
@@ -114,12 +124,33 @@ def test_equals_the_plain_twin(events, files, partitions, actions):
 
 @settings(max_examples=25, deadline=None)
 @given(logs(), st.randoms(use_true_random=False))
-def test_neither_parts_nor_the_order_of_events_change_anything(events, random):
-    (whole,), _ = read(events)
-    random.shuffle(events)
-    parts, _ = read(events, files=2, partitions=4)
-    tables = [sequence_table(part, NOTES) for part in parts]
-    assert pa.concat_tables(tables).equals(sequence_table(whole, NOTES))
+def test_neither_parts_nor_the_order_of_events_nor_names_change_anything(events, random):
+    events = [(*event[:4], None) for event in events]
+    (whole,), _ = read(events, direction=0)
+    names = dict(zip(NOTES.to_pylist(), NOTES.to_pylist()[::-1], strict=True)) | {"n9": "n9"}
+    other = [("another " + user, names[note], *more) for user, note, *more in events]
+    random.shuffle(other)
+    parts, _ = read(other + other[::3], files=2, partitions=4, direction=0, keys=KEYS[::-1])
+    found = {user: [(names[note], *more) for note, *more in rows] for user, rows in as_dict(parts).items()}
+    assert found == {"another " + user: rows for user, rows in as_dict([whole]).items()}
+    keys = np.concatenate([part.keys for part in parts])
+    assert keys.tolist() == whole.keys.tolist()
+
+
+def test_the_order_of_rows_counts_where_it_is_that_of_time():
+    events = [(f"u{number // 9}", f"n{number % 9}", number, "click", None) for number in range(27)]
+    late = [*events[:5], events[20], *events[5:]]
+    for rows, expected in ((events, 1), (events[::-1], -1), (events[::2] + events[1::2], 0), (late, 0)):
+        with TemporaryDirectory() as directory:
+            units = event_log.plan_units(write_events(Path(directory), rows, 1), -(1 << 62), 1 << 62)
+            batches = [positive_events(unit, NOTES, ("click",), 1)[0][0] for unit in units]
+        assert log_direction(group_events(batches, KEYS, 1)[1]) == expected
+
+
+def test_a_user_keeps_the_key_while_the_log_grows():
+    events = [("u", f"n{number}", number, "click", None) for number in range(9)]
+    keys = [read(events[:count])[0][0].keys[0] for count in (4, 5, 9)]
+    assert keys[0] != keys[1] == keys[2]
 
 
 def twin_blocks(rows, knobs: SequenceSettings) -> list[list[str]]:

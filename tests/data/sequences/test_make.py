@@ -136,10 +136,19 @@ def test_what_happens_after_the_bound_changes_nothing_in_training(tmp_path):
     first = make(tmp_path / "one", rows, prepared=prepare(tmp_path / "a", rows), split_by="time")
     statistics = json.loads((first / "statistics.json").read_text())
     bound = (datetime.fromisoformat(statistics["test_from"] + "+00:00") - START) / timedelta(hours=1)
-    other = [(u, "n007" if h > bound and i % 2 else n, h) for i, (u, n, h) in enumerate(rows)]
     ids = sorted({note for _, note, _ in rows})
+    liked = likes(rows)
+    # A user whose last event is the last like, on a note new to them, likes another new note then.
+    last = {user: max(hour for u, _, hour in rows if u == user) for user in liked}
+    moved = {
+        (user, *notes[-1][::-1])
+        for user, notes in liked.items()
+        if notes[-1][0] == last[user] > bound and "n007" not in {note for _, note in notes}
+    }
+    other = [(u, "n007" if (u, n, h) in moved else n, h) for u, n, h in rows]
     second = make(tmp_path / "two", other, prepared=prepare(tmp_path / "b", other, ids), split_by="time")
-    assert json.loads((second / "statistics.json").read_text())["test_from"] == statistics["test_from"]
+    changed = json.loads((second / "statistics.json").read_text())
+    assert all(changed[name] == statistics[name] for name in ("validation_from", "test_from"))
     for name in ("train", "candidates/train", "popularity"):
         assert read(first, name) == read(second, name)
     assert read(first, "test") != read(second, "test")
@@ -221,14 +230,28 @@ def test_one_event_is_enough_where_min_events_says_so(tmp_path):
     assert not read(output, "blocks")
 
 
-def test_events_of_one_time_are_ordered_by_note_id(tmp_path):
-    rows = [(f"u{u}", note, 5.0) for u in range(20) for note in ("c", "a", "b")] + [
-        ("x", f"z{i}", 1.0) for i in range(9)
-    ]
-    output = make(tmp_path, rows, protocols=("uniform",))
-    sequences = {row["user_id"]: row["note_ids"] for row in read(output, "sequences")}
-    assert sequences["u3"] == ["a", "b", "c"]
-    assert {row["target_id"] for row in read(output, "test") if row["user_id"] != "x"} == {"c"}
+def test_events_of_one_time_follow_a_log_and_else_no_name(tmp_path, caplog):
+    users, notes = [f"u{u:02}" for u in range(90)], ("c", "a", "b")
+    rows = [(user, f"{'0z'[u % 2]}{u % 30}", 1.0 + u) for u, user in enumerate(users)]
+    rows += [(user, note, 500.0) for user in users for note in notes]
+    ids = sorted({note for _, note, _ in rows})
+
+    def targets(name: str, rows: list) -> list[str]:
+        output = make(
+            tmp_path / name, rows, prepared=prepare(tmp_path / f"{name}-in", rows, ids, files=1), num_negatives=1
+        )
+        statistics = json.loads((output / "statistics.json").read_text())
+        assert (statistics["tied_events"], statistics["tied_targets"]) == (270, 90)
+        return [row["note_ids"][-1] for row in read(output, "sequences")]
+
+    assert set(targets("log", rows)) == {"b"}
+    assert set(targets("newest first", rows[::-1])) == {"b"}
+    with caplog.at_level("WARNING", logger="notellm2_ray"):
+        unordered = targets("by name", sorted(rows))
+    assert "ordered by a hash" in caplog.text and "90 of 90 (100.0%)" in caplog.text
+    counts = [unordered.count(note) for note in notes]
+    assert min(counts) > 15  # 30 each, by chance
+    assert targets("shuffled", sorted(rows, key=lambda row: row[0][::-1] + row[1])) == unordered
 
 
 @pytest.mark.parametrize(

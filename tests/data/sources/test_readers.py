@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from datetime import UTC, datetime
+from datetime import UTC, date, datetime
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -106,7 +106,7 @@ def test_a_relative_image_root_starts_where_the_command_was_given(tmp_path, ray_
     write(tmp_path / "notes.csv", [{"note_id": "1", "image": "a.jpg"}], "csv")
     write(tmp_path / "events.csv", [{"user_id": "u", "note_id": "1", "timestamp": 1}], "csv")
     monkeypatch.chdir(tmp_path)  # Ray's workers stay where they are
-    notes, _ = tabular_tables(
+    notes, *_ = tabular_tables(
         TabularSettings(kind="tabular", notes="notes.csv", events="events.csv", image_root="pictures")
     )
     assert notes.take_all()[0]["image"]["path"] == str(tmp_path / "pictures/a.jpg")
@@ -204,7 +204,7 @@ def test_bad_json_lines_cost_one_row_each(tmp_path):
 
 
 def test_a_json_time_that_cannot_be_read_costs_its_own_row(tmp_path):
-    times = [1_700_000_000.25, 1_700_000_000, 1.7e9, "2023-11-14", None, float("nan"), 1e-9]
+    times = [1_700_000_000.25, 1_700_000_000, 1.7e9, "2023-11-14", None, float("nan"), "20231114"]
     bad = ["unknown", True, [1]]
     rows = [{"user_id": "u", "note_id": "1", "timestamp": time} for time in times + bad]
     write(tmp_path / "e.jsonl", rows, "jsonl")
@@ -212,7 +212,7 @@ def test_a_json_time_that_cannot_be_read_costs_its_own_row(tmp_path):
     assert [bool(row["_error"]) for row in read] == [False] * len(times) + [True] * len(bad)
     assert read[0]["timestamp"] == datetime(2023, 11, 14, 22, 13, 20, 250_000, tzinfo=UTC)
     assert [row["timestamp"] for row in read[4:6]] == [None, None]
-    assert read[6]["timestamp"] == datetime(1970, 1, 1, tzinfo=UTC)
+    assert read[6]["timestamp"] == read[3]["timestamp"] == datetime(2023, 11, 14, tzinfo=UTC)
     write(tmp_path / "n.jsonl", [{"note_id": "1", "title": "a", "created_at": time} for time in times + bad], "jsonl")
     notes = read_notes(tmp_path / "n.jsonl")
     assert [row["created_at"] for row in notes] == [row["timestamp"] for row in read]
@@ -237,10 +237,15 @@ def test_actions_by_default_only_where_the_table_has_none(tmp_path):
         (["2023-11-14 22:13:20", " "], "ms"),
         (["2023-11-15T00:13:20+02:00", "1700000000"], "s"),
         ([datetime(2023, 11, 14, 22, 13, 20), None], "s"),
+        ([1_700_000_000, 1_700_000_000_000], "auto"),
+        ([1_700_000_000_000_000, 1_700_000_000_000_000_000], "auto"),
+        (["1700000000000000000", "1700000000.0"], "auto"),
+        ([20231114221320, None], "auto"),
+        ([20231114221320.0, float("nan")], "date"),
     ],
 )
 def test_times_in_all_their_shapes(values, unit):
-    times, problems = to_timestamps(pa.array(values), unit)
+    times, problems, _ = to_timestamps(pa.array(values), unit)
     moment = datetime(2023, 11, 14, 22, 13, 20, tzinfo=UTC)
     assert times[0].as_py() == moment
     assert times[1].as_py() in (None, moment)
@@ -253,7 +258,26 @@ def test_impossible_times_are_named():
     assert problems[0].startswith("'yesterday' is not a time")
     assert "source.time_unit" in problems[2]
     assert to_timestamps(pa.array([2**62]), "us").problems
+    assert set(to_timestamps(pa.array([20240631, 20241301, 12345, 0, -1, 1_717_200_000])).problems) == {0, 1, 2, 3, 4}
+    assert "source.time_unit" in to_timestamps(pa.array([1_717_200_000]), "ms").problems[0]
     assert to_timestamps(pa.array([10**18], pa.int64()).cast(pa.timestamp("s"))).problems
+
+
+def test_times_without_a_zone_are_in_the_zone_of_the_settings():
+    shanghai = datetime(2024, 5, 31, 16, tzinfo=UTC)
+    local = [20240601, "20240601", "2024-06-01", "2024-06-01T00:00:00", date(2024, 6, 1), datetime(2024, 6, 1)]
+    for value in local:
+        read = to_timestamps(pa.array([value]), zone="Asia/Shanghai")
+        assert (read.values.to_pylist(), read.local.tolist()) == ([shanghai], [False])
+        read = to_timestamps(pa.array([value]))
+        assert (read.values.to_pylist(), read.local.tolist()) == ([datetime(2024, 6, 1, tzinfo=UTC)], [True])
+    for value in (1_717_171_200, "2024-06-01T00:00:00+08:00", shanghai):
+        read = to_timestamps(pa.array([value]), zone="Asia/Tokyo")
+        assert (read.values.to_pylist(), read.local.tolist()) == ([shanghai], [False])
+    mixed = to_timestamps(pa.array(["2024-06-01T00:00:00", "2024-06-01T00:00:00Z", None]))
+    assert mixed.local.tolist() == [True, False, False]
+    with pytest.raises(ValueError, match="no time zone 'Shanghai'"):
+        TabularSettings(kind="tabular", notes="n", events="e", time_zone="Shanghai")
 
 
 def test_ids_that_pandas_turned_to_floats():
@@ -296,7 +320,7 @@ def test_movielens_ratings_are_views_and_good_ones_clicks():
             "userId": ["1", "1", "1", "2"],
             "movieId": ["5", "6", "7", "5"],
             "rating": ["3.5", "3.0", "5.0", "x"],
-            "timestamp": ["100", "200", "300", "400"],
+            "timestamp": ["1000000100", "1000000200", "1000000300", "1000000400"],
             "_source": ["r:2", "r:3", "r:4", "r:5"],
             "_error": pa.nulls(4, pa.string()),
         }
@@ -347,7 +371,7 @@ def test_missing_source_files_name_the_setting(tmp_path):
 
 def test_the_real_movielens_with_posters(ray_cluster, shared_data):
     source = MovieLensSettings(kind="movielens", directory=shared_data / "movielens_posters")
-    notes, events = open_source(source, 0)
+    notes, events, _ = open_source(source, 0)
     ids = {row["note_id"] for row in notes.iter_rows()}
     seen = events.to_pandas()
     # Four of the posters are of movies that only have tags: they are notes without ratings.
@@ -361,7 +385,7 @@ def test_the_real_microlens_sample(ray_cluster, shared_data):
     source = MicroLensSettings(
         kind="microlens", pairs=folder / "MicroLens-50k_pairs.tsv", titles=folder / "MicroLens-50k_titles.csv"
     )
-    notes, events = open_source(source, 0)
+    notes, events, _ = open_source(source, 0)
     assert notes.count() == 12_303
     seen = events.to_pandas()
     assert (len(seen), seen["user_id"].nunique()) == (35_767, 5_000)

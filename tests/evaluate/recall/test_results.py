@@ -101,7 +101,7 @@ def results():
         return np.minimum(1 + rng.exponential(scale, size=150).astype(int), 299)
 
     rankings = [
-        MethodRanks("bm25", "text", {None: ranks(200)}, "baseline"),
+        MethodRanks("bm25", "text", {None: ranks(200)}, "baseline", "it reads words."),
         MethodRanks("random", "-", {seed: task.random_ranks(seed) for seed in (42, 43, 44)}, "baseline"),
         MethodRanks("basic", "multimodal", {seed: ranks(60) for seed in (42, 43, 44)}, "trained_baseline"),
         MethodRanks("basic", "image", {seed: ranks(600) for seed in (42, 43, 44)}),
@@ -153,6 +153,7 @@ def test_the_table_has_the_papers_layout(results):
     assert "±" not in rows["bm25"]
     assert "†*" in rows["notellm2"]
     assert "*" not in rows["basic"]
+    assert "bm25: it reads words." in lines
     assert "over query notes alone, as there are too few seeds" in lines[-1]  # notellm2 has one
     assert len({len(line) for line in (lines[1].rstrip(), lines[2])}) <= 2
     by_input = str(tables.recall_table(results, inputs=True)).splitlines()
