@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import itertools
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 import pyarrow.parquet as pq
 
 from notellm2_ray.core.config import build, merge
@@ -33,34 +31,18 @@ def write_world_notes(directory: Path, count: int, row_group_size: int) -> Path:
     return directory
 
 
-def build_tiny_embedder(directory: Path, notes: Path, name: str = "model", **changes: Any) -> Path:
-    """An embedder of the demo's sizes and with its tokenizer, but hardly trained; its speed is the same.
+def build_tiny_embedder(directory: Path, name: str = "model", **changes: Any) -> Path:
+    """An untrained embedder of the demo's sizes; its speed is that of a trained one.
 
     Args:
-        directory: gets the parts, which are made once, and the embedder.
+        directory: gets the embedder.
         name: name of the embedder's directory.
         changes: changes to the demo's model settings.
     """
-    from notellm2_ray.data.sources.world import captions
     from notellm2_ray.models.embedder.build import build_encoder
-    from notellm2_ray.models.tiny.clip import train_tiny_clip
-    from notellm2_ray.models.tiny.llm import train_tiny_llm
+    from notellm2_ray.pipeline.embedders import model_paths
 
     settings: Settings = build(Settings, merge(preset("demo"), {"model": changes}))
-    brief = settings.tiny.model_copy(update={"llm_steps": 1, "clip_steps": 1})
-    if not (directory / "clip").exists():
-        train_tiny_llm(_texts(notes, 2000), brief, directory / "llm", SEED)
-        train_tiny_clip(captions(WorldSettings(), SEED, 400), brief, directory / "clip", SEED, directory / "llm")
-    paths = {"llm_path": str(directory / "llm"), "vision_path": str(directory / "clip")}
-    build_encoder(settings.model, SEED, **paths).save_pretrained(directory / name)
+    llm, vision = model_paths(settings)
+    build_encoder(settings.model, SEED, llm_path=llm, vision_path=vision).save_pretrained(directory / name)
     return directory / name
-
-
-def _texts(notes: Path, limit: int) -> itertools.islice:
-    def all_texts() -> Any:
-        for path in sorted(notes.glob("*.parquet")):
-            for batch in pq.ParquetFile(path).iter_batches(columns=["title", "content"]):
-                for row in pa.Table.from_batches([batch]).to_pylist():
-                    yield f"{row['title']}\n{row['content']}"
-
-    return itertools.islice(all_texts(), limit)

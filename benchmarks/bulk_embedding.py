@@ -120,7 +120,7 @@ def main() -> None:
     )
     with tempfile.TemporaryDirectory() as directory:
         notes = write_world_notes(Path(directory) / "notes", arguments.notes, arguments.block_rows)
-        model = arguments.model or build_tiny_embedder(Path(directory), notes)
+        model = arguments.model or build_tiny_embedder(Path(directory))
         compare(arguments, model, notes)
 
 

@@ -92,7 +92,7 @@ def main() -> None:
         notes = list(iter_notes(pq.read_table(source)))
         for variant in arguments.variants:
             for name, changes in TEXTS.items():
-                model = build_tiny_embedder(Path(directory), source, f"{variant}-{name}", variant=variant, **changes)
+                model = build_tiny_embedder(Path(directory), f"{variant}-{name}", variant=variant, **changes)
                 compare(model, notes, arguments, f"{variant}, {name} texts")
     print("goal: at least 1.2 on the world's length distribution")
 

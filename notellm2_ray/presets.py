@@ -89,18 +89,49 @@ _PAPER: dict[str, Any] = {
     "evaluate": {"seeds": [42, 43, 44], "cutoffs": [100, 1000, 10000]},
 }
 
+# The world's feed shows new notes: nine of ten clicks are on notes at most four days old. With older negatives, the
+# newest candidate would be the target in nine of ten cases.
+_WORLD: dict[str, Any] = merge(_LAPTOP, {"candidates": {"max_negative_age_days": 4}})
+
+# Pretrained models come with the package. The embedder, its connector and the recommender's adapter are trained.
+_QUICK: dict[str, Any] = {
+    "model": {"llm": "packaged", "vision": "packaged"},
+    "summaries": {"model": "packaged"},
+    "preferences": {"model": "packaged"},
+    "ranker": {"model": "packaged"},
+    "train": {"epochs": 1, "max_steps": 80, "validate_every_steps": 40},
+    "evaluate": {"embedders": ["basic", "notellm2"]},
+    "sequences": {"max_events": 10},
+    "tune": {"epochs": 1, "validate_every_steps": 40},
+    "ranking": {"baselines": ["random", "popularity", "newest", "gru4rec", "sasrec"]},
+}
+
+# Every seed trains tiny models of its own, and so the deviations are those of all that is random.
+_FULL: dict[str, Any] = {
+    "workspace": "runs/world-full",
+    "evaluate": {"embedders": ["basic", "notellm2", "text_only", "image_only"], "seeds": [42, 43, 44]},
+    "ranking": {
+        "seeds": [42, 43, 44],
+        "rankers": ["mllm_msr", "direct", "no_image_summary", "tallrec"],
+        "baselines": [
+            *("random", "popularity", "newest", "gru4rec", "sasrec", "gru4rec_image", "gru4rec_summary", "untuned")
+        ],
+    },
+}
+
 PRESETS: Mapping[str, tuple[str, dict[str, Any]]] = {
-    "demo": (
-        "the synthetic world with tiny models, minutes on two CPU cores",
-        merge(
-            _LAPTOP,
-            {
-                # The world's feed shows new notes: nine of ten clicks are on notes at most four days old. With older
-                # negatives, the newest candidate would be the target in nine of ten cases.
-                "candidates": {"max_negative_age_days": 4},
-                "ranking": {"baselines": ["random", "popularity", "newest", "gru4rec", "sasrec", "untuned"]},
-            },
-        ),
+    "demo": ("the synthetic world with packaged tiny models, minutes on two CPU cores", merge(_WORLD, _QUICK)),
+    "demo-full": (
+        "the same world, all variants, three seeds with tiny models of their own; hours on two CPU cores",
+        merge(_WORLD, _FULL),
+    ),
+    "demo-by-time": (
+        "demo-full with the recommender's targets split by time",
+        merge(merge(_WORLD, _FULL), {"workspace": "runs/world-by-time", "candidates": {"split_by": "time"}}),
+    ),
+    "laptop": (
+        "your own tables with tiny models that are trained on them, on two CPU cores",
+        merge(_LAPTOP, {"workspace": "runs/laptop"}),
     ),
     "movielens": (
         "MovieLens with posters and tiny models; set source.directory",

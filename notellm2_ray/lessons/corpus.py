@@ -15,6 +15,7 @@ from notellm2_ray.core.schema import Note
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.core.words import note_text, tokenize
 from notellm2_ray.data.world.settings import WorldSettings
+from notellm2_ray.models.tiny.exercises import Question
 
 _AT_ONCE = 256
 _EXCERPTS = 8  # of each note; the first is the whole note
@@ -22,11 +23,11 @@ _SENTENCE_END = re.compile(r"(?<=[.!?。！？])\s*")
 _CLOSING: dict[Language, str] = {"zh": "”", "en": '"'}
 
 
-def texts_for_llm(store: NoteStore, language: Language, seed: int) -> Iterator[str]:
-    """Texts that teach a small LLM what a large one already knows: the notes' words, and to compress a text to a word.
+def questions_for_llm(store: NoteStore, language: Language, seed: int) -> Iterator[Question]:
+    """Questions that teach a small LLM what a large one already knows: the notes' words, and to compress a text.
 
-    Each text is an excerpt of a training note in the compression prompt, answered by its most characteristic word (of
-    the highest tf-idf). An LLM trained on plain texts alone ends every prompt in the same state. Contrastive training
+    Each is an excerpt of a training note in the compression prompt, answered by its most characteristic word (of the
+    highest tf-idf). An LLM trained on plain texts alone ends every prompt in the same state. Contrastive training
     cannot leave that state: all vectors are equal, so all gradients are zero.
     """
     words: Counter[str] = Counter()
@@ -38,7 +39,9 @@ def texts_for_llm(store: NoteStore, language: Language, seed: int) -> Iterator[s
         for turn in range(_EXCERPTS):
             few = rng.sample(sentences, min(len(sentences), rng.randint(1, 2)))
             excerpt = note._replace(content=" ".join(sentences if turn == 0 else few))
-            yield _ask(excerpt, language) + _keyword(excerpt, words, len(store)) + _CLOSING[language]
+            weights = _weights(excerpt, words, len(store))
+            answer = max(weights, key=lambda word: (weights[word], word), default="")
+            yield Question(_ask(excerpt, language), answer + _CLOSING[language], weights)
 
 
 def _ask(note: Note, language: Language) -> str:
@@ -51,14 +54,13 @@ def _ask(note: Note, language: Language) -> str:
     return "".join(quote(fields[part], language) if isinstance(part, Slot) else part for part in parts)
 
 
-def _keyword(note: Note, notes_with: Counter[str], num_notes: int) -> str:
-    """The word of the highest tf-idf. Words of only one or two notes count 0: they name a note, not a kind of notes."""
+def _weights(note: Note, notes_with: Counter[str], num_notes: int) -> dict[str, float]:
+    """The words of the note by tf-idf. Words of only one or two notes are left out: they name a note, not a kind."""
     counts = Counter(tokenize(note_text(note), stem=False))
-    return max(
-        counts,
-        key=lambda word: (counts[word] * math.log(num_notes / notes_with[word]) if notes_with[word] > 2 else 0, word),
-        default="",
-    )
+    found = {
+        word: count * math.log(num_notes / notes_with[word]) for word, count in counts.items() if notes_with[word] > 2
+    }
+    return {word: weight for word, weight in found.items() if weight > 0}
 
 
 def captions_for_clip(settings: Settings, store: NoteStore) -> Iterator[tuple[bytes, str]]:

@@ -10,6 +10,7 @@ from notellm2_ray.core.config import build, merge, to_plain
 from notellm2_ray.core.run import files_fingerprint
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.models.embedder.kinds import kind_of
+from notellm2_ray.models.packaged import located
 from notellm2_ray.pipeline.seeds import recall_workspace
 
 
@@ -121,11 +122,15 @@ def tiny_parts(settings: Settings) -> list[str]:
 
 
 def model_paths(settings: Settings) -> tuple[str, str]:
-    """Names or paths of the LLM and the vision tower, with 'tiny' replaced by the directory of ``train.seed``."""
-    workspace = recall_workspace(settings)
-    llm = str(workspace.tiny_llm) if is_tiny(settings, "llm") else settings.model.llm
-    vision = str(workspace.tiny_clip) if is_tiny(settings, "vision") else settings.model.vision
-    return llm, vision
+    """Names or paths of the LLM and the vision tower; tiny (of ``train.seed``) and packaged ones by directory."""
+    return _path(settings, "llm"), _path(settings, "vision")
+
+
+def _path(settings: Settings, part: str) -> str:
+    if is_tiny(settings, part):
+        workspace = recall_workspace(settings)
+        return str(workspace.tiny_llm if part == "llm" else workspace.tiny_clip)
+    return located(getattr(settings.model, part), part)
 
 
 def model_reads(settings: Settings, parts: Sequence[str]) -> dict[str, Path]:
@@ -135,5 +140,5 @@ def model_reads(settings: Settings, parts: Sequence[str]) -> dict[str, Path]:
 
 def model_versions(settings: Settings, parts: Sequence[str]) -> dict[str, str]:
     """Versions of the parts that are local directories."""
-    names = {part: getattr(settings.model, part) for part in parts}
+    names = {part: _path(settings, part) for part in parts if not is_tiny(settings, part)}
     return {part: files_fingerprint(name) for part, name in names.items() if Path(name).is_dir()}

@@ -14,6 +14,7 @@ from notellm2_ray.core.run import files_fingerprint, fingerprint
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.core.settings.ranking import Control, PreferenceVariant, ProtocolName, RankerVariant
 from notellm2_ray.core.workspace import Workspace
+from notellm2_ray.models.packaged import located
 from notellm2_ray.pipeline.embedders import model_reads, model_versions
 from notellm2_ray.pipeline.seeds import (
     drawn_with,
@@ -117,8 +118,8 @@ def preference_histories(settings: Settings) -> list[str]:
 
 
 def ranking_model(settings: Settings, name: str) -> str:
-    """Name or path of a model of the recommender, with 'tiny' replaced by the directory of ``tune.seed``."""
-    return str(ranking_workspace(settings).tiny_mllm) if name == "tiny" else name
+    """Name or path of a model of the recommender; tiny (of ``tune.seed``) and packaged ones by directory."""
+    return str(ranking_workspace(settings).tiny_mllm) if name == "tiny" else located(name, "mllm")
 
 
 def uses_tiny_mllm(settings: Settings) -> bool:
@@ -140,7 +141,8 @@ def _model_reads(settings: Settings, name: str) -> dict[str, Path]:
 
 def _model_versions(name: str) -> dict[str, str]:
     """Version of a model that is a local directory."""
-    return {"model": files_fingerprint(name)} if name != "tiny" and Path(name).is_dir() else {}
+    path = located(name, "mllm")
+    return {"model": files_fingerprint(path)} if name != "tiny" and Path(path).is_dir() else {}
 
 
 def sequences(settings: Settings) -> Planned:

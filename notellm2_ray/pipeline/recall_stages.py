@@ -10,7 +10,7 @@ from notellm2_ray.core.cluster import connect
 from notellm2_ray.core.errors import OutputError
 from notellm2_ray.core.run import read_manifest
 from notellm2_ray.core.settings import Settings
-from notellm2_ray.lessons.corpus import captions_for_clip, texts_for_llm
+from notellm2_ray.lessons.corpus import captions_for_clip, questions_for_llm
 from notellm2_ray.pipeline import embedders
 from notellm2_ray.pipeline import recall_outputs as outputs
 from notellm2_ray.pipeline.recall_comparison import compare
@@ -65,7 +65,7 @@ def build_tiny(settings: Settings) -> dict[str, Any]:
         store = NoteStore(workspace_of(settings).train_notes)
         counts = {}
         if "llm" in parts:
-            corpus = texts_for_llm(store, settings.model.prompt_language, seed)
+            corpus = questions_for_llm(store, settings.model.prompt_language, seed)
             counts["llm"] = train_tiny_llm(corpus, settings.tiny, output / "llm", seed)
         if "clip" in parts:
             pictures = captions_for_clip(settings.model_copy(update={"seed": seed}), store)

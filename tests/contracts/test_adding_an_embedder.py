@@ -25,7 +25,6 @@ OVERRIDES = [
     "embedder=words",
     "evaluate.embedders=[words,untrained]",
     "evaluate.short_tokens=1",
-    "tiny.llm_steps=2",  # its tokenizer measures the notes' length
 ]
 
 

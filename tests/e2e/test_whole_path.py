@@ -11,7 +11,6 @@ SMALL = [
     "--preset",
     "demo",
     *("source.num_notes=240", "source.num_users=150"),
-    *("tiny.llm_steps=10", "tiny.clip_steps=10", "tiny.num_captions=200"),
     *("train.batch_pairs=16", "train.max_steps=3", "train.cpus_per_worker=1"),
     *("embed.cpus_per_actor=1", "embed.block_rows=128"),
     *("evaluate.embedders=[notellm2,text_only]", "evaluate.sample_queries=3"),

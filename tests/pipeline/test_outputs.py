@@ -14,7 +14,7 @@ from notellm2_ray.presets import load_settings
 
 
 def settings_of(workspace, *overrides):
-    return load_settings(None, "demo", [f"workspace={workspace}", *overrides])
+    return load_settings(None, "laptop", [f"workspace={workspace}", *overrides])
 
 
 def pretend(settings, verb="run", leave_out=()):

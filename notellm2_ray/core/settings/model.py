@@ -101,11 +101,15 @@ class ModelSettings(Frozen):
     kind: str = Field("notellm2", description="kind of embedder: notellm2, or one that another package adds")
     options: dict[str, Any] = Field({}, description="settings of an embedder of another kind; notellm2 has none")
     variant: VariantName = Field("notellm2", description="variant of the model (Tables 2 and 4)")
-    llm: str = Field("tiny", description="Hugging Face name or directory of a causal LM; tiny: trained on your notes")
+    llm: str = Field(
+        "tiny",
+        description="Hugging Face name or directory of a causal LM; tiny: trained on your notes; packaged: a tiny one "
+        "that comes with the package and knows the synthetic world's words",
+    )
     vision: str = Field(
         "tiny",
         description="Hugging Face name or directory of a CLIP or SigLIP; openclip:ARCHITECTURE[:PRETRAINED]; "
-        "tiny: trained on your notes",
+        "tiny: trained on your notes; packaged: a tiny one that comes with the package and knows the world's drawings",
     )
     revision: str | None = Field(None, description="revision of the LLM on the Hugging Face hub")
     freeze_vision: bool | None = Field(

@@ -123,7 +123,11 @@ class GenerationSettings(Frozen):
 class SummarySettings(Frozen):
     """Summaries of images in words (MLLM-MSR, item summariser)."""
 
-    model: str = Field("tiny", description="MLLM that vLLM can run, by name or directory; tiny: trained on drawings")
+    model: str = Field(
+        "tiny",
+        description="MLLM that vLLM can run, by name or directory; tiny: trained on drawings; "
+        "packaged: such a one that comes with the package",
+    )
     template: str | None = Field(None, description="instruction to the model; null: ours, in prompts.language")
     max_tokens: int = Field(200, ge=1, description="most tokens of a summary (published code: 200)")
     min_characters: int = Field(
@@ -143,7 +147,7 @@ class SummarySettings(Frozen):
 class PreferenceSettings(Frozen):
     """Preferences in words, from a user's history block by block (MLLM-MSR, user summariser)."""
 
-    model: str = Field("tiny", description="LLM or MLLM that vLLM can run; tiny: the tiny MLLM")
+    model: str = Field("tiny", description="LLM or MLLM that vLLM can run; tiny, packaged: as summaries.model")
     variant: PreferenceVariant = Field(
         "recurrent",
         description="recurrent: P_b from P_{b-1} and block b; direct: one call with the whole history; "
@@ -169,7 +173,7 @@ class PreferenceSettings(Frozen):
 class RankerSettings(Frozen):
     """The MLLM that answers yes or no to a candidate, and what its prompt contains."""
 
-    model: str = Field("tiny", description="Hugging Face image-text model; tiny: the tiny MLLM")
+    model: str = Field("tiny", description="Hugging Face image-text model; tiny, packaged: as summaries.model")
     variant: RankerVariant = Field(
         "mllm_msr",
         description="mllm_msr: recurrent preference and the candidate's image; direct, no_image_summary: the same with "

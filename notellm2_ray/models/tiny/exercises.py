@@ -1,13 +1,21 @@
-"""What the tiny MLLM learns from: prompts, pictures and answers."""
+"""What the tiny LLM and the tiny MLLM learn from: prompts, pictures and answers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Literal, NamedTuple
 
 from notellm2_ray.core.recommend_prompts import Part
 
 ExerciseKind = Literal["caption", "topic", "question", "preference", "history"]
+
+
+class Question(NamedTuple):
+    """A text that ends where the LLM must answer, the answer, and what else could have been answered."""
+
+    prompt: str
+    answer: str
+    words: Mapping[str, float] = {}  # how well each word would do, above 0
 
 
 class Exercise(NamedTuple):

@@ -7,17 +7,18 @@ import logging
 import time
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, trainers
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import Qwen2Config, Qwen2ForCausalLM, Qwen2Tokenizer
 
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.settings import TinySettings
 from notellm2_ray.models.quiet import quiet_loading
+from notellm2_ray.models.tiny.exercises import Question
 from notellm2_ray.models.tiny.loop import fit, mixed_precision, one_thread, summarise
 
 log = logging.getLogger("notellm2_ray")
@@ -26,33 +27,43 @@ log = logging.getLogger("notellm2_ray")
 PAD, EOS, BOS = "<|pad|>", "<|end|>", "<|start|>"
 
 _LEARNING_RATE = 3e-3
-_LENGTH = 128  # tokens of a training row
+_LENGTH = 128  # most tokens of a training row
+_MAX_HELD_OUT = 256
 _MAX_POSITIONS = 2048
 _MAX_CHARACTERS = 30_000_000  # more text than the steps can read; it bounds the memory
 
 
 @one_thread()
-def train_tiny_llm(texts: Iterable[str], settings: TinySettings, directory: Path, seed: int) -> dict[str, Any]:
-    """Train a tokenizer and a causal LM by next-token prediction, and save both in Hugging Face layout.
+def train_tiny_llm(questions: Iterable[Question], settings: TinySettings, directory: Path, seed: int) -> dict[str, Any]:
+    """Train a tokenizer and a causal LM to continue prompts and to answer them; save both in Hugging Face layout.
 
-    The same texts, settings and seed give the same weights.
+    The loss is the mean over the prompts' tokens plus the mean over the answers' tokens. An answer has one token in
+    fifty. In the mean over all tokens it hardly counts, and then rounding decides whether a short training ever finds
+    out that the answer depends on the prompt: one seed ended with 69% right answers on one CPU and 29% on another.
+
+    The same questions, settings and seed give the same weights on one kind of CPU.
 
     Args:
-        texts: the corpus, one document each; blank ones are skipped.
+        questions: in order of the notes that they are about; blank ones are skipped. The last ones are held out.
         settings: sizes, steps, batch.
         directory: where config.json, model.safetensors and the tokenizer are written; created if missing.
         seed: of the initial weights and of the choice of batches.
 
     Returns:
-        vocab, parameters, first_loss and last_loss (nats per token), seconds.
+        vocab, parameters, first_loss and last_loss (nats), accuracy (share of held-out questions of which the first
+        token of the answer is the likeliest), seconds.
 
     Raises:
         DataError: there is no text.
     """
     started = time.perf_counter()
-    corpus = _read(texts)
-    tokenizer = train_tokenizer(corpus, settings.vocab_size)
-    stream = _token_stream(tokenizer, corpus, _LENGTH)
+    asked = _read(questions)
+    tokenizer = train_tokenizer(
+        [part for question in asked for part in (question.prompt, question.answer)], settings.vocab_size
+    )
+    rows = _rows(tokenizer, asked)
+    held_out = min(_MAX_HELD_OUT, len(rows) // 20)
+    rows, unseen = rows[: len(rows) - held_out], rows[len(rows) - held_out :]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(stream_seed(seed, "tiny", "llm", "weights"))
         # On a CPU, plain attention is faster than fused attention at these lengths and widths.
@@ -60,16 +71,16 @@ def train_tiny_llm(texts: Iterable[str], settings: TinySettings, directory: Path
     order = torch.Generator().manual_seed(stream_seed(seed, "tiny", "llm", "batches"))
 
     def batch_loss(_: int) -> Tensor:
-        tokens = _windows(stream, settings.llm_batch_size, _LENGTH, order)
-        with mixed_precision():
-            return model(input_ids=tokens, labels=tokens).loss
+        drawn = torch.randint(len(rows), (settings.llm_batch_size,), generator=order).tolist()
+        return _loss(model, [rows[number] for number in drawn])
 
-    log.info("tiny LLM: %d texts, %d tokens, %d steps", len(corpus), len(stream), settings.llm_steps)
+    log.info("tiny LLM: %d questions, %d steps", len(asked), settings.llm_steps)
     losses = fit("tiny LLM", model, batch_loss, steps=settings.llm_steps, learning_rate=_LEARNING_RATE)
     with quiet_loading():
         model.save_pretrained(directory)
         tokenizer.save_pretrained(directory)
-    return {"vocab": len(tokenizer), "parameters": model.num_parameters(), **summarise(losses, started)}
+    sizes = {"vocab": len(tokenizer), "parameters": model.num_parameters()}
+    return {**sizes, "accuracy": round(_accuracy(model, unseen), 4), **summarise(losses, started)}
 
 
 def train_tokenizer(
@@ -108,37 +119,88 @@ def train_tokenizer(
     return Qwen2Tokenizer(learned["vocab"], merges, model_max_length=_MAX_POSITIONS, **special)
 
 
-def _read(texts: Iterable[str]) -> list[str]:
-    corpus: list[str] = []
+class _Row(NamedTuple):
+    ids: list[int]  # start, prompt, answer, end
+    begin: int  # position of the answer's first token
+    firsts: list[int]  # first tokens of the possible answers
+    weights: list[float]  # of each, 1 in sum
+
+
+def _read(questions: Iterable[Question]) -> list[Question]:
+    asked: list[Question] = []
     characters = 0
-    for text in texts:
-        if not text.strip():
+    for question in questions:
+        length = len(question.prompt) + len(question.answer)
+        if not (question.prompt + question.answer).strip():
             continue
-        corpus.append(text)
-        characters += len(text)
+        asked.append(question)
+        characters += length
         if characters >= _MAX_CHARACTERS:
-            log.info("tiny LLM: %d texts are enough for its training; the rest is not read", len(corpus))
+            log.info("tiny LLM: %d texts are enough for its training; the rest is not read", len(asked))
             break
-    if not corpus:
+    if not asked:
         raise DataError(
             "there is no text to train the tiny language model on: every title, topic and content is empty. "
             "Check source.columns, or set model.llm to a checkpoint."
         )
-    return corpus
+    return asked
 
 
-def _token_stream(tokenizer: Qwen2Tokenizer, corpus: list[str], at_least: int) -> Tensor:
-    """All documents in one row, each between start and end: (T,) int64. A short corpus is repeated."""
-    rows = tokenizer(corpus, add_special_tokens=False, split_special_tokens=True)["input_ids"]
-    start, end = tokenizer.bos_token_id, tokenizer.eos_token_id
-    stream = torch.tensor([token for row in rows for token in (start, *row, end)], dtype=torch.int64)
-    return stream.repeat(-(-at_least // len(stream)))
+def _rows(tokenizer: Qwen2Tokenizer, asked: Sequence[Question]) -> list[_Row]:
+    """Tokens of each question; a long prompt loses its beginning. Prompt and answer are tokenised apart, as in use."""
+    prompts, answers = (
+        tokenizer([question[place] for question in asked], add_special_tokens=False, split_special_tokens=True)[
+            "input_ids"
+        ]
+        for place in (0, 1)
+    )
+    words = sorted({word for question in asked for word in question.words})
+    encoded = tokenizer(words, add_special_tokens=False, split_special_tokens=True)["input_ids"] if words else []
+    first_token = {word: tokens[0] for word, tokens in zip(words, encoded, strict=True)}
+    found = []
+    for question, prompt, answer in zip(asked, prompts, answers, strict=True):
+        answer = [*answer[: _LENGTH // 2], tokenizer.eos_token_id]
+        start = [tokenizer.bos_token_id, *prompt[max(0, len(prompt) - (_LENGTH - len(answer) - 1)) :]]
+        total = sum(question.words.values())
+        firsts = [first_token[word] for word in question.words]
+        found.append(_Row([*start, *answer], len(start), firsts, [each / total for each in question.words.values()]))
+    return found
 
 
-def _windows(stream: Tensor, count: int, length: int, generator: torch.Generator) -> Tensor:
-    """Random parts of the stream: (count, length) int64. A part may go beyond a document's end."""
-    starts = torch.randint(0, len(stream) - length + 1, (count, 1), generator=generator)
-    return stream[starts + torch.arange(length)]
+def _loss(model: Qwen2ForCausalLM, rows: Sequence[_Row]) -> Tensor:
+    """The mean loss of the prompts' tokens plus that of the answers' tokens, end included; a scalar."""
+    tokens = nn.utils.rnn.pad_sequence([torch.tensor(row.ids) for row in rows], batch_first=True)
+    length = torch.tensor([[len(row.ids)] for row in rows])
+    place = torch.arange(1, tokens.shape[1])
+    answers = (place >= torch.tensor([[row.begin] for row in rows])) & (place < length)
+    prompts = place < torch.tensor([[row.begin] for row in rows])
+    with mixed_precision():
+        logits = model(input_ids=tokens).logits[:, :-1]
+    losses = nn.functional.cross_entropy(logits.float().flatten(0, 1), tokens[:, 1:].flatten(), reduction="none")
+    losses = losses.view_as(answers)
+    return losses[prompts].sum() / prompts.sum().clamp(min=1) + losses[answers].mean() + _word_loss(logits, rows)
+
+
+def _word_loss(logits: Tensor, rows: Sequence[_Row]) -> Tensor:
+    """Cross-entropy at the answer's place (B, T, V) against the weights of all words that could be answered."""
+    owner = torch.tensor([number for number, row in enumerate(rows) for _ in row.firsts], dtype=torch.int64)
+    if not len(owner):
+        return logits.new_zeros(())
+    place = torch.tensor([row.begin - 1 for row in rows])
+    log_share = logits[torch.arange(len(rows)), place].float().log_softmax(-1)
+    first = torch.tensor([token for row in rows for token in row.firsts])
+    weight = torch.tensor([each for row in rows for each in row.weights])
+    return -(weight * log_share[owner, first]).sum() / len(rows)
+
+
+@torch.inference_mode()
+def _accuracy(model: Qwen2ForCausalLM, rows: Sequence[_Row]) -> float:
+    """Share of the rows of which the first token of the answer is the likeliest."""
+    right = 0
+    for row in rows:
+        logits = model(input_ids=torch.tensor([row.ids[: row.begin]])).logits[0, -1]
+        right += int(logits.argmax()) == row.ids[row.begin]
+    return right / max(1, len(rows))
 
 
 def _config(settings: TinySettings, tokenizer: Qwen2Tokenizer) -> Qwen2Config:

@@ -27,6 +27,7 @@ from transformers import (
 from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.settings import TinySettings
 from notellm2_ray.models.tiny.clip import _distinct_groups, clip_loss, train_tiny_clip
+from notellm2_ray.models.tiny.exercises import Question
 from notellm2_ray.models.tiny.llm import train_tiny_llm, train_tokenizer
 
 SMALL = TinySettings(
@@ -61,6 +62,10 @@ def _texts() -> list[str]:
     return [" ".join(f"the {draw.choice(list(COLOURS))} note likes tea" for _ in range(5)) for _ in range(60)]
 
 
+def _questions(texts: list[str]) -> list[Question]:
+    return [Question(text, "") for text in texts]
+
+
 def _captioned(count: int = 200) -> list[tuple[bytes, str]]:
     draw = random.Random(1)
     found = []
@@ -76,7 +81,7 @@ def _captioned(count: int = 200) -> list[tuple[bytes, str]]:
 @pytest.fixture(scope="module")
 def llm(tmp_path_factory):
     directory = tmp_path_factory.mktemp("tiny") / "llm"
-    return directory, train_tiny_llm(_texts(), SMALL, directory, seed=7)
+    return directory, train_tiny_llm(_questions(_texts()), SMALL, directory, seed=7)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +97,8 @@ def tokenizer(llm) -> Qwen2Tokenizer:
 
 def test_llm_learns_and_what_is_saved_is_what_was_trained(llm):
     directory, figures = llm
-    assert figures["first_loss"] == pytest.approx(math.log(figures["vocab"]), rel=0.1)  # knows nothing yet
+    nothing = math.log(figures["vocab"])  # of prompts and answers each, before training
+    assert figures["first_loss"] == pytest.approx(2 * nothing, rel=0.1)
     assert figures["last_loss"] < 0.7 * figures["first_loss"]
     tokenizer, model = AutoTokenizer.from_pretrained(directory), AutoModelForCausalLM.from_pretrained(directory)
     assert model.num_parameters() == figures["parameters"]
@@ -100,7 +106,7 @@ def test_llm_learns_and_what_is_saved_is_what_was_trained(llm):
     assert len(tokenizer) == figures["vocab"] == model.config.vocab_size
     tokens = torch.tensor([tokenizer.bos_token_id, *tokenizer(_texts()[0])["input_ids"]])[None]
     with torch.inference_mode():
-        assert model(input_ids=tokens, labels=tokens).loss < 0.8 * figures["first_loss"]
+        assert model(input_ids=tokens, labels=tokens).loss < 0.8 * nothing
 
 
 def test_one_seed_gives_one_model_on_any_number_of_threads_and_keeps_the_global_state(llm, clip, tmp_path):
@@ -108,7 +114,7 @@ def test_one_seed_gives_one_model_on_any_number_of_threads_and_keeps_the_global_
     state, threads = torch.random.get_rng_state(), torch.get_num_threads()
     torch.set_num_threads(threads + 1)
     try:
-        train_tiny_llm(iter(_texts()), SMALL, tmp_path / "llm", seed=7)
+        train_tiny_llm(iter(_questions(_texts())), SMALL, tmp_path / "llm", seed=7)
         train_tiny_clip(iter(_captioned()), SMALL, tmp_path / "clip", 7, tmp_path / "llm")
         assert torch.get_num_threads() == threads + 1
     finally:
@@ -119,7 +125,7 @@ def test_one_seed_gives_one_model_on_any_number_of_threads_and_keeps_the_global_
         assert first.keys() == second.keys()
         assert all(torch.equal(first[name], second[name]) for name in first)
         assert (directory / "tokenizer.json").read_text() == (again / "tokenizer.json").read_text()
-    train_tiny_llm(_texts(), SMALL.model_copy(update={"llm_steps": 1}), tmp_path / "other", seed=8)
+    train_tiny_llm(_questions(_texts()), SMALL.model_copy(update={"llm_steps": 1}), tmp_path / "other", seed=8)
     embedding = "model.embed_tokens.weight"
     assert not torch.equal(
         load_file(tmp_path / "other" / "model.safetensors")[embedding],
@@ -157,17 +163,17 @@ def test_special_tokens_are_three_and_a_users_text_cannot_become_one(tokenizer):
 @pytest.mark.parametrize("texts", [[], ["", " \n"]])
 def test_no_text_is_an_error_that_says_what_to_do(texts, tmp_path):
     with pytest.raises(DataError, match=r"no text .* set model\.llm"):
-        train_tiny_llm(texts, SMALL, tmp_path, seed=0)
+        train_tiny_llm(_questions(texts), SMALL, tmp_path, seed=0)
 
 
 def test_a_corpus_of_one_word_is_enough(tmp_path):
-    figures = train_tiny_llm(["茶"], SMALL.model_copy(update={"llm_steps": 2}), tmp_path, seed=0)
+    figures = train_tiny_llm(_questions(["茶"]), SMALL.model_copy(update={"llm_steps": 2}), tmp_path, seed=0)
     assert figures["last_loss"] < figures["first_loss"]
 
 
 def test_progress_is_logged_with_loss_and_time_left(tmp_path, caplog):
     with caplog.at_level("INFO", logger="notellm2_ray"):
-        train_tiny_llm(["tea"], SMALL.model_copy(update={"llm_steps": 2}), tmp_path, seed=0)
+        train_tiny_llm(_questions(["tea"]), SMALL.model_copy(update={"llm_steps": 2}), tmp_path, seed=0)
     assert any("2 / 2 steps" in line and "loss" in line and "s left" in line for line in caplog.messages)
 
 
