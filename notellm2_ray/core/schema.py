@@ -1,7 +1,7 @@
 """The tables that stages exchange, and the note as the model sees it.
 
-Ids are strings everywhere. A prepared note carries its image as encoded bytes (JPEG, PNG or WebP, never pixels), so
-that a block of notes can be sent to any machine.
+Ids are strings everywhere. A prepared note carries its image as encoded bytes, never as pixels, so that a block of
+notes can be sent to any machine.
 """
 
 from __future__ import annotations
