@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pyarrow as pa
@@ -22,6 +22,7 @@ from notellm2_ray.core.progress import Progress
 from notellm2_ray.core.schema import EVENT_SCHEMA, NOTE_SCHEMA, QUARANTINE_SCHEMA
 from notellm2_ray.core.settings.data import PrepareSettings
 from notellm2_ray.data.duplicates import Versions, drop_rows, numbered_tables
+from notellm2_ray.data.key_sets import KeySet, NoteIds
 from notellm2_ray.data.keys import write_note_keys
 from notellm2_ray.data.log_times import LogTimes
 from notellm2_ray.data.rows import FATAL, category
@@ -77,43 +78,6 @@ def prepare(tables: SourceTables, settings: PrepareSettings, output: Path) -> di
         **facts,
         "reasons": dict((notes.reasons + events.reasons).most_common()),
     }
-
-
-class KeySet:
-    """A growing set of 64-bit hashes: 8 bytes each, and more for the newest, which are in a Python set."""
-
-    _RECENT = 1 << 20
-
-    def __init__(self) -> None:
-        self._old = np.empty(0, np.uint64)
-        self._recent: set[int] = set()
-
-    def add(self, hashes: np.ndarray) -> np.ndarray:
-        """Add ``(N,)`` hashes; returns ``(N,)`` bool, whether each was new (of equal ones, the first is)."""
-        place = np.minimum(np.searchsorted(self._old, hashes), max(0, len(self._old) - 1))
-        new = self._old[place] != hashes if len(self._old) else np.ones(len(hashes), dtype=bool)
-        for row in np.flatnonzero(new):
-            value = int(hashes[row])
-            new[row] = value not in self._recent
-            self._recent.add(value)
-        if len(self._recent) > self._RECENT:
-            self._old, self._recent = self.ascending(), set()
-        return new
-
-    def ascending(self) -> np.ndarray:
-        """``(N,)`` uint64, all hashes in ascending order."""
-        return np.union1d(self._old, np.fromiter(self._recent, np.uint64, len(self._recent)))
-
-    def __len__(self) -> int:
-        return len(self._old) + len(self._recent)
-
-
-class NoteIds(NamedTuple):
-    """Hashes of the ids of notes."""
-
-    kept: KeySet
-    rejected: KeySet
-    alike: KeySet  # of the kept ones, without their form (:func:`notellm2_ray.data.validate.without_form`)
 
 
 class Intake:

@@ -23,7 +23,8 @@ from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.schema import EVENT_SCHEMA, NOTE_SCHEMA, QUARANTINE_SCHEMA
 from notellm2_ray.core.settings.data import PrepareSettings
 from notellm2_ray.data.duplicates import EARLIER
-from notellm2_ray.data.prepare import KeySet, prepare
+from notellm2_ray.data.key_sets import KeySet
+from notellm2_ray.data.prepare import prepare
 from notellm2_ray.data.sources import SourceTables, open_source
 from notellm2_ray.data.sources.tabular import TabularSettings
 from notellm2_ray.data.validate import ALIKE_NOTE, check_events, check_notes, hash_ids, without_form
