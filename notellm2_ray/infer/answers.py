@@ -7,7 +7,7 @@ import zlib
 
 # Text that compresses by more than this factor repeats itself. Whisper's decoding uses the same threshold.
 _REPETITIVE = 2.4
-_SENTENCE_END = re.compile(r"[.!?](?=[\s\"')\]]|$)|[。！？]")
+_SENTENCE_END = re.compile(r"[.!?](?=[\s\"')\]]|$)|[。！？။។।؟۔]")  # also Burmese, Khmer, Hindi and Arabic
 
 
 def one_paragraph(text: str) -> str:
@@ -23,6 +23,9 @@ def cut_at_sentence(text: str) -> str:
 
 def is_repetitive(text: str) -> bool:
     """Whether a text repeats itself without end, as some models do."""
-    data = text.encode()
+    # A byte for each different character: in UTF-8 all letters of Thai, say, begin with the same byte, so that any text
+    # of theirs compresses well.
+    numbers = {character: number % 256 for number, character in enumerate(dict.fromkeys(text))}
+    data = bytes(map(numbers.__getitem__, text))
     # In a short text zlib's header outweighs what can be compressed.
     return len(data) > 60 and len(data) / len(zlib.compress(data)) > _REPETITIVE

@@ -54,6 +54,11 @@ def test_answers_are_cut_cleaned_and_judged() -> None:
     assert is_repetitive("a red cat and " * 30) and not is_repetitive(
         "A red cat sleeps on the blue sofa by the window."
     )
+    thai = (
+        "แมวสีแดงนอนหลับอยู่บนโซฟาในห้องนั่งเล่นที่มีแสงแดดอบอุ่นส่องเข้ามาทางหน้าต่าง ภาพนี้แสดงให้เห็นสีสันสดใสของดอกไม้และต้นไม้ด้านนอก "
+        "พร้อมกับข้อความเขียนด้วยลายมือที่มุมขวาบนของภาพ และมีถ้วยกาแฟวางอยู่บนโต๊ะไม้ข้างหนังสือเล่มหนึ่ง"
+    )
+    assert is_repetitive(thai[:30] * 8) and not is_repetitive(thai)
 
 
 def test_rows_are_sorted_into_good_bad_and_to_ask_again() -> None:
