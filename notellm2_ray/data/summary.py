@@ -65,13 +65,15 @@ def describe(prepared: Path, counts: Mapping[str, Any], reading: Reading, model:
         counts: of :func:`notellm2_ray.data.prepare.prepare`.
         model: the settings that say how much of a note the embedder reads.
     """
+    invented = counts.get("times") == "invented"  # the source knows only the order of events
+    events = "in order, without times" if invented else _between(_event_times(prepared / "events"))
     bad = counts["quarantined_notes"] + counts["quarantined_events"]
     lines = [
         f"{counts['notes']:,} notes, {counts['events']:,} events of {counts['users']:,} users, "
         f"{bad:,} rows in quarantine{_reasons(counts['reasons'])}",
         f"notes without: {_shares(reading, counts)}",
         f"languages by script: {_listed(reading.scripts, reading.notes)}",
-        f"notes created: {_between(reading.created)}; events: {_between(_event_times(prepared / 'events'))}",
+        f"notes created: {_between(reading.created)}; events: {events}",
     ]
     if reading.long_topics:
         lines.append(

@@ -18,7 +18,7 @@ from notellm2_ray.infer.answers import cut_at_sentence, is_repetitive, one_parag
 from notellm2_ray.infer.summaries import sort_rows, summarize_images
 from notellm2_ray.infer.summary_parts import commit, compile_summaries, described_parts, read_described
 from notellm2_ray.infer.summary_rows import ERROR, NO_IMAGE, EncodedImage, checked
-from tests.support.encoded_pictures import LOSSLESS, encoded
+from tests.support.encoded_pictures import LOSSLESS, LOSSY, encoded
 from tests.support.tiny_mllm import picture, save_mllm
 from tests.support.tiny_models import write_notes
 
@@ -134,8 +134,8 @@ def test_images_become_summaries(tmp_path: Path, ray_cluster, mllm: str) -> None
     notes[9] = notes[9]._replace(image=buffer.getvalue())
     odd = [(1, 1), (1, 2000), (2000, 1), (20, 27)]
     strips = [encoded(Image.new("RGB", size, "red"), "PNG") for size in odd]
-    same = [LOSSLESS[name] for name in ("PNG", "TIFF turned 6", "RGBA", "palette and hole", "grey of 16 bits")]
-    for place, image in enumerate([*strips, *same], start=10):
+    others = [LOSSLESS["TIFF turned 6"], LOSSLESS["RGBA"], LOSSLESS["grey of 16 bits"], LOSSY["AVIF"], LOSSY["MPO"]]
+    for place, image in enumerate([*strips, *others], start=10):
         notes[place] = notes[place]._replace(image=image)
     write_notes(tmp_path / "notes" / "a.parquet", notes[:40])
     write_notes(tmp_path / "notes" / "b.parquet", notes[40:])
@@ -156,10 +156,7 @@ def test_images_become_summaries(tmp_path: Path, ray_cluster, mllm: str) -> None
     assert all(", twice (" in reasons[key] for key in reasons if key not in ("n003", "n007"))
     described = [note.note_id for note in notes[:55] if note.note_id not in reasons]
     assert table["note_id"].to_pylist() == described and "n009" in described
-    summaries = dict(zip(described, table["summary"].to_pylist(), strict=True))
-    assert len(set(summaries.values())) > 35
-    # one picture in five encodings has one summary, unless the model was asked twice
-    assert len({summaries[key] for key in ("n014", "n015", "n016", "n017", "n018") if key in summaries}) == 1
+    assert len(set(table["summary"].to_pylist())) > 35
     # nothing is left to do: no engine is started
     again = run(tmp_path / "only.parquet")
     assert again["reused"] == 55 and again["startup_seconds"] == 0
