@@ -99,7 +99,7 @@ _QUICK: dict[str, Any] = {
     "summaries": {"model": "packaged"},
     "preferences": {"model": "packaged"},
     "ranker": {"model": "packaged"},
-    "train": {"epochs": 1, "max_steps": 80, "validate_every_steps": 40},
+    "train": {"epochs": 1, "max_steps": 64, "validate_every_steps": 32},
     "evaluate": {"embedders": ["basic", "notellm2"]},
     "sequences": {"max_events": 10},
     "tune": {"epochs": 1, "validate_every_steps": 40},
