@@ -77,10 +77,16 @@ class EngineCalls:
         return result
 
     async def check_health(self) -> None:
-        """Raises if the engine has ended, as vLLM's check does."""
+        """Raises if the engine has ended, as vLLM's check does; the cause is logged even if no call has failed yet."""
         check = getattr(getattr(self.engine, "engine", None), "check_health", None)
-        if check is not None:
+        if check is None:
+            return
+        try:
             await check()
+        except Exception as error:  # any kind of vLLM's
+            self.outage.failed("check_health", first_line(error), error)
+            raise
+        self.outage.answered("check_health")
 
     async def describe(self, **facts: Any) -> dict[str, Any] | Failed:
         """Facts about the replica, which show that it runs; Failed if its engine does not."""
