@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import difflib
 import json
+from abc import abstractmethod
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, get_origin
@@ -29,9 +30,9 @@ class Kinds(Frozen):
     kind: str
 
     @classmethod
+    @abstractmethod
     def kinds(cls) -> Mapping[str, type[Kinds]]:
         """The settings class of each kind."""
-        raise NotImplementedError
 
 
 def resource(default: Any, **field: Any) -> Any:

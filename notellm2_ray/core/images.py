@@ -96,7 +96,7 @@ def scaled_image(data: bytes, max_pixels: int) -> Image.Image:
     """
     from PIL import Image
 
-    image = _cut_middle(decode_image(data, min_side=math.isqrt(max_pixels)), max_pixels // MIN_SIDE**2)
+    image = cut_middle(decode_image(data, min_side=math.isqrt(max_pixels)), max_pixels // MIN_SIDE**2)
     width, height = image.size
     scale = min(1.0, math.sqrt(max_pixels / (width * height)))
     scale = max(scale, MIN_SIDE / min(width, height))
@@ -117,7 +117,7 @@ def _decode(data: bytes, min_side: int | None, max_pixels: int | None = None, kn
             if min_side is not None:
                 image.draft(image.mode, (min_side, min_side))  # acts on JPEG only
             image.load()
-            return _upright(to_rgb(_cut_middle(image, MAX_ASPECT)), orientation)
+            return _upright(to_rgb(cut_middle(image, MAX_ASPECT)), orientation)
     except DataError:
         raise
     # Decoders raise all kinds of exceptions for a broken file (OSError, SyntaxError, struct.error, zlib.error...). In
@@ -190,7 +190,7 @@ def _upright(image: Image.Image, orientation: int) -> Image.Image:
     return image if move is None else image.transpose(move)
 
 
-def _cut_middle(image: Image.Image, ratio: int) -> Image.Image:
+def cut_middle(image: Image.Image, ratio: int) -> Image.Image:
     """The middle of a strip, ``ratio`` times as long as wide; any other picture as it is."""
     width, height = image.size
     longest = ratio * min(width, height)

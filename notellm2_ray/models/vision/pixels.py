@@ -16,9 +16,11 @@ import numpy as np
 from PIL import Image
 
 from notellm2_ray.core.errors import ModelError
+from notellm2_ray.core.images import cut_middle
 
 CLIP_MEAN = (0.48145466, 0.4578275, 0.40821073)
 CLIP_STD = (0.26862954, 0.26130258, 0.27577711)
+_LONGEST = 8  # an image that is more times as long as wide loses its ends
 PREPROCESSOR_FILE = "preprocessor_config.json"
 
 
@@ -56,7 +58,7 @@ class ImageSettings:
         return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
     def _shortest_then_crop(self, image: Image.Image) -> Image.Image:
-        image = _without_far_ends(image)
+        image = cut_middle(image, _LONGEST)  # resizing all of a strip of 1 x 100,000 pixels would exhaust the memory
         width, height = image.size
         short, long = min(width, height), int(self.resize_to * max(width, height) / min(width, height))
         target = (self.resize_to, long) if width == short else (long, self.resize_to)
@@ -88,16 +90,6 @@ class ImageSettings:
             "do_convert_rgb": True,
         }
         (directory / PREPROCESSOR_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-
-
-def _without_far_ends(image: Image.Image, max_ratio: int = 8) -> Image.Image:
-    """The middle part of a very long image. Resizing all of a strip of 1 x 100,000 pixels would exhaust the memory."""
-    width, height = image.size
-    longest = max_ratio * min(width, height)
-    if max(width, height) <= longest:
-        return image
-    left, top = max(0, (width - longest) // 2), max(0, (height - longest) // 2)
-    return image.crop((left, top, left + min(width, longest), top + min(height, longest)))
 
 
 def from_processor(values: Mapping[str, Any], image_size: int, where: str) -> ImageSettings:
