@@ -25,6 +25,7 @@ from notellm2_ray.serve.calls import Dependency, EngineCalls
 from notellm2_ray.serve.deployments.encoder import Vectors
 from notellm2_ray.serve.deployments.gateway import Gateway
 from notellm2_ray.serve.deployments.ranker import Ranker
+from notellm2_ray.serve.deployments.readiness import Readiness
 from notellm2_ray.serve.deployments.workload import Workload
 from notellm2_ray.serve.deployments.writer import Writer
 from notellm2_ray.serve.errors import OverloadedError, UnavailableError
@@ -259,35 +260,33 @@ def gateway_of(problem=None, **handles):
     """A gateway that can only ask the other deployments."""
     described = answering(describe={"models": [{"fingerprint": MODEL}]}, exchange={"other": {}})
     made = Gateway.__new__(Gateway)
-    made.name, made.reports, made.writing_model = "gateway-1", {}, ""
-    made.problems, made.missing, made._last_problems = [], [], {}
-    made._asking, made._asked = asyncio.Lock(), float("-inf")
-    made._report = dict
     index = SimpleNamespace(model_fingerprint=MODEL)
     made.follower = SimpleNamespace(problem=problem, index=index, alive=True)
     for name in ("encoder", "writer", "users", "ranker"):
         setattr(made, name, Dependency(handles.get(name, described), name, 4))
-    made.optional = [made.ranker]
+    needed = made.encoder, made.writer, made.users
+    made.readiness = Readiness("gateway-1", made.follower, *needed, [made.ranker], dict, Peers())
+    made.readiness.problems = []
     return made
 
 
 @pytest.mark.parametrize("name", ["encoder", "writer", "users"])
 def test_an_unavailable_required_deployment_makes_a_replica_unready(name):
-    problems = asyncio.run(gateway_of(**{name: failing(UnavailableError("away"))}).problems_now())
+    problems = asyncio.run(gateway_of(**{name: failing(UnavailableError("away"))}).readiness.problems_now())
     assert [one.startswith(name) for one in problems] == [True] and "away" in problems[0]
 
 
 def test_an_unavailable_ranker_does_not_make_a_replica_unready():
     gateway = gateway_of(ranker=failing(UnavailableError("away")))
-    asyncio.run(gateway._ask_optional())
-    assert asyncio.run(gateway.problems_now()) == [] and gateway.missing == ["ranker: away"]
+    asyncio.run(gateway.readiness._ask_optional())
+    assert asyncio.run(gateway.readiness.problems_now()) == [] and gateway.readiness.missing == ["ranker: away"]
 
 
 def test_a_busy_deployment_is_available():
     gateway = gateway_of(writer=failing(OverloadedError("full")))
-    gateway.reports = {"before": {}}
-    assert asyncio.run(gateway.problems_now()) == []
-    assert gateway.reports == {"before": {}}
+    gateway.readiness.reports = {"before": {}}
+    assert asyncio.run(gateway.readiness.problems_now()) == []
+    assert gateway.readiness.reports == {"before": {}}
 
 
 def test_a_deployment_that_died_is_not_available_because_calls_queue_up_for_it():
@@ -297,7 +296,7 @@ def test_a_deployment_that_died_is_not_available_because_calls_queue_up_for_it()
         raise answers.pop(0)
 
     gateway = gateway_of(encoder=Handle(answer))
-    assert [asyncio.run(gateway._find_problems()) for _ in range(2)] == [["encoder: away"]] * 2
+    assert [asyncio.run(gateway.readiness._find_problems()) for _ in range(2)] == [["encoder: away"]] * 2
 
 
 class Peers:
@@ -320,8 +319,8 @@ class Peers:
 def test_the_service_is_ready_when_every_gateway_is():
     async def ready(*answers):
         gateway = gateway_of()
-        gateway.peers = Peers(*answers)
-        return await gateway.status_of_all()
+        gateway.readiness.peers = Peers(*answers)
+        return await gateway.readiness.status_of_all()
 
     fine, away = ([], []), (["encoder: away"], ["ranker: away"])
     assert asyncio.run(ready(fine, fine)) == ([], [])
@@ -352,13 +351,13 @@ def test_a_ranker_whose_engine_has_died_is_missing_and_its_cause_is_logged_once_
             with pytest.raises(UnavailableError):
                 await gateway.ranker.call("score", seconds=1)
         status = await gateway.status()
-        assert status.problems == [] and gateway.lacks("ranker") and not gateway.lacks("encoder")
+        assert status.problems == [] and gateway.readiness.lacks("ranker") and not gateway.readiness.lacks("encoder")
         with pytest.raises(RuntimeError, match="died"):
             await replica.check_health()
         engine.dead = False
         assert await gateway.ranker.call("score", seconds=1) == [0.5]
-        await gateway._ask_optional()
-        assert not gateway.lacks("ranker") and gateway.ranker.in_hand == 0
+        await gateway.readiness._ask_optional()
+        assert not gateway.readiness.lacks("ranker") and gateway.ranker.in_hand == 0
 
     arguments = {"score": (None, [], [("a", None)])}
     lines, log = [], logging.getLogger("ray.serve.notellm2")
@@ -379,19 +378,21 @@ def test_readiness_is_checked_again_and_once_for_simultaneous_requests(monkeypat
 
     async def run():
         gateway = gateway_of()
-        gateway._find_problems = find_problems
-        assert await asyncio.gather(*(gateway.problems_now() for _ in range(5))) == [[]] * 5 and len(asked) == 1
-        monkeypatch.setattr("notellm2_ray.serve.deployments.gateway._READY_SECONDS", 0.0)
-        assert await gateway.problems_now() == [] and len(asked) == 2
-        assert await gateway.problems_now() == ["encoder: away"] and len(asked) == 3
-        assert await gateway.problems_now() == ["encoder: away"] and len(asked) == 3  # answered without asking again
+        gateway.readiness._find_problems = find_problems
+        assert (
+            await asyncio.gather(*(gateway.readiness.problems_now() for _ in range(5))) == [[]] * 5 and len(asked) == 1
+        )
+        monkeypatch.setattr("notellm2_ray.serve.deployments.readiness._READY_SECONDS", 0.0)
+        assert await gateway.readiness.problems_now() == [] and len(asked) == 2
+        assert await gateway.readiness.problems_now() == ["encoder: away"] and len(asked) == 3
+        assert await gateway.readiness.problems_now() == ["encoder: away"] and len(asked) == 3  # not asked again
 
     asyncio.run(run())
 
 
 def test_an_index_that_is_not_updated_makes_a_replica_unready_and_a_dead_thread_restarts_it():
     gateway = gateway_of(problem="the table cannot be followed: gone")
-    assert asyncio.run(gateway.problems_now()) == ["index: the table cannot be followed: gone"]
+    assert asyncio.run(gateway.readiness.problems_now()) == ["index: the table cannot be followed: gone"]
     gateway.check_health()
     gateway.follower.alive = False
     with pytest.raises(RuntimeError):

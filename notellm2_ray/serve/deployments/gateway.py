@@ -12,7 +12,7 @@ import contextlib
 import logging
 import time
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 
@@ -23,7 +23,8 @@ from notellm2_ray.live.rows import StoredCard, StoredNote
 from notellm2_ray.live.search import Filter, Hits
 from notellm2_ray.live.table import LiveTable, newest_if_gone
 from notellm2_ray.serve.calls import Dependency
-from notellm2_ray.serve.errors import ApiError, NotFoundError, OverloadedError, UnavailableError
+from notellm2_ray.serve.deployments.readiness import Readiness, Status
+from notellm2_ray.serve.errors import ApiError, NotFoundError, UnavailableError
 from notellm2_ray.serve.figures import Figures
 from notellm2_ray.serve.http.checks import Images
 from notellm2_ray.serve.http.fetch import ImageFetcher
@@ -32,18 +33,7 @@ from notellm2_ray.serve.spec import ServiceSpec
 
 log = logging.getLogger("notellm2_ray.serve")
 
-_EXCHANGE_SECONDS = 2.0
-_ASK_SECONDS = 5.0  # for another deployment's answer about itself
-_PEERS_SECONDS = 12.0  # more than two rounds of questions to the other deployments may take
-_READY_SECONDS = 0.25  # how long the answer that this replica is ready stays valid
 _INLINE_SECONDS = 0.003  # if searches take longer, they run in a thread, so that other requests are answered meanwhile
-
-
-class Status(NamedTuple):
-    """What is not available, each with its reason: ``NAME: why``."""
-
-    problems: list[str]  # of parts that requests need
-    missing: list[str]  # of parts that they can do without
 
 
 class Gateway:
@@ -53,11 +43,7 @@ class Gateway:
         follower: follows the live table and keeps the index.
         encoder, writer, users, ranker: the other deployments; ``ranker`` is None if there is none.
         optional: those among all others without which requests are still answered.
-        reports: the last report of every replica, by name.
-        writing_model: fingerprint of the writer's model, as last reported; "": the same as the index's.
-        problems: why this replica is not ready.
-        peers: handle of all gateways, this one included.
-        missing: what is not available but not needed either.
+        readiness: what this replica knows of the other deployments.
     """
 
     def __init__(
@@ -78,25 +64,20 @@ class Gateway:
         self.images = Images(self.limits)
         self.fetcher = ImageFetcher(self.settings.fetch, self.limits.image_bytes)
         self.keys = KeyRing(spec.keys_file) if self.settings.needs_key else None
-        self.reports: dict[str, dict[str, Any]] = {}
-        self.writing_model = ""
-        self.problems = ["the other deployments have not been asked yet"]
-        self.missing: list[str] = []
-        self.peers = serve.get_deployment_handle("Gateway", serve.get_replica_context().app_name)
-        self._asking = asyncio.Lock()
-        self._asked = float("-inf")  # when the other deployments were last asked
-        self._last_problems: dict[str, list[str]] = {}  # of each deployment, when it last answered or failed
         self._search_seconds = 0.0
         self._tasks: set[asyncio.Task[Any]] = set()
         self.follower = _follow(spec)
+        peers = serve.get_deployment_handle("Gateway", serve.get_replica_context().app_name)
+        needed = self.encoder, self.writer, self.users
+        self.readiness = Readiness(self.name, self.follower, *needed, self.optional, self.report, peers)
 
     async def start(self) -> None:
         """Start the background tasks; no request arrives before this ends.
 
         The first round is waited for: a handle that has not been used yet may still lead to a replica that died.
         """
-        await self._ask_needed()
-        self.background(self._exchange_forever())
+        await self.readiness.ask_needed()
+        self.background(self.readiness.exchange_forever())
 
     def background(self, coroutine: Any) -> None:
         """Run a coroutine that no answer waits for; a failure is logged."""
@@ -202,105 +183,17 @@ class Gateway:
                 found.append(await one.ask("report", seconds=2))
         return found
 
-    async def problems_now(self) -> list[str]:
-        """Why this replica is not ready at the moment.
-
-        If there was no problem at the last exchange, the other deployments are asked again, because one may have died
-        since, and the next requests would wait for it in vain. Simultaneous callers share one such round.
-        """
-        if not self.problems:
-            await self._ask_needed(not_before=time.monotonic() - _READY_SECONDS)
-        return self.problems
-
     async def status(self) -> Status:
-        """What this replica misses at the moment."""
-        problems = await self.problems_now()
-        if not self.missing:  # one that was missing is asked by the exchange alone: that may take until it is back
-            await self._ask_optional()
-        return Status(problems, self.missing)
-
-    async def status_of_all(self) -> Status:
-        """What any of the gateways misses, since any of them may get the next request.
-
-        Each has handles of its own, and learns later or earlier than others that a replica was replaced.
-        """
-        try:
-            answers = self.peers.broadcast("status").results_async(timeout_s=_PEERS_SECONDS)
-            found = await asyncio.gather(self.status(), answers)
-        except Exception as error:  # any kind: a gateway that does not answer would not answer a request either
-            log.info("a gateway does not answer: %s", type(error).__name__)
-            return Status([*self.problems, "gateway: one of its replicas does not answer"], self.missing)
-        statuses = [found[0], *found[1]]
-        merged = [list(dict.fromkeys(one for status in statuses for one in status[part])) for part in range(2)]
-        return Status(*merged)
-
-    def lacks(self, name: str) -> bool:
-        """Whether a part is known to be away, so that a request need not wait for it."""
-        return any(one.startswith(f"{name}:") for one in self.missing)
+        """What this replica misses at the moment; other gateways ask for it."""
+        return await self.readiness.status()
 
     def check_health(self) -> None:
         """Ray Serve restarts the replica if this raises."""
         if not self.follower.alive:
             raise RuntimeError("the thread that follows the live table has ended")
 
-    async def _exchange_forever(self) -> None:
-        while True:
-            await asyncio.gather(self._ask_needed(), self._ask_optional())
-            await asyncio.sleep(0.5 if self.problems or self.missing else _EXCHANGE_SECONDS)
-
-    async def _ask_needed(self, not_before: float = float("inf")) -> None:
-        """Update ``problems``, unless the other deployments were asked after ``not_before``."""
-        async with self._asking:
-            if self._asked < not_before:
-                began = time.monotonic()
-                self.problems = await self._find_problems()
-                self._asked = began
-
-    async def _ask_optional(self) -> None:
-        """Update ``missing``: without the ranker, answers come from recall and say so."""
-        asked = await asyncio.gather(*(self._ask(one, "describe") for one in self.optional))
-        self.missing = [problem for _, problems in asked for problem in problems]
-
-    async def _find_problems(self) -> list[str]:
-        """Exchange reports with the writer and ask the other required deployments; why this replica is not ready."""
-        needed = self.index.model_fingerprint
-        (reports, problems), (described, away), (_, without_users) = await asyncio.gather(
-            self._ask(self.writer, "exchange", self.name, self._report()),
-            self._ask(self.encoder, "describe", needed),
-            self._ask(self.users, "describe"),
-        )
-        self.reports = reports or self.reports
-        written = self.reports.get("writer", {}).get("state", {})
-        self.writing_model = written.get("model_fingerprint", self.writing_model)
-        problems += away + without_users
-        if self.follower.problem is not None:
-            problems.append(f"index: {self.follower.problem}")
-        there = [] if described is None else [one["fingerprint"] for one in described["models"]]
-        if described is not None and needed not in there:
-            problems.append(
-                f"encoder: it runs {' and '.join(there)}, but the index was made with {needed}: if the embedder was "
-                "trained again, run `notellm2 swap-embedder`"
-            )
-        return problems
-
-    async def _ask(self, other: Dependency, method: str, *arguments: Any) -> tuple[Any, list[str]]:
-        """The answer or None, and the problem if there is one.
-
-        If the deployment's queue is full, nothing has changed since it last answered: a running one is busy, and calls
-        to a dead one queue up.
-        """
-        answer, problems = None, []
-        try:
-            # Without Dependency.call's bound: a deployment with many calls in hand is running.
-            answer = await other.ask(method, *arguments, seconds=_ASK_SECONDS)
-        except OverloadedError:
-            return None, self._last_problems.get(other.name, [])
-        except Exception as error:  # any kind: this replica is not ready and reports the reason
-            problems = [f"{other.name}: {error.message if isinstance(error, ApiError) else error}"]
-        self._last_problems[other.name] = problems
-        return answer, problems
-
-    def _report(self) -> dict[str, Any]:
+    def report(self) -> dict[str, Any]:
+        """This replica's figures and the state of its index."""
         index, freshness = self.index.info(), self.follower.freshness()
         self.figures.state(
             notes=index["notes"],

@@ -137,14 +137,14 @@ async def _write(
         UnavailableError: the service switched to another model twice meanwhile.
     """
     for _ in range(2):
-        vectors = await gateway.encode(notes, columns, gateway.writing_model)
+        vectors = await gateway.encode(notes, columns, gateway.readiness.writing_model)
         refused = [{"note_id": notes[row].note_id, "reason": reason} for row, reason in vectors.problems.items()]
         written = vectors.live_notes(notes, created)
         if not written:
             return -1, 0, refused
         done = await gateway.writer.call("upsert", written, vectors.fingerprint, seconds=WRITE_SECONDS)
         # This replica's index may switch to the writer's table later.
-        gateway.writing_model = done.model_fingerprint
+        gateway.readiness.writing_model = done.model_fingerprint
         if done.seq is not None:
             return done.seq, len(written), refused
     raise UnavailableError("the service is switching to another model: try again")

@@ -31,7 +31,7 @@ def build(gateway: Gateway) -> Any:
 
         Reasons may also name optional parts.
         """
-        problems, missing = await gateway.status_of_all()
+        problems, missing = await gateway.readiness.status_of_all()
         reasons = problems + missing
         names = ("index", "encoder", "writer", "users", *(one.name for one in gateway.optional))
         parts = {name: not any(reason.startswith(f"{name}:") for reason in reasons) for name in names}
@@ -41,12 +41,12 @@ def build(gateway: Gateway) -> Any:
     @routes.get("/v1/stats", response_model=schemas.Stats)
     async def stats() -> Any:
         """Figures of all replicas: counts, latencies by route and stage, batch sizes, and the state of each index."""
-        reports = {**gateway.reports, gateway.name: gateway._report()}
+        reports = {**gateway.readiness.reports, gateway.name: gateway.report()}
         encoders = await gateway.other_figures()
         return {
             "replica": gateway.name,
             "model": gateway.index.model_fingerprint,
-            "ready": not gateway.problems,
+            "ready": not gateway.readiness.problems,
             "in_hand": gateway.guard.in_hand if gateway.guard else 0,
             "replicas": {name: report["state"] for name, report in reports.items()},
             **summary([*(report["families"] for report in reports.values()), *encoders]),
@@ -55,7 +55,7 @@ def build(gateway: Gateway) -> Any:
     @routes.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def metrics() -> Any:
         """The same for Prometheus; one replica answers for all, and a label names each."""
-        reports = {**gateway.reports, gateway.name: gateway._report()}
+        reports = {**gateway.readiness.reports, gateway.name: gateway.report()}
         text = render([*(report["families"] for report in reports.values()), *await gateway.other_figures()])
         return Response(text, media_type="text/plain; version=0.0.4; charset=utf-8")
 

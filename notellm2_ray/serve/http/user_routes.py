@@ -253,7 +253,7 @@ class Recommendation:
             return [], "arm"
         if not view["history"]:
             return [], "no history"
-        if gateway.lacks("ranker"):
+        if gateway.readiness.lacks("ranker"):
             return [], "failed"
         left = self.budget - (time.perf_counter() - self.started)
         if left <= 0:
