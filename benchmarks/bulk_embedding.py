@@ -3,10 +3,10 @@
     python benchmarks/bulk_embedding.py                 # 20,000 notes of the world, the demo's tiny embedder
     python benchmarks/bulk_embedding.py --notes 2000 --repeats 1
 
-The bare loop is one process that reads the Parquet files block by block and calls NoteEncoder.encode on each. The other
-contender is embed_notes with one actor, which also writes its blocks to disk, can be resumed and counts bad notes. They
+The bare loop is one process that reads the Parquet files chunk by chunk and calls NoteEncoder.encode on each. The other
+contender is embed_notes with one actor, which also writes its chunks to disk, can be resumed and counts bad notes. They
 take turns, each in a process of its own with the same number of torch threads. "steady" is the rate from the end of the
-first block to the end of the last. "start-up" is the time before that: imports, the model, Ray's actors, the first
+first chunk to the end of the last. "start-up" is the time before that: imports, the model, Ray's actors, the first
 block.
 """
 
@@ -28,7 +28,7 @@ from notellm2_ray.core.settings import EmbedSettings, RaySettings
 
 
 def bare_loop(model: Path, notes: Path, settings: EmbedSettings) -> dict[str, float]:
-    """Read, preprocess and encode block after block, and do nothing else."""
+    """Read, preprocess and encode chunk after chunk, and do nothing else."""
     started = time.perf_counter()
     import torch
 
@@ -37,17 +37,17 @@ def bare_loop(model: Path, notes: Path, settings: EmbedSettings) -> dict[str, fl
 
     torch.set_num_threads(int(settings.cpus_per_actor))
     encoder = NoteEncoder.from_pretrained(model, precision=settings.precision)
-    plan = plan_chunks(list_note_files(notes), settings.block_rows, "")
+    plan = plan_chunks(list_note_files(notes), settings.chunk_rows, "")
     ends = []
-    for block in plan.blocks:
-        encoder.encode(read_chunk(block), batch_tokens=settings.batch_tokens, max_batch_notes=settings.max_batch_notes)
+    for chunk in plan.chunks:
+        encoder.encode(read_chunk(chunk), batch_tokens=settings.batch_tokens, max_batch_notes=settings.max_batch_notes)
         ends.append(time.perf_counter())
-    steady = (plan.notes - plan.blocks[0].rows) / (ends[-1] - ends[0])
+    steady = (plan.notes - plan.chunks[0].rows) / (ends[-1] - ends[0])
     return {"steady": steady, "startup": ends[0] - started, "whole": plan.notes / (ends[-1] - started)}
 
 
 def through_ray(model: Path, notes: Path, settings: EmbedSettings) -> dict[str, float]:
-    """The product: a Ray Data actor pool, with blocks on disk and a Lance table."""
+    """The product: a Ray Data actor pool, with parts on disk and a Lance table."""
     started = time.perf_counter()
     from notellm2_ray.core.cluster import connect
     from notellm2_ray.infer.embed import embed_notes
@@ -57,7 +57,7 @@ def through_ray(model: Path, notes: Path, settings: EmbedSettings) -> dict[str, 
     with tempfile.TemporaryDirectory() as directory:
         counts = embed_notes(model, notes, Path(directory) / "embeddings", settings)
     seconds = time.perf_counter() - started
-    steady = (counts["notes"] - settings.block_rows) / (counts["embed_seconds"] - counts["startup_seconds"])
+    steady = (counts["notes"] - settings.chunk_rows) / (counts["embed_seconds"] - counts["startup_seconds"])
     return {
         "steady": steady,
         "startup": connected + counts["startup_seconds"],
@@ -71,7 +71,7 @@ CONTENDERS = {"bare loop": bare_loop, "Ray Data": through_ray}
 
 def run_apart(name: str, arguments: argparse.Namespace, model: Path, notes: Path) -> dict[str, float]:
     """Run one contender in a process of its own."""
-    options = ["--threads", str(arguments.threads), "--block-rows", str(arguments.block_rows)]
+    options = ["--threads", str(arguments.threads), "--chunk-rows", str(arguments.chunk_rows)]
     command = [sys.executable, __file__, "--contender", name, "--model", str(model), "--data", str(notes), *options]
     done = subprocess.run(command, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -106,20 +106,20 @@ def main() -> None:
     parser.add_argument("--notes", type=int, default=20_000, help="notes of the world")
     parser.add_argument("--repeats", type=int, default=3, help="turns of each contender")
     parser.add_argument("--threads", type=int, default=2, help="torch threads of the loop, and CPUs of the actor")
-    parser.add_argument("--block-rows", type=int, default=512, help="notes in a block (512: the demo's)")
+    parser.add_argument("--chunk-rows", type=int, default=512, help="notes in a chunk (512: the demo's)")
     parser.add_argument("--contender", choices=CONTENDERS, help=argparse.SUPPRESS)
     parser.add_argument("--model", type=Path, help="an embedder's directory instead of the tiny one made here")
     parser.add_argument("--data", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    settings = EmbedSettings(cpus_per_actor=arguments.threads, block_rows=arguments.block_rows)
+    settings = EmbedSettings(cpus_per_actor=arguments.threads, chunk_rows=arguments.chunk_rows)
     if arguments.contender:
         print(json.dumps(CONTENDERS[arguments.contender](arguments.model, arguments.data, settings)))
         return
     print(
-        f"{machine()}; {arguments.notes} notes, {arguments.threads} torch thread(s), blocks of {arguments.block_rows}"
+        f"{machine()}; {arguments.notes} notes, {arguments.threads} torch thread(s), chunks of {arguments.chunk_rows}"
     )
     with tempfile.TemporaryDirectory() as directory:
-        notes = write_world_notes(Path(directory) / "notes", arguments.notes, arguments.block_rows)
+        notes = write_world_notes(Path(directory) / "notes", arguments.notes, arguments.chunk_rows)
         model = arguments.model or build_tiny_embedder(Path(directory))
         compare(arguments, model, notes)
 

@@ -51,6 +51,7 @@ def one(workspace: Path, embedder: str, seed: int, precision: str) -> None:
         job = EmbedderJob(settings.model, settings.train, seed, place.pairs, llm, vision, Path(output))
         run = EmbedderRun(job, torch.device("cpu"), lambda directory, figures: None)
         run.run()
+        assert run.state.best_step is not None
         encoder = NoteEncoder.from_pretrained(run.files.best(run.state.best_step))
     ids = pq.read_table(place.test_pool)["note_id"].to_pylist()
     found = {note.note_id: note for note in iter_notes(pq.read_table(place.notes))}

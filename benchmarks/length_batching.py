@@ -56,7 +56,7 @@ def compare(model: Path, notes: list, arguments: argparse.Namespace, label: str)
     lengths = np.array([item.num_tokens for item in features])
     ways = {
         "shuffled": shuffled(len(lengths), arguments.batch_notes),
-        "by length": list(batches_by_length(lengths, NO_BUDGET, arguments.batch_notes)),
+        "by length": list(batches_by_length(lengths.tolist(), NO_BUDGET, arguments.batch_notes)),
     }
     seconds_for(encoder, features, ways["shuffled"][:2])  # warm-up
     times: dict[str, list[float]] = {name: [] for name in ways}

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -122,7 +123,8 @@ def main() -> None:
         print(f"load and build: {time.perf_counter() - started:.1f} s; {follower.index.info()['main']}")
         show("search, idle", searches(follower.index, arguments.notes, arguments.seconds / 2))
         with LiveStore.open(path) as store:
-            stop, done = threading.Event(), []
+            stop = threading.Event()
+            done: list[Any] = []
             threads = [
                 threading.Thread(target=write, args=(store, arguments.notes, arguments.image_bytes, stop, done, number))
                 for number in range(arguments.writers)

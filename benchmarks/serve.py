@@ -65,7 +65,8 @@ def bare(directory: str, port: int) -> None:
     index = AnnIndex.load(directory)
     vectors = np.load(Path(directory) / "vectors.npy")
     row_of = {note_id: row for row, note_id in enumerate(index.ids)}
-    parameters = faiss.SearchParametersIVF(nprobe=index.info["num_probes"]) if index.info["num_probes"] else None
+    probes = index.info["num_probes"]
+    parameters = faiss.SearchParametersIVF(nprobe=probes) if probes else None  # type: ignore[call-arg]
     faiss.omp_set_num_threads(1)
     app = FastAPI()
 

@@ -91,15 +91,15 @@ def images(rng: random.Random) -> Iterator[bytes]:
         whole.append(buffer.getvalue())
     while True:
         data = bytearray(rng.choice(whole))
-        kind = rng.random()
-        if kind < 0.5:
+        fate = rng.random()
+        if fate < 0.5:
             for _ in range(rng.randrange(1, 20)):
                 data[rng.randrange(len(data))] = rng.randrange(256)
-        elif kind < 0.7:
+        elif fate < 0.7:
             data = data[: rng.randrange(len(data))]
-        elif kind < 0.8:
+        elif fate < 0.8:
             data = bytearray(bomb(rng.choice((1000, 20_000, 60_000))))
-        elif kind < 0.9:
+        elif fate < 0.9:
             data = bytearray(rng.randbytes(rng.randrange(5000)))
         yield bytes(data)
 

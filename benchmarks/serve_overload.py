@@ -17,6 +17,7 @@ import collections
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 import httptools
 import numpy as np
@@ -34,7 +35,8 @@ class Connection(asyncio.Protocol):
     """One keep-alive connection, as cheap as Python allows: the load generator shares the service's cores."""
 
     def __init__(self, port: int) -> None:
-        self.port, self.transport = port, None
+        self.port = port
+        self.transport: Any = None
 
     async def ask(self, number: int) -> int:
         """The status of one request; 0 where the connection broke."""

@@ -21,6 +21,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 from _measure import machine
 from _mllm import save_random_mllm
@@ -51,19 +52,19 @@ def bare_loop(model: Path, notes: Path, settings: SummarySettings) -> dict[str, 
     )
     plan = plan_chunks(list_note_files(notes), settings.batch_rows * settings.concurrent_batches, "")
     ends, tokens = [], 0
-    for block in plan.blocks:
-        prompts = [
+    for chunk in plan.chunks:
+        prompts: list[Any] = [
             {
                 "prompt_token_ids": prompt,
                 "multi_modal_data": {"image": scaled_image(note.image, settings.max_image_pixels)},
             }
-            for note in read_chunk(block)
+            for note in read_chunk(chunk)
             if note.image
         ]
         for output in engine.generate(prompts, sampling, use_tqdm=False):
             tokens += len(output.outputs[0].token_ids)
         ends.append(time.perf_counter())
-    steady = (plan.notes - plan.blocks[0].rows) / (ends[-1] - ends[0])
+    steady = (plan.notes - plan.chunks[0].rows) / (ends[-1] - ends[0])
     return {"steady": steady, "startup": ends[0] - started, "tokens": tokens / plan.notes}
 
 

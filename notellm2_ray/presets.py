@@ -40,7 +40,7 @@ _LAPTOP: dict[str, Any] = {
         "checkpoint_every_steps": 50,
         "max_validation_pairs": 500,
     },
-    "embed": {"cpus_per_actor": 2, "block_rows": 512, "by_modality": True},
+    "embed": {"cpus_per_actor": 2, "chunk_rows": 512, "by_modality": True},
     "evaluate": {"cutoffs": [10, 100, 1000, 10000]},
     # Five blocks a user. Each block is one call of the tiny LLM, which answers a few dozen a second.
     "sequences": {"max_events": 16},

@@ -135,6 +135,7 @@ RENAMED = {
     "evaluate.variants": "evaluate.embedders",
     "sequences.actions": "sequences.positive_actions",
     "serve.encode.precision": "embed.precision",
+    "embed.block_rows": "embed.chunk_rows",
 }
 
 

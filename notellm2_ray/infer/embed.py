@@ -38,7 +38,7 @@ def embed_notes(
     """Embed a table of notes into the Lance table ``<output>.lance``, in the order of the input.
 
     The notes are cut into chunks (:mod:`~notellm2_ray.infer.chunks`), and each chunk becomes one resumable part
-    (:mod:`~notellm2_ray.infer.parts`) under ``output/blocks``. A later run of the same job skips the parts that are
+    (:mod:`~notellm2_ray.infer.parts`) under ``output/parts``. A later run of the same job skips the parts that are
     there, so a killed actor or driver costs only the chunks that were being embedded. The table of a run that was
     stopped and continued equals that of an undisturbed run, bit for bit. It is written in a single commit when all
     parts are there.
@@ -60,7 +60,7 @@ def embed_notes(
         only_ids: Parquet file with a ``note_id`` column: embed only these.
 
     Returns:
-        Counts for the manifest: notes, embedded, quarantined, unknown_ids, blocks (the chunks), blocks_reused,
+        Counts for the manifest: notes, embedded, quarantined, unknown_ids, chunks, chunks_reused,
         model_fingerprint, table_rows, startup_seconds (until the first chunk was done), embed_seconds (until the last
         was), table_seconds.
 
@@ -125,7 +125,7 @@ def plan_job(job: EmbedJob, notes: Path | str) -> ChunkPlan:
     made_by = fingerprint(_model_files(Path(job.model)), dict(job.columns), shaping, chosen)
     text = str(notes)
     files = list_note_files(text if "://" in text else Path(text).absolute())
-    plan = plan_chunks(files, job.settings.block_rows, made_by, only)
+    plan = plan_chunks(files, job.settings.chunk_rows, made_by, only)
     if plan.unknown_ids:
         log.warning(
             "embed-notes: %d of the requested ids are not among the notes, for example %s",
@@ -187,8 +187,8 @@ def _counts(done: Sequence[EmbeddedPart], plan: ChunkPlan, reused: int) -> dict[
         "embedded": sum(entry.embedded for entry in done),
         "quarantined": sum(entry.quarantined for entry in done),
         "unknown_ids": len(plan.unknown_ids),
-        "blocks": len(plan.chunks),
-        "blocks_reused": reused,
+        "chunks": len(plan.chunks),
+        "chunks_reused": reused,
         "model_fingerprint": done[0].model_fingerprint,
     }
 

@@ -47,7 +47,7 @@ class EmbeddedPart(FinishedPart):
 
 def embedded_parts(output: Path) -> PartStore[EmbeddedPart]:
     """The parts of a job, one for each chunk: rows of ``note_id`` and the vector columns."""
-    return PartStore(output, EmbeddedPart, folder="blocks", compression="none")
+    return PartStore(output, EmbeddedPart, compression="none")
 
 
 class EmbedJob(NamedTuple):
@@ -89,7 +89,7 @@ class ChunkEmbedder(PartActor[Chunk, EmbeddedPart]):
         return self.parts
 
     def describe(self, part: Chunk) -> str:
-        remedy = "if memory ran out, lower embed.actors, embed.block_rows or embed.batch_tokens"
+        remedy = "if memory ran out, lower embed.actors, embed.chunk_rows or embed.batch_tokens"
         return f"{_rows_of(part)} ({remedy})"
 
     def make(self, part: Chunk) -> EmbeddedPart:

@@ -205,7 +205,7 @@ def _report(
 
 def _samples(data: RankingData, methods: Mapping[str, Sequence[MethodScores]]) -> list[dict[str, Any]]:
     """Users of the first protocol, with the ranking of the first ranker's first seed."""
-    from notellm2_ray.baselines.ranking.data import read_summaries
+    from notellm2_ray.core.summary_table import read_summaries
     from notellm2_ray.evaluate.ranking.samples import sample_users
 
     settings, workspace, protocol = data.settings, data.workspace, data.protocols[0]
@@ -219,7 +219,7 @@ def _samples(data: RankingData, methods: Mapping[str, Sequence[MethodScores]]) -
         protocol.examples,
         pq.read_table(workspace.blocks("published" if name == "published" else "")),
         get_notes=lambda ids: _notes(workspace, ids),
-        summaries=read_summaries(workspace),
+        summaries=read_summaries(workspace.summary_table),
         preferences=_preferences(settings, shown.method, name),
         method=shown.method,
         count=settings.ranking.sample_users,

@@ -213,7 +213,7 @@ def embedding_size(settings: Settings) -> str:
     embed = settings.embed
     return (
         f"embedding: {embed.actors} actor(s) with {embed.cpus_per_actor:g} CPU(s) and {embed.gpus_per_actor:g} GPU(s) "
-        f"each, blocks of {embed.block_rows} notes, {_rows(settings)}"
+        f"each, chunks of {embed.chunk_rows} notes, {_rows(settings)}"
     )
 
 

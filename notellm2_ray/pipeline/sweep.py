@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 from notellm2_ray.core.errors import ConfigError, OutputError
 from notellm2_ray.core.run import write_atomically
+from notellm2_ray.core.workspace import Workspace
 
 log = logging.getLogger("notellm2_ray")
 
@@ -91,7 +92,7 @@ def run_sweep(
     chosen = tuple(values or sweep.values)
     if not chosen or len(set(chosen)) != len(chosen):
         raise ConfigError(f"sweep {sweep.name}: needs different values, got {list(chosen)}")
-    home = workspace / "sweeps" / sweep.name
+    home = Workspace(workspace).sweeps / sweep.name
     home.mkdir(parents=True, exist_ok=True)
 
     def trial(config: dict[str, Any]) -> None:
@@ -136,7 +137,7 @@ def trial_workspace(workspace: Path, sweep: Sweep, value: int) -> Path:
     A stage that finds a linked output made with other settings fails instead of overwriting it, so a trial never
     changes its parent.
     """
-    home = workspace / "sweeps" / sweep.name / f"{sweep.parameter.rsplit('.', 1)[-1]}-{value}"
+    home = Workspace(workspace).sweeps / sweep.name / f"{sweep.parameter.rsplit('.', 1)[-1]}-{value}"
     home.mkdir(parents=True, exist_ok=True)
     for place in (workspace, *workspace.glob("seeds/*")):
         for shared in filter(Path.is_dir, (place / name for name in _SHARED)):

@@ -23,7 +23,7 @@ from notellm2_ray.infer.part_actors import finished_of
 from tests.support import tiny_models
 from tests.support.tiny_models import write_notes
 
-SETTINGS = EmbedSettings(actors=1, block_rows=10, batch_tokens=2048)
+SETTINGS = EmbedSettings(actors=1, chunk_rows=10, batch_tokens=2048)
 
 
 def test_notes_become_a_table_and_a_second_run_computes_nothing(tmp_path: Path, ray_cluster, embedder) -> None:
@@ -54,11 +54,11 @@ def test_notes_become_a_table_and_a_second_run_computes_nothing(tmp_path: Path, 
         ids, vectors = read_vectors(table, column)
         assert ids.tolist() == [note.note_id for note in expected]
         np.testing.assert_allclose(vectors, embedder.encoder.encode(expected, inputs), atol=2e-5)
-    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "v1.5-seed42" / "blocks").iterdir()}
-    assert len(files) == counts["blocks"] and all(path.suffix == ".parquet" for path in files)
+    files = {path: path.stat().st_mtime_ns for path in (tmp_path / "v1.5-seed42" / "parts").iterdir()}
+    assert len(files) == counts["chunks"] and all(path.suffix == ".parquet" for path in files)
 
     again = run()
-    assert again["blocks_reused"] == counts["blocks"] and again["quarantined"] == 1
+    assert again["chunks_reused"] == counts["chunks"] and again["quarantined"] == 1
     assert files == {path: path.stat().st_mtime_ns for path in files}
     now = ray_cluster.data.DataContext.get_current()
     assert now is context and (now.enable_progress_bars, now.default_map_logical_memory_enabled) == before
@@ -85,7 +85,7 @@ def test_too_many_bad_notes_stop_the_job(tmp_path: Path, in_process, embedder) -
     assert not (tmp_path / "out.lance").exists()
     patient = SETTINGS.model_copy(update={"max_bad_share": 0.5})
     counts = embed_notes(embedder.path, path, tmp_path / "out", patient)
-    assert (counts["blocks_reused"], counts["embedded"], counts["quarantined"]) == (1, 20, 20)
+    assert (counts["chunks_reused"], counts["embedded"], counts["quarantined"]) == (1, 20, 20)
 
 
 def test_a_chunk_without_any_usable_note_only_leaves_a_gap(tmp_path: Path, in_process, embedder) -> None:
@@ -105,8 +105,8 @@ def test_parts_of_another_model_are_not_reused(tmp_path: Path, in_process, embed
     embed_notes(copy, path, tmp_path / "out", SETTINGS)
     os.utime(copy / "config.json", ns=(1, 1))  # as if it had been trained again
     counts = embed_notes(copy, path, tmp_path / "out", SETTINGS)
-    assert counts["blocks_reused"] == 0
-    assert len(list((tmp_path / "out" / "blocks").iterdir())) == counts["blocks"] == 2
+    assert counts["chunks_reused"] == 0
+    assert len(list((tmp_path / "out" / "parts").iterdir())) == counts["chunks"] == 2
 
 
 def test_an_absent_model_is_named(tmp_path: Path) -> None:

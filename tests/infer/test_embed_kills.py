@@ -19,8 +19,8 @@ from tests.support import tiny_models
 from tests.support.processes import command, descendants, end_family, wait_until
 from tests.support.tiny_models import write_notes
 
-SETTINGS = EmbedSettings(actors=1, block_rows=40, batch_tokens=1024, max_batch_notes=8)
-NUM_BLOCKS = 26
+SETTINGS = EmbedSettings(actors=1, chunk_rows=40, batch_tokens=1024, max_batch_notes=8)
+NUM_CHUNKS = 26
 DRIVER = """
 import sys
 from pathlib import Path
@@ -37,7 +37,7 @@ embed_notes(model, notes, Path(output), EmbedSettings.model_validate_json(settin
 @pytest.fixture(scope="module")
 def notes(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("notes") / "notes.parquet"
-    return write_notes(path, tiny_models.notes(NUM_BLOCKS * SETTINGS.block_rows), 80)
+    return write_notes(path, tiny_models.notes(NUM_CHUNKS * SETTINGS.chunk_rows), 80)
 
 
 @pytest.fixture(scope="module")
@@ -54,9 +54,9 @@ def test_a_killed_actor_costs_only_the_chunks_being_embedded(
     output, seen = tmp_path / "out", {}
 
     def kill() -> None:
-        wait_until(lambda: len(finished_blocks(output)) >= 5)
+        wait_until(lambda: len(finished_parts(output)) >= 5)
         actors = [pid for pid in descendants(os.getpid()) if "ChunkEmbedder" in command(pid)]
-        seen["actors"], seen["blocks"] = len(actors), finished_blocks(output)
+        seen["actors"], seen["parts"] = len(actors), finished_parts(output)
         for pid in actors:
             os.kill(pid, signal.SIGKILL)
 
@@ -64,9 +64,9 @@ def test_a_killed_actor_costs_only_the_chunks_being_embedded(
     killer.start()
     counts = embed_notes(embedder.path, notes, output, SETTINGS)
     killer.join()
-    assert seen["actors"] == 1 and 5 <= len(seen["blocks"]) < NUM_BLOCKS
-    assert counts["embedded"] == NUM_BLOCKS * SETTINGS.block_rows
-    assert_kept_and_equal(output, seen["blocks"], undisturbed)
+    assert seen["actors"] == 1 and 5 <= len(seen["parts"]) < NUM_CHUNKS
+    assert counts["embedded"] == NUM_CHUNKS * SETTINGS.chunk_rows
+    assert_kept_and_equal(output, seen["parts"], undisturbed)
 
 
 @pytest.mark.slow
@@ -76,32 +76,32 @@ def test_a_killed_driver_is_continued(tmp_path: Path, ray_cluster, embedder, not
     driver = subprocess.Popen([sys.executable, "-c", DRIVER, *arguments], start_new_session=True)
     family: list[int] = []
     try:
-        wait_until(lambda: driver.poll() is not None or len(finished_blocks(output)) >= 5)
+        wait_until(lambda: driver.poll() is not None or len(finished_parts(output)) >= 5)
         assert driver.poll() is None, "the driver ended by itself"
         family = descendants(driver.pid)
     finally:
         os.killpg(driver.pid, signal.SIGKILL)
         driver.wait()
         end_family(family)
-    kept = finished_blocks(output)
-    assert 5 <= len(kept) < NUM_BLOCKS and not output.with_suffix(".lance").exists()
+    kept = finished_parts(output)
+    assert 5 <= len(kept) < NUM_CHUNKS and not output.with_suffix(".lance").exists()
     counts = embed_notes(embedder.path, notes, output, SETTINGS)
-    assert (counts["blocks_reused"], counts["blocks"]) == (len(kept), NUM_BLOCKS)
+    assert (counts["chunks_reused"], counts["chunks"]) == (len(kept), NUM_CHUNKS)
     assert_kept_and_equal(output, kept, undisturbed)
 
 
 def assert_kept_and_equal(output: Path, kept: dict[str, tuple[int, int]], undisturbed: Path) -> None:
-    """The blocks that were finished at the kill were not written again, and the tables are equal bit for bit."""
-    after = finished_blocks(output)
-    assert len(after) == NUM_BLOCKS and {name: after[name] for name in kept} == kept
-    assert len(list((output / "blocks").iterdir())) == NUM_BLOCKS, "what the kill cut short was not tidied up"
+    """The parts that were finished at the kill were not written again, and the tables are equal bit for bit."""
+    after = finished_parts(output)
+    assert len(after) == NUM_CHUNKS and {name: after[name] for name in kept} == kept
+    assert len(list((output / "parts").iterdir())) == NUM_CHUNKS, "what the kill cut short was not tidied up"
     ids, vectors = read_vectors(output.with_suffix(".lance"))
     expected_ids, expected = read_vectors(undisturbed)
     assert ids.tolist() == expected_ids.tolist()
     np.testing.assert_array_equal(vectors, expected)
 
 
-def finished_blocks(output: Path) -> dict[str, tuple[int, int]]:
-    """Name to inode and time of writing of the finished blocks."""
-    paths = (output / "blocks").glob("*.parquet") if output.exists() else ()
+def finished_parts(output: Path) -> dict[str, tuple[int, int]]:
+    """Name to inode and time of writing of the finished parts."""
+    paths = (output / "parts").glob("*.parquet") if output.exists() else ()
     return {path.name: (path.stat().st_ino, path.stat().st_mtime_ns) for path in paths}

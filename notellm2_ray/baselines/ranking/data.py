@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -15,6 +15,7 @@ from notellm2_ray.baselines.kept import Kept
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.core.settings.ranking import ProtocolName
+from notellm2_ray.core.summary_table import read_summaries
 from notellm2_ray.core.workspace import Workspace
 from notellm2_ray.evaluate.ranking.task import RankingTask
 
@@ -91,16 +92,7 @@ class RankingData(Kept):
     def summaries(self) -> dict[str, str]:
         """Note id to image summary, of the used notes that have one."""
         used = self.used_notes()
-        return {note: text for note, text in read_summaries(self.workspace).items() if note in used}
-
-
-def read_summaries(workspace: Workspace) -> Mapping[str, str]:
-    """Note id to image summary; empty if none were made."""
-    path = workspace.summary_table
-    if not path.is_file():
-        return {}
-    table = pq.read_table(path, columns=["note_id", "summary"])
-    return dict(zip(table.column("note_id").to_pylist(), table.column("summary").to_pylist(), strict=True))
+        return {note: text for note, text in read_summaries(self.workspace.summary_table).items() if note in used}
 
 
 def read_table(path: Path) -> pa.Table:

@@ -24,7 +24,7 @@ class EmbedSettings(Frozen):
         ge=1,
         description="threads of an actor that decode and tokenise the next block while the model embeds this one",
     )
-    block_rows: int = Field(1024, ge=1, description="notes in a block: the unit of work that a killed run repeats")
+    chunk_rows: int = Field(1024, ge=1, description="notes in a chunk: the unit of work that a killed run repeats")
     batch_tokens: int = Field(16_384, ge=64, description="padded tokens in a forward batch, of notes of similar length")
     max_batch_notes: int = Field(256, ge=1, description="most notes in a forward batch")
     precision: Literal["bf16", "fp32"] = Field(

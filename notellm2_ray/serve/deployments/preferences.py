@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from notellm2_ray.core.recommend_prompts import Item
+from notellm2_ray.core.summary_table import read_summaries
 from notellm2_ray.live.current import current_table
 from notellm2_ray.live.table import LiveTable
 from notellm2_ray.serve.calls import EngineCalls, Failed
@@ -27,7 +28,7 @@ class Preferences:
         assert spec.preference_engine is not None
         self.spec = spec
         self.figures = Figures(f"preferences-{serve.get_replica_context().replica_id.unique_id}")
-        self.summaries = await asyncio.to_thread(read_summaries, spec)
+        self.summaries = await asyncio.to_thread(read_summaries, spec.summaries)
         engine = spec.preference_engine()  # in this coroutine: vLLM needs its event loop
         await engine.advance(None, [Item("")], user="", block=0)  # warms up, so that no user waits for it
         self.engine = EngineCalls(engine, "preferences' engine")
@@ -67,16 +68,6 @@ class Preferences:
     def _items(self, note_ids: list[str]) -> list[Item]:
         notes = LiveTable(current_table(self.spec.directory)).notes(note_ids)
         return [Item(note.title, self.summaries.get(note.note_id)) for note in notes if note is not None]
-
-
-def read_summaries(spec: ServiceSpec) -> dict[str, str]:
-    """The bulk job's image summaries by note id; notes written later have none, so prompts show only their titles."""
-    if spec.summaries is None or not spec.summaries.is_file():
-        return {}
-    import pyarrow.parquet as pq
-
-    table = pq.read_table(spec.summaries, columns=["note_id", "summary"])
-    return dict(zip(table["note_id"].to_pylist(), table["summary"].to_pylist(), strict=True))
 
 
 def preferences_deployment(spec: ServiceSpec) -> Any:
