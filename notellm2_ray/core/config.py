@@ -43,13 +43,22 @@ def resource(default: Any, **field: Any) -> Any:
     return Field(default, json_schema_extra={"shapes_output": False}, **field)
 
 
+def added(default: Any, **field: Any) -> Any:
+    """A ``Field`` for a knob that came later and whose default changes nothing.
+
+    At its default :func:`shaping` leaves it out, so that outputs from before it stay valid.
+    """
+    return Field(default, json_schema_extra={"shapes_output": "unless default"}, **field)
+
+
 def shaping(settings: BaseModel) -> dict[str, Any]:
     """A section's settings that shape what is made, as JSON values."""
     plain = to_plain(settings)
     for name, field in type(settings).model_fields.items():
         extra = field.json_schema_extra
+        shapes = extra.get("shapes_output", True) if isinstance(extra, dict) else True
         value = getattr(settings, name)
-        if isinstance(extra, dict) and extra.get("shapes_output") is False:
+        if shapes is False or (shapes == "unless default" and value == field.get_default()):
             del plain[name]
         elif isinstance(value, BaseModel):
             plain[name] = shaping(value)

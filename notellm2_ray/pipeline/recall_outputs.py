@@ -57,7 +57,7 @@ def tiny(settings: Settings) -> Planned:
 
 def embedder(settings: Settings) -> Planned:
     workspace, parts = workspace_of(settings), parts_of(settings)
-    shaped: dict[str, Any] = {"model": to_plain(settings.model), "train": shaping(settings.train)}
+    shaped: dict[str, Any] = {"model": shaping(settings.model), "train": shaping(settings.train)}
     if not is_trained(settings):
         shaped["trained"] = False
     return Planned(

@@ -4,7 +4,7 @@ import pytest
 import yaml
 
 from notellm2_ray.cli import knobs, pipeline_verbs
-from notellm2_ray.core.config import apply_overrides, build, load_yaml, to_plain
+from notellm2_ray.core.config import Frozen, added, apply_overrides, build, load_yaml, shaping, to_plain
 from notellm2_ray.core.errors import ConfigError
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.presets import PRESETS, load_settings
@@ -165,3 +165,14 @@ def test_real_times_of_microlens_may_be_used():
     real = ["source.pairs=p.csv", "source.titles=t.csv"]
     settings = load_settings(None, "microlens", [*real, "candidates.split_by=time", "pairs.window_days=14"])
     assert settings.candidates.split_by == "time"
+
+
+def test_a_knob_that_came_later_leaves_older_outputs_valid():
+    class Older(Frozen):
+        steps: int = 3
+
+    class Newer(Older):
+        noise: float | None = added(None)
+
+    assert shaping(Newer()) == shaping(Older()) == {"steps": 3}
+    assert shaping(Newer(noise=0.5)) == {"steps": 3, "noise": 0.5}

@@ -19,6 +19,7 @@ from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.settings.ranking import TuneSettings
 from notellm2_ray.models.chat import load_processor
 from notellm2_ray.models.llm import first_line, require_all_weights
+from notellm2_ray.models.lora import add_lora
 from notellm2_ray.models.quiet import quiet_loading
 from notellm2_ray.models.ranker.inputs import IGNORED, RankerBatch
 
@@ -57,22 +58,6 @@ def load_network(path: str, dtype: torch.dtype | str = "auto", revision: str | N
     return network
 
 
-def language_linears(network: PreTrainedModel) -> list[str]:
-    """Full paths of the language model's linear layers, without the head and the vision tower.
-
-    Full paths, because the last part of a name is not unique: vision towers have a ``q_proj`` too.
-
-    Raises:
-        ModelError: there is no such layer.
-    """
-    decoder = network.get_decoder()
-    inside = {id(module) for module in decoder.modules()}
-    names = [n for n, module in network.named_modules() if isinstance(module, nn.Linear) and id(module) in inside]
-    if not names:
-        raise ModelError(f"{type(network).__name__} has no linear layer in its language model that LoRA could adapt")
-    return names
-
-
 class RankerModel(nn.Module):
     """The network with LoRA matrices on its language model's linear layers; everything else is frozen."""
 
@@ -81,25 +66,16 @@ class RankerModel(nn.Module):
 
         The matrices are float32 whatever the network's type is. Their initial values depend only on ``tune.seed``.
         """
-        from peft import LoraConfig, get_peft_model
-        from peft.tuners.tuners_utils import BaseTunerLayer
-
         super().__init__()
-        config = LoraConfig(
-            r=tune.lora_rank,
-            lora_alpha=tune.lora_alpha,  # type: ignore[arg-type]
-            lora_dropout=tune.lora_dropout,
-            target_modules=language_linears(network),
-            task_type="CAUSAL_LM",
-        )
         network.config.use_cache = False
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(stream_seed(tune.seed, "ranker", "lora"))
-            self.peft = get_peft_model(network, config)
-        layers: list[Any] = [module for module in self.peft.modules() if isinstance(module, BaseTunerLayer)]
-        for layer in layers:
-            # Autocast casts as needed; by default peft would first copy every input to float32.
-            layer.cast_input_dtype_enabled = False
+        self.peft = add_lora(
+            network,
+            rank=tune.lora_rank,
+            alpha=tune.lora_alpha,
+            dropout=tune.lora_dropout,
+            seed=stream_seed(tune.seed, "ranker", "lora"),
+            task="CAUSAL_LM",
+        )
         self.set_gradient_checkpointing(tune.gradient_checkpointing)
 
     def forward(self, batch: RankerBatch, places: torch.Tensor) -> torch.Tensor:

@@ -16,13 +16,13 @@ from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.images import scaled_image
 from notellm2_ray.core.settings import RankerSettings, TuneSettings
 from notellm2_ray.models.chat import ChatTokenizer, load_processor
+from notellm2_ray.models.lora import language_linears
 from notellm2_ray.models.ranker.inputs import IGNORED, Question, RankerPreprocessor, RankerPrompter
 from notellm2_ray.models.ranker.model import (
     RankerModel,
     answer_loss,
     answer_probability,
     forward_logits,
-    language_linears,
     load_network,
     merge_adapter,
     yes_probability,
