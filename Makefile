@@ -19,7 +19,8 @@ test: install browser  ## lint, types and all tests
 	@$(BIN)/ruff check .
 	@$(BIN)/ruff format --check .
 	@$(BIN)/mypy
-	@$(BIN)/python -m pytest -q --durations=15
+	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not alone" --durations=15
+	@$(BIN)/python -m pytest -q -m alone --durations=10
 
 # The page's tests drive a real Chromium; where there is none and it cannot be installed they are skipped, and say so.
 browser:

@@ -18,10 +18,16 @@ SHARED_DATA = ROOT.parent / "shared" / "data"
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """What needs a Ray cluster is slow. What changes the shared service comes after its other tests, by its mark."""
+    """What needs a Ray cluster is slow; what drives a whole service runs alone, since it is about answers in time.
+
+    What changes the shared service comes after its other tests, by its mark.
+    """
     for item in items:
-        if "ray_cluster" in getattr(item, "fixturenames", ()):
+        needed = getattr(item, "fixturenames", ())
+        if "ray_cluster" in needed:
             item.add_marker(pytest.mark.slow)
+        if {"service", "start"} & set(needed):
+            item.add_marker(pytest.mark.alone)
     using = [item for item in items if "service" in getattr(item, "fixturenames", ()) and _has_no_own_service(item)]
     late = sorted((item for item in using if _place(item)), key=_place)
     if late:

@@ -26,6 +26,7 @@ def shown_in_readme() -> dict[str, tuple[float, float]]:
 
 
 @pytest.mark.slow
+@pytest.mark.alone
 def test_the_whole_path_gives_the_readmes_table_and_a_report_and_is_not_repeated(tmp_path):
     workspace = tmp_path / "world"
     first = notellm2("run-retrieval", workspace)
