@@ -131,13 +131,17 @@ def truncate(text: str, limit: int, unit: Literal["auto", "words", "characters"]
     return text
 
 
-def shown_texts(note: Note, settings: ModelSettings) -> dict[Slot, str]:
-    """A note's title, topics and content as the prompt shows them, before tokens are counted."""
-    language, unit = settings.prompt_language, settings.truncation_unit
+def cut_texts(note: Note, settings: ModelSettings) -> dict[Slot, str]:
+    """A note's title, topics and content, cut to the words that the settings keep."""
+    unit = settings.truncation_unit
     topics = tuple(topic for topic in note.topics if topic and len(topic) <= settings.max_topic_length)
-    texts = {
+    return {
         Slot.TITLE: truncate(note.title.strip(), settings.max_title_words, unit),
-        Slot.TOPICS: join_topics(topics[: settings.max_topics], language),
+        Slot.TOPICS: join_topics(topics[: settings.max_topics], settings.prompt_language),
         Slot.CONTENT: truncate(note.content.strip(), settings.max_content_words, unit),
     }
-    return {slot: quote(text, language) for slot, text in texts.items()}
+
+
+def shown_texts(note: Note, settings: ModelSettings) -> dict[Slot, str]:
+    """A note's title, topics and content as the prompt shows them, before tokens are counted."""
+    return {slot: quote(text, settings.prompt_language) for slot, text in cut_texts(note, settings).items()}

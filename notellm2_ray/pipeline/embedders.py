@@ -63,12 +63,15 @@ def is_trained(settings: Settings) -> bool:
 def is_baseline(settings: Settings) -> bool:
     """Whether the embedder of these settings is a baseline of the recall table's star.
 
-    As in the paper, every variant but notellm2 is one. So is a model before training, and what says so itself.
+    As in the paper, every variant but notellm2 is one, and every ready multimodal LLM. So is a model before training,
+    and what says so itself.
     """
     own = settings.embedders.get(settings.embedder or "")
     if own is not None and own.baseline is not None:
         return own.baseline
-    return not is_trained(settings) or (settings.model.kind == "notellm2" and settings.model.variant != "notellm2")
+    of_the_papers = settings.model.kind in ("notellm2", "mllm")
+    is_notellm2 = (settings.model.kind, settings.model.variant) == ("notellm2", "notellm2")
+    return not is_trained(settings) or (of_the_papers and not is_notellm2)
 
 
 def natural_inputs(settings: Settings) -> str:
@@ -130,7 +133,7 @@ def _path(settings: Settings, part: str) -> str:
     if is_tiny(settings, part):
         workspace = recall_workspace(settings)
         return str(workspace.tiny_llm if part == "llm" else workspace.tiny_clip)
-    return located(getattr(settings.model, part), part)
+    return located(getattr(settings.model, part), kind_of(settings.model).packaged_llm if part == "llm" else part)
 
 
 def model_reads(settings: Settings, parts: Sequence[str]) -> dict[str, Path]:

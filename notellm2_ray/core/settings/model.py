@@ -6,7 +6,8 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from notellm2_ray.core.config import Frozen, resource
+from notellm2_ray.core.config import Frozen, build, resource
+from notellm2_ray.core.errors import ConfigError
 
 VariantName = Literal["basic", "micl", "late_fusion", "notellm2", "only_late_fusion", "text_only", "image_only"]
 VARIANT_NAMES: tuple[str, ...] = get_args(VariantName)
@@ -90,16 +91,49 @@ class EmbedderSettings(Frozen):
     trained: bool = Field(True, description="false: the model before any training, as a row to compare with")
     baseline: bool | None = Field(
         None,
-        description="whether the star of the recall table compares with it; null: if it is untrained, or of another "
-        "variant than notellm2",
+        description="whether the star of the recall table compares with it; null: if it is untrained, of another "
+        "variant than notellm2, or of the kind mllm",
     )
+
+
+class MllmOptions(Frozen):
+    """``model.options`` of the kind mllm: a ready multimodal LLM as embedder."""
+
+    prompt: Literal["compression", "chat"] = Field(
+        "compression",
+        description="compression: the paper's basic prompt, with the image in its place; chat: the model's own chat "
+        "template with an instruction, as Qwen3-VL-Embedding and its like were trained",
+    )
+    instruction: str | None = Field(
+        None, description="system message of the chat prompt; null: Qwen3-VL-Embedding's own"
+    )
+    max_image_pixels: int = Field(
+        262_144,
+        ge=784,
+        description="larger images are scaled down to this area; of 262,144 pixels Qwen2-VL makes some 330 tokens, "
+        "Qwen3-VL 256",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> MllmOptions:
+        if self.instruction is not None and self.prompt != "chat":
+            raise ValueError("instruction is for prompt=chat and would be ignored")
+        return self
 
 
 class ModelSettings(Frozen):
     """The embedder: NoteLLM-2, sections 2.2 and 3."""
 
-    kind: str = Field("notellm2", description="kind of embedder: notellm2, or one that another package adds")
-    options: dict[str, Any] = Field({}, description="settings of an embedder of another kind; notellm2 has none")
+    kind: str = Field(
+        "notellm2",
+        description="kind of embedder: notellm2; mllm: a ready multimodal LLM, which model.llm names; or one that "
+        "another package adds",
+    )
+    options: dict[str, Any] = Field(
+        {},
+        description="settings of an embedder of another kind; notellm2 has none, mllm has prompt, instruction and "
+        "max_image_pixels",
+    )
     variant: VariantName = Field("notellm2", description="variant of the model (Tables 2 and 4)")
     llm: str = Field(
         "tiny",
@@ -116,7 +150,12 @@ class ModelSettings(Frozen):
         None, description="do not train the vision tower; null: true, except for the image_only variant (Table 2)"
     )
     qformer: QFormerSettings = Field(QFormerSettings(), description="connector")
-    embedding_dim: int = Field(64, ge=2, description="dimension of a note's vector")
+    embedding_dim: int | None = Field(
+        64,
+        ge=2,
+        description="dimension of a note's vector; null: no projection, the vector is the LLM's hidden state itself, "
+        "as in the paper's zero-shot rows",
+    )
     initial_temperature: float = Field(3.0, description="initial tau; exp(tau) multiplies the cosine")
     alpha: float = Field(9.0, ge=0, description="weight of the multimodal loss relative to the visual one (Eq. 9)")
     prompt_language: Literal["zh", "en"] = Field("zh", description="language of the prompt")
@@ -150,9 +189,24 @@ class ModelSettings(Frozen):
     def _consistent(self) -> ModelSettings:
         if self.options and self.kind == "notellm2":
             raise ValueError(f"model.options is for other kinds of embedder: {list(self.options)} would be ignored")
+        if self.kind == "mllm":
+            self._consistent_mllm()
         if self.qformer.hidden_size % self.qformer.num_heads:
             raise ValueError(
                 f"model.qformer.hidden_size ({self.qformer.hidden_size}) must be a multiple of "
                 f"model.qformer.num_heads ({self.qformer.num_heads})"
             )
         return self
+
+    def _consistent_mllm(self) -> None:
+        try:
+            build(MllmOptions, self.options)
+        except ConfigError as error:
+            raise ValueError(f"model.options: {error}") from error
+        if self.llm == "tiny":
+            raise ValueError(
+                "model.kind=mllm starts from a ready multimodal LLM: let model.llm name one. packaged is a tiny one "
+                "that comes with the package"
+            )
+        if self.missing_image != "omit":
+            raise ValueError("model.kind=mllm leaves a missing image out: model.missing_image would be ignored")

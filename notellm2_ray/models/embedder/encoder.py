@@ -49,7 +49,8 @@ class NoteEncoder:
     @property
     def embedding_dim(self) -> int:
         """D, the length of a note's vector."""
-        return self.settings.embedding_dim
+        dim = self.settings.embedding_dim
+        return int(self.model.width) if dim is None else dim
 
     @property
     def device(self) -> torch.device:

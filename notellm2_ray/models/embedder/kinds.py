@@ -63,9 +63,11 @@ class Network(Protocol):
 
     Attributes:
         temperature: float32 parameter of shape (1,); its exponential multiplies the cosine in the loss.
+        width: length of the vectors without projection; asked for only where ``model.embedding_dim`` is null.
     """
 
     temperature: torch.nn.Parameter
+    width: int
 
     def __call__(self, batch: Any) -> NoteVectors:
         """Named vectors of a batch. In training all parameters must take part, even if no note has an image, say."""
@@ -97,6 +99,7 @@ class EmbedderKind:
             the caller then loads the weights into the network.
         parts: settings -> the pretrained models that it is built from, of ``llm`` and ``vision``.
         natural_inputs: settings -> the parts of a note that it is made for.
+        packaged_llm: which packaged model ``model.llm=packaged`` is.
     """
 
     build: Callable[[ModelSettings, int, str, str, str], tuple[Any, Any]]
@@ -105,10 +108,16 @@ class EmbedderKind:
     load: Callable[[ModelSettings, Mapping[str, Any], Path, str | None], tuple[Any, Any]]
     parts: Callable[[ModelSettings], tuple[str, ...]]
     natural_inputs: Callable[[ModelSettings], Inputs]
+    packaged_llm: Literal["llm", "mllm"] = "llm"
 
 
 EMBEDDERS: Registry[EmbedderKind] = Registry(
-    "kind of embedder", "notellm2_ray.embedders", {"notellm2": "notellm2_ray.models.embedder.notellm2:KIND"}
+    "kind of embedder",
+    "notellm2_ray.embedders",
+    {
+        "notellm2": "notellm2_ray.models.embedder.notellm2:KIND",
+        "mllm": "notellm2_ray.models.embedder.mllm:KIND",
+    },
 )
 
 

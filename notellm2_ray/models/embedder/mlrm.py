@@ -5,7 +5,7 @@ E_v = C(Z_v)                      visual tokens                                 
 H = LLM([text with E_v in it])    states after the final norm                   llm.py
 n_v, n_m = H at the opening quotation mark of the visual half, and of the end
 n = z * v + (1 - z) * n           gated late fusion, Eq. 7                      fusion.py
-vector = P n                      64 numbers; n_v and n_m share P
+vector = P n                      64 numbers; n_v and n_m share P             vectors.py
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from notellm2_ray.models.embedder.fusion import LateFusion
 from notellm2_ray.models.embedder.preprocess import NoteBatch
 from notellm2_ray.models.embedder.qformer import Connector
 from notellm2_ray.models.embedder.variants import VARIANTS
-from notellm2_ray.models.embedder.vectors import NOTE, VISUAL, NoteVectors
+from notellm2_ray.models.embedder.vectors import NOTE, VISUAL, NoteVectors, projection
 from notellm2_ray.models.vision.tower import Views, VisionTower
 
 
@@ -33,6 +33,7 @@ class NoteModel(nn.Module):
 
     Attributes:
         temperature: tau of Eq. 1, float32 of shape (1,); its exponential multiplies the cosine.
+        width: of the states before the projection.
     """
 
     def __init__(self, settings: ModelSettings, llm: PreTrainedModel | None, tower: VisionTower | None) -> None:
@@ -47,7 +48,8 @@ class NoteModel(nn.Module):
             self.connector = Connector(settings.qformer, vision_width, llm_width)
         if self.variant.late_fusion:
             self.fusion = LateFusion(vision_width, llm_width)
-        self.projection = nn.Linear(llm_width or vision_width, settings.embedding_dim, bias=False)
+        self.width = llm_width or vision_width
+        self.projection = projection(self.width, settings)
         self.temperature = nn.Parameter(torch.full((1,), settings.initial_temperature, dtype=torch.float32))
 
     def forward(self, batch: NoteBatch) -> NoteVectors:

@@ -159,7 +159,7 @@ class NotePreprocessor:
     def _prompt_ids(self, note: Note, kind: PromptKind) -> tuple[list[int], int, int]:
         """Token ids, where the visual tokens begin and where the visual vector is read (-1 where there are none)."""
         template = self._templates[kind]
-        texts = self._fit(self._slot_texts(note), template.text_budget)
+        texts = fit_texts(self._slot_texts(note), template.text_budget)
         ids, start, end = list(self._start), -1, -1
         for part in template.parts:
             if part is Slot.IMAGE:
@@ -176,21 +176,6 @@ class NotePreprocessor:
         texts = shown_texts(note, self.settings)
         return dict(zip(texts, self.encode_texts(list(texts.values())), strict=True))
 
-    @staticmethod
-    def _fit(texts: dict[Slot, list[int]], budget: int) -> dict[Slot, list[int]]:
-        """Texts cut to ``budget`` tokens in all, without one part starving another.
-
-        The title gets its tokens first, then the topics, then the content; but a quarter of the budget is kept for each
-        part that comes later, as far as that part needs it.
-        """
-        kept = {slot: min(len(ids), budget // _KEPT_SHARE) for slot, ids in texts.items()}
-        fitted: dict[Slot, list[int]] = {}
-        for slot, ids in texts.items():
-            del kept[slot]
-            fitted[slot] = ids[: budget - sum(kept.values())]
-            budget -= len(fitted[slot])
-        return fitted
-
     def _encode_template(self, kind: PromptKind) -> _Template:
         parts = note_prompt(kind, self.settings.prompt_language)
         encoded = [part if isinstance(part, Slot) else self._texts.encode_raw([part])[0] for part in parts]
@@ -199,13 +184,7 @@ class NotePreprocessor:
         # slower inference shows (Table 7).
         begins = parts.index(Slot.VISUAL_MARK) + 1 if Slot.VISUAL_MARK in parts else 0
         taken = sum(len(part) for part in encoded[begins:-1] if not isinstance(part, Slot)) + (Slot.IMAGE in parts)
-        budget = self.settings.max_body_tokens - taken
-        if budget < _MIN_TEXT_TOKENS:
-            raise ModelError(
-                f"model.max_body_tokens={self.settings.max_body_tokens} leaves {max(budget, 0)} tokens for a note's "
-                f"text: with this tokenizer the prompt's own words take {taken}. Raise it to "
-                f"{taken + _MIN_TEXT_TOKENS} or more, or try the other model.prompt_language"
-            )
+        budget = text_budget(self.settings, taken)
         fixed = len(self._start) + sum(1 if isinstance(part, Slot) else len(part) for part in encoded)
         fixed -= sum(slot in parts for slot in (Slot.TITLE, Slot.TOPICS, Slot.CONTENT))
         fixed += (self.settings.qformer.num_queries - 1) * (Slot.IMAGE in parts)
@@ -216,3 +195,34 @@ class _Template(NamedTuple):
     parts: tuple[Slot | list[int], ...]
     text_budget: int  # tokens that title, topics and content may take together
     max_tokens: int  # of the whole prompt
+
+
+def text_budget(settings: ModelSettings, taken: int) -> int:
+    """The tokens that a note's texts may take together, if the prompt's own words take ``taken``.
+
+    Raises:
+        ModelError: there are too few for a text.
+    """
+    budget = settings.max_body_tokens - taken
+    if budget < _MIN_TEXT_TOKENS:
+        raise ModelError(
+            f"model.max_body_tokens={settings.max_body_tokens} leaves {max(budget, 0)} tokens for a note's "
+            f"text: with this tokenizer the prompt's own words take {taken}. Raise it to "
+            f"{taken + _MIN_TEXT_TOKENS} or more, or try the other model.prompt_language"
+        )
+    return budget
+
+
+def fit_texts(texts: dict[Slot, list[int]], budget: int) -> dict[Slot, list[int]]:
+    """Texts cut to ``budget`` tokens in all, without one part starving another.
+
+    The title gets its tokens first, then the topics, then the content; but a quarter of the budget is kept for each
+    part that comes later, as far as that part needs it.
+    """
+    kept = {slot: min(len(ids), budget // _KEPT_SHARE) for slot, ids in texts.items()}
+    fitted: dict[Slot, list[int]] = {}
+    for slot, ids in texts.items():
+        del kept[slot]
+        fitted[slot] = ids[: budget - sum(kept.values())]
+        budget -= len(fitted[slot])
+    return fitted

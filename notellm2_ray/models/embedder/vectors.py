@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
+from torch import nn
+
+from notellm2_ray.core.settings.model import ModelSettings
 
 NOTE = "multimodal"  # the vector that notes are searched by
 VISUAL = "visual"  # the vector of the visual half of an mICL prompt
@@ -50,3 +53,8 @@ def join_vectors(parts: Sequence[NoteVectors], order: torch.Tensor | None = None
     present = {name: torch.cat([part.present[name] for part in parts]) for name in parts[0].present}
     joined = NoteVectors(named, present, parts[-1].temperature)
     return joined if order is None else joined.rows(order)
+
+
+def projection(width: int, settings: ModelSettings) -> nn.Module:
+    """The last layer, from states ``width`` wide to vectors: linear without bias, or none."""
+    return nn.Identity() if settings.embedding_dim is None else nn.Linear(width, settings.embedding_dim, bias=False)

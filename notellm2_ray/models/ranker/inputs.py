@@ -13,6 +13,7 @@ from notellm2_ray.core.images import scaled_image
 from notellm2_ray.core.recommend_prompts import ranker_prompt
 from notellm2_ray.core.settings.ranking import PromptLanguage, RankerSettings
 from notellm2_ray.models.chat import ChatTokenizer, expand_images
+from notellm2_ray.models.image_inputs import joined_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -181,7 +182,7 @@ class RankerPreprocessor:
             torch.from_numpy(labels),
             torch.from_numpy(is_image),
             torch.tensor([item.last for item in features]),
-            {name: _concatenate([vision[name] for vision in with_image]) for name in names},
+            {name: joined_images([vision[name] for vision in with_image]) for name in names},
         )
 
     @property
@@ -198,15 +199,3 @@ class RankerPreprocessor:
         if not count:
             raise DataError("the processor makes no token of an image: it is not the processor of this model")
         return count, {name: tensor for name, tensor in made.items() if name not in _TEXT_INPUTS}
-
-
-def _concatenate(parts: Sequence[torch.Tensor]) -> torch.Tensor:
-    """The images of a batch, concatenated, and padded with zeros if their sizes differ."""
-    sizes = [max(part.shape[axis] for part in parts) for axis in range(1, parts[0].dim())]
-    padded = []
-    for part in parts:
-        missing = [size - have for size, have in zip(sizes, part.shape[1:], strict=True)]
-        # torch takes the last axis first, as (before, after).
-        amounts = [amount for gap in reversed(missing) for amount in (0, gap)]
-        padded.append(torch.nn.functional.pad(part, amounts) if any(missing) else part)
-    return torch.cat(padded)
