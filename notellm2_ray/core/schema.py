@@ -42,6 +42,8 @@ PAIR_SCHEMA = pa.schema(
     ]
 )
 
+NEGATIVES = "negatives"  # a further column of pairs, list<string>: ids of notes that are not related to the query
+
 QUARANTINE_SCHEMA = pa.schema(
     [
         pa.field("table", pa.string(), nullable=False),  # "notes" or "events"

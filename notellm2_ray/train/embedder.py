@@ -10,7 +10,8 @@ from notellm2_ray.train.checkpoints import RunFiles, publish
 from notellm2_ray.train.history import require_logger
 from notellm2_ray.train.launch import absolute, run_training, run_worker
 from notellm2_ray.train.objectives import OBJECTIVES
-from notellm2_ray.train.sampler import Pairs, PairSampler
+from notellm2_ray.train.pairs import Pairs
+from notellm2_ray.train.sampler import PairSampler
 
 
 def train_embedder(
@@ -22,12 +23,15 @@ def train_embedder(
     llm_path: str,
     vision_path: str,
     output: Path,
+    negatives: Path | None = None,
 ) -> dict[str, Any]:
     """Train an embedder on mined pairs with Ray Train; continues a run that was stopped in ``output``.
 
     Args:
         pairs: directory with train.parquet and valid.parquet (PAIR_SCHEMA) and train_notes.arrow (a NoteStore), on
             storage that every worker sees.
+        negatives: file that mine-negatives wrote for train.parquet, for ``train.hard_negatives``; None: the column
+            ``negatives`` of train.parquet, with ids of notes in train_notes.arrow.
         llm_path, vision_path: the models that ``model.llm`` and ``model.vision`` name.
         output: gets ``model/`` (the weights with the best validation score, or the last ones if there are no validation
             pairs) and ``history.jsonl``: {step, loss, lr, temperature, notes_per_s} after every step and
@@ -50,7 +54,8 @@ def train_embedder(
         return publish(files, {})
     require_logger(train.logger)
     OBJECTIVES.get(train.objective)  # fails at once if it must
-    PairSampler(Pairs(Path(pairs) / "train.parquet"), train.batch_pairs, seed)  # raises now if there are too few
+    found = Pairs(Path(pairs) / "train.parquet", negatives)
+    PairSampler(found, train.batch_pairs, seed, hard_negatives=train.hard_negatives)  # raises now if there are too few
     connect(RaySettings())
     job = {
         "model": model,
@@ -60,6 +65,7 @@ def train_embedder(
         "llm_path": absolute(llm_path),
         "vision_path": absolute(vision_path),
         "output": files.output,
+        "negatives": negatives and Path(negatives).absolute(),
     }
     return publish(files, run_training(embedder_worker, job, train, files))
 

@@ -18,8 +18,9 @@ from notellm2_ray.train.batches import NotePreparer, PreparedNotes
 from notellm2_ray.train.checkpoints import RunFiles
 from notellm2_ray.train.engines import make_engine
 from notellm2_ray.train.objectives import Loss, loss_of
+from notellm2_ray.train.pairs import PairBatch, Pairs
 from notellm2_ray.train.run_loop import Report, TrainingRun, resolved_precision
-from notellm2_ray.train.sampler import PairBatch, Pairs, PairSampler
+from notellm2_ray.train.sampler import PairSampler
 from notellm2_ray.train.schedule import num_steps
 from notellm2_ray.train.step import EmbedderStep, StepOutput
 from notellm2_ray.train.validation import Validation, ValidationScore
@@ -37,6 +38,7 @@ class EmbedderJob(NamedTuple):
     llm_path: str
     vision_path: str
     output: Path
+    negatives: Path | None = None  # see Pairs
 
 
 class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
@@ -61,13 +63,15 @@ class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
         self.engine = make_engine(self.module, job.train, device)
         self._read_data()
         self.total = num_steps(job.train, self.sampler.steps_per_epoch)
-        self.per_step = 2 * job.train.batch_pairs
+        self.per_step = (2 + job.train.hard_negatives) * job.train.batch_pairs
 
     def _read_data(self) -> None:
         settings, seed, directory = self.settings, self.job.seed, self.job.pairs
-        pairs = Pairs(directory / "train.parquet")
+        pairs = Pairs(directory / "train.parquet", self.job.negatives)
         store = NoteStore(directory / "train_notes.arrow")
-        self.sampler = PairSampler(pairs, settings.batch_pairs, seed, distributed.rank(), distributed.world_size())
+        self.sampler = PairSampler(
+            pairs, settings.batch_pairs, seed, distributed.rank(), distributed.world_size(), settings.hard_negatives
+        )
         self.prepare_notes = NotePreparer(store, self.encoder.preprocessor, settings.length_chunks)
         self.validation = Validation(
             Pairs(directory / "valid.parquet"),
@@ -85,7 +89,8 @@ class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
 
     def train(self, step: int, prepared: tuple[PairBatch, PreparedNotes]) -> dict[str, Any]:
         batch, notes = prepared[0], prepared[1].to(self.device)
-        out = self.engine(notes.groups, notes.positions, torch.from_numpy(batch.note_keys).to(self.device))
+        keys = torch.from_numpy(batch.note_keys).to(self.device)
+        out = self.engine(notes.groups, notes.positions, keys, batch.negatives)
         loss = distributed.mean_over_ranks(out.loss)
         if not math.isfinite(loss):
             raise _not_finite(step, loss, out, notes)

@@ -14,20 +14,29 @@ import torch
 from notellm2_ray.core.registry import Registry
 from notellm2_ray.core.settings.model import ModelSettings
 from notellm2_ray.core.settings.train import TrainSettings
-from notellm2_ray.models.embedder.losses import Gather, embedder_loss
+from notellm2_ray.models.embedder.losses import Gather, Negatives, embedder_loss
 from notellm2_ray.models.embedder.vectors import NoteVectors
 
 
 class Loss(Protocol):
     """The loss of a step."""
 
-    def __call__(self, vectors: NoteVectors, note_keys: torch.Tensor, gather: Gather | None = None) -> torch.Tensor:
+    def __call__(
+        self,
+        vectors: NoteVectors,
+        note_keys: torch.Tensor,
+        gather: Gather | None = None,
+        *,
+        negatives: Negatives | None = None,
+    ) -> torch.Tensor:
         """A scalar in float32, whose mean over ranks is the loss of the whole batch.
 
         Args:
-            vectors: of 2b notes, the b queries first and then their b targets.
-            note_keys: (2b,) int64, equal for equal notes.
+            vectors: of 2b notes, the b queries first and then their b targets, and of any hard negatives after them.
+            note_keys: (n,) int64, equal for equal notes.
             gather: gives the rows of all ranks; None on a single rank.
+            negatives: given only with ``train.hard_negatives``: how many notes are hard negatives, and what is known of
+                them. An objective without this argument works without them.
         """
         ...
 
@@ -36,11 +45,23 @@ Objective = Callable[[ModelSettings, TrainSettings], Loss]
 
 
 def contrastive(model: ModelSettings, train: TrainSettings) -> Loss:
-    """NoteLLM-2's loss over in-batch negatives (Eqs. 1, 8 and 9)."""
+    """NoteLLM-2's loss over in-batch negatives (Eqs. 1, 8 and 9), and hard negatives beside them."""
 
-    def loss(vectors: NoteVectors, note_keys: torch.Tensor, gather: Gather | None = None) -> torch.Tensor:
+    def loss(
+        vectors: NoteVectors,
+        note_keys: torch.Tensor,
+        gather: Gather | None = None,
+        *,
+        negatives: Negatives | None = None,
+    ) -> torch.Tensor:
         return embedder_loss(
-            vectors, note_keys, alpha=model.alpha, gather=gather, mask_duplicates=train.mask_duplicates
+            vectors,
+            note_keys,
+            alpha=model.alpha,
+            gather=gather,
+            mask_duplicates=train.mask_duplicates,
+            negatives=negatives,
+            false_negative_margin=train.false_negative_margin,
         ).total
 
     return loss

@@ -1,61 +1,19 @@
-"""Which pairs are in which step: it depends only on the seed and the step, so that resuming needs no state."""
+"""Which pairs and which hard negatives are in which step.
+
+It depends only on the seed and the step, so that resuming needs no state.
+"""
 
 from __future__ import annotations
 
 from functools import lru_cache
-from pathlib import Path
-from typing import NamedTuple
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.run import stream_seed
-from notellm2_ray.core.schema import PAIR_SCHEMA, require_columns
-
-
-class PairBatch(NamedTuple):
-    """One rank's b pairs of a step, as 2b notes: the queries, then their targets in the same order."""
-
-    note_ids: list[str]  # (2b,)
-    note_keys: np.ndarray  # (2b,) int64, equal for equal notes and the same on every rank
-
-
-class Pairs:
-    """The pairs of one Parquet file.
-
-    Attributes:
-        note_ids: the distinct notes of the pairs.
-        keys: (num_pairs, 2) int64, query and target as positions in ``note_ids``.
-    """
-
-    def __init__(self, path: Path) -> None:
-        """Read the pairs of ``path`` (PAIR_SCHEMA).
-
-        Raises:
-            DataError: the file is missing or lacks a column.
-        """
-        try:
-            schema = pq.read_schema(path)
-            require_columns(schema, PAIR_SCHEMA, str(path))
-            table = pq.read_table(path, columns=["query_id", "target_id"])
-        except FileNotFoundError:
-            raise DataError(f"{path} does not exist: run mine-pairs first") from None
-        except pa.ArrowInvalid as error:
-            raise DataError(f"{path} is damaged ({error}): run mine-pairs again") from error
-        both = pa.chunked_array(table["query_id"].chunks + table["target_id"].chunks, pa.string())
-        encoded = both.dictionary_encode().combine_chunks()
-        self.note_ids: list[str] = encoded.dictionary.to_pylist()
-        self.keys = np.asarray(encoded.indices, dtype=np.int64).reshape(2, -1).T
-
-    def __len__(self) -> int:
-        return len(self.keys)
-
-    def batch(self, rows: np.ndarray) -> PairBatch:
-        """The pairs at ``rows``."""
-        keys = self.keys[rows].T.reshape(-1)
-        return PairBatch([self.note_ids[key] for key in keys], keys)
+from notellm2_ray.models.embedder.losses import PADDING, Negatives
+from notellm2_ray.train.hard_negatives import HardNegatives
+from notellm2_ray.train.pairs import PairBatch, Pairs
 
 
 class StepSampler:
@@ -74,22 +32,32 @@ class StepSampler:
 
     def rows(self, step: int) -> np.ndarray:
         """This rank's rows in ``step`` (counted from 0)."""
+        return self.all_rows(step)[self._first : self._first + self._share]
+
+    def all_rows(self, step: int) -> np.ndarray:
+        """The rows of all ranks in ``step``, in rank order."""
         epoch, batch = divmod(step, self.steps_per_epoch)
-        begin = batch * self._batch + self._first
-        return _order(self.seed, epoch, self._num_rows)[begin : begin + self._share]
+        return _order(self.seed, epoch, self._num_rows)[batch * self._batch : (batch + 1) * self._batch]
 
 
 class PairSampler(StepSampler):
-    """Assigns pairs to steps and ranks."""
+    """Assigns pairs, and k hard negatives of each, to steps and ranks."""
 
-    def __init__(self, pairs: Pairs, batch_pairs: int, seed: int, rank: int = 0, world_size: int = 1) -> None:
+    def __init__(
+        self, pairs: Pairs, batch_pairs: int, seed: int, rank: int = 0, world_size: int = 1, hard_negatives: int = 0
+    ) -> None:
         """A sampler for one rank.
 
+        Args:
+            hard_negatives: k. They are drawn anew in every step. A pair with fewer is filled up with notes that no row
+                sees, so that every rank has equally many notes.
+
         Raises:
-            DataError: there are fewer pairs than fill a batch.
+            DataError: there are fewer pairs than fill a batch, or negatives are wanted and no pair has any.
         """
         super().__init__(len(pairs), batch_pairs, seed, rank, world_size)
         self.pairs = pairs
+        self._draws = HardNegatives(pairs, hard_negatives, seed) if hard_negatives else None
         if self.steps_per_epoch == 0:
             raise DataError(
                 f"{len(pairs)} training pairs do not fill one batch of train.batch_pairs={batch_pairs}: "
@@ -97,7 +65,16 @@ class PairSampler(StepSampler):
             )
 
     def __getitem__(self, step: int) -> PairBatch:
-        return self.pairs.batch(self.rows(step))
+        batch = self.pairs.batch(self.rows(step))
+        if self._draws is None:
+            return batch
+        rows = self.all_rows(step)
+        drawn = self._draws.draw(step, rows).reshape(len(rows) // self._share, -1)  # (ranks, b * k)
+        own = drawn[self._first // self._share]
+        queries = np.repeat(batch.note_keys[: self._share], len(own) // self._share)
+        ids = [self.pairs.note_ids[key] for key in np.where(own == PADDING, queries, own)]
+        related = self._draws.related(batch.note_keys, drawn)
+        return PairBatch([*batch.note_ids, *ids], np.concatenate([batch.note_keys, own]), Negatives(len(own), related))
 
 
 @lru_cache(maxsize=4)

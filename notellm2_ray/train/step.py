@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import nn
 
+from notellm2_ray.models.embedder.losses import Negatives
 from notellm2_ray.models.embedder.vectors import NoteVectors, join_vectors
 from notellm2_ray.train.distributed import gather_rows
 from notellm2_ray.train.objectives import Loss
@@ -18,7 +19,7 @@ class StepOutput(NamedTuple):
 
     loss: torch.Tensor  # scalar, of this rank; its mean over ranks is the loss of the batch
     temperature: torch.Tensor  # scalar, tau before the update
-    finite: torch.Tensor  # (2b,) bool: notes whose vectors are finite
+    finite: torch.Tensor  # (n,) bool: notes whose vectors are finite
 
 
 class EmbedderStep(nn.Module):
@@ -41,13 +42,18 @@ class EmbedderStep(nn.Module):
         self._loss, self._bf16, self._cache = loss, bf16, cache_casts
 
     def forward(
-        self, groups: Sequence[Any], positions: torch.Tensor, note_keys: torch.Tensor | None = None
+        self,
+        groups: Sequence[Any],
+        positions: torch.Tensor,
+        note_keys: torch.Tensor | None = None,
+        negatives: Negatives | None = None,
     ) -> StepOutput | NoteVectors:
         """The :class:`StepOutput` of a step; without ``note_keys`` the NoteVectors of the notes, in their order.
 
         Args:
             groups: collated batches; ``positions`` (n,) holds each note's position in their concatenation.
-            note_keys: (n,) int64, equal for equal notes: b queries, then their b targets, n = 2b.
+            note_keys: (n,) int64, equal for equal notes: b queries, then their b targets, then any hard negatives.
+            negatives: of the step, on any device; None: there are none, and n = 2b.
         """
         device = positions.device.type
         with torch.autocast(device, torch.bfloat16, enabled=self._bf16, cache_enabled=self._bf16 and self._cache):
@@ -56,6 +62,10 @@ class EmbedderStep(nn.Module):
         if note_keys is None:
             return vectors
         with torch.autocast(device, enabled=False):
-            loss = self._loss(vectors, note_keys, gather_rows)
+            if negatives is None:  # an objective without hard negatives need not know of them
+                loss = self._loss(vectors, note_keys, gather_rows)
+            else:
+                own = negatives._replace(related=negatives.related.to(positions.device))
+                loss = self._loss(vectors, note_keys, gather_rows, negatives=own)
         finite = torch.isfinite(vectors.multimodal).all(dim=-1)
         return StepOutput(loss, vectors.temperature.detach().float().clone(), finite)

@@ -14,7 +14,7 @@ from notellm2_ray.models.embedder.vectors import NoteVectors, join_vectors
 from notellm2_ray.train import distributed
 from notellm2_ray.train.batches import NotePreparer, prefetched
 from notellm2_ray.train.objectives import Loss
-from notellm2_ray.train.sampler import Pairs
+from notellm2_ray.train.pairs import Pairs
 from notellm2_ray.train.step import EmbedderStep
 
 CUTOFF = 10

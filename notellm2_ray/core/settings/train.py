@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from notellm2_ray.core.config import Frozen, resource
+from notellm2_ray.core.config import Frozen, opt_in, resource
 
 
 class TrainSettings(Frozen):
@@ -50,6 +50,19 @@ class TrainSettings(Frozen):
         4, ge=1, description="a rank's notes go through the model in so many groups of similar length (same result)"
     )
     mask_duplicates: bool = Field(True, description="do not use another copy of a note in the batch as its negative")
+    hard_negatives: int = opt_in(
+        0, ge=0, description="mined negatives of each pair that a step draws from its list; 0: in-batch negatives alone"
+    )
+    negatives_of: str | None = opt_in(
+        None,
+        description="name of the embedder whose mined negatives are used; null: the column `negatives` of the pairs",
+    )
+    false_negative_margin: float | None = opt_in(
+        None,
+        ge=-2,
+        le=2,
+        description="a note whose cosine exceeds the related note's by more than this is no negative; null: each is",
+    )
     prefetch_batches: int = resource(2, ge=0, description="batches prepared ahead by each rank")
     validate_every_steps: int = Field(1750, ge=1, description="steps between validations by recall")
     checkpoint_every_steps: int = resource(
@@ -76,6 +89,8 @@ class TrainSettings(Frozen):
             )
         if self.offload == "parameters_and_optimizer" and self.zero_stage != 3:
             raise ValueError("train.offload=parameters_and_optimizer needs train.zero_stage=3")
+        if self.negatives_of is not None and not self.hard_negatives:
+            raise ValueError("train.negatives_of would be ignored: set train.hard_negatives to a number above 0")
         if self.offload == "optimizer" and self.zero_stage == 0:
             raise ValueError("train.offload=optimizer needs train.zero_stage 1, 2 or 3")
         return self

@@ -1,4 +1,4 @@
-"""The contrastive losses (Eqs. 1, 8 and 9) over in-batch negatives of all ranks.
+"""The contrastive losses (Eqs. 1, 8 and 9) over in-batch negatives of all ranks, and hard negatives beside them.
 
 This module has no distributed code: rows of other ranks come from the injected ``gather``. Each rank computes the loss
 of its own notes against the notes of all ranks. The mean over ranks is the loss of the whole batch. The same holds for
@@ -16,10 +16,22 @@ import torch.nn.functional as F
 from notellm2_ray.models.embedder.vectors import NoteVectors
 
 Gather = Callable[[torch.Tensor], tuple[torch.Tensor, int]]
-"""This rank's rows (2b, ...) -> all ranks' rows in rank order (world * 2b, ...), and the offset of this rank's rows.
+"""This rank's rows (n, ...) -> all ranks' rows in rank order (world * n, ...), and the offset of this rank's rows.
 
-It gets float vectors, which must keep their gradient, and integer and boolean rows. Every rank has 2b rows.
+It gets float vectors, which must keep their gradient, and integer and boolean rows. Every rank has n rows.
 """
+
+PADDING = -1  # key of a note that only fills up a rank's negatives: no row sees it
+
+
+class Negatives(NamedTuple):
+    """Hard negatives of a step: notes after the b queries and b targets.
+
+    Every row of every rank is compared with them. They are no rows of the loss themselves.
+    """
+
+    count: int  # m, this rank's last m notes; every rank has as many
+    related: torch.Tensor  # (K, 2) int64: a row of this rank, and a column of all ranks that is known to be related
 
 
 class EmbedderLoss(NamedTuple):
@@ -37,23 +49,38 @@ def embedder_loss(
     alpha: float,
     gather: Gather | None = None,
     mask_duplicates: bool = True,
+    negatives: Negatives | None = None,
+    false_negative_margin: float | None = None,
 ) -> EmbedderLoss:
     """Eq. 9: (L^v + alpha L^m) / (1 + alpha); L^m alone for a variant without a visual vector.
 
     Args:
-        vectors: of 2b notes: b queries, then their b targets.
-        note_keys: (2b,) int64, equal for equal notes.
+        vectors: of n notes: b queries, then their b targets, then any hard negatives. One with an image is a negative
+            of L^v too.
+        note_keys: (n,) int64, equal for equal notes.
         alpha: weight of L^m.
         gather: see :data:`Gather`; None on a single rank.
         mask_duplicates: whether further copies of the row's note and of its target are left out of the negatives.
+        negatives: the hard negatives, if there are any.
+        false_negative_margin: see :func:`contrastive_loss`.
     """
-    temperature = vectors.temperature
-    multimodal = contrastive_loss(vectors.multimodal, temperature, note_keys, gather, mask_duplicates)
+
+    def one(of: torch.Tensor, present: torch.Tensor | None = None) -> torch.Tensor:
+        return contrastive_loss(
+            of,
+            vectors.temperature,
+            note_keys,
+            gather,
+            mask_duplicates,
+            present=present,
+            negatives=negatives,
+            false_negative_margin=false_negative_margin,
+        )
+
+    multimodal = one(vectors.multimodal)
     if vectors.visual is None:
         return EmbedderLoss(multimodal, multimodal, None)
-    visual = contrastive_loss(
-        vectors.visual, temperature, note_keys, gather, mask_duplicates, present=vectors.has_visual
-    )
+    visual = one(vectors.visual, vectors.has_visual)
     return EmbedderLoss((visual + alpha * multimodal) / (1 + alpha), multimodal, visual)
 
 
@@ -65,36 +92,57 @@ def contrastive_loss(
     mask_duplicates: bool = True,
     *,
     present: torch.Tensor | None = None,
+    negatives: Negatives | None = None,
+    false_negative_margin: float | None = None,
 ) -> torch.Tensor:
     """Eq. 1: the mean over notes of -log softmax of the similarity to the related note, among all other notes.
 
+    The other notes are those of all pairs, and all hard negatives. A hard negative is left out for a row if it is the
+    row's note, its related note, or known to be related to the row's note.
+
     Args:
-        vectors: (2b, D), any length; row i and row i + b are related.
+        vectors: (n, D), any length: of 2b notes, of which row i and row i + b are related, and then of hard negatives.
         temperature: tau, one number; e^tau multiplies the cosine.
-        note_keys: (2b,) int64.
+        note_keys: (n,) int64; :data:`PADDING` for a hard negative that is to be ignored.
         gather: see :data:`Gather`.
         mask_duplicates: see :func:`embedder_loss`.
-        present: (2b,) bool, the rows that have a vector (default: all). A row without one is never a negative, and
-            neither it nor its related row counts in the mean.
+        present: (n,) bool, the notes that have a vector (default: all). A note without one is never a negative, and
+            neither it nor its related note counts in the mean.
+        negatives: the hard negatives, if there are any; n = 2b + their count.
+        false_negative_margin: a note whose cosine with the row exceeds that of the related note by more than this is
+            left out too, as probably related; None: none is. (Solatorio, GISTEmbed, arXiv 2402.16829, where another
+            model judges; here it is the trained one.)
 
     Returns:
         Scalar, in float32 (float64 if the vectors are). With several ranks, the mean over ranks is Eq. 1.
     """
-    if len(vectors) % 2 or len(vectors) != len(note_keys):
+    num_rows = len(vectors) - (negatives.count if negatives is not None else 0)
+    if num_rows % 2 or len(vectors) != len(note_keys):
         raise ValueError(
             f"{len(vectors)} vectors and {len(note_keys)} keys do not fit: b queries and b targets have 2b keys"
         )
     if present is None:
         present = torch.ones(len(vectors), dtype=torch.bool, device=vectors.device)
+    if negatives is not None:
+        present = present & (note_keys != PADDING)
     gather = gather or (lambda rows: (rows, 0))
     with torch.autocast(vectors.device.type, enabled=False):
         unit = F.normalize(vectors if vectors.dtype == torch.float64 else vectors.float(), dim=-1)
         others, offset = gather(unit)
-        logits = unit @ others.T * temperature.to(unit.dtype).exp()
-    related = _related(len(vectors), vectors.device) + offset
-    excluded = _excluded(note_keys, gather(note_keys)[0], related, offset, mask_duplicates)
+        cosines = unit[:num_rows] @ others.T
+        logits = cosines * temperature.to(unit.dtype).exp()
+    related = _related(num_rows, vectors.device) + offset
+    excluded = _copies(note_keys, gather(note_keys)[0], related, mask_duplicates)
+    if negatives is not None:
+        excluded[negatives.related[:, 0], negatives.related[:, 1]] = True
+    if false_negative_margin is not None:
+        known = cosines.detach()
+        excluded |= known > known.gather(1, related[:, None]) + false_negative_margin
+    rows = torch.arange(num_rows, device=vectors.device)
+    excluded[rows, rows + offset] = True
+    excluded[rows, related] = False
     all_present, _ = gather(present)
-    counted = present & all_present[related]
+    counted = present[:num_rows] & all_present[related]
     # Only in rows that count. The others keep these columns: a row of only -inf would have a NaN gradient.
     excluded |= ~all_present & counted[:, None]
     per_row = F.cross_entropy(logits.masked_fill(excluded, -torch.inf), related, reduction="none")
@@ -108,15 +156,13 @@ def _related(num_notes: int, device: torch.device) -> torch.Tensor:
     return (torch.arange(num_notes, device=device) + num_notes // 2) % num_notes
 
 
-def _excluded(
-    keys: torch.Tensor, all_keys: torch.Tensor, related: torch.Tensor, offset: int, mask_duplicates: bool
-) -> torch.Tensor:
-    """(2b, world * 2b) bool: columns that are excluded from each row's softmax. The related note never is."""
-    rows = torch.arange(len(keys), device=keys.device)
-    if mask_duplicates:
-        excluded = (all_keys == keys[:, None]) | (all_keys == all_keys[related][:, None])
-    else:
-        excluded = torch.zeros(len(keys), len(all_keys), dtype=torch.bool, device=keys.device)
-    excluded[rows, rows + offset] = True
-    excluded[rows, related] = False
-    return excluded
+def _copies(keys: torch.Tensor, all_keys: torch.Tensor, related: torch.Tensor, mask_duplicates: bool) -> torch.Tensor:
+    """(2b, world * n) bool: columns with a copy of the row's note or of its related note.
+
+    Without ``mask_duplicates`` only copies among the hard negatives.
+    """
+    num_rows = len(related)
+    copies = (all_keys == keys[:num_rows, None]) | (all_keys == all_keys[related][:, None])
+    if not mask_duplicates:
+        copies &= torch.arange(len(all_keys), device=keys.device) % len(keys) >= num_rows
+    return copies

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
-from notellm2_ray.models.embedder.losses import contrastive_loss, embedder_loss
+from notellm2_ray.models.embedder.losses import PADDING, Negatives, contrastive_loss, embedder_loss
 from notellm2_ray.models.embedder.vectors import NOTE, VISUAL, NoteVectors
 
 TAU = torch.tensor(1.3, dtype=torch.float64)
@@ -23,20 +23,23 @@ def cosine(a: list[float], b: list[float]) -> float:
     return sum(x * y for x, y in zip(a, b, strict=True)) / math.hypot(*a) / math.hypot(*b)
 
 
-def twin(rows, tau, keys, mask_duplicates=True, present=None) -> float:
-    """Eq. 1, literally, in plain Python."""
-    num = len(rows)
+def twin(rows, tau, keys, mask_duplicates=True, present=None, hard=0, known=(), margin=None) -> float:
+    """Eq. 1, literally, in plain Python: the last ``hard`` rows are hard negatives, ``known`` related (row, column)."""
+    num = len(rows) - hard
     related = [(i + num // 2) % num for i in range(num)]
-    present = present or [True] * num
+    present = present or [True] * len(rows)
     losses = []
     for i in range(num):
         if not (present[i] and present[related[i]]):
             continue
         below = 0.0
-        for j in range(num):
-            duplicate = keys[j] in (keys[i], keys[related[i]]) and j != related[i]
-            if j != i and present[j] and not (mask_duplicates and duplicate):
-                below += math.exp(cosine(rows[i], rows[j]) * math.exp(tau))
+        for j in range(len(rows)):
+            duplicate = keys[j] in (keys[i], keys[related[i]]) and j != related[i] and (mask_duplicates or j >= num)
+            padding = j >= num and keys[j] == PADDING
+            own, close = cosine(rows[i], rows[related[i]]), cosine(rows[i], rows[j])
+            false = j != related[i] and margin is not None and close > own + margin
+            if j != i and present[j] and not (duplicate or padding or false or (i, j) in known):
+                below += math.exp(close * math.exp(tau))
         losses.append(-math.log(math.exp(cosine(rows[i], rows[related[i]]) * math.exp(tau)) / below))
     return sum(losses) / len(losses)
 
@@ -67,6 +70,74 @@ def test_rows_without_a_vector_do_not_count():
     none.backward()
     assert none == 0
     assert torch.equal(rows.grad, torch.zeros_like(rows))
+
+
+HARD_KEYS = torch.tensor([1, 2, 3, 1, 5, 6, 7, 8, 9, 2, PADDING, 3, 10, PADDING])  # 4 pairs, then 6 hard negatives
+KNOWN = [(0, 9), (4, 13), (7, 12)]
+
+
+def hard(known=KNOWN, count: int = 6) -> Negatives:
+    return Negatives(count, torch.tensor(known, dtype=torch.int64).reshape(-1, 2))
+
+
+@pytest.mark.parametrize("mask_duplicates", [True, False])
+@pytest.mark.parametrize("margin", [None, 0.1, -0.2])
+@pytest.mark.parametrize("missing", [None, [2, 8]])
+def test_hard_negatives_equal_the_plain_implementation(mask_duplicates, margin, missing):
+    rows, present = vectors(14), None
+    if missing:  # a query, and a hard negative, without an image
+        present = torch.ones(14, dtype=torch.bool).index_fill(0, torch.tensor(missing), False)
+    given = {"mask_duplicates": mask_duplicates, "present": present, "false_negative_margin": margin}
+    loss = contrastive_loss(rows, TAU, HARD_KEYS, negatives=hard(), **given)
+    seen = None if present is None else present.tolist()
+    expected = twin(rows.tolist(), TAU.item(), HARD_KEYS.tolist(), mask_duplicates, seen, 6, KNOWN, margin)
+    assert loss.item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_hard_negatives_are_pushed_away_and_masked_ones_are_not():
+    rows = vectors(14).requires_grad_()
+    contrastive_loss(rows, TAU, HARD_KEYS, negatives=hard()).backward()
+    moved = rows.grad.abs().sum(dim=1) > 0
+    assert moved.tolist() == [True] * 10 + [False, True, True, False]  # the padding stays where it is
+    alone = vectors(9).requires_grad_()  # one hard negative, related to every row
+    everywhere = hard([(row, 8) for row in range(8)], count=1)
+    contrastive_loss(alone, TAU, torch.arange(9), negatives=everywhere).backward()
+    assert torch.equal(alone.grad[8], torch.zeros(5, dtype=torch.float64))
+
+
+def test_without_hard_negatives_nothing_changes_bit_for_bit():
+    rows, keys = vectors(10).float(), torch.tensor([1, 2, 3, 1, 5, 6, 7, 2, 6, 10])
+    results = []
+    for negatives in (None, hard([], count=0)):
+        leaf = rows.clone().requires_grad_()
+        loss = contrastive_loss(leaf, TAU.float(), keys, negatives=negatives)
+        loss.backward()
+        results.append((loss.detach(), leaf.grad))
+    assert torch.equal(results[0][0], results[1][0])
+    assert torch.equal(results[0][1], results[1][1])
+
+
+def test_ranks_with_hard_negatives_equal_one_rank():
+    """Two ranks of two pairs, with three hard negatives each."""
+    both = torch.cat([vectors(14), vectors(14, 1)], dim=1).requires_grad_()
+    temperature = TAU.clone().requires_grad_()
+    present = torch.ones(14, dtype=torch.bool)
+    present[[3, 9]] = False
+    ranks = [[0, 1, 4, 5, 8, 9, 10], [2, 3, 6, 7, 11, 12, 13]]
+    places = [row for rank in ranks for row in rank]  # column -> note
+
+    def loss(rows: list[int], count: int, known, gather=None) -> torch.Tensor:
+        part = NoteVectors({NOTE: both[rows, :5], VISUAL: both[rows, 5:]}, {VISUAL: present[rows]}, temperature)
+        return embedder_loss(part, HARD_KEYS[rows], alpha=9.0, gather=gather, negatives=hard(known, count)).total
+
+    whole = loss(list(range(14)), 6, KNOWN)
+    known_of = [[(rank.index(row), places.index(column)) for row, column in KNOWN if row in rank] for rank in ranks]
+    each = on_ranks(2, lambda rank, gather: loss(ranks[rank], 3, known_of[rank], gather))
+    mean = torch.stack(each).mean()
+    assert mean.item() == pytest.approx(whole.item(), abs=1e-12)
+    expected = torch.autograd.grad(whole, [both, temperature])
+    for found, wanted in zip(torch.autograd.grad(mean, [both, temperature]), expected, strict=True):
+        assert torch.allclose(found, wanted, atol=1e-12)
 
 
 def rank_rows(num_pairs: int, world: int) -> list[list[int]]:
