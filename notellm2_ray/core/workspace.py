@@ -106,7 +106,7 @@ class Workspace:
         return self.embedder(name) / "history.jsonl"
 
     def embeddings(self, name: str, pool: str) -> Path:
-        """Blocks of vectors of a pool of notes: ``all`` or ``test``."""
+        """Blocks of vectors of a pool of notes: ``all``, ``test`` or ``train``."""
         return self.root / "embeddings" / (name if pool == "all" else f"{name}-{pool}")
 
     def embedding_table(self, name: str, pool: str) -> Path:
@@ -117,6 +117,14 @@ class Workspace:
     def index(self, name: str) -> Path:
         """The ANN index over an embedder's table."""
         return self.root / "index" / name
+
+    def negatives(self, name: str) -> Path:
+        """Hard negatives of the training pairs, mined from an embedder's vectors."""
+        return self.root / "negatives" / name
+
+    def negative_table(self, name: str) -> Path:
+        """The training pairs with the column ``negatives``."""
+        return self.negatives(name) / "negatives.parquet"
 
     # --- the recommender
 

@@ -29,7 +29,8 @@ def _planned(settings: Settings, verb: str) -> list[Planned]:
     if verb == SWEEP_VERB:
         each = [(stage, one) for stage in sweep_stages(settings) for one in stage.in_a_run(settings)]
         return [output for stage, one in each for output in stage.outputs(one)]
-    return [one for _, one in planned(verb, settings)]
+    # Two embedders may be trained with the same negatives.
+    return list({one.directory: one for _, one in planned(verb, settings)}.values())
 
 
 def _state(one: Planned, undone: set[Path]) -> tuple[str, bool]:

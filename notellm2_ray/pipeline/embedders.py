@@ -46,12 +46,35 @@ def chosen_embedder(settings: Settings) -> Settings:
 
 
 def trained_embedders(settings: Settings) -> Iterator[Settings]:
-    """Resolved settings of every embedder that a whole run trains: the compared ones and the chosen one."""
+    """Resolved settings of every embedder that a whole run trains, as of :func:`selected_embedders`."""
+    return map(resolved, selected_embedders(settings))
+
+
+def selected_embedders(settings: Settings) -> Iterator[Settings]:
+    """The settings with each embedder selected that a whole run trains: the compared ones and the chosen one.
+
+    An embedder that is trained with the negatives of another comes after that one.
+    """
+    names, seeds = settings.evaluate.embedders, settings.evaluate.seeds
     seen = set()
-    for each in (*compared_embedders(settings), resolved(chosen_embedder(settings))):
-        if each.embedder_name not in seen:
-            seen.add(each.embedder_name)
-            yield each
+    for one in (*(select(settings, name, seed) for name in names for seed in seeds), chosen_embedder(settings)):
+        chain = [one]
+        while (source := source_of_negatives(chain[-1])) is not None:
+            chain.append(source)
+        for each in reversed(chain):
+            if each.embedder_name not in seen:
+                seen.add(each.embedder_name)
+                yield each
+
+
+def source_of_negatives(settings: Settings) -> Settings | None:
+    """The settings with the embedder selected whose negatives the selected one is trained with, of the same seed.
+
+    Args:
+        settings: not :func:`resolved`.
+    """
+    name = resolved(settings).train.negatives_of if is_trained(settings) else None
+    return None if name is None else select(settings, name, settings.train.seed)
 
 
 def is_trained(settings: Settings) -> bool:
@@ -90,11 +113,13 @@ def tested_inputs(settings: Settings) -> tuple[str, ...]:
 def shown_inputs(settings: Settings, pool: str) -> tuple[str, ...]:
     """The inputs that a pool of notes is embedded with: for the test pool those tested, for all notes the natural one.
 
-    With ``embed.by_modality``, also image alone and text alone.
+    With ``embed.by_modality``, also image alone and text alone. For the training notes it is the natural one.
     """
     if pool == "test":
         return tested_inputs(settings)
     natural = natural_inputs(settings)
+    if pool == "train":
+        return (natural,)
     return (natural, "image", "text") if settings.embed.by_modality and natural == "multimodal" else (natural,)
 
 

@@ -58,13 +58,16 @@ def tiny(settings: Settings) -> Planned:
 def embedder(settings: Settings) -> Planned:
     workspace, parts = workspace_of(settings), parts_of(settings)
     shaped: dict[str, Any] = {"model": shaping(settings.model), "train": shaping(settings.train)}
+    reads = {"pairs": workspace.pairs, **model_reads(settings, parts)}
     if not is_trained(settings):
         shaped["trained"] = False
+    elif (source := name_of_source(settings)) is not None:
+        reads["negatives"] = workspace.negatives(source)
     return Planned(
         "train-embedder",
         workspace.embedder(settings.embedder_name),
         shaped,
-        {"pairs": workspace.pairs, **model_reads(settings, parts)},
+        reads,
         versions=model_versions(settings, parts),
         name=settings.embedder_name,
     )
@@ -75,13 +78,26 @@ def embeddings(settings: Settings, pool: str) -> Planned:
     embed = shaping(settings.embed)
     shaped = {"embed": embed, "inputs": list(shown_inputs(settings, pool))}
     reads = {"embedder": workspace.embedder(settings.embedder_name)}
-    if pool == "test" or settings.embed.notes is None:
+    if pool != "all" or settings.embed.notes is None:
         reads["prepared"] = workspace.prepared
-    if pool == "test":
+    if pool != "all":
         embed.pop("notes")
         reads["pairs"] = workspace.pairs
     directory = workspace.embeddings(settings.embedder_name, pool)
     return Planned("embed-notes", directory, shaped, reads, name=directory.name)
+
+
+def name_of_source(settings: Settings) -> str | None:
+    """Directory name of the embedder whose negatives the one of resolved settings is trained with."""
+    source = settings.train.negatives_of
+    return None if source is None else f"{source}-seed{settings.train.seed}"
+
+
+def negatives(settings: Settings) -> Planned:
+    workspace, name = workspace_of(settings), settings.embedder_name
+    shaped = {"negatives": shaping(settings.negatives), "index": shaping(settings.index), "seed": settings.seed}
+    reads = {"pairs": workspace.pairs, "embeddings": workspace.embeddings(name, "train")}
+    return Planned("mine-negatives", workspace.negatives(name), shaped, reads, name=name)
 
 
 def ann_index(settings: Settings) -> Planned:

@@ -15,7 +15,7 @@ from notellm2_ray.pipeline import embedders
 from notellm2_ray.pipeline import recall_outputs as outputs
 from notellm2_ray.pipeline.recall_comparison import compare
 from notellm2_ray.pipeline.seeds import drawn_with, recall_workspace
-from notellm2_ray.pipeline.stage import Planned, run_stage, workspace_of
+from notellm2_ray.pipeline.stage import Planned, require, run_stage, workspace_of
 
 log = logging.getLogger("notellm2_ray")
 
@@ -81,11 +81,15 @@ def planned_tiny(settings: Settings) -> list[Planned]:
 
 
 def train_embedder(settings: Settings) -> dict[str, Any]:
-    """Train the embedder that the settings name."""
+    """Train the embedder that the settings name; first mine the negatives that it is to be trained with, if any."""
     from notellm2_ray.train.embedder import train_embedder as work
 
+    if (source := embedders.source_of_negatives(settings)) is not None:
+        _mine_for(settings.embedder_row, source)
     settings = embedders.resolved(settings)
     llm, vision = embedders.model_paths(settings)
+
+    workspace, mined = workspace_of(settings), outputs.name_of_source(settings)
 
     def run(output: Path) -> dict[str, Any]:
         connect(settings.ray)
@@ -93,10 +97,11 @@ def train_embedder(settings: Settings) -> dict[str, Any]:
             settings.model,
             settings.train,
             settings.train.seed,
-            pairs=workspace_of(settings).pairs,
+            pairs=workspace.pairs,
             llm_path=llm,
             vision_path=vision,
             output=output,
+            negatives=None if mined is None else workspace.negative_table(mined),
         )
 
     def save_untrained(output: Path) -> dict[str, Any]:
@@ -111,7 +116,43 @@ def train_embedder(settings: Settings) -> dict[str, Any]:
 
 
 def planned_embedder(settings: Settings) -> list[Planned]:
-    return [outputs.embedder(embedders.resolved(settings))]
+    """The embedder, after the negatives that it is trained with, if any."""
+    source = embedders.source_of_negatives(settings)
+    mined = [] if source is None else planned_negatives(source)
+    return [*mined, outputs.embedder(embedders.resolved(settings))]
+
+
+def mine_negatives(settings: Settings) -> dict[str, Any]:
+    """Embed the training notes with the embedder that the settings name, and mine hard negatives of its pairs."""
+    from notellm2_ray.index.mine_negatives import mine_negatives as work
+
+    settings = embedders.resolved(settings)
+    _embed(settings, "train")
+    workspace = workspace_of(settings)
+    table = workspace.embedding_table(settings.embedder_name, "train")
+
+    def run(output: Path) -> dict[str, Any]:
+        return work(workspace.pairs, table, output, settings.negatives, settings.index, settings.seed)
+
+    return run_stage(outputs.negatives(settings), run)
+
+
+def planned_negatives(settings: Settings) -> list[Planned]:
+    """The training notes' embeddings, and the negatives."""
+    settings = embedders.resolved(settings)
+    return [outputs.embeddings(settings, "train"), outputs.negatives(settings)]
+
+
+def _mine_for(name: str, source: Settings) -> None:
+    """Mine the negatives of ``source``, unless they are there.
+
+    Raises:
+        OutputError: that embedder has not been trained.
+    """
+    of = source.embedder_row
+    advice = f"{name} is trained with the negatives of {of}: run `notellm2 train-embedder embedder={of}` first"
+    require(outputs.embedder(embedders.resolved(source)), advice)
+    mine_negatives(source)
 
 
 def embed_notes(settings: Settings) -> dict[str, Any]:
@@ -130,16 +171,28 @@ def _embed(settings: Settings, pool: str) -> dict[str, Any]:
 
     def run(output: Path) -> dict[str, Any]:
         connect(settings.ray)
+        only = {"all": None, "test": workspace.test_pool, "train": output / "ids.parquet"}[pool]
+        if pool == "train":
+            _write_training_ids(settings, output / "ids.parquet")
         return work(
             workspace.embedder_model(settings.embedder_name),
             (settings.embed.notes if pool == "all" else None) or workspace.notes,
             output,
             settings.embed,
             inputs=embedders.shown_inputs(settings, pool),
-            only_ids=workspace.test_pool if pool == "test" else None,
+            only_ids=only,
         )
 
     return run_stage(outputs.embeddings(settings, pool), run)
+
+
+def _write_training_ids(settings: Settings, path: Path) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from notellm2_ray.core.note_store import NoteStore
+
+    pq.write_table(pa.table({"note_id": NoteStore(workspace_of(settings).train_notes).ids}), path)
 
 
 def build_index(settings: Settings) -> dict[str, Any]:

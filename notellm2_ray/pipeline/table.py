@@ -66,8 +66,16 @@ STAGES: list[Stage] = [
         needs=("mine-pairs", "build-tiny"),
         outputs=recall.planned_embedder,
         work=recall.train_embedder,
-        in_a_run=embedders.trained_embedders,
+        in_a_run=embedders.selected_embedders,
         size=recall.training_size,
+    ),
+    Stage(
+        "mine-negatives",
+        "find notes that the embedder puts near a training query, though nothing relates them",
+        ("negatives",),
+        needs=("prepare", "mine-pairs", "train-embedder"),
+        outputs=recall.planned_negatives,
+        work=recall.mine_negatives,
     ),
     Stage(
         "embed-notes",

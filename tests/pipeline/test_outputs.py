@@ -6,10 +6,10 @@ import pytest
 import yaml
 
 from notellm2_ray.core.errors import ConfigError, OutputError
-from notellm2_ray.pipeline import embedders, halves, ranking_outputs, ranking_stages, recall_outputs
+from notellm2_ray.pipeline import embedders, halves, ranking_outputs, ranking_stages, recall_outputs, recall_stages
 from notellm2_ray.pipeline.dry_run import dry_run
 from notellm2_ray.pipeline.stage import run_stage
-from notellm2_ray.pipeline.table import planned
+from notellm2_ray.pipeline.table import STAGES, planned
 from notellm2_ray.presets import load_settings
 
 
@@ -95,15 +95,13 @@ def test_preferences_without_image_summaries_do_not_wait_for_them(tmp_path):
 
 def _from(verb):
     """A stage and the stages after it."""
-    from notellm2_ray.pipeline.table import STAGES
-
     verbs = [stage.verb for stage in STAGES]
     return verbs[verbs.index(verb) :]
 
 
 def test_outputs_are_read_only_by_stages_that_need_them(tmp_path):
     """Every directory that an output reads is written by a stage that its own stage needs."""
-    from notellm2_ray.pipeline.table import STAGES, stage_of
+    from notellm2_ray.pipeline.table import stage_of
 
     extra = (
         "evaluate.seeds=[42,43]",
@@ -262,6 +260,54 @@ def test_settings_with_the_plain_engine_survive_yaml(tmp_path):
 def test_controls_of_tallrec_are_refused(tmp_path):
     with pytest.raises(ConfigError, match="tallrec uses neither"):
         settings_of(tmp_path, "ranking.rankers=[tallrec,mllm_msr]")
+
+
+HARD = (
+    "embedders.hard.model={variant: notellm2}",
+    "embedders.hard.train={hard_negatives: 2, negatives_of: small}",
+    "embedders.small.model={variant: notellm2, embedding_dim: 16}",
+    "evaluate.embedders=[hard]",
+    "embedder=hard",
+)
+
+
+def test_an_embedder_is_trained_after_the_one_whose_negatives_it_takes(tmp_path):
+    settings = settings_of(tmp_path, *HARD)
+    (stage,) = [stage for stage in STAGES if stage.verb == "train-embedder"]
+    assert [each.embedder_name for each in stage.in_a_run(settings)] == ["small-seed42", "hard-seed42"]
+    found = states(settings, "run-retrieval")
+    labels = [label for label in found if label.split()[0] in ("train-embedder", "mine-negatives")]
+    assert labels == ["train-embedder small-seed42", "mine-negatives small-seed42", "train-embedder hard-seed42"]
+    pretend(settings, "run-retrieval")
+    assert {state.split(" (")[0] for state in states(settings, "run-retrieval").values()} == {"already there"}
+    other = states(settings_of(tmp_path, *HARD, "negatives.max_rank=50"), "run-retrieval")
+    redone = {label.split()[0]: state for label, state in other.items() if state.startswith("to do")}
+    assert "train-embedder small-seed42" not in redone
+    assert {"mine-negatives", "train-embedder"} <= set(redone)
+
+
+def test_negatives_of_an_embedder_that_is_not_trained_are_refused(tmp_path):
+    settings = settings_of(tmp_path, *HARD)
+    with pytest.raises(OutputError, match=r"hard is trained with the negatives of small: .*embedder=small` first"):
+        recall_stages.train_embedder(settings)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (("train.hard_negatives=2", "train.negatives_of=basic"), "basic needs the negatives of basic"),
+        (("embedders.a.train={hard_negatives: 1, negatives_of: nobody}",), "there is no embedder 'nobody'"),
+        (("train.negatives_of=basic",), "set train.hard_negatives"),
+    ],
+)
+def test_negatives_that_cannot_be_had_are_refused(tmp_path, overrides, said):
+    with pytest.raises(ConfigError, match=said):
+        settings_of(tmp_path, *overrides)
+
+
+def test_outputs_from_before_hard_negatives_stay_valid(tmp_path):
+    trained = recall_outputs.embedder(embedders.resolved(settings_of(tmp_path)))
+    assert not {"hard_negatives", "negatives_of", "false_negative_margin"} & set(trained.settings["train"])
 
 
 def test_named_embedders_are_compared_in_one_table(tmp_path):

@@ -36,7 +36,7 @@ from notellm2_ray.core.settings.ranking import (
     SummarySettings,
     TuneSettings,
 )
-from notellm2_ray.core.settings.retrieval import EmbedSettings, EvaluateSettings, IndexSettings
+from notellm2_ray.core.settings.retrieval import EmbedSettings, EvaluateSettings, IndexSettings, NegativeSettings
 from notellm2_ray.core.settings.serve import ServeSettings
 from notellm2_ray.core.settings.sources import SOURCES, AnySource, default_source
 from notellm2_ray.core.settings.train import TrainSettings
@@ -49,6 +49,7 @@ __all__ = [
     "GenerationSettings",
     "IndexSettings",
     "ModelSettings",
+    "NegativeSettings",
     "PairSettings",
     "PreferenceSettings",
     "PrepareSettings",
@@ -101,6 +102,7 @@ class Settings(Frozen):
     )
     embed: EmbedSettings = Field(EmbedSettings(), description="bulk embedding")
     index: IndexSettings = Field(IndexSettings(), description="ANN index")
+    negatives: NegativeSettings = Field(NegativeSettings(), description="mining of hard negatives")
     evaluate: EvaluateSettings = Field(EvaluateSettings(), description="evaluation of recall")
     sequences: SequenceSettings = Field(SequenceSettings(), description="user histories and their blocks")
     candidates: CandidateSettings = Field(CandidateSettings(), description="targets, negatives and user splits")
@@ -172,6 +174,26 @@ class Settings(Frozen):
                         f"{', '.join(VARIANT_NAMES)}; others are defined under `embedders`)"
                     )
         return self
+
+    @model_validator(mode="after")
+    def _negatives_come_from_another(self) -> Settings:
+        known = (*VARIANT_NAMES, *self.embedders)
+        for name in known:
+            chain = [name]
+            while (source := self._negatives_of(chain[-1])) is not None:
+                if source not in known:
+                    raise ValueError(f"train.negatives_of: there is no embedder {source!r} (known: {', '.join(known)})")
+                if source in chain:
+                    raise ValueError(
+                        f"train.negatives_of: {' needs the negatives of '.join([*chain, source])}. Give "
+                        "hard_negatives and negatives_of to an entry of `embedders`, and name another embedder there"
+                    )
+                chain.append(source)
+        return self
+
+    def _negatives_of(self, name: str) -> str | None:
+        own = self.embedders.get(name, EmbedderSettings())
+        return own.train.get("negatives_of", self.train.negatives_of) if own.trained else None
 
     @property
     def embedder_row(self) -> str:

@@ -68,6 +68,30 @@ class IndexSettings(Frozen):
         return self
 
 
+class NegativeSettings(Frozen):
+    """Hard negatives: notes that an embedder puts near a training query, though nothing relates them."""
+
+    min_rank: int = Field(10, ge=1, description="nearer neighbours of a query are passed over: they may be related")
+    max_rank: int = Field(100, ge=1, description="the farthest neighbour of a query that is looked at")
+    relative_margin: float | None = Field(
+        0.05,
+        ge=0,
+        le=1,
+        description="a negative's cosine with the query is below that of the target by at least this share of it "
+        "(0.05 is NV-Retriever's 95%, arXiv 2407.15831); null: no such limit",
+    )
+    absolute_margin: float | None = Field(None, ge=0, le=2, description="and by at least so much; null: no such limit")
+    per_pair: int = Field(32, ge=1, description="negatives kept per pair, the nearest")
+
+    @model_validator(mode="after")
+    def _window(self) -> NegativeSettings:
+        if self.min_rank > self.max_rank:
+            raise ValueError(
+                f"negatives.min_rank ({self.min_rank}) is above negatives.max_rank ({self.max_rank}): no rank is left"
+            )
+        return self
+
+
 class EvaluateSettings(Frozen):
     """Recall of the target note in the test pool, as the paper measures it."""
 

@@ -1,0 +1,234 @@
+"""Mining hard negatives: notes that an embedder puts near a training query, though nothing relates them.
+
+A query's neighbours are looked at from ``min_rank`` to ``max_rank``: nearer ones are too likely to be related, although
+no log says so. Of these, a negative of a pair (query, target)
+
+- is not related to the query by any training or validation pair, in either direction;
+- has neither the text nor the image of the query or of a note that is related to it;
+- is less similar to the query than the target is, by the margins (positive-aware mining: Moreira et al.,
+  NV-Retriever, arXiv 2407.15831).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.note_store import NoteStore
+from notellm2_ray.core.progress import Progress
+from notellm2_ray.core.schema import NEGATIVES
+from notellm2_ray.core.settings.retrieval import IndexSettings, NegativeSettings
+from notellm2_ray.index.ann import AnnIndex
+from notellm2_ray.index.table import read_vectors
+
+log = logging.getLogger("notellm2_ray")
+
+_QUERIES_AT_ONCE = 1024  # with 100 neighbours of 64 numbers each: 26 MB
+_MANY = 0.5  # if more of the pairs have no negative, a warning says so
+
+
+class _Pool(NamedTuple):
+    """The notes that have a vector."""
+
+    ids: np.ndarray  # (N,) object
+    vectors: np.ndarray  # (N, D) float32, unit length
+    copies: tuple[np.ndarray, ...]  # (N,) int64 each: equal for notes with the same text, and with the same image
+
+
+def mine_negatives(
+    pairs: Path, table: Path, output: Path, settings: NegativeSettings, index: IndexSettings, seed: int
+) -> dict[str, Any]:
+    """Write negatives.parquet into ``output``: the training pairs in their order, with lists of their negatives.
+
+    Its columns are those of the pairs, ``negatives`` (note ids, nearest first) and ``negative_cosines``. A pair whose
+    query or target has no vector has none.
+
+    Args:
+        pairs: directory with train.parquet, valid.parquet and train_notes.arrow.
+        table: the embedding table of the training notes.
+        index, seed: of the ANN index that is built to search them, and not kept.
+
+    Returns:
+        counts for the manifest: pairs, pairs_without, negatives; means of the cosines of targets and of negatives; and
+        how many neighbours were left out as related or copies, and as too similar.
+
+    Raises:
+        DataError: no pair has a negative, or the notes and the vectors do not fit.
+    """
+    ids, vectors = read_vectors(table)
+    pool = _Pool(ids, vectors, _copies(NoteStore(pairs / "train_notes.arrow"), ids))
+    trained = pq.read_table(pairs / "train.parquet")
+    ends = _rows_of(trained, ids)
+    related = _Related(pool, np.concatenate([ends, _rows_of(pq.read_table(pairs / "valid.parquet"), ids)]))
+    mined = _mine(AnnIndex.build(ids, vectors, index, seed), pool, ends, related, settings)
+    counts = _counts(mined, pool, ends)
+    _check(counts, settings)
+    offsets = pa.array(np.append(0, np.cumsum(mined.lengths)), pa.int32())
+    flat = pa.array(ids, pa.string()).take(pa.array(mined.notes, pa.int64()))
+    for name, values in ((NEGATIVES, flat), ("negative_cosines", pa.array(mined.cosines, pa.float32()))):
+        lists = pa.ListArray.from_arrays(offsets, values).take(pa.array(np.argsort(mined.pairs)))
+        trained = trained.append_column(name, lists)
+    pq.write_table(trained, output / "negatives.parquet")
+    return counts
+
+
+class _Related:
+    """Which notes must not be negatives of a query: its own, those related to it, and copies of any of these."""
+
+    def __init__(self, pool: _Pool, ends: np.ndarray) -> None:
+        ends = ends[(ends >= 0).all(axis=1)]
+        own = np.arange(len(pool.ids))
+        heads = np.concatenate([own, ends[:, 0], ends[:, 1]])
+        tails = np.concatenate([own, ends[:, 1], ends[:, 0]])
+        self._copies = pool.copies
+        self._banned = [np.unique(heads * len(own) + group[tails]) for group in pool.copies]
+
+    def __call__(self, queries: np.ndarray, notes: np.ndarray) -> np.ndarray:
+        """(Q, K) bool, for (Q,) queries and (Q, K) notes."""
+        size = len(self._copies[0])
+        hits = np.zeros(notes.shape, bool)
+        for group, banned in zip(self._copies, self._banned, strict=True):
+            codes = queries[:, None] * size + group[notes]
+            place = np.minimum(np.searchsorted(banned, codes), len(banned) - 1)
+            hits |= banned[place] == codes
+        return hits
+
+
+class _Mined(NamedTuple):
+    """The negatives of all pairs, those of the same query together."""
+
+    pairs: np.ndarray  # (P,) the number of each pair
+    lengths: np.ndarray  # (P,) of its list
+    notes: np.ndarray  # (M,) rows of the pool, list after list, nearest first
+    cosines: np.ndarray  # (M,) float32
+    related: int  # neighbours within the ranks that were left out as related or copies
+    too_similar: int  # and for the margins
+
+
+def _mine(index: AnnIndex, pool: _Pool, ends: np.ndarray, related: _Related, settings: NegativeSettings) -> _Mined:
+    usable = (ends >= 0).all(axis=1)
+    order = np.lexsort((ends[:, 0], ~usable))  # pairs without a vector come last
+    lengths, notes, cosines = np.zeros(len(ends), np.int64), [np.empty(0, np.int64)], [np.empty(0, np.float32)]
+    counts = {"related": 0, "too_similar": 0}
+    with Progress("mine-negatives", "pairs", int(usable.sum())) as progress:
+        for start, stop in _chunks(ends[order[: usable.sum()], 0]):
+            query, target = ends[order[start:stop]].T
+            queries, line = np.unique(query, return_inverse=True)
+            near = _Near.of(index, pool, queries, related, settings)
+            own = np.einsum("pd,pd->p", pool.vectors[query], pool.vectors[target])
+            close = near.cosines[line] > _limit(own, settings)[:, None]
+            free = near.free[line]
+            kept = free & ~close
+            kept &= np.cumsum(kept, axis=1) <= settings.per_pair
+            lengths[start:stop] = kept.sum(axis=1)
+            notes.append(near.notes[line][kept])
+            cosines.append(near.cosines[line][kept])
+            counts["related"] += int(near.related[line].sum())
+            counts["too_similar"] += int((free & close).sum())
+            progress.add(stop - start)
+    return _Mined(order, lengths, np.concatenate(notes), np.concatenate(cosines), **counts)
+
+
+class _Near(NamedTuple):
+    """The neighbours of Q queries within the ranks, nearest first."""
+
+    notes: np.ndarray  # (Q, K) rows of the pool
+    cosines: np.ndarray  # (Q, K) float32
+    free: np.ndarray  # (Q, K) bool: within the ranks, and not related
+    related: np.ndarray  # (Q, K) bool: within the ranks, and related or a copy
+
+    @classmethod
+    def of(
+        cls, index: AnnIndex, pool: _Pool, queries: np.ndarray, related: _Related, settings: NegativeSettings
+    ) -> _Near:
+        asked = pool.vectors[queries]
+        notes, _ = index.search_rows(asked, min(settings.max_rank + 1, len(index)))
+        others = (notes != queries[:, None]) & (notes >= 0)
+        ranks = np.cumsum(others, axis=1)
+        within = others & (ranks >= settings.min_rank) & (ranks <= settings.max_rank)
+        notes = np.where(within, notes, 0)
+        cosines = np.einsum("qd,qkd->qk", asked, pool.vectors[notes])
+        known = related(queries, notes)
+        return cls(notes, cosines, within & ~known, within & known)
+
+
+def _limit(cosines: np.ndarray, settings: NegativeSettings) -> np.ndarray:
+    """(P,) the largest cosine of a pair's negatives, for the cosines of the targets."""
+    limit = np.full(len(cosines), np.inf, np.float32)
+    if settings.relative_margin is not None:
+        limit = np.minimum(limit, cosines - settings.relative_margin * np.abs(cosines))
+    if settings.absolute_margin is not None:
+        limit = np.minimum(limit, cosines - settings.absolute_margin)
+    return limit
+
+
+def _chunks(queries: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Ranges of pairs, sorted by query, with some queries each."""
+    starts = np.flatnonzero(np.diff(queries, prepend=-1))[::_QUERIES_AT_ONCE]
+    yield from zip(starts.tolist(), [*starts[1:].tolist(), len(queries)], strict=True)
+
+
+def _rows_of(pairs: pa.Table, ids: np.ndarray) -> np.ndarray:
+    """(P, 2) int64, rows of queries and targets; -1 for a note without a vector."""
+    known = pa.array(ids, pa.string())
+    rows = [pc.fill_null(pc.index_in(pairs[name], value_set=known), -1) for name in ("query_id", "target_id")]
+    return np.stack([one.to_numpy().astype(np.int64) for one in rows], axis=1)
+
+
+def _copies(store: NoteStore, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(N,) int64 each: the first note with the same text, and with the same image; itself where it has none."""
+    texts: list[bytes] = []
+    images: list[bytes] = []
+    for batch in store.batches(ids.tolist()):
+        columns = [batch.column(name).to_pylist() for name in ("title", "topics", "content", "image")]
+        for title, topics, content, image in zip(*columns, strict=True):
+            parts = [" ".join(part.split()).casefold() for part in (title, *topics, content)]
+            texts.append(_digest("\n".join(parts).encode("utf-8", "surrogatepass")) if any(parts) else b"")
+            images.append(_digest(image) if image else b"")
+    return _first_equal(texts), _first_equal(images)
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.blake2b(data, digest_size=16).digest()
+
+
+def _first_equal(values: list[bytes]) -> np.ndarray:
+    first: dict[bytes, int] = {}
+    return np.array([first.setdefault(value, row) if value else row for row, value in enumerate(values)], np.int64)
+
+
+def _counts(mined: _Mined, pool: _Pool, ends: np.ndarray) -> dict[str, Any]:
+    query, target = ends[(ends >= 0).all(axis=1)].T
+    own = np.einsum("pd,pd->p", pool.vectors[query], pool.vectors[target])
+    return {
+        "notes": len(pool.ids),
+        "pairs": len(ends),
+        "pairs_without": int((mined.lengths == 0).sum()),
+        "negatives": len(mined.notes),
+        "target_cosine": round(float(own.mean()), 4) if len(own) else None,
+        "negative_cosine": round(float(mined.cosines.mean()), 4) if len(mined.notes) else None,
+        "related": mined.related,
+        "too_similar": mined.too_similar,
+    }
+
+
+def _check(counts: dict[str, Any], settings: NegativeSettings) -> None:
+    without = f"{counts['pairs_without']:,} of {counts['pairs']:,} pairs have no negative"
+    remedy = (
+        f"of the neighbours at ranks {settings.min_rank} to {settings.max_rank}, {counts['related']:,} are related or "
+        f"copies, and {counts['too_similar']:,} within the margins; raise negatives.max_rank, or lower "
+        "negatives.min_rank, negatives.relative_margin or negatives.absolute_margin"
+    )
+    if not counts["negatives"]:
+        raise DataError(f"mine-negatives: {without}: {remedy}")
+    if counts["pairs_without"] > _MANY * counts["pairs"]:
+        log.warning("mine-negatives: %s: %s", without, remedy)
