@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from notellm2_ray.core.config import Frozen, opt_in, resource
+from notellm2_ray.core.config import Frozen, added, resource
 
 
 class TrainSettings(Frozen):
@@ -50,14 +50,14 @@ class TrainSettings(Frozen):
         4, ge=1, description="a rank's notes go through the model in so many groups of similar length (same result)"
     )
     mask_duplicates: bool = Field(True, description="do not use another copy of a note in the batch as its negative")
-    hard_negatives: int = opt_in(
+    hard_negatives: int = added(
         0, ge=0, description="mined negatives of each pair that a step draws from its list; 0: in-batch negatives alone"
     )
-    negatives_of: str | None = opt_in(
+    negatives_of: str | None = added(
         None,
         description="name of the embedder whose mined negatives are used; null: the column `negatives` of the pairs",
     )
-    false_negative_margin: float | None = opt_in(
+    false_negative_margin: float | None = added(
         None,
         ge=-2,
         le=2,

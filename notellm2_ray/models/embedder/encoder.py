@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from transformers.initialization import no_init_weights
 
-from notellm2_ray.core.config import to_plain
+from notellm2_ray.core.config import shaping
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.schema import Note
 from notellm2_ray.core.settings.model import ModelSettings
@@ -146,7 +146,7 @@ class NoteEncoder:
             "model_type": self.settings.kind,
             "architectures": [type(self.model).__name__],
             "format": FORMAT,
-            "settings": to_plain(self.settings),
+            "settings": shaping(self.settings),
             **kind_of(self.settings).config(self.model),
         }
 
