@@ -19,6 +19,14 @@ def name_some(ids: Sequence[str] | np.ndarray) -> str:
     return shown + (f" and {len(ids) - SHOWN} more" if len(ids) > SHOWN else "")
 
 
+def first_numbers(vectors: np.ndarray, dimensions: int | None) -> np.ndarray:
+    """Unit vectors (N, D) cut to their first ``dimensions`` numbers, and of unit length again; None: as they are."""
+    if dimensions is None or dimensions == vectors.shape[1]:
+        return vectors
+    cut = vectors[:, :dimensions]
+    return cut / np.maximum(np.linalg.norm(cut, axis=1, keepdims=True), np.float32(1e-12))
+
+
 def check_unit(vectors: np.ndarray, ids: Sequence[str] | np.ndarray, where: str) -> None:
     """Refuse vectors that are not finite or not of unit length.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 from notellm2_ray.core import errors
-from notellm2_ray.core.config import to_plain
+from notellm2_ray.core.config import shaping
 from notellm2_ray.core.progress import Progress
 from notellm2_ray.core.run import fingerprint
 from notellm2_ray.core.settings import EmbedSettings
@@ -23,7 +23,7 @@ from notellm2_ray.infer.resources import check_resources
 
 log = logging.getLogger("notellm2_ray")
 
-_SHAPING = ("batch_tokens", "max_batch_notes", "precision")  # settings that a vector's last digits depend on
+_SHAPING = ("batch_tokens", "max_batch_notes", "precision", "dimensions")  # settings that a vector depends on
 
 
 def embed_notes(
@@ -120,9 +120,9 @@ def inputs_by_column(inputs: Sequence[str]) -> dict[str, str]:
 def plan_job(job: EmbedJob, notes: Path | str) -> ChunkPlan:
     """The chunks of a job. Their ids change with the model, the notes and everything else that shapes a vector."""
     only = None if job.only_ids is None else read_ids(job.only_ids)
-    shaping = {name: value for name, value in to_plain(job.settings).items() if name in _SHAPING}
+    how = {name: value for name, value in shaping(job.settings).items() if name in _SHAPING}
     chosen = None if only is None else fingerprint(sorted(only.to_pylist()))
-    made_by = fingerprint(_model_files(Path(job.model)), dict(job.columns), shaping, chosen)
+    made_by = fingerprint(_model_files(Path(job.model)), dict(job.columns), how, chosen)
     text = str(notes)
     files = list_note_files(text if "://" in text else Path(text).absolute())
     plan = plan_chunks(files, job.settings.chunk_rows, made_by, only)

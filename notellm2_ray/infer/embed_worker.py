@@ -164,7 +164,10 @@ def _load(job: EmbedJob) -> _Loaded:
     # 5 ms by default, which makes a small model many times slower.
     sys.setswitchinterval(_SWITCH_SECONDS)
     device = "cuda" if job.settings.gpus_per_actor else "cpu"
-    encoder = NoteEncoder.from_pretrained(job.model, device=device, precision=job.settings.precision)
+    settings = job.settings
+    encoder = NoteEncoder.from_pretrained(
+        job.model, device=device, precision=settings.precision, dimensions=settings.dimensions
+    )
     only = frozenset(read_ids(job.only_ids).to_pylist()) if job.only_ids else None
     return _Loaded(encoder, encoder.fingerprint, only)
 

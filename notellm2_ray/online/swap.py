@@ -247,7 +247,9 @@ async def _serve_next(directory: Path, next_served: current.Served, settings: Se
         source = directory / next_served.source
         if (await successor.missed(LiveTable(source))).notes:  # load the model before locking the source
             assert next_served.model is not None
-            workers = Workers(settings.serve.encode, settings.embed.precision, Figures("swap-embedder"))
+            workers = Workers(
+                settings.serve.encode, settings.embed.precision, Figures("swap-embedder"), settings.embed.dimensions
+            )
             model.append(LoadedModel(next_served.model, "cpu", workers))
             if model[0].fingerprint != successor.store.model_fingerprint:
                 raise ModelError(

@@ -103,6 +103,7 @@ def service_spec(settings: Settings) -> ServiceSpec:
         index=settings.index,
         ranker=settings.ranker,
         precision=settings.embed.precision,
+        dimensions=settings.embed.dimensions,
         seed=settings.seed,
         block_rule=BlockRule.from_settings(settings.sequences),
         actions=settings.sequences.positive_actions,

@@ -108,6 +108,7 @@ def train_embedder(settings: Settings) -> dict[str, Any]:
         from notellm2_ray.models.embedder.build import build_encoder
 
         encoder = build_encoder(settings.model, settings.train.seed, llm_path=llm, vision_path=vision)
+        encoder.trained_dimensions = settings.train.dimensions  # what a ready model was trained for before
         encoder.save_pretrained(output / "model")
         (output / "history.jsonl").write_text("", encoding="utf-8")
         return {"steps": 0, "model_fingerprint": encoder.fingerprint}

@@ -28,6 +28,7 @@ class ServiceSpec:
         embeddings: their bulk vectors, for the first start.
         serve, index, ranker: settings.
         precision: that ``embeddings`` were computed in, and notes are embedded in.
+        dimensions: length to which both are cut; None: they are whole.
         seed: of the index and of sampling.
         block_rule: where the blocks of a user's history end.
         actions: events that put a note into a user's history.
@@ -50,6 +51,7 @@ class ServiceSpec:
     index: IndexSettings
     ranker: RankerSettings
     precision: str = "fp32"
+    dimensions: int | None = None
     seed: int = 42
     block_rule: BlockRule = DEFAULT_RULE
     actions: tuple[str, ...] = ("click",)

@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from notellm2_ray.core.errors import ModelError
+from notellm2_ray.core.errors import ConfigError, ModelError
 from notellm2_ray.core.note_store import NoteStore
 from notellm2_ray.core.settings.model import ModelSettings
 from notellm2_ray.core.settings.train import TrainSettings
@@ -58,6 +58,7 @@ class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
         super().__init__(RunFiles(job.output), job.train, job.seed, device, report)
         self.job = job
         self.encoder = build_encoder(job.model, job.seed, llm_path=job.llm_path, vision_path=job.vision_path)
+        self.encoder.trained_dimensions = _fitting(job.train.dimensions, self.encoder.embedding_dim)
         self.loss = loss_of(job.model, job.train)
         self.module = _module(self.encoder.model, self.loss, job)
         self.engine = make_engine(self.module, job.train, device)
@@ -137,6 +138,15 @@ def _module(model: Any, loss: Loss, job: EmbedderJob) -> EmbedderStep:
     # A sharded model with recomputed activations must not keep a second copy of every weight, cast to bfloat16.
     lean = settings.engine == "deepspeed" and settings.zero_stage == 3 and settings.gradient_checkpointing
     return EmbedderStep(model, loss=loss, bf16=settings.precision == "bf16", cache_casts=not lean)
+
+
+def _fitting(dimensions: tuple[int, ...], whole: int) -> tuple[int, ...]:
+    """``train.dimensions``; where model.embedding_dim is null, only the model tells the length of a whole vector."""
+    if dimensions and max(dimensions) != whole:
+        raise ConfigError(
+            f"train.dimensions={list(dimensions)}: the largest must be {whole}, as long as the vectors are"
+        )
+    return dimensions
 
 
 def _not_finite(step: int, loss: float, out: StepOutput, notes: PreparedNotes) -> ModelError:

@@ -6,8 +6,8 @@ starts.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import torch
 
@@ -73,9 +73,22 @@ OBJECTIVES: Registry[Objective] = Registry(
 
 
 def loss_of(model: ModelSettings, train: TrainSettings) -> Loss:
-    """The loss that ``train.objective`` names.
+    """The loss that ``train.objective`` names, at the lengths of ``train.dimensions``.
 
     Raises:
         ConfigError: there is no such objective.
     """
-    return OBJECTIVES.get(train.objective)(model, train)
+    loss = OBJECTIVES.get(train.objective)(model, train)
+    return at_lengths(loss, train.dimensions) if train.dimensions else loss
+
+
+def at_lengths(loss: Loss, dimensions: Sequence[int]) -> Loss:
+    """Matryoshka representation learning: the mean of a loss over vectors cut to their first numbers.
+
+    (Kusupati et al. 2022, Eq. 1, with equal weights.) The loss divides each cut vector by its length anew.
+    """
+
+    def mean(vectors: NoteVectors, note_keys: torch.Tensor, gather: Gather | None = None, **more: Any) -> torch.Tensor:
+        return torch.stack([loss(vectors.first(one), note_keys, gather, **more) for one in dimensions]).mean()
+
+    return mean

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -11,7 +12,7 @@ import torch
 
 from notellm2_ray.core.note_store import NoteStore
 from notellm2_ray.core.run import stream_seed
-from notellm2_ray.core.schema import NOTE_SCHEMA, PAIR_SCHEMA, Note
+from notellm2_ray.core.schema import NEGATIVES, NOTE_SCHEMA, PAIR_SCHEMA, Note
 from notellm2_ray.core.settings import ModelSettings, TrainSettings
 from tests.support import tiny_models
 
@@ -43,7 +44,10 @@ def as_batch(notes: list[Note]) -> pa.RecordBatch:
 def write_pairs(path: Path, rng: np.random.Generator, num_pairs: int) -> None:
     chosen = [rng.choice(NUM_NOTES, 2, replace=False) for _ in range(num_pairs)]
     rows = [{"query_id": f"n{query}", "target_id": f"n{target}", "score": 1.0} for query, target in chosen]
-    pq.write_table(pa.Table.from_pylist(rows, schema=PAIR_SCHEMA), path)
+    # Up to three hard negatives; for some pairs fewer than a step draws.
+    lists = [[f"n{(query + 5 * step) % NUM_NOTES}" for step in range(1, 1 + query % 4)] for query, _ in chosen]
+    table = pa.Table.from_pylist(rows, schema=PAIR_SCHEMA)
+    pq.write_table(table.append_column(NEGATIVES, pa.array(lists, pa.list_(pa.string()))), path)
 
 
 def train_settings(**changes: object) -> TrainSettings:
@@ -82,7 +86,8 @@ class Run:
         self.settings, model = settings, model or model_settings()
         encoder = build_encoder(model, 1, llm_path=str(directory / "llm"), vision_path=str(directory / "clip"))
         pairs = Pairs(directory / "pairs" / "train.parquet")
-        self.sampler = PairSampler(pairs, settings.batch_pairs, 1, distributed.rank(), distributed.world_size())
+        ranks = distributed.rank(), distributed.world_size()
+        self.sampler = PairSampler(pairs, settings.batch_pairs, 1, *ranks, settings.hard_negatives)
         store = NoteStore(directory / "pairs" / "train_notes.arrow")
         self.prepare = NotePreparer(store, encoder.preprocessor, settings.length_chunks)
         self.loss = loss_of(model, settings)
@@ -90,14 +95,18 @@ class Run:
         self.module.train()
         self.engine = make_engine(self.module, settings, torch.device("cpu"))
 
+    def forward(self, step: int) -> Any:
+        """The StepOutput of a step."""
+        batch = self.sampler[step]
+        notes = self.prepare(batch.note_ids)
+        return self.engine(notes.groups, notes.positions, torch.from_numpy(batch.note_keys), batch.negatives)
+
     def step(self, step: int, total: int = 20) -> float:
         """Take a step; the loss of the whole batch."""
         from notellm2_ray.train.distributed import mean_over_ranks
         from notellm2_ray.train.schedule import learning_rate_factor
 
-        batch = self.sampler[step]
-        notes = self.prepare(batch.note_ids)
         torch.manual_seed(stream_seed(1, step))
-        out = self.engine(notes.groups, notes.positions, torch.from_numpy(batch.note_keys))
+        out = self.forward(step)
         self.engine.update(out.loss, learning_rate_factor(step, total, 0.1))
         return mean_over_ranks(out.loss)

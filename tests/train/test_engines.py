@@ -117,6 +117,18 @@ def test_without_validation_pairs_the_last_weights_are_kept(trained_on, tmp_path
     assert list((tmp_path / "tensorboard").glob("events.*"))
 
 
+def test_a_run_with_hard_negatives_and_several_lengths_leaves_a_model_that_knows_its_lengths(trained_on, tmp_path):
+    from notellm2_ray.models.embedder.encoder import NoteEncoder
+
+    trainer = _trainer(trained_on, tmp_path, max_steps=2, **HARD)
+    batch, notes = trainer.prepare(0)
+    assert len(notes.note_ids) == len(batch.note_keys) == 8 * (2 + 2)
+    counts = trainer.run()
+    found = NoteEncoder.from_pretrained(trainer.files.best(counts["best_step"]))
+    assert found.lengths == (16, 4)
+    assert found.encode(material.notes()[:2], dimensions=4).shape == (2, 4)
+
+
 def test_an_image_that_cannot_be_decoded_names_its_note(trained_on, tmp_path):
     pairs = tmp_path / "pairs"
     pairs.mkdir()
@@ -168,6 +180,7 @@ CASES: dict[str, dict[str, Any]] = {
     "zero2, bf16": {"engine": "deepspeed", "zero_stage": 2, "precision": "bf16"},
     "zero3, bf16": {"engine": "deepspeed", "zero_stage": 3, "precision": "bf16"},
 }
+HARD = {"hard_negatives": 2, "dimensions": (16, 4)}
 RESUMED = ("zero1", "zero2", "zero3")
 
 
@@ -182,13 +195,10 @@ def _gathered_gradient() -> dict[str, torch.Tensor]:
     return {"rows": everybody.detach(), "first": torch.tensor(first), "gradient": rows.grad, "flags": flags}
 
 
-def _one_step_gradients(directory: str) -> dict[str, torch.Tensor]:
+def _one_step_gradients(directory: str, **changes: Any) -> dict[str, torch.Tensor]:
     """Gradients of the first step, as the plain engine averages them."""
-    run = material.Run(Path(directory), material.train_settings(num_workers=2))
-    batch = run.sampler[0]
-    notes = run.prepare(batch.note_ids)
-    out = run.engine(notes.groups, notes.positions, torch.from_numpy(batch.note_keys))
-    out.loss.backward()
+    run = material.Run(Path(directory), material.train_settings(num_workers=2, **changes))
+    run.forward(0).loss.backward()
     return {name: p.grad.clone() for name, p in run.module.named_parameters() if p.requires_grad}
 
 
@@ -225,6 +235,7 @@ def _all_cases(directory: str, scratch: str) -> dict[str, Any]:
     return {
         "gather": _gathered_gradient(),
         "gradients": _one_step_gradients(directory),
+        "hard": _one_step_gradients(directory, **HARD),
         "trained": {name: _trained(directory, case) for name, case in CASES.items()},
         "scores": [_score(directory, CASES[name], 2) for name in ("plain", "zero3")],
         "resumed": {name: _resumed(directory, CASES[name], f"{scratch}/{name}") for name in RESUMED},
@@ -251,16 +262,16 @@ def test_gathered_rows_get_the_sum_of_all_ranks_gradients(two_ranks):
 
 @pytest.mark.slow
 def test_two_ranks_of_four_pairs_are_one_of_eight(two_ranks, trained_on):
-    run = material.Run(trained_on, material.train_settings())
-    batch = run.sampler[0]
-    notes = run.prepare(batch.note_ids)
-    out = run.engine(notes.groups, notes.positions, torch.from_numpy(batch.note_keys))
-    out.loss.backward()
-    assert two_ranks[0]["trained"]["plain"]["losses"][0] == pytest.approx(out.loss.item(), rel=1e-5)
-    for name, parameter in run.module.named_parameters():
-        if parameter.requires_grad:
-            for rank in two_ranks:
-                torch.testing.assert_close(rank["gradients"][name], parameter.grad, atol=1e-6, rtol=1e-4, msg=name)
+    for found, changes in (("gradients", {}), ("hard", HARD)):
+        run = material.Run(trained_on, material.train_settings(**changes))
+        loss = run.forward(0).loss
+        loss.backward()
+        if not changes:
+            assert two_ranks[0]["trained"]["plain"]["losses"][0] == pytest.approx(loss.item(), rel=1e-5)
+        for name, parameter in run.module.named_parameters():
+            if parameter.requires_grad:
+                for rank in two_ranks:
+                    torch.testing.assert_close(rank[found][name], parameter.grad, atol=1e-6, rtol=1e-4, msg=name)
 
 
 @pytest.mark.slow

@@ -176,6 +176,16 @@ class Settings(Frozen):
         return self
 
     @model_validator(mode="after")
+    def _dimensions_are_of_the_vector(self) -> Settings:
+        whole, cut = self.model.embedding_dim, self.train.dimensions
+        if cut and whole is not None and max(cut) != whole:
+            raise ValueError(
+                f"train.dimensions={list(cut)}: the largest must be model.embedding_dim ({whole}), the length of a "
+                "whole vector"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _negatives_come_from_another(self) -> Settings:
         known = (*VARIANT_NAMES, *self.embedders)
         for name in known:

@@ -6,7 +6,7 @@ from typing import Literal
 
 from pydantic import Field, model_validator
 
-from notellm2_ray.core.config import Frozen, resource
+from notellm2_ray.core.config import Frozen, added, resource
 from notellm2_ray.core.settings.baselines import Bm25Settings, SwingSettings
 
 Inputs = Literal["multimodal", "image", "text"]
@@ -32,6 +32,12 @@ class EmbedSettings(Frozen):
     )
     max_bad_share: float = resource(
         0.05, ge=0, le=1, description="the job stops if more than this share of notes is quarantined"
+    )
+    dimensions: int | None = added(
+        None,
+        ge=1,
+        description="length to which vectors are cut, one of train.dimensions: here, in index, evaluation and service; "
+        "null: whole vectors",
     )
     by_modality: bool = Field(
         False,

@@ -63,6 +63,11 @@ class TrainSettings(Frozen):
         le=2,
         description="a note whose cosine exceeds the related note's by more than this is no negative; null: each is",
     )
+    dimensions: tuple[int, ...] = added(
+        (),
+        description="lengths to which vectors can later be cut, as in [64,32,16]: the loss is the mean over vectors of "
+        "each length (Matryoshka, Kusupati et al. 2022); model.embedding_dim must be one; empty: whole vectors alone",
+    )
     prefetch_batches: int = resource(2, ge=0, description="batches prepared ahead by each rank")
     validate_every_steps: int = Field(1750, ge=1, description="steps between validations by recall")
     checkpoint_every_steps: int = resource(
@@ -89,6 +94,10 @@ class TrainSettings(Frozen):
             )
         if self.offload == "parameters_and_optimizer" and self.zero_stage != 3:
             raise ValueError("train.offload=parameters_and_optimizer needs train.zero_stage=3")
+        if len(set(self.dimensions)) != len(self.dimensions) or min(self.dimensions, default=1) < 1:
+            raise ValueError(
+                f"train.dimensions must be different numbers above 0, as in [64,32,16]; got {list(self.dimensions)}"
+            )
         if self.negatives_of is not None and not self.hard_negatives:
             raise ValueError("train.negatives_of would be ignored: set train.hard_negatives to a number above 0")
         if self.offload == "optimizer" and self.zero_stage == 0:

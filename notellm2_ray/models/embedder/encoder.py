@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from transformers.initialization import no_init_weights
 
 from notellm2_ray.core.config import shaping
-from notellm2_ray.core.errors import DataError
+from notellm2_ray.core.errors import ConfigError, DataError
 from notellm2_ray.core.schema import Note
 from notellm2_ray.core.settings.model import ModelSettings
 from notellm2_ray.models.embedder.kinds import Features, Inputs, kind_of
@@ -36,11 +36,15 @@ class NoteEncoder:
     Attributes:
         model: the network (:class:`~notellm2_ray.models.embedder.kinds.Network`).
         preprocessor: makes features and batches of notes (:class:`~notellm2_ray.models.embedder.kinds.Preprocessor`).
+        trained_dimensions: the lengths of vectors that it was trained for (``train.dimensions``); empty: whole alone.
+        dimensions: the length to which all of its vectors are cut; None: they are whole.
     """
 
-    def __init__(self, model: Any, preprocessor: Any) -> None:
+    def __init__(self, model: Any, preprocessor: Any, trained_dimensions: Sequence[int] = ()) -> None:
         self.model = model
         self.preprocessor = preprocessor
+        self.trained_dimensions = tuple(trained_dimensions)
+        self.dimensions: int | None = None
 
     @property
     def settings(self) -> ModelSettings:
@@ -49,8 +53,27 @@ class NoteEncoder:
     @property
     def embedding_dim(self) -> int:
         """D, the length of a note's vector."""
-        dim = self.settings.embedding_dim
-        return int(self.model.width) if dim is None else dim
+        whole = self.settings.embedding_dim
+        return self.dimensions or (int(self.model.width) if whole is None else whole)
+
+    @property
+    def lengths(self) -> tuple[int, ...]:
+        """The lengths that a vector can have, D first."""
+        shorter = sorted((one for one in self.trained_dimensions if one < self.embedding_dim), reverse=True)
+        return (self.embedding_dim, *shorter)
+
+    def checked(self, dimensions: int | None) -> int:
+        """The length of vectors if ``dimensions`` are asked for; None: D.
+
+        Raises:
+            ConfigError: it was not trained for that length.
+        """
+        if dimensions in (None, *self.lengths):
+            return dimensions or self.embedding_dim
+        raise ConfigError(
+            f"the embedder has no vectors of {dimensions} numbers: ask for {' or '.join(map(str, self.lengths))}, or "
+            "train further lengths with train.dimensions"
+        )
 
     @property
     def device(self) -> torch.device:
@@ -60,6 +83,8 @@ class NoteEncoder:
     def fingerprint(self) -> str:
         """Hash of configuration and weights (16 hex digits). Reads all weights: seconds for a large model."""
         digest = hashlib.sha256(json.dumps(self._config(), sort_keys=True).encode())
+        if self.dimensions is not None:
+            digest.update(f"cut to {self.dimensions}".encode())
         for name, tensor in sorted(self.model.state_dict().items()):
             digest.update(f"{name} {tensor.dtype} {tuple(tensor.shape)}".encode())
             digest.update(memoryview(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy()))
@@ -70,6 +95,7 @@ class NoteEncoder:
         notes: Sequence[Note],
         inputs: Inputs = "multimodal",
         *,
+        dimensions: int | None = None,
         batch_tokens: int = 16_384,
         max_batch_notes: int = 256,
     ) -> np.ndarray:
@@ -77,6 +103,7 @@ class NoteEncoder:
 
         Args:
             inputs: the parts of each note that the model gets (Table 3).
+            dimensions: D, one of :attr:`lengths`; None: the first.
             batch_tokens: most padded tokens in a forward pass; notes of similar length go together.
             max_batch_notes: most notes in a forward pass.
 
@@ -84,10 +111,14 @@ class NoteEncoder:
             (N, D) float32, each row of length one.
 
         Raises:
+            ConfigError: the embedder was not trained for vectors of that length.
             DataError: an image cannot be decoded, or a vector is not finite; the message names the notes.
         """
+        self.checked(dimensions)
         features = [self.preprocessor.features(note, inputs) for note in notes]
-        vectors = self.encode_features(features, batch_tokens=batch_tokens, max_batch_notes=max_batch_notes)
+        vectors = self.encode_features(
+            features, dimensions=dimensions, batch_tokens=batch_tokens, max_batch_notes=max_batch_notes
+        )
         wrong = np.flatnonzero(~np.isfinite(vectors).all(axis=1))
         if len(wrong):
             names = ", ".join(features[row].note_id for row in wrong[:5])
@@ -98,14 +129,20 @@ class NoteEncoder:
         return vectors
 
     def encode_features(
-        self, features: Sequence[Features], *, batch_tokens: int = 16_384, max_batch_notes: int = 256
+        self,
+        features: Sequence[Features],
+        *,
+        dimensions: int | None = None,
+        batch_tokens: int = 16_384,
+        max_batch_notes: int = 256,
     ) -> np.ndarray:
         """As :meth:`encode`, for features of notes.
 
         Returns:
             (N, D) float32. Rows can be non-finite; the caller must check.
         """
-        vectors = np.empty((len(features), self.embedding_dim), np.float32)
+        length = self.checked(dimensions)
+        vectors = np.empty((len(features), length), np.float32)
         if self.model.training:  # eval() visits every module, which takes as long as a tiny model's forward pass
             self.model.eval()
         on_gpu = self.device.type == "cuda"
@@ -119,7 +156,7 @@ class NoteEncoder:
             for rows in batches_by_length([item.num_tokens for item in features], batch_tokens, max_batch_notes):
                 batch = self.preprocessor.collate([features[row] for row in rows])
                 batch = batch.pin_memory().to(self.device, non_blocking=True) if on_gpu else batch.to(self.device)
-                queued.append((rows, F.normalize(self.model(batch).multimodal, dim=-1)))
+                queued.append((rows, F.normalize(self.model(batch).multimodal[:, :length], dim=-1)))
                 # Fetching waits for the GPU. Queued batches keep it busy while the next one is prepared.
                 if len(queued) > (_QUEUED_BATCHES if on_gpu else 0):
                     fetch()
@@ -147,20 +184,28 @@ class NoteEncoder:
             "architectures": [type(self.model).__name__],
             "format": FORMAT,
             "settings": shaping(self.settings),
+            **({"dimensions": list(self.trained_dimensions)} if self.trained_dimensions else {}),
             **kind_of(self.settings).config(self.model),
         }
 
     @classmethod
     def from_pretrained(
-        cls, path: str | Path, device: str = "cpu", precision: str = "fp32", attention: str | None = None
+        cls,
+        path: str | Path,
+        device: str = "cpu",
+        precision: str = "fp32",
+        attention: str | None = None,
+        dimensions: int | None = None,
     ) -> NoteEncoder:
         """Read a directory written by :meth:`save_pretrained`.
 
         Args:
             precision: of the weights, ``fp32`` or ``bf16``; the temperature stays float32.
             attention: implementation; default: as in training, except flash attention, which does not run on a CPU.
+            dimensions: length to which all vectors are cut, one that it was trained for; None: they are whole.
 
         Raises:
+            ConfigError: it was not trained for vectors of that length.
             ModelError: the directory is missing or incomplete, or holds another kind of model.
         """
         settings, values = read_config(path)
@@ -170,7 +215,9 @@ class NoteEncoder:
             model, preprocessor = kind_of(settings).load(settings, values, Path(path), attention)
         load_weights(model, Path(path), device)
         model = model.to(device).to_precision(precision).eval()
-        return cls(model, preprocessor)
+        encoder = cls(model, preprocessor, values.get("dimensions", ()))
+        encoder.dimensions = None if dimensions is None else encoder.checked(dimensions)
+        return encoder
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int, max_notes: int) -> Iterator[np.ndarray]:

@@ -42,6 +42,10 @@ class NoteVectors(NamedTuple):
         named = {name: values[rows] for name, values in self.named.items()}
         return NoteVectors(named, {name: values[rows] for name, values in self.present.items()}, self.temperature)
 
+    def first(self, dimensions: int) -> NoteVectors:
+        """The vectors cut to their first numbers."""
+        return self._replace(named={name: values[:, :dimensions] for name, values in self.named.items()})
+
 
 def join_vectors(parts: Sequence[NoteVectors], order: torch.Tensor | None = None) -> NoteVectors:
     """Concatenate the vectors of several batches.

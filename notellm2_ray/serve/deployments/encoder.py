@@ -44,7 +44,7 @@ class Encoder:
         sys.setswitchinterval(_SWITCH_SECONDS)
         self.spec, self.device = spec, "cuda" if spec.serve.encoder.gpus else "cpu"
         self.figures = Figures(f"encoder-{_replica()}")
-        self.workers = Workers(spec.serve.encode, spec.precision, self.figures)
+        self.workers = Workers(spec.serve.encode, spec.precision, self.figures, spec.dimensions)
         self.models = [self._load(self._served())]
         self.loading: Path | None = None
         self._failed: dict[Path, tuple[int, float]] = {}  # number of failed loads, and time of the last (monotonic)

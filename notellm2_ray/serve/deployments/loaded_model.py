@@ -43,6 +43,7 @@ class Vectors(NamedTuple):
     problems: dict[int, str]  # row to the reason why it has no vector
     tokens: int  # of all notes
     fingerprint: str  # of the model
+    lengths: tuple[int, ...] = ()  # that vectors of the model can have, D first
 
     def live_notes(self, notes: Sequence[Note], created: Mapping[str, datetime | None]) -> list[LiveNote]:
         """The notes that have a vector, ready to be written.
@@ -72,10 +73,13 @@ class Workers:
         settings: of micro-batches.
         precision: of the models' weights.
         figures: of the replica.
+        dimensions: length to which vectors are cut; None: they are whole.
     """
 
-    def __init__(self, settings: EncodeSettings, precision: str, figures: Figures) -> None:
-        self.settings, self.precision, self.figures = settings, precision, figures
+    def __init__(
+        self, settings: EncodeSettings, precision: str, figures: Figures, dimensions: int | None = None
+    ) -> None:
+        self.settings, self.precision, self.figures, self.dimensions = settings, precision, figures, dimensions
         self.preprocess = ThreadPoolExecutor(settings.threads, thread_name_prefix="preprocess")
         self.model = ThreadPoolExecutor(1, thread_name_prefix="model")
         self.workload = Workload(_MOST_SECONDS)
@@ -100,7 +104,9 @@ class LoadedModel:
 
         self.path, self.workers, self.settings = path, workers, workers.settings
         self.files = files_fingerprint(str(path))
-        self.encoder = NoteEncoder.from_pretrained(path, device=device, precision=workers.precision)
+        self.encoder = NoteEncoder.from_pretrained(
+            path, device=device, precision=workers.precision, dimensions=workers.dimensions
+        )
         self.fingerprint = self.encoder.fingerprint
         self.used = self.wanted = time.monotonic()
         self._local = threading.local()
@@ -126,7 +132,8 @@ class LoadedModel:
         problems = {row % len(notes): problem for row, (_, problem, _) in enumerate(done) if problem}
         vectors = np.array([vector for vector, _, _ in done], np.float32)
         matrix = vectors.reshape(len(columns), len(notes), self.encoder.embedding_dim)
-        return Vectors(dict(zip(columns, matrix, strict=True)), problems, tokens, self.fingerprint)
+        by_column = dict(zip(columns, matrix, strict=True))
+        return Vectors(by_column, problems, tokens, self.fingerprint, self.encoder.lengths)
 
     async def _batch(self, parts: list[list[tuple[Note, str]]]) -> list[list[Encoded]]:
         """Vector, problem and tokens of each item of each part."""

@@ -11,6 +11,7 @@ import numpy as np
 from starlette.requests import Request  # at module level, because FastAPI looks up annotations there
 
 from notellm2_ray.core.schema import Note
+from notellm2_ray.index.vectors import first_numbers
 from notellm2_ray.live.table import newest_if_gone
 from notellm2_ray.serve.errors import NotFoundError, OpenAiError, UnavailableError
 from notellm2_ray.serve.http import schemas
@@ -163,10 +164,6 @@ async def embed(gateway: Gateway, body: schemas.EmbeddingsRequest) -> dict[str, 
     index = gateway.index
     if body.model and body.model not in ("notellm2", index.model_fingerprint):
         raise OpenAiError(f"there is no model {body.model[:100]!r} here: ask for 'notellm2'", "model")
-    if body.dimensions not in (None, index.dim):
-        raise OpenAiError(
-            f"the model has {index.dim} dimensions: leave dimensions out, or send {index.dim}", "dimensions"
-        )
     given = [_note_of(row, one) for row, one in enumerate(inputs)]
     prepared, problems = await prepare_notes(given, gateway.limits, gateway.fetcher, gateway.images)
     if not problems:
@@ -174,9 +171,13 @@ async def embed(gateway: Gateway, body: schemas.EmbeddingsRequest) -> dict[str, 
         problems = vectors.problems
     for row, reason in problems.items():
         raise OpenAiError(reason, f"input.{row}")
+    lengths = vectors.lengths or (index.dim,)
+    if body.dimensions not in (None, *lengths):
+        known = " or ".join(map(str, lengths))
+        raise OpenAiError(f"the model has {known} dimensions: leave dimensions out, or send {known}", "dimensions")
     data = [
         {"object": "embedding", "index": row, "embedding": _shown(vector, body.encoding_format)}
-        for row, vector in enumerate(vectors.columns["embedding"])
+        for row, vector in enumerate(first_numbers(vectors.columns["embedding"], body.dimensions))
     ]
     usage = {"prompt_tokens": vectors.tokens, "total_tokens": vectors.tokens}
     return {"object": "list", "data": data, "model": vectors.fingerprint, "usage": usage}

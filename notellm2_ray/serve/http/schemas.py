@@ -111,7 +111,7 @@ class EmbeddingsRequest(BaseModel):
     input: str | list[str] | list[QueryNote] = Field(description="texts or notes; token ids are refused")
     model: str | None = Field(None, description='"notellm2", or the model\'s fingerprint')
     encoding_format: Literal["float", "base64"] = "float"
-    dimensions: int | None = Field(None, ge=1, description="may only be the number that the model has")
+    dimensions: int | None = Field(None, ge=1, description="one that the model was trained for; vectors are cut to it")
 
     @field_validator("input", mode="before")
     @classmethod

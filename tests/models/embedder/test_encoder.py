@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import BertConfig, T5Config
 
-from notellm2_ray.core.errors import DataError, ModelError
+from notellm2_ray.core.errors import ConfigError, DataError, ModelError
 from notellm2_ray.models.embedder import storage
 from notellm2_ray.models.embedder.build import build_encoder
 from notellm2_ray.models.embedder.encoder import NoteEncoder, batches_by_length
@@ -84,6 +84,30 @@ def test_the_fingerprint_tells_weights_and_settings_apart(parts):
     with torch.no_grad():
         encoder.model.projection.weight[0, 0] += 1e-3
     assert encoder.fingerprint != before
+
+
+def test_vectors_are_cut_to_the_lengths_that_were_trained(parts, tmp_path):
+    whole, notes = make(parts), tiny_models.notes(3, without_image=[1])
+    whole.save_pretrained(tmp_path / "whole")
+    assert "dimensions" not in json.loads((tmp_path / "whole" / "config.json").read_text())
+    encoder = NoteEncoder(whole.model, whole.preprocessor, (16, 4, 8))
+    encoder.save_pretrained(tmp_path / "model")
+    again = NoteEncoder.from_pretrained(tmp_path / "model")
+    assert again.lengths == (16, 8, 4)
+    assert again.fingerprint == encoder.fingerprint != whole.fingerprint
+    vectors = again.encode(notes)
+    assert np.array_equal(vectors, again.encode(notes, dimensions=16))
+    cut = again.encode(notes, dimensions=4)
+    expected = vectors[:, :4] / np.linalg.norm(vectors[:, :4], axis=1, keepdims=True)
+    assert np.allclose(cut, expected, atol=1e-6)
+    with pytest.raises(ConfigError, match=r"no vectors of 5 numbers: ask for 16 or 8 or 4"):
+        again.encode(notes, dimensions=5)
+    with pytest.raises(ConfigError, match=r"ask for 16, or train further lengths with train.dimensions"):
+        whole.encode(notes, dimensions=4)
+    short = NoteEncoder.from_pretrained(tmp_path / "model", dimensions=8)
+    assert (short.embedding_dim, short.lengths) == (8, (8, 4))
+    assert np.array_equal(short.encode(notes), again.encode(notes, dimensions=8))
+    assert short.fingerprint != again.fingerprint  # their vectors cannot be compared
 
 
 @pytest.mark.parametrize(("batch_tokens", "max_notes"), [(1, 256), (150, 256), (16_384, 3), (16_384, 256)])

@@ -28,7 +28,7 @@ def gateway(embedder):
 
     async def encode(notes, columns=("embedding",), model=""):
         assert model == encoder.fingerprint
-        return Vectors({"embedding": encoder.encode(notes)}, {}, 3 * len(notes), model)
+        return Vectors({"embedding": encoder.encode(notes)}, {}, 3 * len(notes), model, (encoder.embedding_dim, 4))
 
     return SimpleNamespace(
         figures=Figures("test"),
@@ -69,6 +69,14 @@ def test_openais_client_gets_the_encoders_vectors(gateway, embedder, arguments):
     np.testing.assert_allclose([one.embedding for one in answer.data], expected, atol=1e-6)
     assert [one.index for one in answer.data] == [0, 1] and answer.usage.total_tokens == 6
     assert answer.model == embedder.encoder.fingerprint
+
+
+def test_vectors_are_cut_to_a_length_that_the_model_was_trained_for(gateway, embedder):
+    (answer,) = create(gateway, dimensions=4).data
+    whole = embedder.encoder.encode([Note("a", content="a green house")])[0]
+    np.testing.assert_allclose(answer.embedding, whole[:4] / np.linalg.norm(whole[:4]), atol=1e-6)
+    with pytest.raises(openai.BadRequestError, match=rf"the model has {len(whole)} or 4 dimensions"):
+        create(gateway, dimensions=8)
 
 
 @pytest.mark.parametrize(
