@@ -7,6 +7,7 @@ from pathlib import Path
 
 from notellm2_ray.baselines.ranking.table import needs
 from notellm2_ray.core.config import build, merge, to_plain
+from notellm2_ray.core.errors import ConfigError
 from notellm2_ray.core.run import files_fingerprint
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.models.embedder.kinds import kind_of
@@ -58,13 +59,28 @@ def selected_embedders(settings: Settings) -> Iterator[Settings]:
     names, seeds = settings.evaluate.embedders, settings.evaluate.seeds
     seen = set()
     for one in (*(select(settings, name, seed) for name in names for seed in seeds), chosen_embedder(settings)):
-        chain = [one]
-        while (source := source_of_negatives(chain[-1])) is not None:
-            chain.append(source)
-        for each in reversed(chain):
+        for each in reversed(_with_sources(one)):
             if each.embedder_name not in seen:
                 seen.add(each.embedder_name)
                 yield each
+
+
+def _with_sources(settings: Settings) -> list[Settings]:
+    """The selected embedder, the one whose negatives it is trained with, and so on.
+
+    Raises:
+        ConfigError: an embedder would need its own negatives.
+    """
+    chain = [settings]
+    while (source := source_of_negatives(chain[-1])) is not None:
+        names = [each.embedder_row for each in (*chain, source)]
+        if names[-1] in names[:-1]:
+            raise ConfigError(
+                f"train.negatives_of: {' needs the negatives of '.join(names)}. Give hard_negatives and negatives_of "
+                "to an entry of `embedders`, and name another embedder there"
+            )
+        chain.append(source)
+    return chain
 
 
 def source_of_negatives(settings: Settings) -> Settings | None:

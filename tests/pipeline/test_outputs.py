@@ -295,14 +295,14 @@ def test_negatives_of_an_embedder_that_is_not_trained_are_refused(tmp_path):
 @pytest.mark.parametrize(
     ("overrides", "said"),
     [
-        (("train.hard_negatives=2", "train.negatives_of=basic"), "basic needs the negatives of basic"),
+        (("train.hard_negatives=2", "train.negatives_of=basic"), "basic needs the negatives of basic. Give"),
         (("embedders.a.train={hard_negatives: 1, negatives_of: nobody}",), "there is no embedder 'nobody'"),
         (("train.negatives_of=basic",), "set train.hard_negatives"),
     ],
 )
 def test_negatives_that_cannot_be_had_are_refused(tmp_path, overrides, said):
     with pytest.raises(ConfigError, match=said):
-        settings_of(tmp_path, *overrides)
+        dry_run(settings_of(tmp_path, *overrides), "run-retrieval")
 
 
 def test_outputs_from_before_hard_negatives_stay_valid(tmp_path):

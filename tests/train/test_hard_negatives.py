@@ -39,7 +39,7 @@ def test_a_batch_holds_negatives_of_its_pairs_and_padding_where_they_are_missing
     for step in range(40):
         batch = sampler[step]
         assert len(batch.note_ids) == len(batch.note_keys) == 4 * 2 + 4 * 3
-        assert batch.negatives.count == 12
+        assert batch.negatives.num_notes == 12
         for place, row in enumerate(sampler.rows(step)):
             ids, keys = (part[8 + 3 * place : 11 + 3 * place] for part in (batch.note_ids, batch.note_keys))
             real = [note for note, key in zip(ids, keys, strict=True) if key != PADDING]
@@ -59,7 +59,7 @@ def test_draws_follow_from_seed_and_step_and_the_ranks_share_them(pairs):
     for step in range(4):
         parts = [rank[step] for rank in ranks]
         assert np.array_equal(np.concatenate([part.note_keys[4:] for part in parts]), whole[step].note_keys[8:])
-        assert [part.negatives.count for part in parts] == [4, 4]
+        assert [part.negatives.num_notes for part in parts] == [4, 4]
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

@@ -186,24 +186,12 @@ class Settings(Frozen):
         return self
 
     @model_validator(mode="after")
-    def _negatives_come_from_another(self) -> Settings:
+    def _negatives_are_of_known_embedders(self) -> Settings:
         known = (*VARIANT_NAMES, *self.embedders)
-        for name in known:
-            chain = [name]
-            while (source := self._negatives_of(chain[-1])) is not None:
-                if source not in known:
-                    raise ValueError(f"train.negatives_of: there is no embedder {source!r} (known: {', '.join(known)})")
-                if source in chain:
-                    raise ValueError(
-                        f"train.negatives_of: {' needs the negatives of '.join([*chain, source])}. Give "
-                        "hard_negatives and negatives_of to an entry of `embedders`, and name another embedder there"
-                    )
-                chain.append(source)
+        for source in (self.train.negatives_of, *(own.train.get("negatives_of") for own in self.embedders.values())):
+            if source is not None and source not in known:
+                raise ValueError(f"train.negatives_of: there is no embedder {source!r} (known: {', '.join(known)})")
         return self
-
-    def _negatives_of(self, name: str) -> str | None:
-        own = self.embedders.get(name, EmbedderSettings())
-        return own.train.get("negatives_of", self.train.negatives_of) if own.trained else None
 
     @property
     def embedder_row(self) -> str:

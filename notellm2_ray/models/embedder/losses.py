@@ -30,7 +30,7 @@ class Negatives(NamedTuple):
     Every row of every rank is compared with them. They are no rows of the loss themselves.
     """
 
-    count: int  # m, this rank's last m notes; every rank has as many
+    num_notes: int  # m, this rank's last m notes; every rank has as many
     related: torch.Tensor  # (K, 2) int64: a row of this rank, and a column of all ranks that is known to be related
 
 
@@ -108,7 +108,7 @@ def contrastive_loss(
         mask_duplicates: see :func:`embedder_loss`.
         present: (n,) bool, the notes that have a vector (default: all). A note without one is never a negative, and
             neither it nor its related note counts in the mean.
-        negatives: the hard negatives, if there are any; n = 2b + their count.
+        negatives: the hard negatives, if there are any; n = 2b + their number.
         false_negative_margin: a note whose cosine with the row exceeds that of the related note by more than this is
             left out too, as probably related; None: none is. (Solatorio, GISTEmbed, arXiv 2402.16829, where another
             model judges; here it is the trained one.)
@@ -116,7 +116,7 @@ def contrastive_loss(
     Returns:
         Scalar, in float32 (float64 if the vectors are). With several ranks, the mean over ranks is Eq. 1.
     """
-    num_rows = len(vectors) - (negatives.count if negatives is not None else 0)
+    num_rows = len(vectors) - (negatives.num_notes if negatives is not None else 0)
     if num_rows % 2 or len(vectors) != len(note_keys):
         raise ValueError(
             f"{len(vectors)} vectors and {len(note_keys)} keys do not fit: b queries and b targets have 2b keys"
