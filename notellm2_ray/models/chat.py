@@ -1,27 +1,31 @@
 """Prompts in a model's own chat template, as token ids.
 
 The template's words and users' texts are tokenised separately. Only the former may contain special tokens; in the
-latter they are split, so that nothing a user writes can act as a chat mark, an image or an end.
+latter they are split, so that nothing a user writes can act as a chat mark, an image or an end. Marks in brackets that
+are plain words to a tokenizer, such as [INST] for Llama 2, are split as well. Roles that are plain words without
+brackets ("USER:" in LLaVA-1.5) cannot be told from users' words; the prompts put users' texts in quotation marks.
 """
 
 from __future__ import annotations
 
+import re
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from functools import lru_cache
 from typing import Any, NamedTuple
 
-from transformers import AutoProcessor, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from notellm2_ray.core.errors import ModelError
 from notellm2_ray.core.prompts import joined
 from notellm2_ray.core.recommend_prompts import NO, YES, ImageSlot, Part, Text
-from notellm2_ray.models.chat_template import read_template
-from notellm2_ray.models.llm import first_line
-from notellm2_ray.models.quiet import quiet_loading
+from notellm2_ray.models.chat_template import image_tokens, read_template
+from notellm2_ray.models.image_frames import ImageFrame, put_images
+from notellm2_ray.models.processors import load_processor
 from notellm2_ray.models.user_text import UserTextEncoder, leading_ids
 
 _CACHED_TEXTS = 4096
+_MARK = re.compile(r"<[^<>\s]{1,40}>|\[[^\[\]\s]{1,40}\]")
 
 
 class Answers(NamedTuple):
@@ -38,30 +42,40 @@ class ChatTokenizer:
     Attributes:
         tokenizer: of the model.
         template: the words of its chat template.
-        image_token_id: the placeholder that the model's image processing repeats; None for a text-only model.
+        image_token_id: the token that an image becomes in the model's input; None for a text-only model.
+        placeholder_id: the token that stands once for an image in a prompt. It is the same for most models; for Gemma 3
+            it is the mark that begins an image.
         yes_id, no_id: the tokens that tell Yes from No after a prompt and :attr:`Answers.common`.
+        special_ids: tokens that no user's text may contain, and the unknown one.
         end_ids: tokens that end an answer, the template's own first.
     """
 
     def __init__(
-        self, tokenizer: PreTrainedTokenizerBase, template: str | None = None, image_token: str | None = None
+        self,
+        tokenizer: PreTrainedTokenizerBase,
+        template: str | None = None,
+        image_token: str | None = None,
+        image_mark: str | None = None,
     ) -> None:
         """Read a chat template.
 
         Args:
             tokenizer: any Hugging Face tokenizer.
             template: the chat template; None for a model without one, which gets a plain layout.
-            image_token: the model's placeholder for an image; None for a text-only model.
+            image_token: the token that an image becomes; None for a text-only model.
+            image_mark: the placeholder for an image in the template, if it is not ``image_token``.
 
         Raises:
             ModelError: the template cannot be rendered, or Yes and No are the same token.
         """
         self.tokenizer = tokenizer
+        self.template = read_template(tokenizer, template, [one for one in (image_token, image_mark) if one])
         self._texts = UserTextEncoder(tokenizer)
         self._open()
-        image_id: Any = None if image_token is None else tokenizer.convert_tokens_to_ids(image_token)
-        self.image_token_id: int | None = image_id
-        self.template = read_template(tokenizer, template, image_token)
+        self.special_ids = set(tokenizer.all_special_ids) | self._texts.forbidden
+        self._texts = UserTextEncoder(tokenizer, self._plain_marks())
+        self.image_token_id = self._image_id(image_token)
+        self.placeholder_id = self._image_id(self.template.placeholder or None)
         starts = self._literal(self.template.before_system or self.template.before)
         self._start = [] if starts[:1] in ([i] for i in tokenizer.all_special_ids) else leading_ids(tokenizer)
         self.end_ids = self._ends()
@@ -75,38 +89,57 @@ class ChatTokenizer:
         Raises:
             ModelError: there is no tokenizer, or the template cannot be used.
         """
-        processor = load_processor(path, revision)
+        return cls.of(load_processor(path, revision))
+
+    @classmethod
+    def of(cls, processor: Any) -> ChatTokenizer:
+        """The tokenizer and template of a processor, or of a tokenizer of a text-only model.
+
+        Raises:
+            ModelError: as :meth:`from_pretrained`.
+        """
         tokenizer = getattr(processor, "tokenizer", processor)
         template = getattr(processor, "chat_template", None) or tokenizer.chat_template
         if isinstance(template, dict):
             template = template.get("default")
-        image_token = getattr(processor, "image_token", None)
-        return cls(tokenizer, template, getattr(image_token, "content", image_token))
+        return cls(tokenizer, template, *image_tokens(processor))
 
-    def prompt(self, user: Sequence[Part], system: str = "") -> list[int]:
+    def prompt(self, user: Sequence[Part], system: str = "", frames: Sequence[ImageFrame] | None = None) -> list[int]:
         """Token ids of one user turn, ending where the answer begins.
 
-        Every ``IMAGE`` becomes a single placeholder of the model, with the marks that the template puts around it. vLLM
-        takes such prompts; for a Hugging Face model, :func:`expand_images` repeats the placeholder.
+        Without ``frames`` every ``IMAGE`` becomes a single placeholder of the model, with the words that the template
+        puts around it. vLLM takes such prompts, and puts in the images' tokens itself. With ``frames``, of
+        :func:`~notellm2_ray.models.chat_images.process_image`, the ids are those that a Hugging Face model takes.
 
         Args:
             user: the turn.
             system: a system message; put into the user's turn if the template takes none.
+            frames: one for each ``IMAGE``.
 
         Raises:
             ModelError: the prompt shows an image and the model reads none.
         """
+        left = None if frames is None else iter(frames)
+        ids = list(self._start)
+        parts = [self._image(left) if isinstance(part, ImageSlot) else part for part in self._turn(user, system)]
+        for part in joined(parts):
+            ids += self._user(part.value) if isinstance(part, Text) else self._literal(part)
+        if frames and self.placeholder_id is not None:
+            ids = put_images(ids, [frame.ids for frame in frames], self.placeholder_id)
+        return ids
+
+    def text(self, user: Sequence[Part]) -> str:
+        """The words of a user's turn with the template's, as :meth:`prompt` tokenises them part by part."""
+        parts = [self._image(None) if isinstance(part, ImageSlot) else part for part in self._turn(user, "")]
+        return "".join(part.value if isinstance(part, Text) else str(part) for part in parts)
+
+    def _turn(self, user: Sequence[Part], system: str) -> list[Part]:
         words = self.template
         if not system:
-            parts: list[Part] = [words.before, *user, words.after]
-        elif words.before_system is None:
-            parts = [f"{words.before}{system}\n\n", *user, words.after]
-        else:
-            parts = [words.before_system + system + words.after_system, *user, words.after]
-        ids = list(self._start)
-        for part in joined([self._image() if isinstance(part, ImageSlot) else part for part in parts]):
-            ids += self._user(part.value) if isinstance(part, Text) else self._literal(part)
-        return ids
+            return [words.before, *user, words.after]
+        if words.before_system is None:
+            return [f"{words.before}{system}\n\n", *user, words.after]
+        return [words.before_system + system + words.after_system, *user, words.after]
 
     def answer(self, yes: bool) -> list[int]:
         """The tokens after a prompt in training: the answer and the end of the turn."""
@@ -160,17 +193,36 @@ class ChatTokenizer:
     def _count(self, text: str) -> int:
         return len(self._texts.encode([text])[0])
 
-    def _image(self) -> str:
-        if not self.template.image:
+    def _image(self, frames: Iterator[ImageFrame] | None) -> str:
+        words = self.template
+        if not words.image:
             raise ModelError(
                 f"this model ({self.tokenizer.name_or_path or 'unnamed'}) reads no images, and the prompt shows one: "
                 "choose a Hugging Face image-text model"
             )
-        return self.template.image
+        if frames is None:
+            return words.image
+        frame = next(frames)
+        return words.image.replace(words.placeholder, frame.before + words.placeholder + frame.after)
+
+    def _image_id(self, token: str | None) -> int | None:
+        if token is None:
+            return None
+        ids = self._literal(token)
+        if len(ids) != 1 or ids[0] == self.tokenizer.unk_token_id:
+            raise ModelError(f"the model's image token {token!r} is not a token of its tokenizer")
+        return ids[0]
+
+    def _plain_marks(self) -> set[str]:
+        """Marks in the template's words that are no tokens: for some tokenizers [INST], say, is a word like others."""
+        words = self.template
+        around = (words.before, words.before_system or "", words.after_system, words.after, words.answer_end)
+        return {
+            mark for text in around for mark in _MARK.findall(text) if self.special_ids.isdisjoint(self._literal(mark))
+        }
 
     def _ends(self) -> list[int]:
-        special = set(self.tokenizer.all_special_ids) | self._texts.forbidden
-        ends = [i for i in self._literal(self.template.answer_end) if i in special][:1]
+        ends = [i for i in self._literal(self.template.answer_end) if i in self.special_ids][:1]
         eos = self.tokenizer.eos_token_id
         return ends + [i for i in [eos] if i is not None and i not in ends]
 
@@ -195,36 +247,3 @@ class ChatTokenizer:
         if common is None:
             raise ModelError(f"the tokenizer writes {YES!r} and {NO!r} as {yes} and {no}: they cannot be told apart")
         return Answers(yes[:common], yes[common:], no[common:])
-
-
-def expand_images(ids: Sequence[int], counts: Sequence[int], image_token_id: int) -> list[int]:
-    """Token ids with the i-th image placeholder repeated ``counts[i]`` times.
-
-    Raises:
-        ValueError: there are more or fewer placeholders than counts.
-    """
-    places = [place for place, i in enumerate(ids) if i == image_token_id]
-    if len(places) != len(counts):
-        raise ValueError(f"{len(places)} image placeholders in the prompt, {len(counts)} images")
-    expanded: list[int] = []
-    begin = 0
-    for place, count in zip(places, counts, strict=True):
-        expanded += [*ids[begin:place], *[image_token_id] * count]
-        begin = place + 1
-    return [*expanded, *ids[begin:]]
-
-
-@quiet_loading()
-def load_processor(path: str, revision: str | None = None) -> Any:
-    """The processor of an image-text model, or the tokenizer of a text-only one.
-
-    Raises:
-        ModelError: there is neither.
-    """
-    try:
-        return AutoProcessor.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, ImportError, AttributeError) as error:
-        raise ModelError(
-            f"{path} has no usable tokenizer or processor: {first_line(error)}. Give the "
-            "directory or hub name of a Hugging Face model with its tokenizer, and its processor if it reads images"
-        ) from error

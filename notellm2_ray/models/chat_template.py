@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jinja2 import TemplateError
@@ -13,6 +14,14 @@ from notellm2_ray.models.llm import first_line
 _SYSTEM, _USER = "0SYSTEM0WORDS0", "0USER0WORDS0"  # stand-ins that no template alters
 # Errors of a template that does not support the given messages: its own refusal, or any Python error.
 _RENDERING = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
+# Around what reasoning models think before they answer.
+THOUGHTS = (
+    ("<think>", "</think>"),
+    ("<thinking>", "</thinking>"),
+    ("<seed:think>", "</seed:think>"),
+    ("◁think▷", "◁/think▷"),
+    ("[THINK]", "[/THINK]"),
+)
 
 
 class TemplateWords(NamedTuple):
@@ -21,24 +30,34 @@ class TemplateWords(NamedTuple):
     before: str  # before the user's turn, if there is no system message
     before_system: str | None  # before the system message; None: the template takes no system message
     after_system: str  # between the system message and the user's turn
-    after: str  # after the user's turn, up to the answer
+    after: str  # after the user's turn, up to the answer; a thought that the template begins with is closed, empty
     image: str  # stands for one image; empty: the model takes no images
+    placeholder: str  # the token in these words that the model's processor replaces; empty: the model takes no images
     answer_space: str  # white space before the answer in a finished conversation
     answer_end: str  # after the answer
 
 
-def read_template(tokenizer: PreTrainedTokenizerBase, template: str | None, image_token: str | None) -> TemplateWords:
+def image_tokens(processor: Any) -> list[str]:
+    """The tokens that may stand for an image in a chat template: the one that an image becomes, or Gemma 3's mark."""
+    found = [getattr(processor, name, None) for name in ("image_token", "boi_token")]
+    return [str(token) for token in found if token is not None]
+
+
+def read_template(
+    tokenizer: PreTrainedTokenizerBase, template: str | None, image_tokens: Sequence[str] = ()
+) -> TemplateWords:
     """A template's words, cut out of a rendering of stand-ins for the system message, the user's text and the answer.
 
     Args:
         template: None for a model without one, which gets a plain layout.
-        image_token: the model's placeholder for an image; None for a text-only model.
+        image_tokens: tokens that may stand for an image, the likeliest first; none for a text-only model.
 
     Raises:
         ModelError: the template cannot be rendered.
     """
     if template is None:
-        return TemplateWords("", "", "\n\n", "\n", f"{image_token}\n" if image_token else "", "", "")
+        image, placeholder = (f"{image_tokens[0]}\n", image_tokens[0]) if image_tokens else ("", "")
+        return TemplateWords("", "", "\n\n", "\n", image, placeholder, "", "")
 
     def render(content: Any, system: str | None = None, answer: str | None = None) -> str:
         return _render(tokenizer, template, content, system, answer)
@@ -52,10 +71,11 @@ def read_template(tokenizer: PreTrainedTokenizerBase, template: str | None, imag
         content = _USER
         around = _cut_or_fail(lambda: render(content))
     before, after = around
-    image = _image_words(render, before, image_token)
+    image, placeholder = _image_words(render, before, image_tokens)
     before_system, after_system = _system_words(render, content)
-    space, end = _answer_words(render, content, before + _USER + after)
-    return TemplateWords(before, before_system, after_system, after, image, space, end)
+    lead, space, end = _answer_words(render, content, before + _USER + after)
+    after = _without_open_thought(after + lead)
+    return TemplateWords(before, before_system, after_system, after, image, placeholder, space, end)
 
 
 def _render(tokenizer: Any, template: str, content: Any, system: str | None, answer: str | None) -> str:
@@ -89,17 +109,24 @@ def _cut_or_fail(render: Any) -> tuple[str, str]:
     return around
 
 
-def _image_words(render: Any, before: str, image_token: str | None) -> str:
-    """The words that stand for an image. It is rendered before the text, as some templates put all images first."""
-    if image_token is None:
-        return ""
+def _image_words(render: Any, before: str, image_tokens: Sequence[str]) -> tuple[str, str]:
+    """The words that stand for an image, and the placeholder in them.
+
+    The image is rendered before the text, as some templates put all images first.
+    """
+    if not image_tokens:
+        return "", ""
     try:
         around = _cut(render([{"type": "image"}, {"type": "text", "text": _USER}]), _USER)
     except _RENDERING:
         around = None
-    if around is None or not around[0].startswith(before) or around[0].count(image_token) != 1:
-        return f"{image_token}\n"
-    return around[0][len(before) :]
+    for begin in (before, before.rstrip()):  # Idefics3 puts a space after "User:", but not if an image follows
+        if around is not None and around[0].startswith(begin):
+            words = around[0].removeprefix(begin)
+            for token in image_tokens:
+                if words.count(token) == 1:
+                    return words, token
+    return f"{image_tokens[0]}\n", image_tokens[0]
 
 
 def _system_words(render: Any, content: Any) -> tuple[str | None, str]:
@@ -111,13 +138,25 @@ def _system_words(render: Any, content: Any) -> tuple[str | None, str]:
     return (None, "") if around is None or between is None else (around[0], between[0])
 
 
-def _answer_words(render: Any, content: Any, prompt: str) -> tuple[str, str]:
-    """The words between prompt and answer in a finished conversation, and the words after the answer."""
+def _answer_words(render: Any, content: Any, prompt: str) -> tuple[str, str, str]:
+    """The words that begin an answer in a finished conversation, the white space before it, and the words after it.
+
+    Words that begin an answer close an empty thought or name the channel that answers go to; a template that asks for a
+    thought leaves them out of its prompt.
+    """
     try:
         around = _cut(render(content, None, _SYSTEM), _SYSTEM)
     except _RENDERING:
         around = None
     if around is None:
-        return "", ""
-    space = around[0][len(prompt) :] if around[0].startswith(prompt) else ""
-    return (space if not space.strip() else ""), around[1]
+        return "", "", ""
+    between = around[0][len(prompt) :] if around[0].startswith(prompt) else ""
+    return (between, "", around[1]) if between.strip() else ("", between, around[1])
+
+
+def _without_open_thought(words: str) -> str:
+    """The words with a thought closed that they leave open: an answer would be read inside of it."""
+    for opening, closing in THOUGHTS:
+        if words.rfind(opening) > words.rfind(closing):
+            return f"{words.rstrip()}\n\n{closing}\n\n"
+    return words

@@ -106,9 +106,20 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
         tokenizer = AutoTokenizer.from_pretrained(path, revision=revision, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
         raise ModelError(f"{path} has no usable tokenizer: {first_line(error)}. {_NEEDED}") from error
+    refuse_mistral_common(tokenizer, path)
     added = [AddedToken(token, special=True, normalized=False) for token in (IMAGE_TOKEN, VISUAL_MARK_TOKEN)]
     tokenizer.add_tokens(added, special_tokens=True)
     return tokenizer
+
+
+def refuse_mistral_common(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+    """Raise :class:`ModelError` for Mistral's own tokenizer, which takes no added tokens and shows no chat template."""
+    if type(tokenizer).__name__ == "MistralCommonBackend":
+        raise ModelError(
+            f"{path} has Mistral's own tokenizer (tekken.json), which neither takes added tokens nor shows its chat "
+            "template. If there is a tokenizer.json too, move tekken.json out of the directory; otherwise take the "
+            "model in Hugging Face layout"
+        )
 
 
 def embed_added_tokens(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -26,7 +26,8 @@ def language_linears(network: PreTrainedModel) -> list[str]:
         ModelError: there is no such layer.
     """
     decoder = network.get_decoder()
-    inside = {id(module) for module in decoder.modules()}
+    # BLIP-2 calls its whole language model the decoder, with the head.
+    inside = {id(module) for module in decoder.modules()} - {id(network.get_output_embeddings())}
     names = [n for n, module in network.named_modules() if isinstance(module, nn.Linear) and id(module) in inside]
     if not names:
         raise ModelError(f"{type(network).__name__} has no linear layer in its language model that LoRA could adapt")

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import re
+from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
@@ -12,10 +13,14 @@ class UserTextEncoder:
 
     Args:
         tokenizer: any tokenizer; it is not changed.
+        marks: further marks that are no tokens, such as [INST] for Llama 2. In users' texts they are split into their
+            characters, so that their tokens are other ones than the template's.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, marks: Iterable[str] = ()) -> None:
         self.tokenizer = tokenizer
+        longest_first = sorted(set(marks), key=lambda mark: (-len(mark), mark))
+        self._marks = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else "(?!)")
         # Users' texts may contain unknown characters. All other special tokens may come only from this package.
         self.forbidden = {i for i, token in tokenizer.added_tokens_decoder.items() if _is_mark(token)}
         self.forbidden |= set(tokenizer.all_special_ids)
@@ -24,13 +29,22 @@ class UserTextEncoder:
     def encode(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text, without any id in ``forbidden``."""
         return [
-            ids if self.forbidden.isdisjoint(ids) else self._defused(text)
+            ids if self.forbidden.isdisjoint(ids) and not self._marks.search(text) else self._split(text)
             for text, ids in zip(texts, self.encode_raw(texts), strict=True)
         ]
 
     def encode_raw(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text. Special tokens are split; other marks that the tokenizer matches stay as they are."""
         return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
+
+    def _split(self, text: str) -> list[int]:
+        """Encode a text that contains marks."""
+        ids: list[int] = []
+        for piece in filter(None, self._marks.split(text)):
+            (plain,) = self.encode_raw([piece])
+            intact = self.forbidden.isdisjoint(plain) and not self._marks.fullmatch(piece)
+            ids += plain if intact else self._defused(piece)
+        return ids
 
     def _defused(self, text: str) -> list[int]:
         """Encode a text with such a mark (<think>, say) character by character, so that the mark is not matched."""

@@ -144,6 +144,7 @@ def train_ranker(settings: Settings) -> dict[str, Any]:
             preferences=_preferences(settings, settings.ranker.variant),
             output=output,
             language=settings.prompts.language,
+            max_model_len=settings.generation.max_model_len,
         )
 
     return run_stage(outputs.ranker(settings), run)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ def train_ranker(
     preferences: Path | None,
     output: Path,
     language: PromptLanguage = "en",
+    max_model_len: int | None = None,
 ) -> dict[str, Any]:
     """Tune a ranker with LoRA on Ray Train; continues a run that was stopped in ``output``.
 
@@ -40,13 +42,14 @@ def train_ranker(
             ({step, loss, lr, prompts_per_s} after every step, {step, valid_loss, valid_auc} after every validation)
             and, if candidates have no note, ``quarantine/``.
         language: of the prompts.
+        max_model_len: the most tokens of a prompt and its answer for the engines that will score; None: not checked.
 
     Returns:
         steps, prompts, validation_prompts, quarantined, without_preference (examples with a history but no preference,
         treated as users without a history), best_step, best_auc, final_loss, trained_parameters, prompts_per_s.
 
     Raises:
-        ConfigError: the cluster is too small.
+        ConfigError: the cluster is too small, or prompts can be longer than ``max_model_len``.
         DataError: a table or an image is missing or unusable.
         ModelError: the model cannot be read, or reads no images but is shown some, or the loss is not finite.
         ray.train.TrainingFailedError: workers failed more often than ``tune.max_failures``.
@@ -59,6 +62,7 @@ def train_ranker(
     files = RunFiles(Path(output).absolute(), "adapter")
     if files.result.exists():
         return _finish(files, {}, model_path, tune)
+    _check_prompts(absolute(model_path), ranker, language, max_model_len)
     data = RankerFiles(
         Path(sequences).absolute(),
         None if preferences is None else Path(preferences).absolute(),
@@ -70,6 +74,18 @@ def train_ranker(
     job = RankerJob(ranker, tune, absolute(model_path), data, files.output, language)
     result = run_training(ranker_worker, job._asdict(), train_settings(tune), files, section="tune")
     return _finish(files, {**counts, **result}, model_path, tune)
+
+
+def _check_prompts(model: str, ranker: RankerSettings, language: PromptLanguage, max_model_len: int | None) -> None:
+    """Raise an error now if scoring could not ask the tuned model what it was tuned for."""
+    from notellm2_ray.models.chat import ChatTokenizer
+    from notellm2_ray.models.processors import load_processor
+    from notellm2_ray.models.ranker.inputs import RankerPrompter
+    from notellm2_ray.models.ranker.room import check_ranker
+
+    processor = load_processor(model)
+    prompter = RankerPrompter(ChatTokenizer.of(processor), ranker, language)
+    check_ranker(prompter, processor, model, max_model_len or sys.maxsize)
 
 
 def ranker_worker(config: dict[str, Any]) -> dict[str, Any]:

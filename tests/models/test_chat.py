@@ -13,7 +13,8 @@ from transformers import AddedToken
 
 from notellm2_ray.core.errors import ModelError
 from notellm2_ray.core.recommend_prompts import IMAGE, Text
-from notellm2_ray.models.chat import ChatTokenizer, expand_images
+from notellm2_ray.models.chat import ChatTokenizer
+from notellm2_ray.models.image_frames import put_images
 from tests.support import tiny_models
 
 # Templates like those of four families: lists of content, strings only, no system message, images first.
@@ -166,8 +167,8 @@ def test_a_broken_template_is_an_error():
             ChatTokenizer(tokenizer(), template)
 
 
-def test_images_are_expanded_in_place():
-    assert expand_images([1, 9, 2, 9], [2, 3], 9) == [1, 9, 9, 2, 9, 9, 9]
-    assert expand_images([1, 2], [], 9) == [1, 2]
+def test_images_are_put_in_place():
+    assert put_images([1, 9, 2, 9], [[5, 9, 9, 6], [7]], 9) == [1, 5, 9, 9, 6, 2, 7]
+    assert put_images([1, 2], [], 9) == [1, 2]
     with pytest.raises(ValueError, match="1 image placeholders in the prompt, 2 images"):
-        expand_images([1, 9], [1, 1], 9)
+        put_images([1, 9], [[1], [1]], 9)

@@ -16,7 +16,7 @@ from notellm2_ray.core.images import scaled_image
 from notellm2_ray.core.prompts import Slot, cut_texts, note_prompt, shown_texts
 from notellm2_ray.core.schema import Note
 from notellm2_ray.core.settings.model import MllmOptions, ModelSettings
-from notellm2_ray.models.chat_template import read_template
+from notellm2_ray.models.chat_template import image_tokens, read_template
 from notellm2_ray.models.embedder.kinds import Inputs
 from notellm2_ray.models.embedder.preprocess import fit_texts, text_budget
 from notellm2_ray.models.image_inputs import ImageTokenizer, ImageTokens, blank_image, joined_images
@@ -90,9 +90,8 @@ class MllmPreprocessor:
         tokenizer = getattr(processor, "tokenizer", None)
         if tokenizer is None:
             raise ModelError("model.llm has no processor for images: model.kind=mllm needs a multimodal LLM")
-        token = getattr(processor, "image_token", None)
         template = getattr(processor, "chat_template", None) or tokenizer.chat_template
-        self._words = read_template(tokenizer, template, None if token is None else str(token))
+        self._words = read_template(tokenizer, template, image_tokens(processor))
         self._texts = UserTextEncoder(tokenizer)
         self._images = ImageTokenizer(processor, self._words.image.strip())
         blank = self._images(blank_image())

@@ -8,19 +8,19 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 import torch
 
-from notellm2_ray.core.errors import DataError, ModelError
+from notellm2_ray.core.errors import ModelError
 from notellm2_ray.core.images import scaled_image
 from notellm2_ray.core.recommend_prompts import ranker_prompt
 from notellm2_ray.core.settings.ranking import PromptLanguage, RankerSettings
-from notellm2_ray.models.chat import ChatTokenizer, expand_images
+from notellm2_ray.models.chat import ChatTokenizer
+from notellm2_ray.models.chat_images import process_image
+from notellm2_ray.models.image_frames import ImageFrame
 from notellm2_ray.models.image_inputs import joined_images
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
 IGNORED = -100  # the label of tokens that do not count in the loss
-# What a processor returns for the language model; the rest is for the vision tower.
-_TEXT_INPUTS = {"input_ids", "attention_mask", "mm_token_type_ids", "token_type_ids"}
 
 
 class Question(NamedTuple):
@@ -35,7 +35,7 @@ class Question(NamedTuple):
 class RankerFeatures(NamedTuple):
     """One question, ready to be put into a batch."""
 
-    input_ids: np.ndarray  # (T,) int64; an image's placeholder is repeated for each of its tokens
+    input_ids: np.ndarray  # (T,) int64, with the tokens that an image becomes
     labels: np.ndarray  # (T,) int64, IGNORED for tokens that do not count in the loss
     last: int  # place of the token before the one that tells Yes from No
     vision: Mapping[str, torch.Tensor]  # inputs of the vision tower, (1 or more, ...) each; empty without an image
@@ -74,8 +74,8 @@ class RankerPrompter:
             )
         self.chat, self.settings, self.language = chat, settings, language
 
-    def prompt(self, question: Question) -> list[int]:
-        """Token ids up to the place of the answer; each image is a single placeholder.
+    def prompt(self, question: Question, frames: Sequence[ImageFrame] | None = None) -> list[int]:
+        """Token ids up to the place of the answer; an image is a single placeholder, or the frame that is given.
 
         Texts are cut to their budgets before they are put into the prompt, so that the question itself is never cut.
         """
@@ -93,7 +93,7 @@ class RankerPrompter:
             self._title(question.title),
             question.image is not None,
         )
-        return [*chat.prompt(parts), *chat.answers.common]
+        return [*chat.prompt(parts, frames=frames), *chat.answers.common]
 
     def image(self, question: Question) -> Image | None:
         """The candidate's image as the model sees it; None if it has none, or if the variant shows none.
@@ -135,12 +135,13 @@ class RankerPreprocessor:
             DataError: the image cannot be decoded.
         """
         chat = self.prompter.chat
-        ids = self.prompter.prompt(question)
         vision: dict[str, torch.Tensor] = {}
+        frames: list[ImageFrame] = []
         image = self.prompter.image(question)
         if image is not None:
-            count, vision = self._vision(image)
-            ids = expand_images(ids, [count], self._image_id)
+            frame, vision = process_image(chat, self._processor, image)
+            frames.append(frame)
+        ids = self.prompter.prompt(question, frames)
         answer = [] if label is None else chat.answer(label)[len(chat.answers.common) :]
         input_ids = np.array([*ids, *answer], np.int64)
         labels = np.full(len(input_ids), IGNORED)
@@ -184,18 +185,3 @@ class RankerPreprocessor:
             torch.tensor([item.last for item in features]),
             {name: joined_images([vision[name] for vision in with_image]) for name in names},
         )
-
-    @property
-    def _image_id(self) -> int:
-        image_id = self.prompter.chat.image_token_id
-        assert image_id is not None
-        return image_id
-
-    def _vision(self, image: Image) -> tuple[int, dict[str, torch.Tensor]]:
-        """An image's number of tokens and its inputs for the vision tower, both from the model's own processor."""
-        token = self.prompter.chat.tokenizer.convert_ids_to_tokens(self._image_id)
-        made = self._processor(text=[token], images=[image], return_tensors="pt")
-        count = int((made["input_ids"] == self._image_id).sum())
-        if not count:
-            raise DataError("the processor makes no token of an image: it is not the processor of this model")
-        return count, {name: tensor for name, tensor in made.items() if name not in _TEXT_INPUTS}

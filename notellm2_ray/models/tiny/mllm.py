@@ -19,7 +19,8 @@ from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.recommend_prompts import Text
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.settings import TinySettings
-from notellm2_ray.models.chat import ChatTokenizer, expand_images
+from notellm2_ray.models.chat import ChatTokenizer
+from notellm2_ray.models.image_frames import ImageFrame
 from notellm2_ray.models.quiet import quiet_loading
 from notellm2_ray.models.tiny.exercises import Exercise, Lessons
 from notellm2_ray.models.tiny.loop import fit, mixed_precision, one_thread, summarise
@@ -133,10 +134,9 @@ def _words(exercises: Iterable[Exercise]) -> Iterator[str]:
 def _by_kind(exercises: Iterable[Exercise], chat: ChatTokenizer, pictures: Pictures) -> dict[str, list[Row]]:
     rows: dict[str, list[Row]] = defaultdict(list)
     for exercise in exercises:
-        prompt = chat.prompt(exercise.prompt)
-        if exercise.image is not None:
-            assert chat.image_token_id is not None
-            prompt = expand_images(prompt, [pictures.tokens], chat.image_token_id)
+        assert chat.image_token_id is not None
+        image = ImageFrame([chat.image_token_id] * pictures.tokens)
+        prompt = chat.prompt(exercise.prompt, frames=[] if exercise.image is None else [image])
         answer = [*chat.encode(exercise.answer), chat.end_ids[0]]
         rows[exercise.kind].append(Row(prompt + answer, len(prompt), exercise.image))
     return rows

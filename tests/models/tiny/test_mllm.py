@@ -17,7 +17,8 @@ from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.recommend_prompts import IMAGE, Text
 from notellm2_ray.core.settings import Settings, TinySettings
 from notellm2_ray.lessons.tastes import lessons
-from notellm2_ray.models.chat import ChatTokenizer, expand_images
+from notellm2_ray.models.chat import ChatTokenizer
+from notellm2_ray.models.image_frames import put_images
 from notellm2_ray.models.tiny.exercises import Lessons
 from notellm2_ray.models.tiny.mllm import train_tiny_mllm
 from notellm2_ray.models.tiny.mllm_batches import Pictures, Row, answer_logits, encode_pictures, positions
@@ -143,7 +144,7 @@ def test_the_batched_pass_gives_what_the_librarys_own_gives(loaded, made):
 
     rows = []
     for number, words in enumerate(("Is it a cross? ", "Is this grey, or black and white, or is it neither? ")):
-        prompt = expand_images(chat.prompt(["See: ", IMAGE, words]), [pictures.tokens], chat.image_token_id)
+        prompt = _with_image(chat, chat.prompt(["See: ", IMAGE, words]), pictures.tokens)
         rows.append(Row([*prompt, *chat.encode("a cross in grey")], len(prompt), number))
     with torch.inference_mode():
         logits, wanted = answer_logits(model, rows, pictures)
@@ -234,11 +235,15 @@ def test_vllm_gives_the_same_captions(trained, monkeypatch):
     assert [one.outputs[0].text for one in found] == expected
 
 
+def _with_image(chat: ChatTokenizer, prompt: list[int], tokens: int) -> list[int]:
+    return put_images(prompt, [[chat.image_token_id] * tokens], chat.image_token_id)
+
+
 def _greedy(directory: Path, chat: ChatTokenizer, prompt: list[int], image: Image.Image) -> str:
     model = AutoModelForImageTextToText.from_pretrained(directory)
     pixels = AutoProcessor.from_pretrained(directory).image_processor([image], return_tensors="pt")
     tokens = int(pixels["image_grid_thw"].prod()) // 4
-    ids = torch.tensor([expand_images(prompt, [tokens], chat.image_token_id)])
+    ids = torch.tensor([_with_image(chat, prompt, tokens)])
     kinds = (ids == chat.image_token_id).int()
     generated = model.generate(input_ids=ids, mm_token_type_ids=kinds, max_new_tokens=32, **pixels)
     return chat.decode(generated[0, ids.shape[1] :].tolist())
