@@ -23,10 +23,15 @@ class ImageTokens(NamedTuple):
 
 
 class ImageTokenizer:
-    """Turns images into tokens by a model's own processor. Picklable; not safe in several threads."""
+    """Turns images into tokens by a model's own processor. Picklable; not safe in several threads.
+
+    Attributes:
+        words: those that stand for an image.
+        image_id: the token that an image becomes.
+    """
 
     def __init__(self, processor: Any, words: str) -> None:
-        """Find the words for which the processor makes tokens.
+        """Find words for which the processor makes tokens.
 
         Args:
             processor: of the model.
@@ -37,10 +42,10 @@ class ImageTokenizer:
         """
         self.processor = processor
         token = getattr(processor, "image_token", None)
-        self._image_id: Any = None if token is None else processor.tokenizer.convert_tokens_to_ids(str(token))
+        self.image_id: Any = None if token is None else processor.tokenizer.convert_tokens_to_ids(str(token))
         # BLIP-2's processor puts an image's tokens before any text. Others look for words that stand for the image:
         # those of the chat template, or a mark of their own (Gemma's is not the token that it then repeats).
-        for self._words in ("", words, str(token), str(getattr(processor, "boi_token", token))):
+        for self.words in ("", words, str(token), str(getattr(processor, "boi_token", token))):
             try:
                 self(blank_image())
                 return
@@ -54,10 +59,10 @@ class ImageTokenizer:
         Raises:
             DataError: there are none.
         """
-        made = self.processor(text=[self._words], images=[image], return_tensors="pt", add_special_tokens=False)
+        made = self.processor(text=[self.words], images=[image], return_tensors="pt", add_special_tokens=False)
         ids = made.pop("input_ids")
         made.pop("attention_mask", None)
-        if not (ids == self._image_id).any():
+        if not (ids == self.image_id).any():
             raise DataError("the processor makes no token of an image: it is not the processor of this model")
         types = {name: made.pop(name)[0].tolist() for name in list(made) if name.endswith("token_type_ids")}
         return ImageTokens(ids[0].tolist(), types, dict(made))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +13,7 @@ from transformers import PretrainedConfig
 from notellm2_ray.core.config import build
 from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.images import scaled_image
-from notellm2_ray.core.prompts import Slot, cut_texts, note_prompt, shown_texts
+from notellm2_ray.core.prompts import Slot, cut_texts, joined, note_prompt, shown_texts
 from notellm2_ray.core.schema import Note
 from notellm2_ray.core.settings.model import MllmOptions, ModelSettings
 from notellm2_ray.models.chat_template import image_tokens, read_template
@@ -94,6 +94,7 @@ class MllmPreprocessor:
         self._words = read_template(tokenizer, template, image_tokens(processor))
         self._texts = UserTextEncoder(tokenizer)
         self._images = ImageTokenizer(processor, self._words.image.strip())
+        self._image_token: str = tokenizer.convert_ids_to_tokens(self._images.image_id)
         blank = self._images(blank_image())
         self._types = tuple(blank.types)
         self._prompts = {shown: self._prompt(shown) for shown in (True, False)}
@@ -176,9 +177,7 @@ class MllmPreprocessor:
 
     def _compression_parts(self, with_image: bool) -> list[Slot | list[int]]:
         words = note_prompt("basic" if with_image else "text", self.settings.prompt_language)
-        start, *parts = [part if isinstance(part, Slot) else self._texts.encode_raw([part])[0] for part in words]
-        assert isinstance(start, list)
-        return [leading_ids(self._texts.tokenizer) + start, *parts]
+        return self._encoded_parts([self._image_token if part is Slot.IMAGE else part for part in words])
 
     def _chat_parts(self, with_image: bool) -> list[Slot | list[int]]:
         """The instruction as system message, then image and text as the user's turn, up to where the answer begins."""
@@ -187,15 +186,27 @@ class MllmPreprocessor:
             before = f"{words.before}{instruction}\n\n"
         else:
             before = words.before_system + instruction + words.after_system
-        start, end = self._encode_literal(before), self._encode_literal(words.after)
-        tokenizer = self._texts.tokenizer
-        if start[:1] not in ([i] for i in tokenizer.all_special_ids):
-            start = leading_ids(tokenizer) + start
-        return [start, Slot.IMAGE, Slot.CONTENT, end] if with_image else [start, Slot.CONTENT, end]
+        if with_image:
+            before += words.image.replace(self._images.words or words.image, self._image_token)
+        return self._encoded_parts([before, Slot.CONTENT, words.after])
 
-    def _encode_literal(self, text: str) -> list[int]:
-        """Token ids of a template's words, with its special tokens."""
-        return self._texts.tokenizer(text, add_special_tokens=False, split_special_tokens=False).input_ids
+    def _encoded_parts(self, parts: Iterable[str | Slot]) -> list[Slot | list[int]]:
+        """A prompt's words as token ids. The image's token becomes a slot."""
+        tokenizer, image_id = self._texts.tokenizer, self._images.image_id
+        encoded: list[Slot | list[int]] = []
+        for part in joined(parts):
+            if isinstance(part, Slot):
+                encoded.append(part)
+                continue
+            ids = tokenizer(part, add_special_tokens=False, split_special_tokens=False).input_ids
+            if not encoded and ids[:1] not in ([i] for i in tokenizer.all_special_ids if i != image_id):
+                ids = leading_ids(tokenizer) + ids  # a chat template begins with its own
+            while image_id in ids:
+                place = ids.index(image_id)
+                encoded += [ids[:place], Slot.IMAGE]
+                ids = ids[place + 1 :]
+            encoded.append(ids)
+        return encoded
 
 
 def make_preprocessor(settings: ModelSettings, processor: Any, config: PretrainedConfig) -> MllmPreprocessor:

@@ -162,6 +162,13 @@ def test_an_embedding_checkpoint_has_no_head_and_reads_its_own_chat_prompt(saved
     assert not np.allclose(other.encode(NOTES[:1]), encoder.encode(NOTES[:1]), atol=1e-3)
 
 
+def test_the_chat_prompt_of_another_template(saved):
+    note = NOTES[0]._replace(topics=(), content="")
+    text = "SYSTEM: Find it. USER: <image>\nred cat ASSISTANT:"
+    vector = make(saved("llava"), options={"prompt": "chat", "instruction": "Find it."}).encode([note])[0]
+    np.testing.assert_allclose(vector, own_vector(saved("llava"), text, note.image), atol=1e-5)
+
+
 def test_what_users_write_is_no_mark_and_is_cut(saved):
     preprocessor = make(saved("qwen2_vl")).preprocessor
     marks = set(preprocessor.processor.tokenizer.all_special_ids)
