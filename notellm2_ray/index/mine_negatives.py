@@ -25,7 +25,7 @@ import pyarrow.parquet as pq
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.note_store import NoteStore
 from notellm2_ray.core.progress import Progress
-from notellm2_ray.core.schema import NEGATIVES
+from notellm2_ray.core.schema import NEGATIVES, PAIR_SCHEMA
 from notellm2_ray.core.settings.retrieval import IndexSettings, NegativeSettings
 from notellm2_ray.index.ann import AnnIndex
 from notellm2_ray.index.table import read_vectors
@@ -66,7 +66,7 @@ def mine_negatives(
     """
     ids, vectors = read_vectors(table)
     pool = _Pool(ids, vectors, _copies(NoteStore(pairs / "train_notes.arrow"), ids))
-    trained = pq.read_table(pairs / "train.parquet")
+    trained = pq.read_table(pairs / "train.parquet").select(PAIR_SCHEMA.names)
     ends = _rows_of(trained, ids)
     related = _Related(pool, np.concatenate([ends, _rows_of(pq.read_table(pairs / "valid.parquet"), ids)]))
     mined = _mine(AnnIndex.build(ids, vectors, index, seed), pool, ends, related, settings)

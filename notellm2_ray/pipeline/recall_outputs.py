@@ -43,7 +43,15 @@ def _source_versions(settings: Settings) -> dict[str, str]:
 def pairs(settings: Settings) -> Planned:
     shaped = {"pairs": shaping(settings.pairs), "split": to_plain(settings.split), "seed": settings.seed}
     workspace = workspace_of(settings)
-    return Planned("mine-pairs", workspace.pairs, shaped, {"prepared": workspace.prepared})
+    versions = {} if settings.pairs.table is None else {"pairs.table": _own_pairs_version(settings.pairs.table)}
+    return Planned("mine-pairs", workspace.pairs, shaped, {"prepared": workspace.prepared}, versions=versions)
+
+
+def _own_pairs_version(table: str) -> str:
+    from notellm2_ray.data.pairs.own import SETTING
+    from notellm2_ray.data.sources.files import table_version
+
+    return fingerprint(table_version(table, "auto", SETTING))
 
 
 def tiny(settings: Settings) -> Planned:

@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from notellm2_ray.core.config import Frozen, resource
+from notellm2_ray.core.config import Frozen, added, resource
 
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 
@@ -35,6 +35,11 @@ class PrepareSettings(Frozen):
 class PairSettings(Frozen):
     """Related notes by co-occurrence (NoteLLM-2, Eq. 2 and section 2.3)."""
 
+    table: str | None = added(
+        None,
+        description="file, directory, glob or URI of a table of your own pairs, which are used instead of mined ones: "
+        "query_id, target_id, and perhaps score and negatives (a list of note ids)",
+    )
     view_actions: tuple[str, ...] = Field(("view", "click"), description="actions that count as a view")
     click_actions: tuple[str, ...] = Field(("click",), description="actions that count as a click")
     window_days: float | None = Field(

@@ -18,10 +18,11 @@ import pyarrow.parquet as pq
 
 from notellm2_ray.core.note_store import NoteStore
 from notellm2_ray.core.run import write_atomically
-from notellm2_ray.core.schema import NOTE_SCHEMA, require_columns
+from notellm2_ray.core.schema import NEGATIVES, NOTE_SCHEMA, require_columns
 from notellm2_ray.core.settings import PairSettings, SplitSettings
 from notellm2_ray.data import event_log
 from notellm2_ray.data.keys import read_notes
+from notellm2_ray.data.pairs.own import own_pairs
 from notellm2_ray.data.pairs.related import MinedPairs, mine_pairs
 from notellm2_ray.data.pairs.split import Split, split_notes, split_pairs
 from notellm2_ray.data.pairs.statistics import describe_notes, format_statistics
@@ -45,10 +46,13 @@ POPULARITY_SCHEMA = pa.schema(
 def mine(prepared: Path, output: Path, pairs: PairSettings, split: SplitSettings, seed: int) -> dict[str, Any]:
     """Mine, split and describe the pairs of related notes (NoteLLM-2, Eq. 2, section 2.3 and Table 1).
 
+    With ``pairs.table`` the pairs are read instead (:mod:`notellm2_ray.data.pairs.own`).
+
     Writes into ``output``: train.parquet, valid.parquet and test.parquet (PAIR_SCHEMA, sorted by query and descending
-    score), test_pool.parquet (note_id: all test notes), train_notes.arrow (a NoteStore of the notes of training and
-    validation pairs), popularity.parquet, train_log.json (``start`` and ``end`` of the log that the training pairs were
-    mined from, in microseconds since 1970, end exclusive) and statistics.json. Notes stand in the order of their keys
+    score; the first two of one's own pairs have ``negatives`` too), test_pool.parquet (note_id: all test notes),
+    train_notes.arrow (a NoteStore of the notes of training and validation pairs, and of their negatives),
+    popularity.parquet, train_log.json (``start`` and ``end`` of the log that the training pairs were mined from, in
+    microseconds since 1970, end exclusive) and statistics.json. Notes stand in the order of their keys
     (:mod:`notellm2_ray.data.keys`), and no result depends on their names.
 
     ``popularity.parquet`` has the number of users who clicked each note within the log that its side is mined from. For
@@ -67,7 +71,10 @@ def mine(prepared: Path, output: Path, pairs: PairSettings, split: SplitSettings
     require_columns(notes.schema, NOTE_SCHEMA, str(prepared / "notes"))
     span = event_log.log_span(groups)
     parted = split_notes(read_notes(prepared), span, split, window_days=pairs.window_days, seed=seed)
-    train_mined, test_mined = _mine_both(groups, parted, pairs, output)
+    if pairs.table is None:
+        train_mined, test_mined = _mine_both(groups, parted, pairs, output)
+    else:
+        train_mined, test_mined = own_pairs(prepared, parted, pairs)
     train, valid = split_pairs(train_mined.pairs, split.valid_share, seed)
     _check_test(test_mined.pairs.num_rows)
 
@@ -79,7 +86,7 @@ def mine(prepared: Path, output: Path, pairs: PairSettings, split: SplitSettings
     start, end = parted.train_window
     write_atomically(output / "train_log.json", json.dumps({"start": start, "end": end}))
     trained = pc.unique(pa.chunked_array([*(train_mined.pairs.column(c).combine_chunks() for c in (0, 1))]))
-    num_stored = _store(notes, trained, output / "train_notes.arrow")
+    num_stored = _store(notes, _with_negatives(trained, train_mined.pairs), output / "train_notes.arrow")
 
     texts = ["title", "topics", "content"]
     statistics = {
@@ -150,6 +157,14 @@ def _check_test(num_pairs: int) -> None:
             num_pairs,
             100 / num_pairs,
         )
+
+
+def _with_negatives(notes: pa.Array, pairs: pa.Table) -> pa.Array:
+    """The notes of the pairs, and the negatives of one's own pairs after them."""
+    if NEGATIVES not in pairs.column_names:
+        return notes
+    negatives = pc.list_flatten(pairs[NEGATIVES]).combine_chunks()
+    return pc.unique(pa.chunked_array([notes, negatives]))
 
 
 def _store(notes: ds.Dataset, wanted: pa.Array, path: Path) -> int:
