@@ -104,7 +104,9 @@ def name_of_source(settings: Settings) -> str | None:
 def negatives(settings: Settings) -> Planned:
     workspace, name = workspace_of(settings), settings.embedder_name
     shaped = {"negatives": shaping(settings.negatives), "index": shaping(settings.index), "seed": settings.seed}
-    reads = {"pairs": workspace.pairs, "embeddings": workspace.embeddings(name, "train")}
+    shaped["clicks"] = list(settings.pairs.click_actions)
+    reads = {"prepared": workspace.prepared, "pairs": workspace.pairs}
+    reads["embeddings"] = workspace.embeddings(name, "train")
     return Planned("mine-negatives", workspace.negatives(name), shaped, reads, name=name)
 
 

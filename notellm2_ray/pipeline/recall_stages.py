@@ -133,7 +133,16 @@ def mine_negatives(settings: Settings) -> dict[str, Any]:
     table = workspace.embedding_table(settings.embedder_name, "train")
 
     def run(output: Path) -> dict[str, Any]:
-        return work(workspace.pairs, table, output, settings.negatives, settings.index, settings.seed)
+        return work(
+            workspace.pairs,
+            table,
+            output,
+            settings.negatives,
+            settings.index,
+            settings.seed,
+            events=workspace.events,
+            click_actions=settings.pairs.click_actions,
+        )
 
     return run_stage(outputs.negatives(settings), run)
 

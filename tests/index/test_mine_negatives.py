@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import numpy as np
@@ -13,20 +15,30 @@ import pytest
 from notellm2_ray.core.config import build
 from notellm2_ray.core.errors import ConfigError, DataError
 from notellm2_ray.core.note_store import NoteStore
-from notellm2_ray.core.schema import NOTE_SCHEMA, PAIR_SCHEMA
+from notellm2_ray.core.schema import EVENT_SCHEMA, NOTE_SCHEMA, PAIR_SCHEMA
 from notellm2_ray.core.settings import IndexSettings, NegativeSettings
 from notellm2_ray.index.mine_negatives import mine_negatives
 from notellm2_ray.index.table import write_table
 
+START = datetime(2024, 3, 1, tzinfo=UTC)
 NUM = 20  # note i stands i * 4 degrees away from note 0
 ALL = {"min_rank": 1, "max_rank": NUM, "relative_margin": None}
 
 
 def mine(
-    home: Path, pairs, *, valid=(), texts=None, images=None, without_vector=(), index=None, **settings
+    home: Path, pairs, *, valid=(), texts=None, images=None, without_vector=(), index=None, clicks=(), **settings
 ) -> tuple[list[list[str]], dict]:
-    """The negatives of each pair, and the counts; notes are given by number."""
+    """The negatives of each pair, and the counts; notes are given by number, clicks as (user, note, day)."""
     home.mkdir(exist_ok=True)
+    events = [
+        {"user_id": user, "note_id": f"n{note}", "timestamp": START + timedelta(days=day), "action": action,
+         "session_id": None}
+        for user, note, day, *rest in clicks for action in (rest or ["click"])
+    ]  # fmt: skip
+    (home / "events").mkdir()
+    pq.write_table(pa.Table.from_pylist(events, schema=EVENT_SCHEMA), home / "events" / "part.parquet")
+    log = {"start": int(START.timestamp() * 1e6), "end": int((START + timedelta(days=7)).timestamp() * 1e6)}
+    (home / "train_log.json").write_text(json.dumps(log))
     notes = [
         {"note_id": f"n{at}", "title": (texts or {}).get(at, f"note {at}"), "topics": [], "content": "",
          "image": (images or {}).get(at), "created_at": None}
@@ -43,7 +55,16 @@ def mine(
     batch = pa.record_batch([pa.array([f"n{at}" for at in kept]), column], names=["note_id", "embedding"])
     write_table(home / "vectors.lance", [batch], model_fingerprint="m")
     chosen = NegativeSettings(**{**ALL, **settings})
-    counts = mine_negatives(home, home / "vectors.lance", home, chosen, index or IndexSettings(recall_queries=1), 1)
+    counts = mine_negatives(
+        home,
+        home / "vectors.lance",
+        home,
+        chosen,
+        index or IndexSettings(recall_queries=1),
+        1,
+        events=home / "events",
+        click_actions=("click",),
+    )
     table = pq.read_table(home / "negatives.parquet")
     assert table.select(PAIR_SCHEMA.names).equals(pq.read_table(home / "train.parquet"))
     return table["negatives"].to_pylist(), counts
@@ -73,6 +94,24 @@ def test_copies_of_the_query_of_the_target_or_of_another_related_note_are_never_
     images = {0: b"one", 3: b"one", 4: b"two", 7: b"two", 5: b"three", 11: b"three"}
     mined, _ = mine(tmp_path, [(0, 4), (0, 9)], texts=texts, images=images, max_rank=12)
     assert mined[0] == mined[1] == names(1, 5, 8, 11, 12)
+
+
+def test_notes_that_users_clicked_together_are_no_negatives(tmp_path):
+    clicks = [
+        *((user, note, 1) for user in ("ann", "bob") for note in (0, 2)),
+        ("ann", 3, 2),
+        ("ann", 3, 3),  # counts once
+        ("ann", 4, 1, "view"),
+        ("ann", 5, 8),  # after the training log
+        ("eve", 6, 1),
+    ]
+    (mined,), counts = mine(tmp_path / "none", [(0, 19)], clicks=clicks, max_rank=6)
+    assert mined == names(1, 4, 5, 6)
+    assert counts["clicked_together"] == 2
+    (one,), _ = mine(tmp_path / "one", [(0, 19)], clicks=clicks, max_rank=6, max_common_users=1)
+    assert one == names(1, 3, 4, 5, 6)
+    (all_of_them,), _ = mine(tmp_path / "any", [(0, 19)], clicks=clicks, max_rank=6, max_common_users=None)
+    assert all_of_them == names(1, 2, 3, 4, 5, 6)
 
 
 def test_notes_without_text_or_image_are_no_copies_of_each_other(tmp_path):

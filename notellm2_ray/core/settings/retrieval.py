@@ -87,6 +87,12 @@ class NegativeSettings(Frozen):
         "(0.05 is NV-Retriever's 95%, arXiv 2407.15831); null: no such limit",
     )
     absolute_margin: float | None = Field(None, ge=0, le=2, description="and by at least so much; null: no such limit")
+    max_common_users: int | None = Field(
+        0,
+        ge=0,
+        description="at most so many users clicked both a negative and the query in the log of the training pairs; "
+        "null: any number",
+    )
     per_pair: int = Field(32, ge=1, description="negatives kept per pair, the nearest")
 
     @model_validator(mode="after")
