@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from notellm2_ray.core.config import shaping, to_plain
+from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.run import MANIFEST, fingerprint, read_manifest
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.pipeline.embedders import (
@@ -43,15 +44,23 @@ def _source_versions(settings: Settings) -> dict[str, str]:
 def pairs(settings: Settings) -> Planned:
     shaped = {"pairs": shaping(settings.pairs), "split": to_plain(settings.split), "seed": settings.seed}
     workspace = workspace_of(settings)
-    versions = {} if settings.pairs.table is None else {"pairs.table": _own_pairs_version(settings.pairs.table)}
-    return Planned("mine-pairs", workspace.pairs, shaped, {"prepared": workspace.prepared}, versions=versions)
+    reads, versions = {"prepared": workspace.prepared}, _own_pairs_version(settings)
+    return Planned("mine-pairs", workspace.pairs, shaped, reads, versions=versions)
 
 
-def _own_pairs_version(table: str) -> str:
+def _own_pairs_version(settings: Settings) -> dict[str, str]:
+    """Version of ``pairs.table``; if it is gone, pairs that were read from it stay valid."""
     from notellm2_ray.data.pairs.own import SETTING
     from notellm2_ray.data.sources.files import table_version
 
-    return fingerprint(table_version(table, "auto", SETTING))
+    directory = workspace_of(settings).pairs
+    if settings.pairs.table is None:
+        return {}
+    try:
+        return {SETTING: fingerprint(table_version(settings.pairs.table, "auto", SETTING))}
+    except DataError:
+        there = read_manifest(directory)["inputs"] if (directory / MANIFEST).is_file() else {}
+        return {name: version for name, version in there.items() if name == SETTING}
 
 
 def tiny(settings: Settings) -> Planned:

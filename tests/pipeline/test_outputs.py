@@ -305,6 +305,21 @@ def test_negatives_that_cannot_be_had_are_refused(tmp_path, overrides, said):
         dry_run(settings_of(tmp_path, *overrides), "run-retrieval")
 
 
+def test_a_changed_table_of_own_pairs_is_noticed_and_a_missing_one_is_not(tmp_path):
+    own = tmp_path / "own.csv"
+    own.write_text("query_id,target_id\na,b\n")
+    settings = settings_of(tmp_path / "runs", f"pairs.table={own}")
+    pretend(settings, "prepare")
+    pretend(settings, "mine-pairs")
+    assert recall_outputs.pairs(settings).complete
+    assert not recall_outputs.pairs(settings_of(tmp_path / "runs")).complete
+    own.write_text("query_id,target_id\na,b\nb,c\n")
+    assert not recall_outputs.pairs(settings).complete
+    pretend(settings, "mine-pairs")
+    own.unlink()
+    assert recall_outputs.pairs(settings).complete
+
+
 def test_outputs_from_before_hard_negatives_stay_valid(tmp_path):
     trained = recall_outputs.embedder(embedders.resolved(settings_of(tmp_path)))
     assert not {"hard_negatives", "negatives_of", "false_negative_margin"} & set(trained.settings["train"])

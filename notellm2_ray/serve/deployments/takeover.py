@@ -159,7 +159,8 @@ class TakeOver:
         if found:
             return (
                 f"{successor.next_served.table.name} was made with the model {wanted}, which the service has loaded "
-                f"as {', '.join(found)}: its embed.precision is another; start it with the same, or swap with its own"
+                f"as {', '.join(found)}: its embed.precision or embed.dimensions is another; start it with the "
+                "same, or swap with its own"
             )
         return f"the encoder has not loaded the model {wanted} yet; if it fails to, its log says why"
 
