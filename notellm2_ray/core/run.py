@@ -35,12 +35,12 @@ def fingerprint(*parts: Any) -> str:
 def files_fingerprint(name: str) -> str:
     """A fingerprint of the names, sizes and times of a model's files, so that no weights need to be read.
 
-    For a name that is not a local directory, such as one on the hub, it is the fingerprint of the name.
+    For a name that is neither a directory nor a file, such as one on the hub, it is the fingerprint of the name.
     """
     path = Path(name)
-    if not path.is_dir():
+    if not path.exists():
         return fingerprint(name)
-    files = sorted(one for one in path.rglob("*") if one.is_file())
+    files = [path] if path.is_file() else sorted(one for one in path.rglob("*") if one.is_file())
     return fingerprint([(str(one.relative_to(path)), one.stat().st_size, one.stat().st_mtime_ns) for one in files])
 
 

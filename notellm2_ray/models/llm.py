@@ -15,7 +15,11 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING, MODEL_FOR_MASKED_LM_MAPPING
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
+)
 
 from notellm2_ray.core.errors import ModelError
 from notellm2_ray.models.quiet import quiet_loading
@@ -24,13 +28,13 @@ IMAGE_TOKEN = "<IMG>"
 VISUAL_MARK_TOKEN = "<IMG_EMB>"
 _NEEDED = (
     "model.llm needs the directory or hub name of a causal language model in Hugging Face format "
-    "(config.json, *.safetensors, tokenizer), such as a Llama, Qwen2, Qwen3 or Mistral"
+    "(config.json, *.safetensors, tokenizer), such as a Llama, Qwen2, Qwen3, Mistral, Gemma 3 or Phi"
 )
 
 
 @quiet_loading()
 def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
-    """Configuration of the causal LM at ``path`` (a directory or a hub name).
+    """Configuration of the causal LM at ``path`` (a directory or a hub name); of a multimodal LLM, that of its LM.
 
     Raises:
         ModelError: the model does not exist or is not a causal LM.
@@ -44,12 +48,16 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     kind = f"{path} is a {config.model_type or 'model of unknown type'}"
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{kind}, an encoder-decoder. {_NEEDED}")
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING or not hasattr(config, "hidden_size"):
+    generates = type(config) in MODEL_FOR_CAUSAL_LM_MAPPING or type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
+    language = config.get_text_config(decoder=True) if generates else config
+    if not generates or not hasattr(language, "hidden_size"):
         raise ModelError(f"{kind}, not a causal language model. {_NEEDED}")
+    # Bidirectional attention would let the visual vector see the text.
     if type(config) in MODEL_FOR_MASKED_LM_MAPPING:
-        # Bidirectional attention would let the visual vector see the text.
         raise ModelError(f"{kind}, a masked language model. {_NEEDED}")
-    return config
+    if getattr(language, "use_bidirectional_attention", None) in (True, "all"):
+        raise ModelError(f"{kind} with attention in both directions. {_NEEDED}")
+    return language
 
 
 @quiet_loading()
@@ -61,7 +69,7 @@ def load_llm(
     Raises:
         ModelError: as in :func:`load_config`, or the weights are missing or not safetensors.
     """
-    load_config(path, revision)
+    language = load_config(path, revision)
     try:
         llm, report = AutoModel.from_pretrained(
             path,
@@ -77,7 +85,15 @@ def load_llm(
             "model that has pickled weights again with save_pretrained"
         ) from error
     require_all_weights(report, path)
-    return llm
+    return llm if type(llm.config) is type(language) else _language_half(llm, language, path)
+
+
+def _language_half(model: PreTrainedModel, config: PretrainedConfig, path: str) -> PreTrainedModel:
+    """The LM inside a multimodal LLM, without its head."""
+    found = model.get_decoder().base_model
+    if type(found.config) is not type(config):
+        raise ModelError(f"the language model inside {path}, a {model.config.model_type}, was not found. {_NEEDED}")
+    return found
 
 
 def llm_from_config(config: PretrainedConfig, attention: str) -> PreTrainedModel:
@@ -125,14 +141,15 @@ def refuse_mistral_common(tokenizer: PreTrainedTokenizerBase, path: str) -> None
 def embed_added_tokens(llm: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
     """Set the embeddings of the two added tokens to the mean of all others, and enlarge the table if needed.
 
-    Rows beyond the tokenizer's length only pad the vocabulary and are left out of the mean.
+    Rows beyond the tokenizer's last token only pad the vocabulary and are left out of the mean.
     """
-    if len(tokenizer) > len(_embedding_table(llm)):
-        llm.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    added: Any = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, VISUAL_MARK_TOKEN])
+    end = max(len(tokenizer), *(number + 1 for number in added))  # a vocabulary may have gaps
+    if end > len(_embedding_table(llm)):
+        llm.resize_token_embeddings(end, mean_resizing=False)
     table = _embedding_table(llm)
-    added = tokenizer.convert_tokens_to_ids([IMAGE_TOKEN, VISUAL_MARK_TOKEN])
     others = torch.ones(len(table), dtype=torch.bool)
-    others[len(tokenizer) :] = False
+    others[end:] = False
     others[added] = False
     with torch.no_grad():
         table[added] = table[others].float().mean(dim=0).to(table.dtype)

@@ -183,6 +183,11 @@ def model_reads(settings: Settings, parts: Sequence[str]) -> dict[str, Path]:
 
 
 def model_versions(settings: Settings, parts: Sequence[str]) -> dict[str, str]:
-    """Versions of the parts that are local directories."""
-    names = {part: _path(settings, part) for part in parts if not is_tiny(settings, part)}
-    return {part: files_fingerprint(name) for part, name in names.items() if Path(name).is_dir()}
+    """Versions of the parts that are local directories, or named with a file of weights (timm:ARCHITECTURE:FILE)."""
+    paths = {part: _local(_path(settings, part)) for part in parts if not is_tiny(settings, part)}
+    return {part: files_fingerprint(path) for part, path in paths.items() if Path(path).exists()}
+
+
+def _local(name: str) -> str:
+    file = name.rpartition(":")[2]
+    return file if file.endswith(".safetensors") else name

@@ -15,9 +15,12 @@ from tokenizers import Tokenizer, decoders, pre_tokenizers, trainers
 from tokenizers.models import BPE
 from transformers import (
     AddedToken,
+    BitImageProcessor,
     CLIPConfig,
     CLIPImageProcessor,
     CLIPModel,
+    Dinov2Config,
+    Dinov2Model,
     LlamaConfig,
     LlamaForCausalLM,
     MistralConfig,
@@ -105,6 +108,16 @@ def save_siglip(directory: Path) -> str:
     torch.manual_seed(0)
     SiglipVisionModel(SiglipVisionConfig(**_TOWER)).save_pretrained(directory)
     SiglipImageProcessor(size={"height": 32, "width": 32}).save_pretrained(directory)
+    return str(directory)
+
+
+def save_dinov2(directory: Path) -> str:
+    """A DINOv2 of two layers. As of published ones, its positions are for larger images than its processor makes."""
+    torch.manual_seed(0)
+    sizes = {key: value for key, value in _TOWER.items() if key != "intermediate_size"} | {"image_size": 48}
+    Dinov2Model(Dinov2Config(**sizes)).save_pretrained(directory)
+    crop = {"height": 32, "width": 32}
+    BitImageProcessor(size={"shortest_edge": 36}, crop_size=crop).save_pretrained(directory)
     return str(directory)
 
 

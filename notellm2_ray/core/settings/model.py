@@ -6,10 +6,11 @@ from typing import Any, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from notellm2_ray.core.config import Frozen, build, resource
+from notellm2_ray.core.config import Frozen, added, build, resource
 from notellm2_ray.core.errors import ConfigError
 
 VariantName = Literal["basic", "micl", "late_fusion", "notellm2", "only_late_fusion", "text_only", "image_only"]
+VisionPooling = Literal["auto", "cls", "mean", "projected"]
 VARIANT_NAMES: tuple[str, ...] = get_args(VariantName)
 
 
@@ -142,8 +143,16 @@ class ModelSettings(Frozen):
     )
     vision: str = Field(
         "tiny",
-        description="Hugging Face name or directory of a CLIP or SigLIP; openclip:ARCHITECTURE[:PRETRAINED]; "
+        description="Hugging Face name or directory of a vision encoder with states of square patches, such as CLIP, "
+        "SigLIP, DINOv2, DINOv3 or ViT, or of a model with one; openclip:ARCHITECTURE[:PRETRAINED]; "
+        "timm:ARCHITECTURE[:PRETRAINED], where PRETRAINED is a tag or a .safetensors file; "
         "tiny: trained on your notes; packaged: a tiny one that comes with the package and knows the world's drawings",
+    )
+    vision_pooling: VisionPooling = added(
+        "auto",
+        description="the tower's vector of an image, for late fusion and image_only; auto: what the model pools itself "
+        "(of a CLIP its CLS state before the last norm, as published); cls: the state of CLS; mean: of the patches; "
+        "projected: the vector that a CLIP or SigLIP compares with texts",
     )
     revision: str | None = Field(None, description="revision of the LLM on the Hugging Face hub")
     freeze_vision: bool | None = Field(

@@ -29,7 +29,7 @@ class NoteModel(nn.Module):
     Args:
         settings: the variant, and the sizes of the randomly initialised parts.
         llm: a causal LM without its head (h_t wide); None for ``image_only``.
-        tower: the vision tower (h_v wide); None for ``text_only``.
+        tower: the vision tower (h_v wide, its pooled vector h_p); None for ``text_only``.
 
     Attributes:
         temperature: tau of Eq. 1, float32 of shape (1,); its exponential multiplies the cosine.
@@ -43,12 +43,12 @@ class NoteModel(nn.Module):
         assert (tower is None) == (not self.variant.sees_images)
         self.llm, self.tower = llm, tower
         llm_width = llm.config.hidden_size if llm is not None else 0
-        vision_width = tower.width if tower is not None else 0
+        vision_width, pooled_width = (tower.width, tower.pooled_width) if tower is not None else (0, 0)
         if self.variant.visual_tokens:
             self.connector = Connector(settings.qformer, vision_width, llm_width)
         if self.variant.late_fusion:
-            self.fusion = LateFusion(vision_width, llm_width)
-        self.width = llm_width or vision_width
+            self.fusion = LateFusion(pooled_width, llm_width)
+        self.width = llm_width or pooled_width
         self.projection = projection(self.width, settings)
         self.temperature = nn.Parameter(torch.full((1,), settings.initial_temperature, dtype=torch.float32))
 
@@ -115,7 +115,7 @@ class NoteModel(nn.Module):
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute activations in the backward pass: less memory, about a third slower."""
         trained = [self.llm] if self.llm is not None else []
-        if self.tower is not None and not self.tower.frozen:
+        if self.tower is not None and not self.tower.frozen and self.tower.model.supports_gradient_checkpointing:
             trained.append(self.tower.model)
         for model in trained:
             if enabled:

@@ -9,7 +9,7 @@ import torch
 from transformers import PretrainedConfig
 
 from notellm2_ray.core.errors import ModelError
-from notellm2_ray.core.settings.model import ModelSettings
+from notellm2_ray.core.settings.model import ModelSettings, VisionPooling
 from notellm2_ray.models import llm as llms
 from notellm2_ray.models.embedder.mlrm import NoteModel
 from notellm2_ray.models.embedder.preprocess import NotePreprocessor
@@ -34,7 +34,7 @@ def model_from_configs(
         llm = llms.llm_from_config(llm_config, attention or settings.attention)
     if variant.sees_images:
         assert vision_config is not None and image is not None
-        tower = tower_from_config(vision_config, image, frozen=freezes_vision(settings), pool=variant.pooled)
+        tower = tower_from_config(vision_config, image, frozen=freezes_vision(settings), pooling=pooling_of(settings))
     return NoteModel(settings, llm, tower)
 
 
@@ -61,6 +61,11 @@ def make_preprocessor(
 def freezes_vision(settings: ModelSettings) -> bool:
     """Whether the tower is frozen: by default yes, except in the image_only variant (Table 2's CLIP ViT-B)."""
     return settings.variant != "image_only" if settings.freeze_vision is None else settings.freeze_vision
+
+
+def pooling_of(settings: ModelSettings) -> VisionPooling | None:
+    """How the tower pools its states; None if nothing uses the pooled vector."""
+    return settings.vision_pooling if VARIANTS[settings.variant].pooled else None
 
 
 def meta_encoder(

@@ -28,9 +28,9 @@ def _build(
 
     from notellm2_ray.models import llm as llms
     from notellm2_ray.models.embedder.mlrm import NoteModel
-    from notellm2_ray.models.embedder.network import freezes_vision, make_preprocessor
+    from notellm2_ray.models.embedder.network import freezes_vision, make_preprocessor, pooling_of
     from notellm2_ray.models.embedder.random_stream import random_stream
-    from notellm2_ray.models.vision.tower import load_tower
+    from notellm2_ray.models.vision.load import load_tower
 
     variant = VARIANTS[settings.variant]
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
@@ -40,7 +40,7 @@ def _build(
         llm = llms.load_llm(llm_path, settings.attention, dtype, settings.revision)
         llms.embed_added_tokens(llm, tokenizer)
     if variant.sees_images:
-        tower = load_tower(vision_path, frozen=freezes_vision(settings), pool=variant.pooled, dtype=dtype)
+        tower = load_tower(vision_path, frozen=freezes_vision(settings), pooling=pooling_of(settings), dtype=dtype)
     with random_stream(seed, "connector, fusion and projection"):
         model = NoteModel(settings, llm, tower)
     return model, make_preprocessor(settings, tokenizer, tower, llm.config if llm is not None else None)
@@ -56,7 +56,7 @@ def _config(model: NoteModel) -> dict[str, Any]:
     """The configurations of LLM and tower, for config.json."""
     return {
         "llm_config": model.llm.config.to_dict() if model.llm is not None else None,
-        "vision_config": model.tower.config.to_dict() if model.tower is not None else None,
+        "vision_config": model.tower.describe() if model.tower is not None else None,
     }
 
 

@@ -40,8 +40,11 @@ def is_directory(name: str) -> bool:
     return (Path(name) / _CONFIG).is_file()
 
 
-def load(name: str) -> tuple[CLIPVisionModel, ImageSettings]:
+def load(name: str) -> tuple[CLIPVisionModel, ImageSettings, torch.Tensor | None]:
     """The tower of a local OpenCLIP directory, or of ``openclip:ARCHITECTURE[:PRETRAINED]``.
+
+    Returns:
+        the tower, its image format and its projection (h_p, h_v) into the space that it shares with texts.
 
     Raises:
         ModelError: it is unknown, not a plain vision transformer, or has no safetensors weights.
@@ -57,7 +60,7 @@ def load(name: str) -> tuple[CLIPVisionModel, ImageSettings]:
     return _load(model_config, preprocess, directory / _WEIGHTS, str(directory))
 
 
-def _load_named(architecture: str, pretrained: str) -> tuple[CLIPVisionModel, ImageSettings]:
+def _load_named(architecture: str, pretrained: str) -> tuple[CLIPVisionModel, ImageSettings, torch.Tensor | None]:
     try:
         import open_clip
     except ImportError as error:
@@ -86,7 +89,7 @@ def _load_named(architecture: str, pretrained: str) -> tuple[CLIPVisionModel, Im
 
 def _load(
     model_config: Mapping[str, Any], preprocess: Mapping[str, Any], weights: Path, where: str
-) -> tuple[CLIPVisionModel, ImageSettings]:
+) -> tuple[CLIPVisionModel, ImageSettings, torch.Tensor | None]:
     from safetensors.torch import load_file
 
     config = vision_config(model_config, where)
@@ -96,12 +99,14 @@ def _load(
         raise ModelError(f"{where}: {weights} does not exist")
     visual = {key[len("visual.") :]: value for key, value in load_file(weights).items() if key.startswith("visual.")}
     model = CLIPVisionModel._from_config(config, attn_implementation="sdpa")
+    projection = visual.pop("proj", None)
     missing, unexpected = model.load_state_dict(_renamed(visual, model), strict=False)
     if missing or unexpected:
         raise ModelError(
             f"{where}: {weights} does not fit its architecture; missing {missing[:3]}, not expected {unexpected[:3]}"
         )
-    return model, image_settings(preprocess, config.image_size, where)  # type: ignore[arg-type]
+    image = image_settings(preprocess, config.image_size, where)  # type: ignore[arg-type]
+    return model, image, None if projection is None else projection.T.contiguous()
 
 
 def vision_config(model_config: Mapping[str, Any], where: str) -> CLIPVisionConfig:
@@ -147,7 +152,7 @@ def image_settings(preprocess: Mapping[str, Any], size: int, where: str) -> Imag
 
 
 def _renamed(visual: Mapping[str, torch.Tensor], model: CLIPVisionModel) -> dict[str, torch.Tensor]:
-    """OpenCLIP's ``visual.*`` weights under the names of ``model``, without the projection, which ``model`` lacks."""
+    """OpenCLIP's ``visual.*`` weights under the names of ``model``."""
     outer = "vision_model." if hasattr(model, "vision_model") else ""
     names = {
         "class_embedding": "embeddings.class_embedding",
@@ -171,6 +176,6 @@ def _renamed(visual: Mapping[str, torch.Tensor], model: CLIPVisionModel) -> dict
             else:
                 part = "self_attn.out_proj" if part == "attn.out_proj" else parts.get(part, part)
                 renamed[f"{target}{part}.{leaf}"] = value
-        elif key != "proj":
+        else:
             renamed[key] = value  # reported as not expected
     return renamed

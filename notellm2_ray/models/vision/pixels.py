@@ -31,9 +31,9 @@ class ImageSettings:
     Attributes:
         size: side of the tower's square input, in pixels.
         mean, std: of the channels R, G, B on the scale 0 to 1.
-        resize: ``shortest`` brings the short side to ``resize_to`` and crops the centre; ``squash`` ignores the
-            aspect ratio.
-        resize_to: the short side before the crop.
+        resize: ``shortest`` brings the short side to ``resize_to``, ``squash`` both sides, whatever the aspect ratio;
+            then the centre is cropped.
+        resize_to: the length of these sides before the crop, in pixels.
         resample: Pillow's number for the filter (3: bicubic, 2: bilinear).
     """
 
@@ -51,37 +51,40 @@ class ImageSettings:
 
     def pixels(self, image: Image.Image) -> np.ndarray:
         """``image`` (RGB, any size) as uint8 of shape (3, size, size)."""
-        if self.resize == "squash":
-            image = image.resize((self.size, self.size), self.resample)
-        else:
-            image = self._shortest_then_crop(image)
+        image = self._resized(image)
+        left, top = (image.width - self.size) // 2, (image.height - self.size) // 2
+        image = image.crop((left, top, left + self.size, top + self.size))
         return np.ascontiguousarray(np.asarray(image, dtype=np.uint8).transpose(2, 0, 1))
 
-    def _shortest_then_crop(self, image: Image.Image) -> Image.Image:
+    def _resized(self, image: Image.Image) -> Image.Image:
+        if self.resize == "squash":
+            return image.resize((self.resize_to, self.resize_to), self.resample)
         image = cut_middle(image, _LONGEST)  # resizing all of a strip of 1 x 100,000 pixels would exhaust the memory
         width, height = image.size
-        short, long = min(width, height), int(self.resize_to * max(width, height) / min(width, height))
-        target = (self.resize_to, long) if width == short else (long, self.resize_to)
-        image = image.resize(target, self.resample)
-        left, top = (target[0] - self.size) // 2, (target[1] - self.size) // 2
-        return image.crop((left, top, left + self.size, top + self.size))
+        long = int(self.resize_to * max(width, height) / min(width, height))
+        return image.resize((self.resize_to, long) if width <= height else (long, self.resize_to), self.resample)
+
+    def normalised(self, pixels: np.ndarray) -> np.ndarray:
+        """What the tower sees of :meth:`pixels`: float32 of the same shape."""
+        mean, std = (np.array(values, np.float32)[:, None, None] for values in (self.mean, self.std))
+        return (pixels.astype(np.float32) / 255 - mean) / std
 
     def blank(self) -> np.ndarray:
         """The image that is zero after normalisation (the mean colour), uint8 of shape (3, size, size)."""
-        colour = np.rint(np.array(self.mean) * 255).astype(np.uint8)
+        colour = np.rint(np.array(self.mean) * 255).clip(0, 255).astype(np.uint8)
         return np.ascontiguousarray(np.broadcast_to(colour[:, None, None], (3, self.size, self.size)))
 
     def save(self, directory: Path) -> None:
         """Write the image processor's file of a model directory, in Hugging Face's format."""
-        square = {"height": self.size, "width": self.size}
-        crop = self.resize == "shortest"
+        shortest = self.resize == "shortest"
+        side = self.resize_to
         values = {
-            "image_processor_type": "CLIPImageProcessor" if crop else "SiglipImageProcessor",
+            "image_processor_type": "CLIPImageProcessor" if shortest else "SiglipImageProcessor",
             "do_resize": True,
-            "size": {"shortest_edge": self.resize_to} if crop else square,
+            "size": {"shortest_edge": side} if shortest else {"height": side, "width": side},
             "resample": self.resample,
-            "do_center_crop": crop,
-            "crop_size": square,
+            "do_center_crop": shortest or side > self.size,
+            "crop_size": {"height": self.size, "width": self.size},
             "do_rescale": True,
             "rescale_factor": 1 / 255,
             "do_normalize": True,
@@ -92,33 +95,47 @@ class ImageSettings:
         (directory / PREPROCESSOR_FILE).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
-def from_processor(values: Mapping[str, Any], image_size: int, where: str) -> ImageSettings:
-    """Settings from the dictionary of a Hugging Face image processor, for a tower of ``image_size`` pixels.
+def from_processor(values: Mapping[str, Any], image_size: int | None, where: str) -> ImageSettings:
+    """Settings from the dictionary of a Hugging Face image processor.
+
+    Args:
+        image_size: side of the tower's input, in pixels; None: what the processor makes.
 
     Raises:
-        ModelError: the processor's images do not fit the tower.
+        ModelError: the processor's images do not fit the tower, or it does more than resize, crop and normalise.
     """
+    other = [key for key in ("do_pad", "do_flip_channel_order") if values.get(key)]
+    if other or not values.get("do_resize", True):
+        raise ModelError(f"{where}: its image processor ({other[0] if other else 'do_resize: false'}) is not supported")
     size = values.get("size", image_size)
-    mean, std = values.get("image_mean", CLIP_MEAN), values.get("image_std", CLIP_STD)
-    common: dict[str, Any] = {
-        "size": image_size,
-        "mean": tuple(mean) if values.get("do_normalize", True) else (0.0, 0.0, 0.0),
-        "std": tuple(std) if values.get("do_normalize", True) else (1.0, 1.0, 1.0),
-        "resample": int(values.get("resample", 3)),
-    }
     crops = values.get("do_center_crop", "Siglip" not in values.get("image_processor_type", "CLIP"))
     if isinstance(size, int):
         size = {"shortest_edge": size} if crops else {"height": size, "width": size}
-    made = _side(values.get("crop_size", image_size)) if crops else _side(size)
-    if made != image_size:
+    resize_to, made = _side(size), _side(values.get("crop_size", image_size) if crops else size)
+    shortest = "height" not in size
+    if resize_to is None or made is None or (shortest and not crops):
+        raise ModelError(f"{where}: its image processor does not make square images (size {dict(size)})")
+    if made != (image_size or made):
         raise ModelError(f"{where}: its image processor makes images of {made} pixels, its tower takes {image_size}")
-    if "shortest_edge" not in size:
-        return ImageSettings(resize="squash", **common)
-    return ImageSettings(resize="shortest", resize_to=int(size["shortest_edge"]), **common)
+    # Values times rescale_factor are normalised; ours are on the scale 0 to 1.
+    scale = 255 * float(values.get("rescale_factor", 1 / 255)) if values.get("do_rescale", True) else 255.0
+    mean, std = values.get("image_mean", CLIP_MEAN), values.get("image_std", CLIP_STD)
+    if not values.get("do_normalize", True):
+        mean, std = (0.0,) * 3, (1.0,) * 3
+    return ImageSettings(
+        made,
+        tuple(value / scale for value in mean),  # type: ignore[arg-type]
+        tuple(value / scale for value in std),  # type: ignore[arg-type]
+        "shortest" if shortest else "squash",
+        resize_to,
+        int(values.get("resample", 3)),
+    )
 
 
-def _side(size: int | Mapping[str, int]) -> int | None:
-    if isinstance(size, int):
+def _side(size: int | Mapping[str, int] | None) -> int | None:
+    """The side of a square, or the length that the shortest side is brought to; None: neither."""
+    if size is None or isinstance(size, int):
         return size
-    height = size.get("height", size.get("shortest_edge"))
-    return height if size.get("width", height) == height else None
+    if set(size) == {"shortest_edge"}:
+        return int(size["shortest_edge"])
+    return int(size["height"]) if size.get("height") == size.get("width", 0) else None

@@ -64,6 +64,21 @@ def test_siglip_embedders_survive_too(parts, tmp_path):
         assert np.array_equal(NoteEncoder.from_pretrained(tmp_path / variant).encode(notes), encoder.encode(notes))
 
 
+@pytest.mark.parametrize("variant", ["late_fusion", "image_only"])
+@pytest.mark.parametrize("pooling", ["projected", "mean"])
+def test_an_embedder_with_another_pooled_vector_survives(parts, tmp_path, variant, pooling):
+    encoder, notes = make(parts, variant, vision_pooling=pooling), tiny_models.notes(3)
+    encoder.save_pretrained(tmp_path)
+    again = NoteEncoder.from_pretrained(tmp_path)
+    assert again.settings.vision_pooling == pooling
+    assert np.array_equal(again.encode(notes), encoder.encode(notes))
+    assert not np.allclose(make(parts, variant).encode(notes), encoder.encode(notes), atol=1e-2)
+
+
+def test_a_pooling_at_its_default_is_not_written(saved):
+    assert "vision_pooling" not in json.loads((saved / "config.json").read_text())["settings"]
+
+
 def test_large_weights_are_sharded_and_read_again(parts, tmp_path):
     encoder = make(parts)
     encoder.save_description(tmp_path)

@@ -21,7 +21,8 @@ def parts(tmp_path_factory):
     """Paths of each tiny LLM and tower."""
     base = tmp_path_factory.mktemp("parts")
     made = {kind: tiny_models.save_llm(base / kind, kind) for kind in tiny_models.LLMS}
-    return made | {"clip": tiny_models.save_clip(base / "clip"), "siglip": tiny_models.save_siglip(base / "siglip")}
+    towers = {kind: getattr(tiny_models, f"save_{kind}") for kind in ("clip", "siglip", "dinov2")}
+    return made | {kind: save(base / kind) for kind, save in towers.items()}
 
 
 def make(parts, variant="notellm2", llm="qwen2", vision="clip", seed=1, **changes):
@@ -35,7 +36,7 @@ def vectors(encoder, notes, inputs="multimodal") -> NoteVectors:
 
 
 @pytest.mark.parametrize("without_image", [(), (1, 2), range(4)], ids=["all", "some", "none"])
-@pytest.mark.parametrize("vision", ["clip", "siglip"])
+@pytest.mark.parametrize("vision", ["clip", "siglip", "dinov2"])
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_every_trained_parameter_gets_a_gradient(parts, variant, vision, without_image):
     encoder = make(parts, variant, vision=vision, freeze_vision=False)
@@ -44,9 +45,11 @@ def test_every_trained_parameter_gets_a_gradient(parts, variant, vision, without
     assert output.multimodal.shape == (4, 16)
     assert (output.visual is not None) == (variant in ("micl", "notellm2"))
     embedder_loss(output, torch.arange(4), alpha=9.0).total.backward()
-    missing = [name for name, value in encoder.model.named_parameters() if value.grad is None]
-    assert missing == []
-    assert all(torch.isfinite(value.grad).all() for value in encoder.model.parameters())
+    trained = {name: value for name, value in encoder.model.named_parameters() if value.requires_grad}
+    assert [name for name, value in trained.items() if value.grad is None] == []
+    assert all(torch.isfinite(value.grad).all() for value in trained.values())
+    left_out = {name for name, _ in encoder.model.named_parameters()} - set(trained)
+    assert left_out <= {"tower.model.embeddings.mask_token"}
 
 
 @pytest.mark.parametrize("variant", WITH_IMAGES)

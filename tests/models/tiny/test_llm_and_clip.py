@@ -212,7 +212,7 @@ def test_the_text_tower_pools_at_the_end_of_the_caption(clip):
 
 def test_the_embedders_own_loaders_take_both(llm, clip):
     from notellm2_ray.models.llm import load_llm, load_tokenizer
-    from notellm2_ray.models.vision.tower import load_tower
+    from notellm2_ray.models.vision.load import load_tower
 
     assert load_llm(str(llm[0]), "sdpa").config.hidden_size == 32
     assert load_tokenizer(str(llm[0])).pad_token_id == 0

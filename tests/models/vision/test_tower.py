@@ -9,18 +9,25 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from transformers import (
+    CLIPModel,
+    CLIPVisionConfig,
     CLIPVisionModel,
+    CLIPVisionModelWithProjection,
     Siglip2VisionConfig,
     Siglip2VisionModel,
     SiglipVisionConfig,
     SiglipVisionModel,
+    ViTConfig,
+    ViTImageProcessor,
+    ViTModel,
 )
 from transformers.models.siglip2.image_processing_siglip2 import Siglip2ImageProcessor
 
 from notellm2_ray.core.errors import ModelError
+from notellm2_ray.models.vision.load import load_tower
 from notellm2_ray.models.vision.openclip import vision_config
 from notellm2_ray.models.vision.pixels import ImageSettings
-from notellm2_ray.models.vision.tower import VisionTower, load_tower
+from notellm2_ray.models.vision.tower import VisionTower, tower_from_config
 from tests.support import tiny_models
 
 
@@ -53,7 +60,7 @@ def test_siglip_gives_patches_and_its_attention_pooling(tmp_path, pixels):
     views = tower(pixels)
     assert torch.allclose(views.patches, output.last_hidden_state, atol=1e-5)
     assert torch.allclose(views.pooled, output.pooler_output, atol=1e-5)
-    without = load_tower(path, frozen=True, pool=False)
+    without = load_tower(path, frozen=True, pooling=None)
     assert without.model.head is None
     assert torch.allclose(without(pixels).pooled, output.last_hidden_state.mean(dim=1), atol=1e-5)
 
@@ -152,3 +159,59 @@ def test_a_frozen_tower_stays_in_evaluation_mode():
     tower = VisionTower(model, ImageSettings(32), frozen=False)
     assert tower.train().model.training
     assert not tower.eval().model.training
+
+
+def save_clip_alone(directory) -> str:
+    """CLIPVisionModelWithProjection's checkpoint, as CLIP's users search with."""
+    torch.manual_seed(0)
+    sizes = dict(hidden_size=24, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, projection_dim=8)
+    config = CLIPVisionConfig(**sizes, image_size=32, patch_size=8)
+    CLIPVisionModelWithProjection(config).save_pretrained(directory)
+    return str(directory)
+
+
+@pytest.mark.parametrize("whole", [True, False], ids=["whole CLIP", "vision half"])
+def test_the_projected_vector_is_clips_image_embedding(tmp_path, pixels, whole):
+    path = tiny_models.save_clip(tmp_path) if whole else save_clip_alone(tmp_path)
+    tower = load_tower(path, frozen=False, pooling="projected")
+    inputs = normalised(pixels, tower.image)
+    if whole:
+        expected = CLIPModel.from_pretrained(path).eval().get_image_features(inputs).pooler_output
+    else:
+        expected = CLIPVisionModelWithProjection.from_pretrained(path).eval()(inputs).image_embeds
+    views = tower.eval()(pixels)
+    assert tower.pooled_width == 8
+    assert torch.allclose(views.pooled, expected, atol=1e-5)
+    views.pooled.sum().backward()
+    assert all(value.grad is not None for value in tower.parameters())
+    again = tower_from_config(json.loads(json.dumps(tower.describe())), tower.image, frozen=True, pooling="projected")
+    again.load_state_dict(tower.state_dict())
+    assert torch.equal(again(pixels).pooled, views.pooled)
+
+
+def test_other_poolings_are_of_the_same_states(tmp_path, pixels):
+    clip, siglip = tiny_models.save_clip(tmp_path / "clip"), tiny_models.save_siglip(tmp_path / "siglip")
+    auto, cls, mean = (load_tower(clip, frozen=True, pooling=how)(pixels) for how in ("auto", "cls", "mean"))
+    assert torch.equal(auto.pooled, cls.pooled)
+    assert torch.equal(mean.pooled, auto.patches.mean(dim=1))
+    auto, shared = (load_tower(siglip, frozen=True, pooling=how)(pixels) for how in ("auto", "projected"))
+    assert torch.equal(auto.pooled, shared.pooled)  # SigLIP compares this vector with texts as it is
+    with pytest.raises(ModelError, match="has no CLS token"):
+        load_tower(siglip, frozen=True, pooling="cls")
+    ViTModel(ViTConfig(**sizes_of_vit())).save_pretrained(tmp_path / "vit")
+    ViTImageProcessor(size={"height": 32, "width": 32}).save_pretrained(tmp_path / "vit")
+    with pytest.raises(ModelError, match="has no projection into a space that it shares with texts"):
+        load_tower(str(tmp_path / "vit"), frozen=True, pooling="projected")
+
+
+def sizes_of_vit():
+    return dict(
+        hidden_size=24, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2, image_size=32, patch_size=8
+    )
+
+
+def test_the_projected_vector_of_an_openclip_is_its_own_image_feature(tmp_path, pixels):
+    theirs = save_openclip(tmp_path)
+    tower = load_tower(str(tmp_path), frozen=True, pooling="projected")
+    expected = theirs.encode_image(normalised(pixels, tower.image))
+    assert torch.allclose(tower(pixels).pooled, expected, atol=1e-5)

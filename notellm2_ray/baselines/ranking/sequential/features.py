@@ -13,8 +13,8 @@ import torch
 from notellm2_ray.baselines.ranking.sequential.recommender import FrozenFeatures
 from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.images import decode_image
+from notellm2_ray.models.vision.load import load_tower
 from notellm2_ray.models.vision.pixels import ImageSettings
-from notellm2_ray.models.vision.tower import load_tower
 
 log = logging.getLogger(__name__)
 
