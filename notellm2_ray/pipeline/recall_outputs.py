@@ -9,6 +9,7 @@ from notellm2_ray.core.config import shaping, to_plain
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.run import MANIFEST, fingerprint, read_manifest
 from notellm2_ray.core.settings import Settings
+from notellm2_ray.models.embedder.kinds import adapted_module
 from notellm2_ray.pipeline.embedders import (
     is_baseline,
     is_trained,
@@ -76,6 +77,8 @@ def embedder(settings: Settings) -> Planned:
     workspace, parts = workspace_of(settings), parts_of(settings)
     shaped: dict[str, Any] = {"model": shaping(settings.model), "train": shaping(settings.train)}
     reads = {"pairs": workspace.pairs, **model_reads(settings, parts)}
+    if settings.train.lora is not None and is_trained(settings):
+        adapted_module(settings.model)  # fails at once if it must
     if not is_trained(settings):
         shaped["trained"] = False
     elif (source := name_of_source(settings)) is not None:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from notellm2_ray.core.settings import ModelSettings, RaySettings, TrainSettings
+from notellm2_ray.models.embedder.kinds import adapted_module
 from notellm2_ray.train.checkpoints import RunFiles, publish
 from notellm2_ray.train.history import require_logger
 from notellm2_ray.train.launch import absolute, run_training, run_worker
@@ -38,11 +39,11 @@ def train_embedder(
             {step, valid_loss, valid_recall} after every validation.
 
     Returns:
-        steps, pairs, validation_pairs, best_step, best_recall, final_loss, notes_per_s (of all ranks together, in
-        training steps only).
+        steps, pairs, validation_pairs, best_step, best_recall, trained_parameters, final_loss, notes_per_s (of all
+        ranks together, in training steps only).
 
     Raises:
-        ConfigError: the cluster is too small, or a package is missing.
+        ConfigError: the cluster is too small, a package is missing, or the embedder has no LLM for ``train.lora``.
         DataError: pairs or notes are missing or unusable.
         ModelError: a model cannot be read, or the loss is not finite.
         ray.train.TrainingFailedError: workers failed more often than ``train.max_failures``.
@@ -54,6 +55,8 @@ def train_embedder(
         return publish(files, {})
     require_logger(train.logger)
     OBJECTIVES.get(train.objective)  # fails at once if it must
+    if train.lora is not None:
+        adapted_module(model)
     found = Pairs(Path(pairs) / "train.parquet", negatives)
     PairSampler(found, train.batch_pairs, seed, hard_negatives=train.hard_negatives)  # raises now if there are too few
     connect(RaySettings())

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import math
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
@@ -16,6 +16,7 @@ from notellm2_ray.core.settings.train import TrainSettings
 from notellm2_ray.train import distributed
 from notellm2_ray.train.batches import NotePreparer, PreparedNotes
 from notellm2_ray.train.checkpoints import RunFiles
+from notellm2_ray.train.engine import num_trained
 from notellm2_ray.train.engines import make_engine
 from notellm2_ray.train.objectives import Loss, loss_of
 from notellm2_ray.train.pairs import PairBatch, Pairs
@@ -24,6 +25,9 @@ from notellm2_ray.train.sampler import PairSampler
 from notellm2_ray.train.schedule import num_steps
 from notellm2_ray.train.step import EmbedderStep, StepOutput
 from notellm2_ray.train.validation import Validation, ValidationScore
+
+if TYPE_CHECKING:
+    from notellm2_ray.models.embedder.encoder import NoteEncoder
 
 log = logging.getLogger("notellm2_ray")
 
@@ -52,15 +56,15 @@ class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
         Args:
             report: called on every rank with a checkpoint's directory and figures, when it is complete.
         """
-        from notellm2_ray.models.embedder.build import build_encoder
-
         job = job._replace(train=resolved_precision(job.train, device))
         super().__init__(RunFiles(job.output), job.train, job.seed, device, report)
         self.job = job
-        self.encoder = build_encoder(job.model, job.seed, llm_path=job.llm_path, vision_path=job.vision_path)
-        self.encoder.trained_dimensions = _fitting(job.train.dimensions, self.encoder.embedding_dim)
+        self.encoder = _encoder(job)
+        if job.train.lora is not None:
+            _adapt(self.encoder, job)
         self.loss = loss_of(job.model, job.train)
         self.module = _module(self.encoder.model, self.loss, job)
+        self._num_trained = num_trained(self.module)
         self.engine = make_engine(self.module, job.train, device)
         self._read_data()
         self.total = num_steps(job.train, self.sampler.steps_per_epoch)
@@ -117,10 +121,17 @@ class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
         return by_recall if self.settings.best_by == "recall" else score.loss < (self.state.best_loss or math.inf)
 
     def write_weights(self, directory: Path) -> None:
+        from notellm2_ray.models.embedder.adapt import save_merged
         from notellm2_ray.models.embedder.encoder import save_weights
 
-        weights = self.engine.state_dict()
-        if weights is not None:
+        lora = self.settings.lora
+        weights = self.engine.state_dict(trained_only=lora is not None)
+        if weights is None:
+            return
+        if lora is not None:
+            # Frozen weights may be in bfloat16 here, or divided among the ranks: they are read once more.
+            save_merged(_encoder(self.job), lora, weights, directory)
+        else:
             save_weights(weights, directory)
             self.encoder.save_description(directory)
 
@@ -129,7 +140,27 @@ class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
             "pairs": len(self.sampler.pairs),
             "validation_pairs": len(self.validation),
             "best_recall": self.state.best_score,
+            "trained_parameters": self._num_trained,
         }
+
+
+def _encoder(job: EmbedderJob) -> NoteEncoder:
+    """The embedder before any training, in float32."""
+    from notellm2_ray.models.embedder.build import build_encoder
+
+    encoder = build_encoder(job.model, job.seed, llm_path=job.llm_path, vision_path=job.vision_path)
+    encoder.trained_dimensions = _fitting(job.train.dimensions, encoder.embedding_dim)
+    return encoder
+
+
+def _adapt(encoder: NoteEncoder, job: EmbedderJob) -> None:
+    from notellm2_ray.models.embedder.adapt import adapt_llm
+    from notellm2_ray.models.lora import store_frozen_linears_in_bf16
+
+    assert job.train.lora is not None
+    adapted = adapt_llm(encoder, job.train.lora, job.seed)
+    if job.train.precision == "bf16":
+        store_frozen_linears_in_bf16(adapted)
 
 
 def _module(model: Any, loss: Loss, job: EmbedderJob) -> EmbedderStep:

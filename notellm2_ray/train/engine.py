@@ -10,6 +10,12 @@ import torch
 from torch import nn
 
 from notellm2_ray.core.settings.train import TrainSettings
+from notellm2_ray.models.lora import is_lora
+
+# The best rate of LoRA is about ten times that of full fine-tuning, whatever the rank ("LoRA Without Regret", 2025).
+_LORA_FACTOR = 10
+_START = {False: "pretrained", True: "fresh"}
+_DECAYS = (False, True)
 
 
 class StepModule(Protocol):
@@ -55,20 +61,29 @@ def parameter_groups(module: StepModule, settings: TrainSettings) -> list[dict[s
 
     Parameters of fewer than two dimensions (biases, norms, the temperature) have no weight decay.
     """
-    peaks = (settings.learning_rate, settings.connector_learning_rate or settings.learning_rate)
-    groups: dict[tuple[bool, bool], list[nn.Parameter]] = {}
+    peaks = {"pretrained": settings.learning_rate, "fresh": settings.connector_learning_rate or settings.learning_rate}
+    if settings.lora is not None:
+        peaks["lora"] = settings.lora.learning_rate or _LORA_FACTOR * settings.learning_rate
+    groups: dict[tuple[str, bool], list[nn.Parameter]] = {(kind, decays): [] for kind in peaks for decays in _DECAYS}
     for name, parameter in module.model.named_parameters():
         if parameter.requires_grad:
-            groups.setdefault((module.model.is_fresh(name), parameter.dim() >= 2), []).append(parameter)
+            kind = "lora" if "lora" in peaks and is_lora(name) else _START[module.model.is_fresh(name)]
+            groups[kind, parameter.dim() >= 2].append(parameter)
     return [
         {
             "params": parameters,
-            "lr": peaks[fresh],
-            "peak": peaks[fresh],
+            "lr": peaks[kind],
+            "peak": peaks[kind],
             "weight_decay": settings.weight_decay if decays else 0.0,
         }
-        for (fresh, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
+        for (kind, decays), parameters in groups.items()
+        if parameters
     ]
+
+
+def num_trained(module: StepModule) -> int:
+    """How many numbers are trained; to be asked before an engine has divided them among the ranks."""
+    return sum(parameter.numel() for _, parameter in module.named_parameters() if parameter.requires_grad)
 
 
 def adamw(groups: list[dict[str, Any]], settings: TrainSettings) -> torch.optim.AdamW:

@@ -21,6 +21,7 @@ from notellm2_ray.models.ranker.model import RankerModel, answer_loss, answer_pr
 from notellm2_ray.train import distributed
 from notellm2_ray.train.batches import prefetched
 from notellm2_ray.train.checkpoints import RunFiles
+from notellm2_ray.train.engine import num_trained
 from notellm2_ray.train.engines import make_engine
 from notellm2_ray.train.ranker_data import QuestionPreparer, RankerFiles, RankerRows, length_groups, split_groups
 from notellm2_ray.train.run_loop import Report, TrainingRun, resolved_precision
@@ -74,6 +75,7 @@ class RankerRun(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
         prompter = RankerPrompter(self.chat, job.ranker, job.language)
         self.preprocessor = RankerPreprocessor(prompter, load_processor(job.model_path), tune.loss_on)
         self._blank = self.preprocessor.blank() if self._needs_blanks() else None
+        self._num_trained = num_trained(self.module)
         self.engine = make_engine(self.module, settings, device)
         self._read_data()
         steps = max(1, int(tune.epochs * self.sampler.steps_per_epoch))
@@ -138,7 +140,7 @@ class RankerRun(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
     def figures(self) -> dict[str, Any]:
         return {
             "best_auc": self.state.best_score,
-            "trained_parameters": sum(p.numel() for p in self.ranker.parameters() if p.requires_grad),
+            "trained_parameters": self._num_trained,
         }
 
     def _not_finite(self, step: int, loss: float, rows: np.ndarray, finite: torch.Tensor) -> ModelError:

@@ -78,6 +78,12 @@ def test_settings_of_resources_are_marked_as_such():
         assert left == [], name
 
 
+def test_lora_is_refused_for_an_embedder_without_an_llm_before_anything_runs(tmp_path):
+    settings = settings_of(tmp_path, "train.lora={rank: 4}", "evaluate.embedders=[basic,image_only]")
+    with pytest.raises(ConfigError, match="model.variant=image_only trains none"):
+        states(settings, "run-retrieval")
+
+
 def test_a_changed_setting_invalidates_only_the_outputs_that_depend_on_it(tmp_path):
     pretend(settings_of(tmp_path))
     found = states(settings_of(tmp_path, "preferences.max_tokens=24"), "run")

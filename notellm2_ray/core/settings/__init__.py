@@ -39,7 +39,7 @@ from notellm2_ray.core.settings.ranking import (
 from notellm2_ray.core.settings.retrieval import EmbedSettings, EvaluateSettings, IndexSettings, NegativeSettings
 from notellm2_ray.core.settings.serve import ServeSettings
 from notellm2_ray.core.settings.sources import SOURCES, AnySource, default_source
-from notellm2_ray.core.settings.train import TrainSettings
+from notellm2_ray.core.settings.train import LoraSettings, TrainSettings
 
 __all__ = [
     "CandidateSettings",
@@ -48,6 +48,7 @@ __all__ = [
     "EvaluateSettings",
     "GenerationSettings",
     "IndexSettings",
+    "LoraSettings",
     "ModelSettings",
     "NegativeSettings",
     "PairSettings",

@@ -9,6 +9,20 @@ from pydantic import Field, model_validator
 from notellm2_ray.core.config import Frozen, added, resource
 
 
+class LoraSettings(Frozen):
+    """LoRA for the embedder's LLM: its weights are frozen, and small matrices beside its linear layers are trained.
+
+    Parts that start from random values are trained in full, as without LoRA.
+    """
+
+    rank: int = Field(16, ge=1, description="rank of the matrices")
+    alpha: float = Field(32, gt=0, description="scale: the matrices' product is multiplied by alpha / rank")
+    dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the matrices' input")
+    learning_rate: float | None = Field(
+        None, gt=0, description="peak learning rate of the matrices; null: ten times train.learning_rate"
+    )
+
+
 class TrainSettings(Frozen):
     """How the embedder is trained; the defaults are the paper's Table 8."""
 
@@ -30,6 +44,9 @@ class TrainSettings(Frozen):
     learning_rate: float = Field(3e-6, gt=0, description="peak learning rate of AdamW")
     connector_learning_rate: float | None = Field(
         None, gt=0, description="peak learning rate of randomly initialised parts; null: learning_rate"
+    )
+    lora: LoraSettings | None = added(
+        None, description="train the LLM with LoRA, as in {rank: 16, alpha: 32}; null: train all its weights"
     )
     betas: tuple[float, float] = Field((0.9, 0.999), description="decay rates of AdamW's moments")
     epsilon: float = Field(1e-8, gt=0, description="AdamW's epsilon")

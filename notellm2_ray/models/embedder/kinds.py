@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
+from notellm2_ray.core.errors import ConfigError
 from notellm2_ray.core.registry import Registry
 from notellm2_ray.core.schema import Note
 from notellm2_ray.core.settings.model import ModelSettings
@@ -100,6 +101,7 @@ class EmbedderKind:
         parts: settings -> the pretrained models that it is built from, of ``llm`` and ``vision``.
         natural_inputs: settings -> the parts of a note that it is made for.
         packaged_llm: which packaged model ``model.llm=packaged`` is.
+        adapted: settings -> the name of the network's module that LoRA adapts, a Hugging Face model; None: it has none.
     """
 
     build: Callable[[ModelSettings, int, str, str, str], tuple[Any, Any]]
@@ -109,6 +111,7 @@ class EmbedderKind:
     parts: Callable[[ModelSettings], tuple[str, ...]]
     natural_inputs: Callable[[ModelSettings], Inputs]
     packaged_llm: Literal["llm", "mllm"] = "llm"
+    adapted: Callable[[ModelSettings], str | None] = lambda settings: None
 
 
 EMBEDDERS: Registry[EmbedderKind] = Registry(
@@ -128,3 +131,18 @@ def kind_of(settings: ModelSettings) -> EmbedderKind:
         ConfigError: there is no such kind.
     """
     return EMBEDDERS.get(settings.kind)
+
+
+def adapted_module(settings: ModelSettings) -> str:
+    """Name of the network's module that LoRA adapts.
+
+    Raises:
+        ConfigError: the embedder has no LLM that LoRA could adapt.
+    """
+    name = kind_of(settings).adapted(settings)
+    if name is None:
+        raise ConfigError(
+            f"train.lora adapts an LLM, and the embedder of model.kind={settings.kind}, "
+            f"model.variant={settings.variant} trains none: set train.lora=null for it"
+        )
+    return name

@@ -62,4 +62,5 @@ KIND = EmbedderKind(
     parts=lambda settings: ("llm",),
     natural_inputs=lambda settings: "multimodal",
     packaged_llm="mllm",
+    adapted=lambda settings: "mllm",
 )

@@ -100,6 +100,16 @@ def _natural_inputs(settings: ModelSettings) -> Inputs:
     return "image" if variant.prompt is None else "multimodal" if variant.sees_images else "text"
 
 
+def _adapted(settings: ModelSettings) -> str | None:
+    return None if VARIANTS[settings.variant].prompt is None else "llm"
+
+
 KIND = EmbedderKind(
-    build=_build, describe=_describe, load=_load, parts=_parts, natural_inputs=_natural_inputs, config=_config
+    build=_build,
+    describe=_describe,
+    load=_load,
+    parts=_parts,
+    natural_inputs=_natural_inputs,
+    config=_config,
+    adapted=_adapted,
 )
