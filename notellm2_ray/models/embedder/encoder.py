@@ -22,7 +22,9 @@ from notellm2_ray.models.embedder.kinds import Features, Inputs, kind_of
 from notellm2_ray.models.embedder.storage import (
     CONFIG_FILE,
     FORMAT,
+    describe_to_sentence_transformers,
     load_weights,
+    local_directory,
     read_config,
     save_weights,
 )
@@ -165,7 +167,10 @@ class NoteEncoder:
         return vectors
 
     def save_pretrained(self, path: str | Path) -> None:
-        """Write the self-describing directory: config.json, model*.safetensors, tokenizer, preprocessor_config.json."""
+        """Write the self-describing directory: config.json, model*.safetensors, tokenizer, preprocessor_config.json.
+
+        ``SentenceTransformer(path, trust_remote_code=True)`` loads it too, by its modules.json.
+        """
         self.save_description(path)
         save_weights(self.model.state_dict(), Path(path))
 
@@ -177,6 +182,7 @@ class NoteEncoder:
         (directory / CONFIG_FILE).write_text(
             json.dumps(self._config(), indent=2, ensure_ascii=False) + "\n", encoding="utf-8"
         )
+        describe_to_sentence_transformers(directory)
 
     def _config(self) -> dict[str, Any]:
         return {
@@ -200,6 +206,7 @@ class NoteEncoder:
         """Read a directory written by :meth:`save_pretrained`.
 
         Args:
+            path: the directory, or the repository on the Hugging Face hub that it was uploaded to.
             precision: of the weights, ``fp32`` or ``bf16``; the temperature stays float32.
             attention: implementation; default: as in training, except flash attention, which does not run on a CPU.
             dimensions: length to which all vectors are cut, one that it was trained for; None: they are whole.
@@ -208,12 +215,13 @@ class NoteEncoder:
             ConfigError: it was not trained for vectors of that length.
             ModelError: the directory is missing or incomplete, or holds another kind of model.
         """
-        settings, values = read_config(path)
+        directory = local_directory(path)
+        settings, values = read_config(directory)
         trained_with = settings.attention
         attention = attention or ("sdpa" if trained_with == "flash_attention_2" and device == "cpu" else trained_with)
         with no_init_weights():
-            model, preprocessor = kind_of(settings).load(settings, values, Path(path), attention)
-        load_weights(model, Path(path), device)
+            model, preprocessor = kind_of(settings).load(settings, values, directory, attention)
+        load_weights(model, directory, device)
         model = model.to(device).to_precision(precision).eval()
         encoder = cls(model, preprocessor, values.get("dimensions", ()))
         encoder.dimensions = None if dimensions is None else encoder.checked(dimensions)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,37 @@ FORMAT = 1
 CONFIG_FILE = "config.json"
 _INDEX_FILE = "model.safetensors.index.json"
 _SINGLE_FILE = "model.safetensors"
+
+# What sentence-transformers reads: our class is the only module, and its files are in the directory itself. Vectors are
+# compared by cosine, and the embedder has its prompt in itself.
+_SENTENCE_TRANSFORMERS = {
+    "modules.json": [
+        {"idx": 0, "name": "0", "path": "", "type": "notellm2_ray.models.sentence_transformer.NoteTransformer"}
+    ],
+    "config_sentence_transformers.json": {
+        "model_type": "SentenceTransformer",
+        "prompts": {"query": "", "document": ""},
+        "default_prompt_name": None,
+        "similarity_fn_name": "cosine",
+    },
+}
+
+
+def local_directory(name: str | Path) -> Path:
+    """``name`` as a path; a name such as ``me/notes`` that is no path here is downloaded from the Hugging Face hub.
+
+    Raises:
+        ModelError: there is neither, or the hub cannot be reached.
+    """
+    if Path(name).exists() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(name)):
+        return Path(name)
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(str(name)))
+    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+        raise ModelError(f"there is no directory {name}, and the hub gives no such repository: {error}") from error
 
 
 def read_config(path: str | Path) -> tuple[ModelSettings, dict[str, Any]]:
@@ -50,6 +82,12 @@ def read_config(path: str | Path) -> tuple[ModelSettings, dict[str, Any]]:
         return build(ModelSettings, values["settings"]), values
     except (ConfigError, KeyError) as error:
         raise ModelError(f"{directory / CONFIG_FILE} does not describe an embedder: {error}") from error
+
+
+def describe_to_sentence_transformers(directory: Path) -> None:
+    """Write the files with which ``SentenceTransformer(directory)`` finds the embedder; our own loader ignores them."""
+    for name, values in _SENTENCE_TRANSFORMERS.items():
+        (directory / name).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
 
 
 def save_weights(state: Mapping[str, torch.Tensor], directory: Path, max_shard_size: str = "5GB") -> None:

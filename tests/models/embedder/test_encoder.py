@@ -171,6 +171,18 @@ def test_flash_attention_of_training_is_not_needed_on_a_cpu(saved):
     assert NoteEncoder.from_pretrained(saved).encode(tiny_models.notes(1)).shape == (1, 16)
 
 
+def test_a_repository_of_the_hub_is_downloaded(saved, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.snapshot_download", {"me/notes": str(saved)}.__getitem__)
+    assert NoteEncoder.from_pretrained("me/notes").settings == NoteEncoder.from_pretrained(saved).settings
+
+    def absent(name):
+        raise OSError("404")
+
+    monkeypatch.setattr("huggingface_hub.snapshot_download", absent)
+    with pytest.raises(ModelError, match="no directory me/other, and the hub gives no such repository: 404"):
+        NoteEncoder.from_pretrained("me/other")
+
+
 def write_config(directory: Path, config) -> str:
     config.save_pretrained(directory)
     return str(directory)
