@@ -11,6 +11,7 @@ import logging
 import sys
 import textwrap
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import yaml
@@ -158,6 +159,17 @@ def parser() -> argparse.ArgumentParser:
         sections=("model", "embed"),
     )
     _common(swap)
+    export = verbs.add_parser(
+        "export-model",
+        help="copy a trained embedder out of the workspace, or upload it to the Hugging Face hub",
+        description="Copy or upload the embedder that the settings name, with its model card. Both "
+        "notellm2_ray.NoteEncoder and SentenceTransformer load the result.",
+        sections=("model",),
+    )
+    export.add_argument("--output", metavar="DIRECTORY", type=Path, help="new directory to copy it to")
+    export.add_argument("--push", metavar="REPOSITORY", help="repository on the hub to upload it to, as in me/notes")
+    export.add_argument("--private", action="store_true", help="make a new repository private")
+    _common(export)
     verbs.add_parser("doctor", help="list the sockets of Ray and the service that other machines can reach")
     verbs.add_parser("env", help="print versions and devices")
     return top
@@ -211,6 +223,11 @@ def _dispatch(options: argparse.Namespace) -> None:
         from notellm2_ray.online.swap import swap_embedder
 
         print(swap_embedder(settings))
+        return
+    if options.verb == "export-model":
+        from notellm2_ray.pipeline.export_model import export_model
+
+        print(export_model(settings, output=options.output, push=options.push, private=options.private))
         return
     if options.verb == "settings":
         print(yaml.safe_dump(to_plain(settings), sort_keys=False, allow_unicode=True), end="")

@@ -126,6 +126,10 @@ class Workspace:
         """The training pairs with the column ``negatives``."""
         return self.negatives(name) / "negatives.parquet"
 
+    def semantic_ids(self, name: str) -> Path:
+        """Semantic ids of the notes in an embedder's table, and their codebooks."""
+        return self.root / "semantic_ids" / name
+
     # --- the recommender
 
     @property

@@ -109,21 +109,48 @@ def read_vectors(path: str | Path, column: str = "embedding") -> tuple[np.ndarra
     Raises:
         DataError: there is no table, it is of another kind, or it has no such column.
     """
-    table = _open(path)
-    info = _info(table, path)
-    if column not in info.columns:
-        raise DataError(
-            f"{path} has no column {column!r}, only {', '.join(info.columns)}: run embed-notes with those inputs first"
-        )
+    info = table_info(path)
     ids = np.empty(info.rows, dtype=object)
     vectors = np.empty((info.rows, info.embedding_dim), dtype=np.float32)
     row = 0
-    for batch in table.scanner(columns=["note_id", column], scan_in_order=True).to_batches():
-        rows = slice(row, row + batch.num_rows)
-        ids[rows] = batch.column(0).to_pylist()
-        vectors[rows] = _matrix(batch.column(1))
-        row = rows.stop
+    for names, matrix in iter_vectors(path, column):
+        rows = slice(row, row := row + len(matrix))
+        ids[rows], vectors[rows] = names.to_pylist(), matrix
     return ids, vectors
+
+
+def iter_vectors(path: str | Path, column: str = "embedding") -> Iterator[tuple[pa.StringArray, np.ndarray]]:
+    """The ids and (B, D) vectors of batches of an embedding table, in the order in which they were written.
+
+    Raises:
+        DataError: as :func:`read_vectors`.
+    """
+    table = _open_with(path, column)
+    for batch in table.scanner(columns=["note_id", column], scan_in_order=True).to_batches():
+        yield batch.column(0), _matrix(batch.column(1))
+
+
+def take_vectors(path: str | Path, rows: np.ndarray, column: str = "embedding") -> np.ndarray:
+    """The vectors of some rows of an embedding table: (M,) row numbers to (M, D) float32, in the order asked for.
+
+    Raises:
+        DataError: as :func:`read_vectors`.
+    """
+    order = np.argsort(rows)
+    taken = _open_with(path, column).take(rows[order].tolist(), columns=[column]).column(0).combine_chunks()
+    vectors = np.empty((len(rows), taken.type.list_size), np.float32)
+    vectors[order] = _matrix(taken)
+    return vectors
+
+
+def _open_with(path: str | Path, column: str) -> Any:
+    table = _open(path)
+    columns = _info(table, path).columns
+    if column not in columns:
+        raise DataError(
+            f"{path} has no column {column!r}, only {', '.join(columns)}: run embed-notes with those inputs first"
+        )
+    return table
 
 
 class _Checked(Iterator[pa.RecordBatch]):

@@ -130,6 +130,13 @@ def ann_index(settings: Settings) -> Planned:
     )
 
 
+def semantic_ids(settings: Settings) -> Planned:
+    workspace, name = workspace_of(settings), settings.embedder_name
+    shaped = {"ids": shaping(settings.ids), "seed": settings.seed}
+    reads = {"embeddings": workspace.embeddings(name, "all")}
+    return Planned("export-ids", workspace.semantic_ids(name), shaped, reads, name=name)
+
+
 def evaluation(settings: Settings, compared: Sequence[Settings]) -> Planned:
     workspace = workspace_of(settings)
     reads = {each.embedder_name: workspace.embeddings(each.embedder_name, "test") for each in compared}

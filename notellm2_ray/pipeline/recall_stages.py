@@ -13,6 +13,7 @@ from notellm2_ray.core.settings import Settings
 from notellm2_ray.lessons.corpus import captions_for_clip, questions_for_llm
 from notellm2_ray.pipeline import embedders
 from notellm2_ray.pipeline import recall_outputs as outputs
+from notellm2_ray.pipeline.export_model import facts_of
 from notellm2_ray.pipeline.recall_comparison import compare
 from notellm2_ray.pipeline.seeds import drawn_with, recall_workspace
 from notellm2_ray.pipeline.stage import Planned, require, run_stage, workspace_of
@@ -81,7 +82,11 @@ def planned_tiny(settings: Settings) -> list[Planned]:
 
 
 def train_embedder(settings: Settings) -> dict[str, Any]:
-    """Train the embedder that the settings name; first mine the negatives that it is to be trained with, if any."""
+    """Train the embedder that the settings name, and write its model card.
+
+    The negatives that it is to be trained with, if any, are mined first.
+    """
+    from notellm2_ray.models.embedder.card import write_card
     from notellm2_ray.train.embedder import train_embedder as work
 
     if (source := embedders.source_of_negatives(settings)) is not None:
@@ -113,7 +118,12 @@ def train_embedder(settings: Settings) -> dict[str, Any]:
         (output / "history.jsonl").write_text("", encoding="utf-8")
         return {"steps": 0, "model_fingerprint": encoder.fingerprint}
 
-    return run_stage(outputs.embedder(settings), run if embedders.is_trained(settings) else save_untrained)
+    def run_and_describe(output: Path) -> dict[str, Any]:
+        counts = run(output) if embedders.is_trained(settings) else save_untrained(output)
+        write_card(output / "model", facts_of(settings, counts))
+        return counts
+
+    return run_stage(outputs.embedder(settings), run_and_describe)
 
 
 def planned_embedder(settings: Settings) -> list[Planned]:
@@ -223,6 +233,21 @@ def build_index(settings: Settings) -> dict[str, Any]:
 
 def planned_index(settings: Settings) -> list[Planned]:
     return [outputs.ann_index(embedders.resolved(settings))]
+
+
+def export_ids(settings: Settings) -> dict[str, Any]:
+    """Write semantic ids of all embedded notes."""
+    from notellm2_ray.index.id_table import write_ids
+
+    settings = embedders.resolved(settings)
+    table = workspace_of(settings).embedding_table(settings.embedder_name, "all")
+    return run_stage(
+        outputs.semantic_ids(settings), lambda output: write_ids(table, output, settings.ids, settings.seed)
+    )
+
+
+def planned_ids(settings: Settings) -> list[Planned]:
+    return [outputs.semantic_ids(embedders.resolved(settings))]
 
 
 def eval_retrieval(settings: Settings) -> dict[str, Any]:

@@ -97,6 +97,15 @@ STAGES: list[Stage] = [
         in_a_run=lambda settings: [embedders.chosen_embedder(settings)],
     ),
     Stage(
+        "export-ids",
+        "write semantic ids of the embedded notes: residual k-means codes",
+        ("ids",),
+        needs=("embed-notes",),
+        outputs=recall.planned_ids,
+        work=recall.export_ids,
+        in_a_run=lambda settings: [embedders.chosen_embedder(settings)],
+    ),
+    Stage(
         "eval-retrieval",
         "compare the trained embedders and baselines on the test pairs",
         ("evaluate",),

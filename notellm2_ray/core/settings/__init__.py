@@ -36,7 +36,13 @@ from notellm2_ray.core.settings.ranking import (
     SummarySettings,
     TuneSettings,
 )
-from notellm2_ray.core.settings.retrieval import EmbedSettings, EvaluateSettings, IndexSettings, NegativeSettings
+from notellm2_ray.core.settings.retrieval import (
+    EmbedSettings,
+    EvaluateSettings,
+    IdSettings,
+    IndexSettings,
+    NegativeSettings,
+)
 from notellm2_ray.core.settings.serve import ServeSettings
 from notellm2_ray.core.settings.sources import SOURCES, AnySource, default_source
 from notellm2_ray.core.settings.train import LoraSettings, TrainSettings
@@ -47,6 +53,7 @@ __all__ = [
     "EmbedderSettings",
     "EvaluateSettings",
     "GenerationSettings",
+    "IdSettings",
     "IndexSettings",
     "LoraSettings",
     "ModelSettings",
@@ -104,6 +111,7 @@ class Settings(Frozen):
     embed: EmbedSettings = Field(EmbedSettings(), description="bulk embedding")
     index: IndexSettings = Field(IndexSettings(), description="ANN index")
     negatives: NegativeSettings = Field(NegativeSettings(), description="mining of hard negatives")
+    ids: IdSettings = Field(IdSettings(), description="semantic ids")
     evaluate: EvaluateSettings = Field(EvaluateSettings(), description="evaluation of recall")
     sequences: SequenceSettings = Field(SequenceSettings(), description="user histories and their blocks")
     candidates: CandidateSettings = Field(CandidateSettings(), description="targets, negatives and user splits")

@@ -104,6 +104,27 @@ class NegativeSettings(Frozen):
         return self
 
 
+class IdSettings(Frozen):
+    """Semantic ids: residual k-means codes of the embedding table, which generative recommenders start from."""
+
+    levels: int = Field(3, ge=1, description="codes of a note, from coarse to fine")
+    codebook_size: int = Field(256, ge=2, description="values of a code: centroids on each level")
+    iterations: int = Field(25, ge=1, description="iterations of k-means on each level")
+    train_notes: int = Field(100_000, ge=2, description="most notes that the codebooks are learned from")
+    tell_apart: bool = Field(
+        True, description="end each id in a digit, 0, 1, ..., that tells notes with the same codes apart"
+    )
+
+    @model_validator(mode="after")
+    def _enough_to_learn_from(self) -> IdSettings:
+        if self.train_notes < self.codebook_size:
+            raise ValueError(
+                f"ids.train_notes ({self.train_notes}) is below ids.codebook_size ({self.codebook_size}): a centroid "
+                "needs at least one note"
+            )
+        return self
+
+
 class EvaluateSettings(Frozen):
     """Recall of the target note in the test pool, as the paper measures it."""
 
