@@ -56,8 +56,9 @@ class NoteTransformer(InputModule):
 
     @property
     def max_seq_length(self) -> int | None:
-        """Tokens of the longest prompt; longer notes are cut as in training."""
-        return getattr(self.encoder.preprocessor, "max_tokens", None)
+        """Tokens of the longest prompt, if all have one bound; longer notes are cut as in training."""
+        longest = getattr(self.encoder.preprocessor, "max_tokens", None)
+        return longest if isinstance(longest, int) else None
 
     def get_embedding_dimension(self) -> int:
         """D, the length of a vector."""
@@ -82,7 +83,8 @@ class NoteTransformer(InputModule):
     def forward(self, features: dict[str, Any], **kwargs: Any) -> dict[str, Any]:
         """Adds ``sentence_embedding``: (N, D) float32, each row of length one."""
         batch = features["notes"].to(self.encoder.device)
-        return {**features, "sentence_embedding": F.normalize(self.model(batch).multimodal, dim=-1)}
+        vectors = self.model(batch).multimodal[:, : self.encoder.embedding_dim]
+        return {**features, "sentence_embedding": F.normalize(vectors, dim=-1)}
 
     def save(self, output_path: str, *args: Any, safe_serialization: bool = True, **kwargs: Any) -> None:
         """Write the embedder's self-describing directory; the weights are always safetensors."""

@@ -15,11 +15,12 @@ from sentence_transformers import SentenceTransformer
 
 from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.schema import Note
+from notellm2_ray.core.settings import ModelSettings
 from notellm2_ray.models.embedder.build import build_encoder
 from notellm2_ray.models.embedder.encoder import NoteEncoder
 from notellm2_ray.models.note_inputs import as_note, image_bytes
 from notellm2_ray.models.sentence_transformer import NoteTransformer
-from tests.support import tiny_models
+from tests.support import mllms, tiny_models
 
 
 def write(directory: Path, variant: str = "notellm2") -> Path:
@@ -92,6 +93,28 @@ def test_similarity_normalisation_prompts_and_truncation(model, encoder):
     assert_same(model.encode(texts, truncate_dim=6, normalize_embeddings=True), cut)
     assert_same(model.encode(texts[1], prompt="red "), encoder.encode([Note("x", content="red blue sofa")])[0])
     assert model.encode([]).size == 0
+
+
+def test_vectors_trained_for_several_lengths_are_cut_in_either_library(path, tmp_path):
+    encoder = NoteEncoder.from_pretrained(path)
+    encoder.trained_dimensions = (16, 6)
+    encoder.save_pretrained(tmp_path)
+    notes = tiny_models.notes(3)
+    model = SentenceTransformer(str(tmp_path), device="cpu", trust_remote_code=True, truncate_dim=6)
+    assert model.get_embedding_dimension() == 6
+    assert_same(model.encode(notes, normalize_embeddings=True), encoder.encode(notes, dimensions=6))
+    cut = SentenceTransformer(modules=[NoteTransformer(NoteEncoder.from_pretrained(tmp_path, dimensions=6))])
+    assert_same(cut.encode(notes), encoder.encode(notes, dimensions=6))
+
+
+def test_a_multimodal_llm_gives_the_same_vectors(tmp_path):
+    settings = ModelSettings(kind="mllm", llm="somewhere", embedding_dim=None, max_body_tokens=200)
+    path = mllms.save("qwen2_vl", tmp_path / "mllm")
+    encoder = build_encoder(settings, 1, llm_path=path, vision_path="")
+    encoder.save_pretrained(tmp_path / "model")
+    model = SentenceTransformer(str(tmp_path / "model"), device="cpu", trust_remote_code=True)
+    notes = tiny_models.notes(3, without_image=[1])
+    assert_same(model.encode(notes), encoder.encode(notes))
 
 
 def test_it_is_saved_and_loaded_again_by_either_library(model, encoder, path, tmp_path):

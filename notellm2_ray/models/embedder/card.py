@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from pydantic import BaseModel
+
 from notellm2_ray import __version__
+from notellm2_ray.core.config import shaping
 from notellm2_ray.core.settings.model import ModelSettings
 from notellm2_ray.core.settings.train import TrainSettings
 from notellm2_ray.models.embedder.kinds import kind_of
@@ -17,6 +21,8 @@ _OWN_MODELS = {
     "tiny": "a tiny model trained from scratch on the training notes",
     "packaged": "the tiny model that comes with notellm2-ray",
 }
+_TOLD_OF_MODEL = {"kind", "llm", "vision", "variant", "embedding_dim"}
+_TOLD_OF_TRAINING = {"seed", "objective", "batch_pairs", "learning_rate", "precision"}
 _SEEN = {"multimodal": "image, title, topics and text", "text": "title, topics and text", "image": "image"}
 
 
@@ -73,8 +79,8 @@ def _front_matter(facts: CardFacts) -> str:
 def _text(facts: CardFacts) -> str:
     model, seen = facts.model, _SEEN[kind_of(facts.model).natural_inputs(facts.model)]
     return f"""# {facts.name}
-Turns a note ({seen}) into a vector of length one with {model.embedding_dim} numbers, so that notes which interest the
-same people lie close together. Made with notellm2-ray {__version__}, after
+Turns a note ({seen}) into a vector of length one, so that notes which interest the same people lie
+close together. Made with notellm2-ray {__version__}, after
 [NoteLLM-2](https://doi.org/10.1145/3690624.3709440).
 
 ## Use
@@ -143,7 +149,8 @@ def _parts(model: ModelSettings) -> dict[str, str]:
     titles = {"llm": "LLM", "vision": "vision encoder"}
     shown = {titles[part]: _OWN_MODELS.get(name, f"`{name}`") for part, name in _base_models(model).items()}
     kind = f"`{model.variant}`" if model.kind == "notellm2" else f"kind `{model.kind}`"
-    return {**shown, "variant": kind, "length of a vector": str(model.embedding_dim)}
+    numbers = "as many as the LLM's hidden state has" if model.embedding_dim is None else str(model.embedding_dim)
+    return {**shown, "variant": kind, "numbers in a vector": numbers, **_changed(model, _TOLD_OF_MODEL)}
 
 
 def _training(facts: CardFacts) -> dict[str, str]:
@@ -162,7 +169,18 @@ def _training(facts: CardFacts) -> dict[str, str]:
         "precision": f"`{train.precision}`",
         "seed": str(train.seed),
         "loss of the last step": f"{figures['final_loss']:.4f}",
+        **_changed(train, _TOLD_OF_TRAINING),
     }
+
+
+def _changed(settings: BaseModel, told: Collection[str]) -> dict[str, str]:
+    """The other settings that shape the model and are not at their defaults, as a row; none if there are none."""
+    defaults = shaping(type(settings)())
+    changed = {
+        name: value for name, value in shaping(settings).items() if name not in told and value != defaults.get(name)
+    }
+    shown = ", ".join(f"`{name}={json.dumps(value, ensure_ascii=False)}`" for name, value in changed.items())
+    return {"other settings": shown} if shown else {}
 
 
 def _table(rows: Mapping[str, str]) -> str:

@@ -51,7 +51,22 @@ def test_it_tells_data_settings_recall_limits_and_licence(tmp_path):
     for told in ("34,567", "890", "4,321", "step 1,000", "2e-05", "**0.4322**", "1.9877", "`Qwen/Qwen3-0.6B`"):
         assert told in text, told
     assert re.findall(r"^## (.+)$", text, re.M) == ["Use", "What it is made of", "Training", "Limits", "Licence"]
-    assert not re.search(r"None|\{|\}(?!\]|\))|TODO|More Information Needed|placeholder", text.replace('{"title"', ""))
+    assert not re.search(r"None|\{[a-z]|TODO|More Information Needed", text)
+
+
+def test_settings_that_differ_from_their_defaults_are_told(tmp_path):
+    model = tiny_models.settings(embedding_dim=None, missing_image="zero", prompt_language="en")
+    train = TrainSettings(hard_negatives=2, negatives_of="basic", gpus_per_worker=4)
+    text = card_of(tmp_path, model=model, train=train).text
+    for told in (
+        '`missing_image="zero"`',
+        "hidden state",
+        "`hard_negatives=2`",
+        '`negatives_of="basic"`',
+        "in\n  English",
+    ):
+        assert told in text, told
+    assert "gpus_per_worker" not in text and "epochs" not in text
 
 
 def test_models_without_a_name_on_the_hub_are_described(tmp_path):
