@@ -12,7 +12,6 @@ no log says so. Of these, a negative of a pair (query, target)
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from collections.abc import Iterator, Sequence
@@ -30,8 +29,8 @@ from notellm2_ray.core.progress import Progress
 from notellm2_ray.core.schema import NEGATIVES, PAIR_SCHEMA
 from notellm2_ray.core.settings.retrieval import IndexSettings, NegativeSettings
 from notellm2_ray.index.ann import AnnIndex
-from notellm2_ray.index.common_clicks import CommonClicks
 from notellm2_ray.index.table import read_vectors
+from notellm2_ray.index.unrelated import CommonClicks, Related, copies_among
 
 log = logging.getLogger("notellm2_ray")
 
@@ -44,7 +43,6 @@ class _Pool(NamedTuple):
 
     ids: np.ndarray  # (N,) object
     vectors: np.ndarray  # (N, D) float32, unit length
-    copies: tuple[np.ndarray, ...]  # (N,) int64 each: equal for notes with the same text, and with the same image
 
 
 def mine_negatives(
@@ -78,10 +76,12 @@ def mine_negatives(
         DataError: no pair has a negative, or the notes and the vectors do not fit.
     """
     ids, vectors = read_vectors(table)
-    pool = _Pool(ids, vectors, _copies(NoteStore(pairs / "train_notes.arrow"), ids))
+    pool = _Pool(ids, vectors)
     trained = pq.read_table(pairs / "train.parquet").select(PAIR_SCHEMA.names)
     ends = _rows_of(trained, ids)
-    related = _Related(pool, np.concatenate([ends, _rows_of(pq.read_table(pairs / "valid.parquet"), ids)]))
+    valid = _rows_of(pq.read_table(pairs / "valid.parquet"), ids)
+    copies = copies_among(NoteStore(pairs / "train_notes.arrow"), ids)
+    related = Related(copies, np.concatenate([ends, valid]))
     common = None
     if settings.max_common_users is not None:
         window = json.loads((pairs / "train_log.json").read_text(encoding="utf-8"))
@@ -99,31 +99,9 @@ def mine_negatives(
     return counts
 
 
-class _Related:
-    """Which notes must not be negatives of a query: its own, those related to it, and copies of any of these."""
-
-    def __init__(self, pool: _Pool, ends: np.ndarray) -> None:
-        ends = ends[(ends >= 0).all(axis=1)]
-        own = np.arange(len(pool.ids))
-        heads = np.concatenate([own, ends[:, 0], ends[:, 1]])
-        tails = np.concatenate([own, ends[:, 1], ends[:, 0]])
-        self._copies = pool.copies
-        self._banned = [np.unique(heads * len(own) + group[tails]) for group in pool.copies]
-
-    def __call__(self, queries: np.ndarray, notes: np.ndarray) -> np.ndarray:
-        """(Q, K) bool, for (Q,) queries and (Q, K) notes."""
-        size = len(self._copies[0])
-        hits = np.zeros(notes.shape, bool)
-        for group, banned in zip(self._copies, self._banned, strict=True):
-            codes = queries[:, None] * size + group[notes]
-            place = np.minimum(np.searchsorted(banned, codes), len(banned) - 1)
-            hits |= banned[place] == codes
-        return hits
-
-
 class _Rules(NamedTuple):
     settings: NegativeSettings
-    related: _Related
+    related: Related
     common: CommonClicks | None
 
 
@@ -210,28 +188,6 @@ def _rows_of(pairs: pa.Table, ids: np.ndarray) -> np.ndarray:
     known = pa.array(ids, pa.string())
     rows = [pc.fill_null(pc.index_in(pairs[name], value_set=known), -1) for name in ("query_id", "target_id")]
     return np.stack([one.to_numpy().astype(np.int64) for one in rows], axis=1)
-
-
-def _copies(store: NoteStore, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(N,) int64 each: the first note with the same text, and with the same image; itself where it has none."""
-    texts: list[bytes] = []
-    images: list[bytes] = []
-    for batch in store.batches(ids.tolist()):
-        columns = [batch.column(name).to_pylist() for name in ("title", "topics", "content", "image")]
-        for title, topics, content, image in zip(*columns, strict=True):
-            parts = [" ".join(part.split()).casefold() for part in (title, *topics, content)]
-            texts.append(_digest("\n".join(parts).encode("utf-8", "surrogatepass")) if any(parts) else b"")
-            images.append(_digest(image) if image else b"")
-    return _first_equal(texts), _first_equal(images)
-
-
-def _digest(data: bytes) -> bytes:
-    return hashlib.blake2b(data, digest_size=16).digest()
-
-
-def _first_equal(values: list[bytes]) -> np.ndarray:
-    first: dict[bytes, int] = {}
-    return np.array([first.setdefault(value, row) if value else row for row, value in enumerate(values)], np.int64)
 
 
 def _counts(mined: _Mined, pool: _Pool, ends: np.ndarray) -> dict[str, Any]:
