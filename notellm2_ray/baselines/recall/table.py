@@ -28,6 +28,7 @@ RECALL_BASELINES: Registry[RecallBaseline] = Registry(
         "item_cf": "notellm2_ray.baselines.recall.item_cf:BASELINE",
         "swing": "notellm2_ray.baselines.recall.swing:BASELINE",
         "popularity": "notellm2_ray.baselines.recall.popularity:BASELINE",
+        "sentence_encoder": "notellm2_ray.baselines.recall.sentence_encoder:BASELINE",
         "random": "notellm2_ray.baselines.recall.random:BASELINE",
     },
 )

@@ -142,10 +142,14 @@ class EvaluateSettings(Frozen):
     )
     baselines: tuple[str, ...] = Field(
         ("bm25", "item_cf", "swing", "popularity", "random"),
-        description="baselines compared with the embedders: bm25, item_cf, swing, popularity, random",
+        description="baselines compared with the embedders: bm25, item_cf, swing, popularity, random, sentence_encoder",
     )
     bm25: Bm25Settings = Field(Bm25Settings(), description="knobs of the baseline bm25")
     swing: SwingSettings = Field(SwingSettings(), description="knobs of the baseline swing")
+    sentence_encoder: str = added(
+        "sentence-transformers/all-MiniLM-L6-v2",
+        description="name or directory of the model of the baseline sentence_encoder (needs sentence-transformers)",
+    )
     one_pair_per_note: bool = Field(
         False,
         description="use each note in at most one test pair and drop queries from the pool, as the published code does",
