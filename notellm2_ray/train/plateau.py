@@ -29,7 +29,7 @@ class Plateau:
             return None
         return (
             f"after {step + 1} steps the loss is {mean:.3f}, and that of vectors that are all alike is "
-            f"{self.level:.3f}: the model has learned next to nothing. Its learning rate may be too low for so few steps "
-            "(train.learning_rate, train.connector_learning_rate), its softmax too sharp for vectors that start "
-            "close together (model.initial_temperature), or the notes of a pair say little about each other"
+            f"{self.level:.3f}: the model has learned next to nothing. Its learning rate may be too low for so "
+            "few steps (train.learning_rate, train.connector_learning_rate), its softmax too sharp for vectors "
+            "that start close together (model.initial_temperature), or the notes of a pair too unlike each other"
         )

@@ -27,7 +27,9 @@ def sentence_vectors(model: str, texts: Sequence[str]) -> np.ndarray:
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError as error:
-        raise ConfigError("the baseline sentence_encoder needs: pip install 'notellm2-ray[sentence]'") from error
+        raise ConfigError(
+            "the baseline sentence_encoder needs: pip install 'notellm2-ray[sentence-transformers]'"
+        ) from error
     encoder = _load(SentenceTransformer, model)
     distinct, rows = np.unique(np.array(texts, dtype=object), return_inverse=True)
     vectors = encoder.encode(distinct.tolist(), normalize_embeddings=True, convert_to_numpy=True)
