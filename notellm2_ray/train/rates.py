@@ -1,0 +1,37 @@
+"""Default learning rates of the embedder, by the size of its pretrained models.
+
+The paper fine-tunes seven billion parameters over some 8,000 steps at 3e-6 (Table 8). A small model learns nothing at
+that rate in a run of ordinary length. Good rates fall with the size of a model; here as its number of parameters to the
+power of -2/3, which is the paper's rate at its size and some 4e-5 at 135 million. Below 3 million parameters it stays at
+what the tiny models of this package learn at. docs/models.md has measurements in between.
+
+Parts that start from random values (connector, fusion, projection) have no knowledge to lose and get ten times as much.
+So do the matrices of LoRA (``train.lora.learning_rate``).
+"""
+
+from __future__ import annotations
+
+from notellm2_ray.core.settings.train import TrainSettings
+
+_PAPER_RATE, _PAPER_SIZE = 3e-6, 7e9
+_HIGHEST, _HIGHEST_FRESH = 5e-4, 2e-3  # what the tiny models of this package learn at
+_FRESH_FACTOR = 10
+
+
+def rate_for(parameters: int) -> float:
+    """Peak learning rate for fine-tuning a model of so many parameters, rounded to two digits."""
+    rate = _PAPER_RATE * (_PAPER_SIZE / max(1, parameters)) ** (2 / 3)
+    return float(f"{min(rate, _HIGHEST):.1e}")
+
+
+def with_rates(settings: TrainSettings, parameters: int) -> TrainSettings:
+    """The settings with a learning rate, if they have none.
+
+    Args:
+        parameters: of the pretrained models that are trained or adapted.
+    """
+    if settings.learning_rate is not None:
+        return settings
+    rate = rate_for(parameters)
+    fresh = settings.connector_learning_rate or min(_FRESH_FACTOR * rate, _HIGHEST_FRESH)
+    return settings.model_copy(update={"learning_rate": rate, "connector_learning_rate": fresh})
