@@ -2,7 +2,7 @@
 
 The paper fine-tunes seven billion parameters over some 8,000 steps at 3e-6 (Table 8). A small model learns nothing at
 that rate in a run of ordinary length. Good rates fall with the size of a model; here as its number of parameters to the
-power of -2/3, which is the paper's rate at its size and some 4e-5 at 135 million. Below 3 million parameters it stays at
+power of -2/3, which is the paper's rate at its size and some 4e-5 at 135 million. Below 3 million parameters it is
 what the tiny models of this package learn at. docs/models.md has measurements in between.
 
 Parts that start from random values (connector, fusion, projection) have no knowledge to lose and get ten times as much.
