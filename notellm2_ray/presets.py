@@ -15,8 +15,7 @@ from notellm2_ray.core.config import apply_overrides, build, load_yaml, merge
 from notellm2_ray.core.errors import ConfigError
 from notellm2_ray.core.settings import Settings
 
-# Sizes that two CPU cores train in minutes. The learning rates suit small models trained from scratch; Table 8's
-# 3e-6 is for fine-tuning seven billion parameters over 7,956 steps.
+# Sizes that two CPU cores train in minutes.
 _LAPTOP: dict[str, Any] = {
     "model": {
         "llm": "tiny",
@@ -33,8 +32,6 @@ _LAPTOP: dict[str, Any] = {
         "cpus_per_worker": 2,
         "batch_pairs": 32,
         "epochs": 2,
-        "learning_rate": 5e-4,
-        "connector_learning_rate": 2e-3,
         "precision": "auto",
         "validate_every_steps": 50,
         "checkpoint_every_steps": 50,

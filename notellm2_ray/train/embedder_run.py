@@ -20,6 +20,8 @@ from notellm2_ray.train.engine import num_trained
 from notellm2_ray.train.engines import make_engine
 from notellm2_ray.train.objectives import Loss, loss_of
 from notellm2_ray.train.pairs import PairBatch, Pairs
+from notellm2_ray.train.plateau import Plateau
+from notellm2_ray.train.rates import num_pretrained, with_rates
 from notellm2_ray.train.run_loop import Report, TrainingRun, resolved_precision
 from notellm2_ray.train.sampler import PairSampler
 from notellm2_ray.train.schedule import num_steps
@@ -58,8 +60,9 @@ class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
         """
         job = job._replace(train=resolved_precision(job.train, device))
         super().__init__(RunFiles(job.output), job.train, job.seed, device, report)
-        self.job = job
         self.encoder = _encoder(job)
+        self._choose_rates()
+        self.job = job = job._replace(train=self.settings)
         if job.train.lora is not None:
             _adapt(self.encoder, job)
         self.loss = loss_of(job.model, job.train)
@@ -68,7 +71,16 @@ class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
         self.engine = make_engine(self.module, job.train, device)
         self._read_data()
         self.total = num_steps(job.train, self.sampler.steps_per_epoch)
+        self._plateau = Plateau(job.train.batch_pairs, self.total, job.train.hard_negatives)
         self.per_step = (2 + job.train.hard_negatives) * job.train.batch_pairs
+
+    def _choose_rates(self) -> None:
+        given, size = self.settings, num_pretrained(self.encoder.model)
+        self.settings = with_rates(given, size)
+        if self.settings != given and distributed.rank() == 0:
+            chosen = self.settings.learning_rate, self.settings.connector_learning_rate
+            words = "%s: learning rate %.2g, of new parts %.2g, by the size of the pretrained models (%.3g million)"
+            log.info(words, self.stage, *chosen, size / 1e6)
 
     def _read_data(self) -> None:
         settings, seed, directory = self.settings, self.job.seed, self.job.pairs
@@ -100,6 +112,8 @@ class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
         if not math.isfinite(loss):
             raise _not_finite(step, loss, out, notes)
         self.engine.update(out.loss, self.factor(step))
+        if (warning := self._plateau.warning(step, loss)) and distributed.rank() == 0:
+            log.warning("%s: %s", self.stage, warning)
         return {"loss": loss, "temperature": float(out.temperature)}
 
     def validate(self) -> dict[str, Any] | None:

@@ -61,9 +61,11 @@ def parameter_groups(module: StepModule, settings: TrainSettings) -> list[dict[s
 
     Parameters of fewer than two dimensions (biases, norms, the temperature) have no weight decay.
     """
-    peaks = {"pretrained": settings.learning_rate, "fresh": settings.connector_learning_rate or settings.learning_rate}
+    rate = settings.learning_rate
+    assert rate is not None, "train/rates.py fills it in"
+    peaks = {"pretrained": rate, "fresh": settings.connector_learning_rate or rate}
     if settings.lora is not None:
-        peaks["lora"] = settings.lora.learning_rate or _LORA_FACTOR * settings.learning_rate
+        peaks["lora"] = settings.lora.learning_rate or _LORA_FACTOR * rate
     groups: dict[tuple[str, bool], list[nn.Parameter]] = {(kind, decays): [] for kind in peaks for decays in _DECAYS}
     for name, parameter in module.model.named_parameters():
         if parameter.requires_grad:

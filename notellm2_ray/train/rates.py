@@ -11,6 +11,8 @@ So do the matrices of LoRA (``train.lora.learning_rate``).
 
 from __future__ import annotations
 
+from typing import Any
+
 from notellm2_ray.core.settings.train import TrainSettings
 
 _PAPER_RATE, _PAPER_SIZE = 3e-6, 7e9
@@ -22,6 +24,11 @@ def rate_for(parameters: int) -> float:
     """Peak learning rate for fine-tuning a model of so many parameters, rounded to two digits."""
     rate = _PAPER_RATE * (_PAPER_SIZE / max(1, parameters)) ** (2 / 3)
     return float(f"{min(rate, _HIGHEST):.1e}")
+
+
+def num_pretrained(model: Any) -> int:
+    """Number of a network's parameters that do not start from random values."""
+    return sum(parameter.numel() for name, parameter in model.named_parameters() if not model.is_fresh(name))
 
 
 def with_rates(settings: TrainSettings, parameters: int) -> TrainSettings:

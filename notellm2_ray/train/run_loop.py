@@ -95,6 +95,8 @@ class TrainingRun(ABC, Generic[Prepared]):
         add_to_log, close_log = open_logger(name, self.files.output, to_plain(self.settings), self.state.step)
         progress = Progress(self.stage, "steps", self.total, before=self.state.step)
         stopwatch = Stopwatch(self.per_step)
+        peak = self.settings.learning_rate
+        assert peak is not None
         self.engine.module.train()
         steps = prefetched(self._numbered, range(self.state.step, self.total), self.settings.prefetch_batches)
         for step, prepared in steps:
@@ -106,7 +108,7 @@ class TrainingRun(ABC, Generic[Prepared]):
             speed = stopwatch.end()
             if first:
                 progress.add(text=f"loss {figures['loss']:.4f}, {stopwatch.speed:.3g} {self.unit}/s")
-            row = {"step": step + 1, "loss": figures["loss"], "lr": self.factor(step) * self.settings.learning_rate}
+            row = {"step": step + 1, "loss": figures["loss"], "lr": self.factor(step) * peak}
             row |= {**figures, f"{self.unit}_per_s": round(speed, 1)}
             rows = [row, *self._validation_rows()]
             if history is not None:

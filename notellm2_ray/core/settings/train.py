@@ -24,7 +24,7 @@ class LoraSettings(Frozen):
 
 
 class TrainSettings(Frozen):
-    """How the embedder is trained; the defaults are the paper's Table 8."""
+    """How the embedder is trained; the defaults are the paper's Table 8, but for the learning rate."""
 
     seed: int = Field(42, ge=0, description="seed of initialisation, order and dropout (paper: 42, 43, 44)")
     engine: Literal["deepspeed", "plain"] = Field("deepspeed", description="DeepSpeed ZeRO, or PyTorch (DDP) alone")
@@ -41,9 +41,17 @@ class TrainSettings(Frozen):
     batch_pairs: int = Field(128, ge=1, description="pairs in a global batch (B); a batch holds 2B notes")
     epochs: int = Field(1, ge=1, description="passes over the training pairs")
     max_steps: int | None = Field(None, ge=1, description="stop after so many steps; null: after the epochs")
-    learning_rate: float = Field(3e-6, gt=0, description="peak learning rate of AdamW")
+    learning_rate: float | None = Field(
+        None,
+        gt=0,
+        description="peak learning rate of AdamW; null: by the size of the pretrained models (the paper's 3e-6 at 7 "
+        "billion parameters, some 4e-5 at 135 million, 5e-4 at the tiny models')",
+    )
     connector_learning_rate: float | None = Field(
-        None, gt=0, description="peak learning rate of randomly initialised parts; null: learning_rate"
+        None,
+        gt=0,
+        description="peak learning rate of randomly initialised parts; null: learning_rate if that is set, else ten "
+        "times as much, at most 2e-3",
     )
     lora: LoraSettings | None = added(
         None, description="train the LLM with LoRA, as in {rank: 16, alpha: 32}; null: train all its weights"
