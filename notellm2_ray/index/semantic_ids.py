@@ -19,7 +19,7 @@ from notellm2_ray.core.errors import DataError, OutputError
 from notellm2_ray.core.run import stream_seed, write_atomically
 
 FORMAT = 1
-_BATCH_ROWS = 8192
+_VALUES_AT_ONCE = 1 << 22  # of the matrices that are computed batch by batch: 16 MiB of float32
 _CODEBOOKS, _DESCRIPTION = "codebooks.npy", "codebooks.json"
 
 
@@ -76,7 +76,7 @@ class SemanticIds:
             )
             clustering.train(residuals)
             codebooks[level] = clustering.centroids
-            for rows in _batches(len(residuals)):
+            for rows in _batches(len(residuals), codebook_size):
                 residuals[rows] -= codebooks[level][_nearest(residuals[rows], codebooks[level])]
         return cls(codebooks, model_fingerprint)
 
@@ -107,7 +107,7 @@ class SemanticIds:
             )
         codes = np.empty((len(vectors), self.levels), np.int32)
         errors = np.empty((len(vectors), self.levels), np.float32)
-        for rows in _batches(len(vectors)):
+        for rows in _batches(len(vectors), self.codebook_size):
             residuals = np.array(vectors[rows], np.float32)
             for level, codebook in enumerate(self.codebooks):
                 codes[rows, level] = _nearest(residuals, codebook)
@@ -173,12 +173,14 @@ def content_keys(vectors: np.ndarray) -> np.ndarray:
     """(N,) uint64, a hash of each vector: an order in which neither the names of notes nor their rows count."""
     bits = np.ascontiguousarray(vectors, np.float32).view(np.uint32)
     factors = np.random.default_rng(0).integers(0, 2**64, bits.shape[1], np.uint64) | np.uint64(1)
-    keys = [(bits[rows] * factors).sum(axis=1, dtype=np.uint64) for rows in _batches(len(bits))]
+    keys = [(bits[rows] * factors).sum(axis=1, dtype=np.uint64) for rows in _batches(*bits.shape)]
     return np.concatenate(keys) if keys else np.empty(0, np.uint64)
 
 
-def _batches(count: int) -> list[slice]:
-    return [slice(begin, begin + _BATCH_ROWS) for begin in range(0, count, _BATCH_ROWS)]
+def _batches(count: int, width: int) -> list[slice]:
+    """Batches of ``count`` rows, for matrices of ``width`` columns."""
+    rows = max(1, _VALUES_AT_ONCE // width)
+    return [slice(begin, begin + rows) for begin in range(0, count, rows)]
 
 
 def _nearest(vectors: np.ndarray, centroids: np.ndarray) -> np.ndarray:

@@ -97,6 +97,9 @@ def _of_fields(given: Mapping[str, Any]) -> Note:
         raise DataError(f"a note has no {', '.join(unknown)}: its keys are {', '.join(sorted(_KEYS))}")
     if given.get("text") is not None and given.get("content") is not None:
         raise DataError("a note has both text and content, which are two names of one thing")
+    for name in ("title", "content", "text"):
+        if not isinstance(text := given.get(name) or "", str):
+            raise DataError(f"{name} is {text!r}, and has to be a text")
     topics = given.get("topics") or ()
     return Note(
         str(given.get("note_id", _UNNAMED)),

@@ -59,8 +59,8 @@ def nearest_by_brute_force(vector: np.ndarray, codebooks: np.ndarray) -> tuple[l
 def test_every_code_is_the_nearest_centroid_of_what_is_left(vectors, monkeypatch):
     ids = SemanticIds.fit(vectors, levels=3, codebook_size=8)
     expected = [nearest_by_brute_force(vector, ids.codebooks) for vector in vectors]
-    for rows_at_once in (8192, 33):
-        monkeypatch.setattr(semantic_ids, "_BATCH_ROWS", rows_at_once)
+    for rows_at_once in (200, 33):
+        monkeypatch.setattr(semantic_ids, "_VALUES_AT_ONCE", 8 * rows_at_once)
         codes, errors = ids.encode_with_errors(vectors)
         assert codes.tolist() == [codes for codes, _ in expected]
         np.testing.assert_allclose(errors, [errors for _, errors in expected], atol=1e-5)

@@ -198,6 +198,7 @@ def test_a_text_about_a_file_stays_a_text():
         ({"image": "absent.png"}, "'absent.png' cannot be read"),
         ({"titel": "x"}, "no titel: its keys are"),
         ({"text": "a", "content": "b"}, "two names of one thing"),
+        ({"title": float("nan")}, "title is nan, and has to be a text"),
         ((), "goes into a list too"),
         (7, "a int is no image"),
         (np.zeros((4, 4), np.uint8), r"shape \(4, 4\)"),

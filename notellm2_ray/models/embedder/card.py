@@ -35,7 +35,7 @@ class CardFacts(NamedTuple):
         model: its settings.
         train: how it was trained; None: not at all.
         source: kind of the source of notes and events.
-        notes: notes in the training pairs.
+        notes: notes of the training and validation pairs.
         figures: of the training run: pairs, validation_pairs, steps, best_step, best_recall, final_loss.
     """
 
@@ -160,8 +160,8 @@ def _training(facts: CardFacts) -> dict[str, str]:
     steps = f"{figures['steps']:,}, and the weights after step {figures['best_step']:,} are kept"
     return {
         "source of notes and events": f"`{facts.source}`",
-        "notes": f"{facts.notes:,}",
         "pairs of related notes": f"{figures['pairs']:,}, and {figures['validation_pairs']:,} for validation",
+        "notes of these pairs": f"{facts.notes:,}",
         "objective": f"`{train.objective}`",
         "pairs in a batch": str(train.batch_pairs),
         "steps": steps,
