@@ -67,6 +67,7 @@ def add_lora(
     for layer in layers:
         # Autocast casts as needed; by default peft would first copy every input to float32.
         layer.cast_input_dtype_enabled = False
+    adapted.train(network.training)  # new modules are in training mode, with dropout
     return adapted
 
 
