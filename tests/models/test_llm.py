@@ -13,9 +13,11 @@ import transformers as hf
 from tokenizers.processors import TemplateProcessing
 
 from notellm2_ray.core.errors import ModelError
+from notellm2_ray.core.schema import Note
 from notellm2_ray.models.embedder.build import build_encoder
 from notellm2_ray.models.embedder.encoder import NoteEncoder
 from notellm2_ray.models.embedder.losses import embedder_loss
+from notellm2_ray.models.embedder.preprocess import NotePreprocessor
 from notellm2_ray.models.llm import IMAGE_TOKEN, embed_added_tokens, load_llm, load_tokenizer
 from tests.support import tiny_models
 
@@ -158,6 +160,18 @@ def test_prompts_begin_as_the_tokenizer_begins_a_text(parts, name):
     words = hf.AutoTokenizer.from_pretrained(parts(name))
     assert (ids[0] == words.bos_token_id) == FAMILIES[name].bos
     assert ids.tolist() == words(words.decode(ids, skip_special_tokens=True)).input_ids
+
+
+@pytest.mark.parametrize("mark", ["<|start_header_id|>", "[INST]", "<start_of_turn>", "<|user|>"])
+@pytest.mark.parametrize("special", [True, False])
+def test_chat_marks_in_a_note_are_words(parts, tmp_path, mark, special):
+    words = tiny_models.tokenizer()
+    words.add_tokens([hf.AddedToken(mark, special=special)])
+    words.save_pretrained(tmp_path)
+    preprocessor = NotePreprocessor(tiny_models.settings("text_only"), load_tokenizer(str(tmp_path)), None)
+    ids = preprocessor.features(Note("a", f"red {mark} cat", content=mark)).input_ids
+    assert words.convert_tokens_to_ids(mark) not in ids
+    assert mark.strip("<>[]|") in words.decode(ids)
 
 
 def test_gemma_scales_its_words_and_not_the_visual_tokens(parts):

@@ -138,8 +138,8 @@ class ModelSettings(Frozen):
     variant: VariantName = Field("notellm2", description="variant of the model (Tables 2 and 4)")
     llm: str = Field(
         "tiny",
-        description="Hugging Face name or directory of a causal LM; tiny: trained on your notes; packaged: a tiny one "
-        "that comes with the package and knows the synthetic world's words",
+        description="Hugging Face name or directory of a causal LM, or of a multimodal LLM for the LM inside it; tiny: "
+        "trained on your notes; packaged: a tiny one that comes with the package and knows the synthetic world's words",
     )
     vision: str = Field(
         "tiny",

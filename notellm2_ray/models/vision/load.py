@@ -48,10 +48,14 @@ def load_tower(
     """
     if name.startswith("openclip:") or openclip.is_directory(name):
         loaded = _Loaded(*openclip.load(name))
-    elif name.startswith("timm:") and (parts := timm_models.parse(name)).weights is not None:
-        loaded = _Loaded(*timm_models.load(parts))
+    elif name.startswith(timm_models.PREFIX):
+        parts = timm_models.parse(name)
+        if parts.weights is None:
+            loaded = _hugging_face(timm_models.hub_name(parts), dtype, pooling)
+        else:
+            loaded = _Loaded(*timm_models.load(parts))
     else:
-        loaded = _hugging_face(timm_models.hub_name(name), dtype, pooling)
+        loaded = _hugging_face(name, dtype, pooling)
     check_sizes(loaded.model.config, name)
     model: Any = loaded.model.to(dtype=dtype)  # type: ignore[call-arg]
     projection = _linear(loaded.projection, dtype) if pooling == "projected" else None

@@ -16,7 +16,7 @@ from notellm2_ray.models.llm import first_line
 from notellm2_ray.models.vision.pixels import ImageSettings
 from notellm2_ray.models.vision.processors import from_timm
 
-_PREFIX = "timm:"
+PREFIX = "timm:"
 
 
 class TimmName(NamedTuple):
@@ -37,7 +37,7 @@ def parse(name: str) -> TimmName:
         import timm
     except ImportError as error:
         raise ModelError("timm:... needs the package timm: pip install timm") from error
-    architecture, _, pretrained = name.removeprefix(_PREFIX).partition(":")
+    architecture, _, pretrained = name.removeprefix(PREFIX).partition(":")
     if not timm.is_model(architecture):
         raise ModelError(f"timm has no architecture {architecture!r}; `timm.list_models()` lists them")
     if Path(pretrained).suffix == ".safetensors":
@@ -51,17 +51,18 @@ def parse(name: str) -> TimmName:
     return TimmName(architecture, pretrained, None)
 
 
-def hub_name(name: str) -> str:
-    """The hub name of a timm model's published weights; any other name as it is."""
-    if not name.startswith(_PREFIX):
-        return name
+def hub_name(parts: TimmName) -> str:
+    """The hub name of a model's published weights.
+
+    Raises:
+        ModelError: they are not on the hub.
+    """
     import timm
 
-    parts = parse(name)
     full = f"{parts.architecture}.{parts.tag}" if parts.tag else parts.architecture
     published = timm.get_pretrained_cfg(full, allow_unregistered=False)
     if published is None or not published.hf_hub_id:
-        raise ModelError(f"{name}: its weights are not on the Hugging Face hub; give a .safetensors file")
+        raise ModelError(f"{PREFIX}{full}: its weights are not on the Hugging Face hub; give a .safetensors file")
     if published.hf_hub_id.endswith("/"):
         return f"{published.hf_hub_id}{parts.architecture}.{published.tag}"
     return published.hf_hub_id
@@ -77,7 +78,7 @@ def load(parts: TimmName) -> tuple[PreTrainedModel, ImageSettings]:
     from safetensors.torch import load_file
     from transformers import TimmWrapperConfig, TimmWrapperModel
 
-    where, weights = f"{_PREFIX}{parts.architecture}", parts.weights
+    where, weights = f"{PREFIX}{parts.architecture}", parts.weights
     assert weights is not None
     if not weights.is_file():
         raise ModelError(f"{where}: {weights} does not exist")

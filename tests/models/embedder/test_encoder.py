@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import BertConfig, T5Config
+from transformers import BertConfig, CLIPModel, T5Config
 
 from notellm2_ray.core.errors import ConfigError, DataError, ModelError
 from notellm2_ray.models.embedder import storage
@@ -73,6 +73,16 @@ def test_an_embedder_with_another_pooled_vector_survives(parts, tmp_path, varian
     assert again.settings.vision_pooling == pooling
     assert np.array_equal(again.encode(notes), encoder.encode(notes))
     assert not np.allclose(make(parts, variant).encode(notes), encoder.encode(notes), atol=1e-2)
+
+
+def test_clips_own_vector_as_a_note_vector(parts):
+    encoder = make(parts, "image_only", vision_pooling="projected", embedding_dim=None)
+    notes = tiny_models.notes(3)
+    pixels = np.stack([encoder.preprocessor.features(note).pixels for note in notes])
+    inputs = torch.from_numpy(encoder.preprocessor.image.normalised(pixels))
+    with torch.no_grad():
+        theirs = CLIPModel.from_pretrained(parts["clip"]).eval().get_image_features(inputs).pooler_output
+    assert np.allclose(encoder.encode(notes), torch.nn.functional.normalize(theirs, dim=1).numpy(), atol=1e-5)
 
 
 def test_a_pooling_at_its_default_is_not_written(saved):
