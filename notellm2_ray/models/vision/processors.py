@@ -97,7 +97,10 @@ def _check(processor: Any, settings: ImageSettings, name: str) -> None:
     side = 2 * settings.resize_to
     picture = Image.fromarray(colours).resize((3 * side // 2, side), Image.Resampling.BICUBIC)
     ours = settings.normalised(settings.pixels(picture))
-    theirs = np.asarray(processor(picture, return_tensors="pt")["pixel_values"][0], np.float32)
+    try:
+        theirs = np.asarray(processor(picture, return_tensors="pt")["pixel_values"][0], np.float32)
+    except (KeyError, TypeError, ValueError) as error:
+        raise ModelError(f"{name}: its image processor makes no pixels of a picture: {first_line(error)}") from error
     if theirs.shape != ours.shape:
         raise ModelError(f"{name}: its image processor makes arrays of shape {theirs.shape}, not {ours.shape}")
     levels = np.abs(theirs - ours).mean(axis=(1, 2)) * np.array(settings.std) * 255

@@ -90,7 +90,8 @@ def unused_parameters(tower: VisionTower) -> list[str]:
     """
     trained = [(name, value) for name, value in tower.named_parameters() if value.requires_grad]
     size, training = tower.image.size, tower.training
-    views = tower.eval()(torch.zeros(1, 3, size, size, dtype=torch.uint8))
+    with torch.enable_grad():
+        views = tower.eval()(torch.zeros(1, 3, size, size, dtype=torch.uint8))
     tower.train(training)
     used: set[int] = set()
     nodes = {view.grad_fn for view in (views.patches, views.pooled if tower.pooling else views.patches)}
