@@ -39,8 +39,8 @@ def train_embedder(
             {step, valid_loss, valid_recall} after every validation.
 
     Returns:
-        steps, pairs, validation_pairs, best_step, best_recall, trained_parameters, final_loss, notes_per_s (of all
-        ranks together, in training steps only).
+        steps, pairs, validation_pairs, best_step, best_recall, learning_rate, trained_parameters, final_loss,
+        notes_per_s (of all ranks together, in training steps only).
 
     Raises:
         ConfigError: the cluster is too small, a package is missing, or the embedder has no LLM for ``train.lora``.

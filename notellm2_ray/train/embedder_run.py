@@ -154,6 +154,7 @@ class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
             "pairs": len(self.sampler.pairs),
             "validation_pairs": len(self.validation),
             "best_recall": self.state.best_score,
+            "learning_rate": self.settings.learning_rate,
             "trained_parameters": self._num_trained,
         }
 

@@ -23,6 +23,23 @@ _OWN_MODELS = {
 }
 _TOLD_OF_MODEL = {"kind", "llm", "vision", "variant", "embedding_dim"}
 _TOLD_OF_TRAINING = {"seed", "objective", "batch_pairs", "learning_rate", "precision"}
+_EXAMPLES = {  # for NoteEncoder, and for sentence-transformers
+    True: (
+        'Note("a", title="Harbour at dawn", topics=("travel",), content="Boats leave early.")',
+        '"boats in a harbour", {"title": "Harbour at dawn", "topics": ["travel"]}',
+    ),
+    False: ('Note("a", image=open("a.jpg", "rb").read())', '{"image": "a.jpg"}'),
+}
+_SERVICE = """
+And over HTTP, from the service of the workspace that it was trained in (`notellm2 serve`), with OpenAI's client:
+
+```python
+from openai import OpenAI
+
+client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="KEY")
+vectors = client.embeddings.create(model="notellm2", input=["boats in a harbour"])
+```
+"""
 _SEEN = {"multimodal": "image, title, topics and text", "text": "title, topics and text", "image": "image"}
 
 
@@ -36,7 +53,7 @@ class CardFacts(NamedTuple):
         train: how it was trained; None: not at all.
         source: kind of the source of notes and events.
         notes: notes of the training and validation pairs.
-        figures: of the training run: pairs, validation_pairs, steps, best_step, best_recall, final_loss.
+        figures: of the training run: pairs, validation_pairs, steps, best_step, best_recall, learning_rate, final_loss.
     """
 
     name: str
@@ -78,19 +95,21 @@ def _front_matter(facts: CardFacts) -> str:
 
 def _text(facts: CardFacts) -> str:
     model, seen = facts.model, _SEEN[kind_of(facts.model).natural_inputs(facts.model)]
+    language = "Chinese" if model.prompt_language == "zh" else "English"
+    ours, theirs = _EXAMPLES["text" in seen]
     return f"""# {facts.name}
 Turns a note ({seen}) into a vector of length one, so that notes which interest the same people lie
 close together. Made with notellm2-ray {__version__}, after
 [NoteLLM-2](https://doi.org/10.1145/3690624.3709440).
 
 ## Use
-All three give the same vectors up to rounding. Compare them by cosine.
+All ways give the same vectors up to rounding. Compare them by cosine.
 
 ```python
 from notellm2_ray import Note, NoteEncoder
 
 encoder = NoteEncoder.from_pretrained("{facts.location}")
-vectors = encoder.encode([Note("a", title="Harbour at dawn", topics=("travel",), content="Boats leave early.")])
+vectors = encoder.encode([{ours}])
 ```
 {_image_sentence(seen)}
 With [sentence-transformers](https://sbert.net) 6, beside notellm2-ray:
@@ -99,21 +118,12 @@ With [sentence-transformers](https://sbert.net) 6, beside notellm2-ray:
 from sentence_transformers import SentenceTransformer
 
 model = SentenceTransformer("{facts.location}", trust_remote_code=True)
-vectors = model.encode(["boats in a harbour", {{"title": "Harbour at dawn", "topics": ["travel"]}}])
+vectors = model.encode([{theirs}])
 ```
 
 It asks for `trust_remote_code` because the module's class is not its own. No code is downloaded: the class is that of
 the installed notellm2-ray.
-
-And over HTTP, from the service of the workspace that it was trained in (`notellm2 serve`), with OpenAI's client:
-
-```python
-from openai import OpenAI
-
-client = OpenAI(base_url="http://127.0.0.1:8000/v1", api_key="KEY")
-vectors = client.embeddings.create(model="notellm2", input=["boats in a harbour"])
-```
-
+{_SERVICE if "text" in seen else ""}
 ## What it is made of
 {_table(_parts(model))}
 
@@ -124,8 +134,7 @@ vectors = client.embeddings.create(model="notellm2", input=["boats in a harbour"
 
 ## Limits
 - A title is cut after {model.max_title_words} words, a text after {model.max_content_words}, and the whole note after
-  {model.max_body_tokens} tokens; of its topics it reads {model.max_topics}. The prompt is in
-  {"Chinese" if model.prompt_language == "zh" else "English"}.
+  {model.max_body_tokens} tokens. Topics after the first {model.max_topics} are left out. The prompt is in {language}.
 - Vectors of different models, or of this one trained again, cannot be compared.
 - What is close follows from what the users of this source looked at together, with their habits and prejudices. Nothing
   was measured on other platforms, languages or times.
@@ -158,6 +167,7 @@ def _training(facts: CardFacts) -> dict[str, str]:
     if train is None:
         return {"training": "none: the model before any training"}
     steps = f"{figures['steps']:,}, and the weights after step {figures['best_step']:,} are kept"
+    rate = figures.get("learning_rate", train.learning_rate)
     return {
         "source of notes and events": f"`{facts.source}`",
         "pairs of related notes": f"{figures['pairs']:,}, and {figures['validation_pairs']:,} for validation",
@@ -165,7 +175,7 @@ def _training(facts: CardFacts) -> dict[str, str]:
         "objective": f"`{train.objective}`",
         "pairs in a batch": str(train.batch_pairs),
         "steps": steps,
-        "peak learning rate": f"{train.learning_rate:g}",
+        "peak learning rate": "by the size of the pretrained models" if rate is None else f"{rate:g}",
         "precision": f"`{train.precision}`",
         "seed": str(train.seed),
         "loss of the last step": f"{figures['final_loss']:.4f}",
@@ -188,7 +198,7 @@ def _table(rows: Mapping[str, str]) -> str:
 
 
 def _image_sentence(seen: str) -> str:
-    return '\nAn image is `image=open("a.jpg", "rb").read()`.\n' if "image" in seen else ""
+    return '\nAn image is `image=open("a.jpg", "rb").read()`.\n' if "image, " in seen else ""
 
 
 def _recall_sentence(facts: CardFacts) -> str:

@@ -19,6 +19,7 @@ FIGURES = {
     "validation_pairs": 890,
     "best_step": 1000,
     "best_recall": 0.43216,
+    "learning_rate": 2e-5,
     "final_loss": 1.98766,
 }
 
@@ -28,7 +29,7 @@ def card_of(directory: Path, **changes: object) -> ModelCard:
         name="notellm2-seed42",
         location="runs/world/embedders/notellm2-seed42/model",
         model=tiny_models.settings(llm="Qwen/Qwen3-0.6B", vision="openai/clip-vit-base-patch16"),
-        train=TrainSettings(learning_rate=2e-5),
+        train=TrainSettings(),
         source="tabular",
         notes=4321,
         figures=FIGURES,
@@ -67,6 +68,8 @@ def test_settings_that_differ_from_their_defaults_are_told(tmp_path):
     ):
         assert told in text, told
     assert "gpus_per_worker" not in text and "epochs" not in text
+    older = {name: value for name, value in FIGURES.items() if name != "learning_rate"}
+    assert "| peak learning rate | by the size" in card_of(tmp_path, figures=older).text
 
 
 def test_models_without_a_name_on_the_hub_are_described(tmp_path):
@@ -87,6 +90,7 @@ def test_an_untrained_or_unvalidated_model_claims_no_recall(tmp_path):
 def test_it_names_what_the_variant_sees(tmp_path, variant, seen):
     card = card_of(tmp_path, model=tiny_models.settings(variant))
     assert f"Turns a note ({seen})" in card.text
+    assert ("boats in a harbour" in card.text) == ("/v1" in card.text) == (variant == "text_only")
     assert "multimodal" not in card.data.tags
 
 
