@@ -1,12 +1,16 @@
-"""Cleaning a model's answers: one paragraph, whole sentences, and a test for endless repetition."""
+"""Cleaning a model's answers: one paragraph, whole sentences, and no endless repetition."""
 
 from __future__ import annotations
 
 import re
 import zlib
+from itertools import pairwise
 
 # Text that compresses by more than this factor repeats itself. Whisper's decoding uses the same threshold.
 _REPETITIVE = 2.4
+# Some words at least three times in succession.
+_LOOP = re.compile(r"(.{6,300}?)\1{2,}")
+_SENTENCE = 12  # characters; a shorter one, such as the end of an abbreviation, may come again
 _SENTENCE_END = re.compile(r"[.!?](?=[\s\"')\]]|$)|[。！？။។।؟۔]")  # also Burmese, Khmer, Hindi and Arabic
 
 
@@ -19,6 +23,31 @@ def cut_at_sentence(text: str) -> str:
     """A text that the token limit cut off, up to the end of its last whole sentence; all of it if there is none."""
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]
     return text[: ends[-1]].strip() if ends else text
+
+
+def without_loop(text: str) -> str:
+    """A paragraph without what it repeats, as small models do until the token limit stops them.
+
+    Of a sentence that comes again word for word, and of words that follow each other three times or more, the first
+    occurrence is kept. If the text still repeats itself with small changes, its last sentences are left out.
+    """
+    while is_repetitive(text) and (loop := _LOOP.search(text)):
+        after = text[loop.end() :]
+        after = "" if loop[1].startswith(after) else after  # the token limit cut the last repetition
+        text = (text[: loop.start()] + loop[1] + after).rstrip(" ,;，、；")
+    kept: dict[str, str] = {}
+    for number, sentence in enumerate(_sentences(text)):
+        words = sentence.strip().casefold()
+        kept.setdefault(words if len(words) >= _SENTENCE else str(number), sentence)
+    sentences = list(kept.values())
+    while len(sentences) > 1 and is_repetitive("".join(sentences)):
+        sentences.pop()
+    return "".join(sentences).strip()
+
+
+def _sentences(text: str) -> list[str]:
+    ends = [0, *(match.end() for match in _SENTENCE_END.finditer(text)), len(text)]
+    return [text[begin:end] for begin, end in pairwise(ends) if text[begin:end].strip()]
 
 
 def is_repetitive(text: str) -> bool:

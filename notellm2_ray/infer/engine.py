@@ -12,6 +12,8 @@ from notellm2_ray.core import memory
 from notellm2_ray.core.errors import ConfigError, ModelError
 from notellm2_ray.core.run import files_fingerprint
 from notellm2_ray.core.settings import GenerationSettings
+from notellm2_ray.infer.image_limits import image_limits
+from notellm2_ray.models.weight_names import check_weight_names
 
 # Any of these keys in a config means that the model has an image tower.
 _IMAGE_KEYS = ("vision_config", "vision_tower", "mm_vision_tower", "visual", "image_token_id", "image_token_index")
@@ -39,8 +41,8 @@ def check_model(model: Path | str, *, images: bool) -> ModelFacts:
         images: whether the model must read images.
 
     Raises:
-        ModelError: there is no such model, its config.json is damaged or names no architecture, or the model must read
-            images and does not.
+        ModelError: there is no such model, its config.json is damaged or names no architecture, the model must read
+            images and does not, or vLLM does not know its weights' names.
     """
     name, config = _read_config(str(model))
     architectures = config.get("architectures") or []
@@ -51,16 +53,21 @@ def check_model(model: Path | str, *, images: bool) -> ModelFacts:
         raise ModelError(
             f"{name}: {architectures[0]} reads no images; an image-text model (LLaVA, Qwen2-VL, ...) is needed here"
         )
+    if reads_images and Path(name).is_dir():
+        check_weight_names(Path(name))
     text = config.get("text_config") or config.get("llm_config") or config
     context = text.get("max_position_embeddings") or config.get("max_position_embeddings")
     return ModelFacts(name, architectures[0], reads_images, context, files_fingerprint(name))
 
 
-def engine_arguments(facts: ModelFacts, settings: GenerationSettings, *, images: int = 0) -> dict[str, Any]:
+def engine_arguments(
+    facts: ModelFacts, settings: GenerationSettings, *, images: int = 0, pixels: int | None = None
+) -> dict[str, Any]:
     """Arguments of vLLM's ``AsyncEngineArgs`` except ``model``; for a CPU if no GPU is reserved.
 
     Args:
         images: the most images in a prompt.
+        pixels: of the largest image; None: as large as the model's processor takes.
 
     Raises:
         ConfigError: the settings contradict each other or the model.
@@ -102,6 +109,8 @@ def engine_arguments(facts: ModelFacts, settings: GenerationSettings, *, images:
         arguments["limit_mm_per_prompt"] = {"image": images, "video": 0}
         # Every image is used once, so a cache of processed images would never be read.
         arguments["mm_processor_cache_gb"] = 0
+        if images and pixels:
+            arguments |= image_limits(facts.model, facts.architecture, pixels)
     return {**arguments, **settings.engine_kwargs}
 
 
@@ -127,11 +136,14 @@ def engine_environment(settings: GenerationSettings) -> dict[str, str]:
             # it could not set the number of threads here; the next line sets it. Ray Data's engines move regardless.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "OMP_NUM_THREADS": str(_cpu_threads(settings)),
+            # Multi-head latent attention is for DeepSeek's models. vLLM asks for its kernels when it loads Qwen3-VL,
+            # and its build for CPUs may have none.
+            "VLLM_MLA_DISABLE": "1",
         }
     return environment
 
 
-def start_engine(facts: ModelFacts, settings: GenerationSettings, *, images: int = 0) -> Any:
+def start_engine(facts: ModelFacts, settings: GenerationSettings, *, images: int = 0, pixels: int | None = None) -> Any:
     """Start an engine for the running event loop of this process.
 
     On a GPU it is a ``vllm.v1.engine.async_llm.AsyncLLM``. On a CPU it is a
@@ -141,7 +153,7 @@ def start_engine(facts: ModelFacts, settings: GenerationSettings, *, images: int
     Raises:
         ModelError: vLLM cannot run this model, or cannot run it in this memory.
     """
-    arguments = engine_arguments(facts, settings, images=images)
+    arguments = engine_arguments(facts, settings, images=images, pixels=pixels)
     try:
         if not settings.gpus_per_engine:
             from notellm2_ray.infer.local_engine import LocalEngine

@@ -14,7 +14,8 @@ from notellm2_ray.core.prompts import Language, truncate
 from notellm2_ray.core.recommend_prompts import Item, preference_prompt
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.settings import GenerationSettings, PreferenceSettings
-from notellm2_ray.infer.answers import cut_at_sentence, one_paragraph
+from notellm2_ray.core.thoughts import without_thought
+from notellm2_ray.infer.answers import cut_at_sentence, one_paragraph, without_loop
 
 if TYPE_CHECKING:
     from notellm2_ray.models.chat import ChatTokenizer
@@ -40,6 +41,7 @@ class StepResult(NamedTuple):
     dropped: int  # how many of the oldest items did not fit into the prompt
     cut: bool  # the answer reached max_tokens and was cut after its last whole sentence
     problem: str | None  # why the previous preference was kept; None: there is a new one
+    looped: bool = False  # the answer repeated itself; what it repeated was left out
 
 
 class PreferenceWriter:
@@ -90,11 +92,14 @@ class PreferenceWriter:
                 prompt.ids, stream_seed(self.seed, "preference", user, block, attempt), attempt
             )
             tokens += len(output.token_ids)
-            text = one_paragraph(self.tokenizer.decode(output.token_ids))
+            answer = one_paragraph(without_thought(self.tokenizer.decode(output.token_ids)))
             cut = output.finish_reason == "length"
-            if text:
+            if answer:
+                # The next prompt shows this preference, and a model goes on with a loop that it is shown.
+                text = without_loop(answer)
+                looped = text != answer
                 text = cut_at_sentence(text) if cut else text
-                return StepResult(text, len(prompt.ids), tokens, attempt + 1, prompt.dropped, cut, None)
+                return StepResult(text, len(prompt.ids), tokens, attempt + 1, prompt.dropped, cut, None, looped)
         kept = "the previous preference was kept" if previous else "there is none to keep"
         problem = f"the model answered nothing, twice; {kept}"
         return StepResult(previous or "", len(prompt.ids), tokens, 2, prompt.dropped, False, problem)

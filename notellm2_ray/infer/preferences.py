@@ -32,6 +32,7 @@ log = logging.getLogger("notellm2_ray")
 
 STAGE = "summarize-preferences"
 _ROWS_PER_GROUP = 10_000
+_LOOPS_TO_MENTION = 0.05  # share of answers
 
 
 def summarize_preferences(
@@ -71,8 +72,9 @@ def summarize_preferences(
         logs: directory of the logs; ``output`` by default. Give another one if the logs are to outlive ``output``.
 
     Returns:
-        Counts for the manifest: users, preferences, reused, calls, cut, quarantined, dropped_items, missing_notes,
-        items_without_summary, prompt_tokens, generated_tokens, startup_seconds, generate_seconds.
+        Counts for the manifest: users, preferences, reused, calls, cut, looped (answers that repeated themselves),
+        quarantined, dropped_items, missing_notes, items_without_summary, prompt_tokens, generated_tokens,
+        startup_seconds, generate_seconds.
 
     Raises:
         ConfigError: the engines do not fit into the cluster, or the settings contradict each other.
@@ -99,6 +101,11 @@ def summarize_preferences(
     reused = total - _steps(pending)
     times = _advance(PreferenceJob(facts, logs, settings, generation, language, seed), pending, index, total, reused)
     counts = _compile(plan, index, output)
+    if counts["looped"] > _LOOPS_TO_MENTION * total:
+        log.warning(
+            "%s: %d of %d answers repeated themselves, which was cut. A larger model seldom does that",
+            *(STAGE, counts["looped"], total),
+        )
     return {**plan_counts(plan), "reused": reused, **counts, **times}
 
 
@@ -185,7 +192,7 @@ def _write_preferences(
     file: IO[bytes], records: Iterable[dict[str, Any]]
 ) -> tuple[dict[str, int], list[dict[str, str]]]:
     """Write records as PREFERENCE_SCHEMA; returns their sums, and a quarantine row for each record with a problem."""
-    counts = dict.fromkeys(("calls", "cut", "dropped_items", "prompt_tokens", "generated_tokens"), 0)
+    counts = dict.fromkeys(("calls", "cut", "looped", "dropped_items", "prompt_tokens", "generated_tokens"), 0)
     problems: list[dict[str, str]] = []
     rows: list[dict[str, Any]] = []
     with pq.ParquetWriter(file, PREFERENCE_SCHEMA) as writer:
@@ -193,6 +200,7 @@ def _write_preferences(
             user, block = record["user"], record["block"]
             rows.append({**record, "user_id": user})
             counts["dropped_items"] += record["dropped"]
+            counts["looped"] += record.get("looped", False)  # not in logs of earlier versions
             for name in ("calls", "cut", "prompt_tokens", "generated_tokens"):
                 counts[name] += record[name]
             if record["problem"]:

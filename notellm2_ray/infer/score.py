@@ -78,7 +78,8 @@ def score_candidates(
         cached_tokens, computed_tokens; and for all tables together startup_seconds, score_seconds, candidates_per_s.
 
     Raises:
-        ConfigError: the engines do not fit into the cluster, or the settings contradict each other.
+        ConfigError: the engines do not fit into the cluster, the settings contradict each other, or a prompt of texts
+            and an image as large as they may be is too long for the engine.
         DataError: a table is unusable, or more than 5% of its candidates got no score.
         ModelError: the model reads no images, vLLM cannot run it, or its engines keep dying.
     """
@@ -98,6 +99,7 @@ def score_candidates(
     first = 0
     with Progress(STAGE, "candidates", total, before=known, waits_for="the engine") as progress:
         if todo:
+            _check_prompts(facts, generation, tables)
             shown_notes.unlink(missing_ok=True)
             store_notes(notes, set().union(*(_shown(one) for one in planned)), shown_notes)
             with closing(_run(ScoreJob(facts, generation, jobs), todo)) as results:  # on an error: ends the actors
@@ -117,6 +119,18 @@ def score_candidates(
         "candidates_per_s": round((progress.added - first) / active, 2) if active > 0 else None,
     }
     return [{**_counts(one), **together} for one in planned]
+
+
+def _check_prompts(facts: ModelFacts, generation: GenerationSettings, tables: Sequence[ScoreTable]) -> None:
+    from notellm2_ray.models.chat import ChatTokenizer
+    from notellm2_ray.models.processors import load_processor
+    from notellm2_ray.models.ranker.inputs import RankerPrompter
+    from notellm2_ray.models.ranker.room import check_ranker
+
+    processor = load_processor(facts.model)
+    chat = ChatTokenizer.of(processor)
+    for ranker, language in dict.fromkeys((table.ranker, table.language) for table in tables):
+        check_ranker(RankerPrompter(chat, ranker, language), processor, facts.model, generation.max_model_len)
 
 
 def _plan(

@@ -105,10 +105,33 @@ class PartScorer(PartActor[CandidatePart, ScoredPart]):
 
         self.chat = ChatTokenizer.from_pretrained(self.job.facts.model)
         self.engine = asyncio.run_coroutine_threadsafe(self._start(), self.loop).result()
+        for table in self._with_images()[:1]:
+            self._compare(table)
 
     async def _start(self) -> Any:
-        sees = any(table.ranker.variant != "tallrec" for table in self.job.tables)
-        return start_engine(self.job.facts, self.job.generation, images=int(sees))
+        sees = self._with_images()
+        pixels = max((table.ranker.max_image_pixels for table in sees), default=None)
+        return start_engine(self.job.facts, self.job.generation, images=int(bool(sees)), pixels=pixels)
+
+    def _with_images(self) -> list[TableJob]:
+        return [table for table in self.job.tables if table.ranker.variant != "tallrec"]
+
+    def _compare(self, table: TableJob) -> None:
+        """Ask the engine about images of a few shapes, and compare what it saw with what the model is tuned on."""
+        from notellm2_ray.models.processors import load_processor
+        from notellm2_ray.models.ranker.inputs import RankerPrompter
+        from notellm2_ray.models.ranker.room import compare_prompts, probes
+
+        prompter, model = RankerPrompter(self.chat, table.ranker, table.language), self.job.facts.model
+        asked = probes(table.ranker.max_image_pixels)
+        nobody = CandidateRow("", "", 0, None, ())
+        requests = [ScoreRequest(nobody, prompter.prompt(one), prompter.image(one)) for one in asked]
+        asking = ask(self.engine, self.chat, requests, f"probe/{os.getpid()}")
+        answers = asyncio.run_coroutine_threadsafe(asking, self.loop).result()
+        refused = [answer for answer in answers if isinstance(answer, ValueError)]
+        if refused:
+            raise ModelError(f"{model}: vLLM refuses a prompt with an image: {refused[0]}")
+        compare_prompts(prompter, load_processor(model), model, asked, [answer.prompt_token_ids for answer in answers])
 
     def _questions(self, table: TableJob) -> tuple[Questions, RankerPrompter]:
         from notellm2_ray.models.ranker.inputs import RankerPrompter

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Iterable
 from contextlib import closing
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from notellm2_ray.core import errors
 from notellm2_ray.core.config import shaping
@@ -15,12 +15,16 @@ from notellm2_ray.core.prompts import Language
 from notellm2_ray.core.recommend_prompts import summary_prompt
 from notellm2_ray.core.run import fingerprint
 from notellm2_ray.core.settings import GenerationSettings, SummarySettings
+from notellm2_ray.core.thoughts import without_thought
 from notellm2_ray.infer.answers import cut_at_sentence, is_repetitive, one_paragraph
 from notellm2_ray.infer.chunks import list_note_files, note_ids, plan_chunks, read_ids
 from notellm2_ray.infer.engine import ModelFacts, check_model, engine_arguments
 from notellm2_ray.infer.summary_parts import Described, commit, compile_summaries, described_parts, read_described
 from notellm2_ray.infer.summary_pipeline import STAGE, SummaryJob, run
 from notellm2_ray.infer.summary_rows import ERROR, NO_IMAGE
+
+if TYPE_CHECKING:
+    from notellm2_ray.models.chat import ChatTokenizer
 
 log = logging.getLogger("notellm2_ray")
 
@@ -103,11 +107,8 @@ def _plan(
     only_ids: Path | None,
 ) -> tuple[SummaryJob, set[str], int]:
     """The job, the ids to describe, and how many of ``only_ids`` are not among the notes."""
-    from notellm2_ray.models.chat import ChatTokenizer
-
-    engine_arguments(facts, generation, images=1)
-    tokenizer = ChatTokenizer.from_pretrained(facts.model)
-    prompt = tokenizer.prompt(summary_prompt(language, settings.template))
+    engine_arguments(facts, generation, images=1, pixels=settings.max_image_pixels)
+    tokenizer, prompt = _prompt(facts, settings, generation, language)
     # The model itself is in its fingerprint, wherever it lies.
     shaped_by = {name: value for name, value in shaping(settings).items() if name != "model"}
     made_by = fingerprint(facts.fingerprint, prompt, shaped_by, shaping(generation))
@@ -121,6 +122,26 @@ def _plan(
     versions = {file.path: fingerprint(made_by, file.version) for file in files}
     job = SummaryJob(facts, output, files, versions, settings, generation, prompt, tokenizer.end_ids, len(wanted))
     return job, wanted, len(plan.unknown_ids)
+
+
+def _prompt(
+    facts: ModelFacts, settings: SummarySettings, generation: GenerationSettings, language: Language
+) -> tuple[ChatTokenizer, list[int]]:
+    """The model's tokenizer and the prompt of all images, which fits with any image."""
+    from notellm2_ray.models.chat import ChatTokenizer
+    from notellm2_ray.models.processors import load_processor
+    from notellm2_ray.models.prompt_room import LongPrompt, check_prompt
+
+    processor = load_processor(facts.model)
+    tokenizer, parts = ChatTokenizer.of(processor), summary_prompt(language, settings.template)
+    room = generation.max_model_len - settings.max_tokens
+    remedy = (
+        f"Raise generation.max_model_len={generation.max_model_len}, or lower summaries.max_tokens="
+        f"{settings.max_tokens} or summaries.max_image_pixels"
+    )
+    longest = LongPrompt(lambda frames: tokenizer.prompt(parts, frames=frames), room, settings.max_image_pixels, remedy)
+    check_prompt(tokenizer, processor, facts.model, longest)
+    return tokenizer, tokenizer.prompt(parts)
 
 
 def _describe(job: SummaryJob, todo: set[str], attempt: int, done: Described, progress: Progress) -> set[str]:
@@ -153,7 +174,7 @@ def sort_rows(
     bad: list[dict[str, Any]] = []
     again: set[str] = set()
     for row in rows:
-        text = one_paragraph(row.get("summary") or "")
+        text = one_paragraph(without_thought(row.get("summary") or ""))
         passing = False
         if row.get(ERROR):
             # An image that the reader refused stays unusable. Any other error is the engine's and may not come again.

@@ -78,7 +78,7 @@ def _processor(job: SummaryJob, attempt: int) -> Any:
     bundle = {"CPU": generation.cpus_per_engine, "GPU": generation.gpus_per_engine}
     config = vLLMEngineProcessorConfig(
         model_source=job.facts.model,
-        engine_kwargs=engine_arguments(job.facts, generation, images=1),
+        engine_kwargs=engine_arguments(job.facts, generation, images=1, pixels=job.settings.max_image_pixels),
         runtime_env={"env_vars": engine_environment(generation)},
         accelerator_type=None,
         placement_group_config={"bundles": [{name: value for name, value in bundle.items() if value}]},

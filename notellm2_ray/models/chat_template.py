@@ -9,19 +9,12 @@ from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from notellm2_ray.core.errors import ModelError
+from notellm2_ray.core.thoughts import closed_thought
 from notellm2_ray.models.llm import first_line
 
 _SYSTEM, _USER = "0SYSTEM0WORDS0", "0USER0WORDS0"  # stand-ins that no template alters
 # Errors of a template that does not support the given messages: its own refusal, or any Python error.
 _RENDERING = (TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError)
-# Around what reasoning models think before they answer.
-THOUGHTS = (
-    ("<think>", "</think>"),
-    ("<thinking>", "</thinking>"),
-    ("<seed:think>", "</seed:think>"),
-    ("◁think▷", "◁/think▷"),
-    ("[THINK]", "[/THINK]"),
-)
 
 
 class TemplateWords(NamedTuple):
@@ -74,7 +67,7 @@ def read_template(
     image, placeholder = _image_words(render, before, image_tokens)
     before_system, after_system = _system_words(render, content)
     lead, space, end = _answer_words(render, content, before + _USER + after)
-    after = _without_open_thought(after + lead)
+    after = closed_thought(after + lead)
     return TemplateWords(before, before_system, after_system, after, image, placeholder, space, end)
 
 
@@ -152,11 +145,3 @@ def _answer_words(render: Any, content: Any, prompt: str) -> tuple[str, str, str
         return "", "", ""
     between = around[0][len(prompt) :] if around[0].startswith(prompt) else ""
     return (between, "", around[1]) if between.strip() else ("", between, around[1])
-
-
-def _without_open_thought(words: str) -> str:
-    """The words with a thought closed that they leave open: an answer would be read inside of it."""
-    for opening, closing in THOUGHTS:
-        if words.rfind(opening) > words.rfind(closing):
-            return f"{words.rstrip()}\n\n{closing}\n\n"
-    return words

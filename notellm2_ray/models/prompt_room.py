@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from PIL.Image import Image
 
 _ASPECTS = (1.0, 4 / 3, 3 / 2, 16 / 9, 2.0, 3.0, 6.0)  # tried lying and standing
-_COMPARED = (1.0, 2.0, 1 / 2)  # shapes whose tokens are compared with the processor's
+COMPARED = (1.0, 2.0, 1 / 2)  # shapes whose tokens are compared with the processor's
 
 
 class LongPrompt(NamedTuple):
@@ -44,7 +44,7 @@ def check_prompt(chat: ChatTokenizer, processor: Any, name: str, prompt: LongPro
     """
     longest, cause = len(prompt.ids([])) if prompt.max_pixels is None else 0, ""
     if prompt.max_pixels is not None:
-        check_images(chat, processor, [_white(prompt.max_pixels, aspect) for aspect in _COMPARED], name)
+        check_images(chat, processor, [white_image(prompt.max_pixels, aspect) for aspect in COMPARED], name)
         for image in _images(prompt.max_pixels):
             frame, _ = process_image(chat, processor, image)
             tokens = len(prompt.ids([frame]))
@@ -58,12 +58,13 @@ def check_prompt(chat: ChatTokenizer, processor: Any, name: str, prompt: LongPro
 def _images(max_pixels: int) -> Iterator[Image]:
     """White images of several shapes, each as large as images get."""
     for aspect in _ASPECTS:
-        yield _white(max_pixels, aspect)
+        yield white_image(max_pixels, aspect)
         if aspect != 1:
-            yield _white(max_pixels, 1 / aspect)
+            yield white_image(max_pixels, 1 / aspect)
 
 
-def _white(max_pixels: int, aspect: float) -> Image:
+def white_image(max_pixels: int, aspect: float) -> Image:
+    """A white image of ``max_pixels``, ``aspect`` times as wide as high."""
     from PIL import Image
 
     from notellm2_ray.core.images import MIN_SIDE

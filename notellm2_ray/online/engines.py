@@ -50,7 +50,8 @@ def yes_no_scorer(model: str, settings: Settings) -> YesNoScorer:
     shows_images = settings.ranker.variant != "tallrec"
     facts = check_model(model, images=shows_images)
     prompter = RankerPrompter(ChatTokenizer.from_pretrained(facts.model), settings.ranker, settings.prompts.language)
-    return YesNoScorer(start_engine(facts, generation, images=int(shows_images)), prompter)
+    pixels = settings.ranker.max_image_pixels
+    return YesNoScorer(start_engine(facts, generation, images=int(shows_images), pixels=pixels), prompter)
 
 
 class YesNoScorer:

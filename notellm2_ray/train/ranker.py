@@ -58,11 +58,13 @@ def train_ranker(
     from notellm2_ray.train.ranker_data import RankerFiles, check_rows, gather_notes
     from notellm2_ray.train.ranker_run import RankerJob, train_settings
 
-    connect(RaySettings())
     files = RunFiles(Path(output).absolute(), "adapter")
-    if files.result.exists():
+    finished = files.result.exists()
+    if not finished:
+        _check_prompts(absolute(model_path), ranker, language, max_model_len)
+    connect(RaySettings())
+    if finished:
         return _finish(files, {}, model_path, tune)
-    _check_prompts(absolute(model_path), ranker, language, max_model_len)
     data = RankerFiles(
         Path(sequences).absolute(),
         None if preferences is None else Path(preferences).absolute(),
@@ -82,7 +84,9 @@ def _check_prompts(model: str, ranker: RankerSettings, language: PromptLanguage,
     from notellm2_ray.models.processors import load_processor
     from notellm2_ray.models.ranker.inputs import RankerPrompter
     from notellm2_ray.models.ranker.room import check_ranker
+    from notellm2_ray.models.weight_names import check_weight_names
 
+    check_weight_names(Path(model))
     processor = load_processor(model)
     prompter = RankerPrompter(ChatTokenizer.of(processor), ranker, language)
     check_ranker(prompter, processor, model, max_model_len or sys.maxsize)

@@ -11,6 +11,8 @@ import pytest
 from notellm2_ray.core.errors import ConfigError, ModelError
 from notellm2_ray.core.settings import GenerationSettings
 from notellm2_ray.infer.engine import check_model, engine_arguments, engine_environment, engine_error
+from notellm2_ray.infer.image_limits import image_limits
+from tests.support import architectures
 from tests.support.tiny_mllm import save_mllm
 
 
@@ -66,6 +68,32 @@ def test_arguments_follow_device_and_settings(mllm: str) -> None:
         engine_arguments(facts, GenerationSettings(max_model_len=512, gpus_per_engine=1, tensor_parallel=2))
     with pytest.raises(ConfigError, match=r"more than the 4096 tokens"):
         engine_arguments(facts, GenerationSettings(max_model_len=8192))
+
+
+def test_an_engine_reserves_memory_for_the_images_that_are_sent(tmp_path: Path, mllm: str) -> None:
+    from PIL import Image
+    from transformers import AutoImageProcessor
+
+    pixels = 262_144
+    facts = check_model(architectures.save("qwen3_vl", tmp_path, published=True, weights=False), images=True)
+    arguments = engine_arguments(facts, GenerationSettings(), images=1, pixels=pixels)
+    limit = arguments["mm_processor_kwargs"]["size"]
+    assert limit["longest_edge"] == 2 * pixels < 4096**2
+    whole, limited = (AutoImageProcessor.from_pretrained(facts.model, **more) for more in ({}, {"size": limit}))
+    for size in ((512, 512), (28, 9362), (9362, 28), (36, 7281), (60, 50), (1489, 176)):
+        image = Image.new("RGB", size)
+        assert whole([image])["image_grid_thw"] == limited([image])["image_grid_thw"]
+    assert "mm_processor_kwargs" not in engine_arguments(facts, GenerationSettings(), images=1)
+    assert image_limits(mllm, "Qwen2VLForConditionalGeneration", pixels) == {}  # its own limit is lower
+    assert image_limits("nowhere", "LlavaForConditionalGeneration", pixels) == {}
+
+
+def test_names_of_weights_that_vllm_does_not_know_are_refused(tmp_path: Path) -> None:
+    published = architectures.save("llava", tmp_path / "published")
+    assert check_model(published, images=True).architecture == "LlavaForConditionalGeneration"
+    other = architectures.save("llava", tmp_path / "other", names="transformers 5")
+    with pytest.raises(ModelError, match=r"vision_tower\.encoder.*vision_tower\.vision_model\.encoder"):
+        check_model(other, images=True)
 
 
 def test_environment_is_quiet_and_bound_to_no_core() -> None:

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
-from notellm2_ray.core.errors import DataError, ModelError
+from notellm2_ray.core.errors import ConfigError, DataError, ModelError
 from notellm2_ray.core.schema import SCORE_SCHEMA
 from notellm2_ray.core.settings import GenerationSettings
 from notellm2_ray.infer import score, score_worker
@@ -248,15 +248,11 @@ def _driver(directory: str, output: str) -> None:
 
 
 @pytest.mark.slow
-def test_bfloat16_leaves_no_ties_and_a_prompt_that_is_too_long_is_quarantined(undisturbed, directory, tmp_path):
-    # The longest prompt has 131 tokens, the next one 129.
-    (counts,) = _score(directory, _tables(directory, tmp_path, "shared_prefix"), dtype="bfloat16", max_model_len=130)
+def test_bfloat16_leaves_no_ties(undisturbed, directory, tmp_path):
+    _score(directory, _tables(directory, tmp_path, "shared_prefix"), dtype="bfloat16")
     found, exact = _table(tmp_path / "shared_prefix"), _table(undisturbed[0] / "shared_prefix")
-    assert counts["quarantined"] == 1 and len(found) == len(exact) - 1
     assert len(set(found.values())) >= len(set(exact.values())) - 3
     assert list(found.values()) == pytest.approx([exact[key] for key in found], abs=0.1)
-    (row,) = pq.read_table(tmp_path / "shared_prefix" / "quarantine").to_pylist()
-    assert row["reason"].startswith("vLLM refuses the prompt") and "generation.max_model_len" in row["reason"]
 
 
 class StandIn:
@@ -277,7 +273,13 @@ class StandIn:
 
 
 @pytest.fixture
-def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
+def most_tokens() -> int:
+    """Of a prompt that the stand-in accepts."""
+    return 512
+
+
+@pytest.fixture
+def in_process(monkeypatch: pytest.MonkeyPatch, most_tokens: int) -> None:
     """Parts are scored one after another in this process, by the actor itself with the stand-in as its engine."""
 
     def run(job: score_worker.ScoreJob, parts: list[CandidatePart]) -> Generator[tuple[Path, ScoredPart]]:
@@ -287,9 +289,8 @@ def in_process(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(score, "_run", run)
     monkeypatch.setattr(score_worker, "engine_environment", lambda generation: {})
-    monkeypatch.setattr(
-        score_worker, "start_engine", lambda facts, generation, images: StandIn(generation.max_model_len)
-    )
+    monkeypatch.setattr(score_worker.PartScorer, "_compare", lambda *_: None)  # a stand-in expands no image
+    monkeypatch.setattr(score_worker, "start_engine", lambda *_, **__: StandIn(most_tokens))
 
 
 @pytest.mark.slow  # vLLM is imported for its parameters
@@ -300,6 +301,22 @@ def test_missing_notes_are_quarantined_up_to_a_share(in_process, tmp_path):
 
 
 @pytest.mark.slow
-def test_prompts_that_are_all_too_long_are_an_error_that_names_the_setting(in_process, directory, tmp_path):
+@pytest.mark.parametrize("most_tokens", [124])  # with an image's single placeholder the longest prompt has 123 tokens
+def test_a_prompt_that_the_engine_refuses_is_quarantined(in_process, directory, tmp_path):
+    (counts,) = _score(directory, _tables(directory, tmp_path, "shared_prefix"))
+    rows = pq.read_table(tmp_path / "shared_prefix" / "quarantine").to_pylist()
+    assert 0 < counts["quarantined"] == len(rows) and counts["scored"] + len(rows) == 108
+    assert all("vLLM refuses the prompt" in row["reason"] for row in rows)
+    assert all("generation.max_model_len" in row["reason"] for row in rows)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("most_tokens", [64])
+def test_prompts_that_are_all_refused_are_an_error_that_names_the_setting(in_process, directory, tmp_path):
     with pytest.raises(ModelError, match=r"vLLM refuses the prompt.*generation.max_model_len"):
-        _score(directory, _tables(directory, tmp_path, "shared_prefix"), max_model_len=64)
+        _score(directory, _tables(directory, tmp_path, "shared_prefix"))
+
+
+def test_prompts_that_cannot_fit_are_refused_before_an_engine_starts(directory, tmp_path):
+    with pytest.raises(ConfigError, match=r"Raise generation.max_model_len=128, or lower ranker.max_title_tokens"):
+        _score(directory, _tables(directory, tmp_path, "shared_prefix"), max_model_len=128)

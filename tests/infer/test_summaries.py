@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from notellm2_ray.core.errors import DataError, ModelError
+from notellm2_ray.core.errors import ConfigError, DataError, ModelError
 from notellm2_ray.core.schema import SUMMARY_SCHEMA, Note
 from notellm2_ray.core.settings import GenerationSettings, SummarySettings
 from notellm2_ray.infer.answers import cut_at_sentence, is_repetitive, one_paragraph
@@ -59,6 +59,14 @@ def test_answers_are_cut_cleaned_and_judged() -> None:
         "พร้อมกับข้อความเขียนด้วยลายมือที่มุมขวาบนของภาพ และมีถ้วยกาแฟวางอยู่บนโต๊ะไม้ข้างหนังสือเล่มหนึ่ง"
     )
     assert is_repetitive(thai[:30] * 8) and not is_repetitive(thai)
+
+
+def test_a_prompt_that_cannot_fit_is_refused_before_any_work(tmp_path: Path) -> None:
+    model, small = save_mllm(tmp_path / "mllm"), GENERATION.model_copy(update={"max_model_len": 64})
+    with pytest.raises(
+        ConfigError, match=r"48 fit\. Raise generation\.max_model_len=64, or lower summaries\.max_tokens=16"
+    ):
+        summarize_images(model, tmp_path / "notes.parquet", tmp_path / "out", SETTINGS, small, "en")
 
 
 def test_rows_are_sorted_into_good_bad_and_to_ask_again() -> None:

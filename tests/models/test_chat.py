@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import base64
+import json
 import pickle
 from concurrent.futures import ThreadPoolExecutor
 
@@ -15,6 +17,7 @@ from notellm2_ray.core.errors import ModelError
 from notellm2_ray.core.recommend_prompts import IMAGE, Text
 from notellm2_ray.models.chat import ChatTokenizer
 from notellm2_ray.models.image_frames import put_images
+from notellm2_ray.models.llm import load_tokenizer
 from tests.support import tiny_models
 
 # Templates like those of four families: lists of content, strings only, no system message, images first.
@@ -159,6 +162,21 @@ def test_a_saved_model_s_template_is_found(tmp_path):
     assert text_of(chat, chat.prompt(["cat"])) == "<|start|>[user]\n\ncat<|im_end|>[assistant]\n\n"
     with pytest.raises(ModelError, match="no usable tokenizer"):
         ChatTokenizer.from_pretrained(str(tmp_path / "absent"))
+
+
+def test_mistral_s_own_tokenizer_is_refused_by_name(tmp_path):
+    tiny_models.save_llm(tmp_path, "mistral")
+    vocabulary = [
+        {"rank": i, "token_bytes": base64.b64encode(bytes([i])).decode(), "token_str": None} for i in range(256)
+    ]
+    sizes = {"num_vocab_tokens": 256, "default_vocab_size": 1256, "default_num_special_tokens": 1000}
+    config = {"pattern": r"\s+|\S+", "version": "v3", **sizes}
+    (tmp_path / "tekken.json").write_text(json.dumps({"config": config, "vocab": vocabulary}))
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (tmp_path / name).unlink()
+    for load in (ChatTokenizer.from_pretrained, load_tokenizer):
+        with pytest.raises(ModelError, match=r"tekken\.json.*tokenizer\.json"):
+            load(str(tmp_path))
 
 
 def test_a_broken_template_is_an_error():

@@ -52,6 +52,10 @@ def save(kind: str, directory: Path, *, published: bool = False, weights: bool =
         return str(directory)
     torch.manual_seed(0)
     model = hf.AutoModelForImageTextToText.from_config(config)
+    with torch.no_grad():
+        for weight in model.parameters():  # some begin as zeros, and an image would not count
+            if weight.dim() > 1 and not weight.any():
+                weight.normal_(0, _DEVIATION)
     model.generation_config = hf.GenerationConfig(eos_token_id=words.eos_token_id, pad_token_id=words.pad_token_id)
     model.save_pretrained(directory)
     if names == "published":

@@ -17,11 +17,12 @@ import pytest
 import torch
 
 from notellm2_ray.core.errors import ConfigError, DataError, ModelError
-from notellm2_ray.core.settings import TuneSettings
+from notellm2_ray.core.settings import RankerSettings, TuneSettings
 from notellm2_ray.train.history import read_history
 from notellm2_ray.train.ranker import train_ranker
 from notellm2_ray.train.ranker_data import RankerFiles, check_rows, gather_notes, length_groups, split_groups
 from notellm2_ray.train.ranker_run import RankerJob, RankerRun, pooled_auc, train_settings
+from tests.support import architectures
 from tests.support import ranker_training as material
 from tests.support.ranks import run_ranks
 
@@ -280,3 +281,10 @@ def test_a_killed_worker_changes_nothing(undisturbed, directory, tmp_path):
 def test_a_cluster_that_is_too_small_is_refused(ray_cluster, directory, tmp_path):
     with pytest.raises(ConfigError, match=r"needs 1000 CPUs .*tune.cpus_per_worker"):
         _run(directory, tmp_path, cpus_per_worker=500)
+
+
+def test_a_model_whose_prompts_cannot_fit_is_refused_before_anything_starts(directory, tmp_path):
+    model = architectures.save("llava_next", tmp_path / "model", published=True, weights=False)
+    tables = {"sequences": directory / "sequences", "notes": directory / "notes", "preferences": None}
+    with pytest.raises(ConfigError, match=r"2,928 of them for an image of .*generation\.max_model_len=2048"):
+        train_ranker(RankerSettings(), TuneSettings(), model_path=model, output=tmp_path, max_model_len=2048, **tables)

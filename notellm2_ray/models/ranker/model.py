@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import logging
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,8 @@ from notellm2_ray.models.llm import first_line, require_all_weights
 from notellm2_ray.models.lora import add_lora
 from notellm2_ray.models.quiet import quiet_loading
 from notellm2_ray.models.ranker.inputs import IGNORED, RankerBatch
+
+log = logging.getLogger("notellm2_ray")
 
 _NEEDED = "ranker.model must be a Hugging Face image-text model, or for ranker.variant=tallrec a text-only LLM"
 
@@ -55,7 +58,30 @@ def load_network(path: str, dtype: torch.dtype | str = "auto", revision: str | N
             f"the weights of {path} cannot be loaded: {first_line(error)}. They must be safetensors"
         ) from error
     require_all_weights(report, path)
+    _repair_generation(network, path)
     return network
+
+
+def _repair_generation(network: PreTrainedModel, path: str) -> None:
+    """Make the generation settings valid, which transformers demands before it writes a model: before training.
+
+    Vicuna's, and so LLaVA's, name a temperature without sampling.
+    """
+    settings = network.generation_config
+    try:
+        if settings is not None:
+            settings.validate(strict=True)
+        return
+    except ValueError:
+        settings.do_sample = True
+    try:
+        settings.validate(strict=True)
+    except ValueError as error:
+        raise ModelError(
+            f"{path}: its generation_config.json is invalid, so that a tuned model could not be written: "
+            f"{first_line(error)}. Correct the file, or remove it"
+        ) from error
+    log.warning("%s: generation_config.json is valid only with do_sample=true, which a tuned model gets", path)
 
 
 class RankerModel(nn.Module):
@@ -113,12 +139,13 @@ class RankerModel(nn.Module):
         config.inference_mode = inference_mode
 
 
-def forward_logits(network: nn.Module, batch: RankerBatch, places: torch.Tensor) -> torch.Tensor:
+def forward_logits(network: Any, batch: RankerBatch, places: torch.Tensor) -> torch.Tensor:
     """Logits (N, P, V) of a Hugging Face model at the ``places`` (P,) of every row."""
     inputs: dict[str, Any] = {"input_ids": batch.input_ids, "attention_mask": batch.attention_mask, **batch.vision}
     known = inspect.signature(network.forward).parameters
-    if batch.vision and "mm_token_type_ids" in known:
-        inputs["mm_token_type_ids"] = batch.is_image
+    # Gemma 3's tokens of one image attend to each other both ways. PaliGemma's types mark the answer instead.
+    if batch.vision and network.config.model_type != "paligemma":
+        inputs |= dict.fromkeys({"mm_token_type_ids", "token_type_ids"} & set(known), batch.is_image)
     if "logits_to_keep" in known:
         return network(**inputs, logits_to_keep=places).logits
     return network(**inputs).logits[:, places]

@@ -27,7 +27,8 @@ from notellm2_ray.models.ranker.model import (
     merge_adapter,
     yes_probability,
 )
-from tests.support import tiny_models
+from tests.support import architectures, tiny_models
+from tests.support.engine_answers import engine_answers, questions
 from tests.support.tiny_mllm import save_mllm
 
 PLAIN = Question("red cat", tiny_models.picture(1), "likes cats")
@@ -298,3 +299,36 @@ def test_what_is_no_model_is_named(tmp_path):
         load_network(str(tmp_path / "absent"))
     with pytest.raises(ModelError, match="ranker.model must be"):
         load_network(tiny_models.save_clip(tmp_path / "clip"))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["internvl", "qwen3_vl"])
+def test_an_engine_says_of_a_merged_model_what_the_model_itself_says(kind, tmp_path):
+    base = architectures.save(kind, tmp_path / "base")
+    (tmp_path / "base" / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')  # Vicuna's
+    network = RankerModel(load_network(base, torch.float32), TuneSettings(lora_dropout=0.0))
+    weights = {name: p.detach() for name, p in network.named_parameters() if p.requires_grad}
+    for number, weight in enumerate(weights.values()):
+        weight.normal_(0, 0.05, generator=torch.Generator().manual_seed(number))
+    network.save_adapter(tmp_path / "adapter", weights, base)
+    merge_adapter(base, tmp_path / "adapter", tmp_path / "model")
+    prompter = RankerPrompter(ChatTokenizer.from_pretrained(base), RankerSettings())
+    preprocessor = RankerPreprocessor(prompter, load_processor(base))
+    answers = engine_answers(str(tmp_path / "model"))
+    for question, answer in zip(questions(), answers, strict=True):
+        features = preprocessor.features(question)
+        assert answer.ids == features.input_ids.tolist()
+        batch = preprocessor.collate([features])
+        with torch.no_grad():
+            own = answer_probability(network, batch, prompter.chat.yes_id, prompter.chat.no_id)
+        assert answer.yes == pytest.approx(float(own), abs=2e-4)
+    assert len({round(answer.yes, 4) for answer in answers}) == len(answers)
+
+
+def test_invalid_generation_settings_are_repaired_before_training(tmp_path):
+    """LLaVA's base model Vicuna names a temperature without sampling: transformers refuses to write that."""
+    path = Path(architectures.save("llava", tmp_path / "base"))
+    (path / "generation_config.json").write_text('{"temperature": 0.9, "top_p": 0.6}')
+    network = load_network(str(path))
+    network.save_pretrained(tmp_path / "again")
+    assert network.generation_config.temperature == 0.9
