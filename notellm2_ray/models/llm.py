@@ -128,7 +128,7 @@ def load_tokenizer(path: str, revision: str | None = None) -> PreTrainedTokenize
     return tokenizer
 
 
-def refuse_mistral_common(tokenizer: PreTrainedTokenizerBase, path: str) -> None:
+def refuse_mistral_common(tokenizer: Any, path: str) -> None:
     """Raise :class:`ModelError` for Mistral's own tokenizer, which takes no added tokens and shows no chat template."""
     if type(tokenizer).__name__ == "MistralCommonBackend":
         raise ModelError(

@@ -25,5 +25,6 @@ def load_processor(path: str, revision: str | None = None) -> Any:
             f"{path} has no usable tokenizer or processor: {first_line(error)}. Give the "
             "directory or hub name of a Hugging Face model with its tokenizer, and its processor if it reads images"
         ) from error
-    refuse_mistral_common(getattr(processor, "tokenizer", processor), path)
+    for tokenizer in (processor, getattr(processor, "tokenizer", None)):
+        refuse_mistral_common(tokenizer, path)
     return processor
