@@ -26,7 +26,7 @@ CALM = "The user likes cats, e.g. black ones, and e.g. lazy ones. Dogs are anoth
             "He likes cats a lot. He likes dogs.",
         ),
         ("The user likes " + "cats and dogs, " * 20 + "cats and d", "The user likes cats and dogs"),
-        ("A fine taste in cats. " * 30 + "A fine", "A fine taste in cats. A fine"),
+        ("A fine taste in cats. " * 30 + "A fine", "A fine taste in cats."),
         ("该用户偏好猫咪视频。" * 20, "该用户偏好猫咪视频。"),
     ],
 )

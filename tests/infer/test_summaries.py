@@ -63,10 +63,10 @@ def test_answers_are_cut_cleaned_and_judged() -> None:
 
 def test_a_prompt_that_cannot_fit_is_refused_before_any_work(tmp_path: Path) -> None:
     model, small = save_mllm(tmp_path / "mllm"), GENERATION.model_copy(update={"max_model_len": 64})
-    with pytest.raises(
-        ConfigError, match=r"48 fit\. Raise generation\.max_model_len=64, or lower summaries\.max_tokens=16"
-    ):
-        summarize_images(model, tmp_path / "notes.parquet", tmp_path / "out", SETTINGS, small, "en")
+    settings = SETTINGS.model_copy(update={"max_tokens": 50})
+    remedy = r"14 fit\. Raise generation\.max_model_len=64, or lower summaries\.max_tokens=50"
+    with pytest.raises(ConfigError, match=remedy):
+        summarize_images(model, tmp_path / "notes.parquet", tmp_path / "out", settings, small, "en")
 
 
 def test_rows_are_sorted_into_good_bad_and_to_ask_again() -> None:
