@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from typing import Any
 
-# Rounding the sides of an image up to whole tokens of 28 or 32 pixels enlarges it at most so much: the shorter side is
-# never below MIN_SIDE.
+# Rounding the sides of an image up to whole tokens of 28 or 32 pixels enlarges it by less than this: no side is below
+# MIN_SIDE.
 _ROUNDING = 2
 
 
