@@ -19,6 +19,14 @@ def one_paragraph(text: str) -> str:
     return re.sub(r"\s+", " ", text).strip()
 
 
+def unescaped(text: str) -> str:
+    """The text without backslashes before quotation marks: models copy them from a prompt, where texts are escaped.
+
+    The next prompt would escape them again, and the backslashes double with every block.
+    """
+    return re.sub(r'\\+(?=")', "", text)
+
+
 def cut_at_sentence(text: str) -> str:
     """A text that the token limit cut off, up to the end of its last whole sentence; all of it if there is none."""
     ends = [match.end() for match in _SENTENCE_END.finditer(text)]

@@ -136,8 +136,8 @@ def engine_environment(settings: GenerationSettings) -> dict[str, str]:
             # it could not set the number of threads here; the next line sets it. Ray Data's engines move regardless.
             "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
             "OMP_NUM_THREADS": str(_cpu_threads(settings)),
-            # Multi-head latent attention is for DeepSeek's models. vLLM asks for its kernels when it loads Qwen3-VL,
-            # and its build for CPUs may have none.
+            # Multi-head latent attention is for DeepSeek's models alone, but without this vLLM 0.29 does not start
+            # Qwen3-VL on a CPU ("list index out of range").
             "VLLM_MLA_DISABLE": "1",
         }
     return environment

@@ -15,7 +15,7 @@ from notellm2_ray.core.recommend_prompts import Item, preference_prompt
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.settings import GenerationSettings, PreferenceSettings
 from notellm2_ray.core.thoughts import without_thought
-from notellm2_ray.infer.answers import cut_at_sentence, one_paragraph, without_loop
+from notellm2_ray.infer.answers import cut_at_sentence, one_paragraph, unescaped, without_loop
 
 if TYPE_CHECKING:
     from notellm2_ray.models.chat import ChatTokenizer
@@ -92,7 +92,7 @@ class PreferenceWriter:
                 prompt.ids, stream_seed(self.seed, "preference", user, block, attempt), attempt
             )
             tokens += len(output.token_ids)
-            answer = one_paragraph(without_thought(self.tokenizer.decode(output.token_ids)))
+            answer = one_paragraph(unescaped(without_thought(self.tokenizer.decode(output.token_ids))))
             cut = output.finish_reason == "length"
             if answer:
                 # The next prompt shows this preference, and a model goes on with a loop that it is shown.

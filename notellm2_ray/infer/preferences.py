@@ -32,7 +32,9 @@ log = logging.getLogger("notellm2_ray")
 
 STAGE = "summarize-preferences"
 _ROWS_PER_GROUP = 10_000
+_SUMS = ("calls", "cut", "looped", "unchanged", "dropped_items", "prompt_tokens", "generated_tokens")
 _LOOPS_TO_MENTION = 0.05  # share of answers
+_UNCHANGED_TO_MENTION = 0.5  # share of revisions
 
 
 def summarize_preferences(
@@ -73,8 +75,8 @@ def summarize_preferences(
 
     Returns:
         Counts for the manifest: users, preferences, reused, calls, cut, looped (answers that repeated themselves),
-        quarantined, dropped_items, missing_notes, items_without_summary, prompt_tokens, generated_tokens,
-        startup_seconds, generate_seconds.
+        unchanged (revisions that equal the preference before), quarantined, dropped_items, missing_notes,
+        items_without_summary, prompt_tokens, generated_tokens, startup_seconds, generate_seconds.
 
     Raises:
         ConfigError: the engines do not fit into the cluster, or the settings contradict each other.
@@ -101,12 +103,19 @@ def summarize_preferences(
     reused = total - _steps(pending)
     times = _advance(PreferenceJob(facts, logs, settings, generation, language, seed), pending, index, total, reused)
     counts = _compile(plan, index, output)
-    if counts["looped"] > _LOOPS_TO_MENTION * total:
-        log.warning(
-            "%s: %d of %d answers repeated themselves, which was cut. A larger model seldom does that",
-            *(STAGE, counts["looped"], total),
-        )
+    _warn(counts, total, total - len(plan.chains))
     return {**plan_counts(plan), "reused": reused, **counts, **times}
+
+
+def _warn(counts: Mapping[str, int], total: int, revisions: int) -> None:
+    if counts["looped"] > _LOOPS_TO_MENTION * total:
+        log.warning("%s: %d of %d answers repeated themselves, which was cut", STAGE, counts["looped"], total)
+    if counts["unchanged"] > _UNCHANGED_TO_MENTION * revisions:
+        log.warning(
+            "%s: %d of %d revisions equal the preference before them, word for word. If tastes do change, the model "
+            "copies instead of revising: try a larger one, or preferences.variant=direct",
+            *(STAGE, counts["unchanged"], revisions),
+        )
 
 
 def rest_of(chains: Sequence[Chain], index: LogIndex) -> list[PendingChain]:
@@ -192,13 +201,16 @@ def _write_preferences(
     file: IO[bytes], records: Iterable[dict[str, Any]]
 ) -> tuple[dict[str, int], list[dict[str, str]]]:
     """Write records as PREFERENCE_SCHEMA; returns their sums, and a quarantine row for each record with a problem."""
-    counts = dict.fromkeys(("calls", "cut", "looped", "dropped_items", "prompt_tokens", "generated_tokens"), 0)
+    counts = dict.fromkeys(_SUMS, 0)
     problems: list[dict[str, str]] = []
     rows: list[dict[str, Any]] = []
+    before = ("", "")  # user and preference of the block before
     with pq.ParquetWriter(file, PREFERENCE_SCHEMA) as writer:
         for record in records:
             user, block = record["user"], record["block"]
             rows.append({**record, "user_id": user})
+            counts["unchanged"] += before == (user, record["preference"])
+            before = user, record["preference"]
             counts["dropped_items"] += record["dropped"]
             counts["looped"] += record.get("looped", False)  # not in logs of earlier versions
             for name in ("calls", "cut", "prompt_tokens", "generated_tokens"):

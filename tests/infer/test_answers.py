@@ -11,7 +11,7 @@ import pytest
 from notellm2_ray.core.recommend_prompts import Item
 from notellm2_ray.core.settings import GenerationSettings, PreferenceSettings
 from notellm2_ray.core.thoughts import without_thought
-from notellm2_ray.infer.answers import is_repetitive, without_loop
+from notellm2_ray.infer.answers import is_repetitive, unescaped, without_loop
 
 CALM = "The user likes cats, e.g. black ones, and e.g. lazy ones. Dogs are another taste. Nothing here comes again."
 
@@ -39,6 +39,10 @@ def test_a_text_that_repeats_itself_with_small_changes_is_shortened():
     text = " ".join(f"The user appears to like funny videos of kind {i}." for i in range(40))
     shortened = without_loop(text)
     assert text.startswith(shortened) and shortened.endswith(".") and not is_repetitive(shortened)
+
+
+def test_quotation_marks_that_a_model_copies_from_the_prompt_are_not_escaped_again():
+    assert unescaped(r"likes \"cats\" and \\\"dogs\\\", not C:\x") == r'likes "cats" and "dogs", not C:\x'
 
 
 def test_a_thought_is_no_part_of_an_answer():
