@@ -13,10 +13,14 @@ import numpy as np
 import torch
 
 from notellm2_ray.core.note_store import NoteStore
+from notellm2_ray.models.embedder.encoder import batches_by_length
 from notellm2_ray.models.embedder.kinds import Preprocessor
+from notellm2_ray.train import distributed
 
 T = TypeVar("T")
 K = TypeVar("K")
+
+_NO_LIMIT = 2**62
 
 
 class PreparedNotes(NamedTuple):
@@ -24,35 +28,64 @@ class PreparedNotes(NamedTuple):
 
     note_ids: list[str]  # (n,)
     groups: list[Any]  # collated batches that together hold the n notes, short notes first
+    sizes: list[int]  # the groups' numbers of notes
     positions: torch.Tensor  # (n,) int64: each note's position in the concatenated groups
 
-    def to(self, device: torch.device) -> PreparedNotes:
-        """The same notes on ``device``."""
-        groups = [batch.to(device, non_blocking=True) for batch in self.groups]
-        return self._replace(groups=groups, positions=self.positions.to(device, non_blocking=True))
+    def evened(self) -> PreparedNotes:
+        """The same notes in as many groups as the rank with the most has; every rank must call it.
+
+        The first group is repeated at the end, where no position points to. A forward pass of one rank may wait for
+        those of the others, so that they must be equally many.
+        """
+        missing = max(distributed.gather_objects(len(self.groups))) - len(self.groups)
+        return self._replace(
+            groups=self.groups + self.groups[:1] * missing, sizes=self.sizes + self.sizes[:1] * missing
+        )
 
 
 class NotePreparer:
     """Turns note ids into the model's input. May be called from several threads at once."""
 
-    def __init__(self, store: NoteStore, preprocessor: Preprocessor, num_groups: int) -> None:
+    def __init__(
+        self,
+        store: NoteStore,
+        preprocessor: Preprocessor,
+        num_groups: int,
+        *,
+        max_notes: int | None = None,
+        max_tokens: int | None = None,
+    ) -> None:
+        """Prepare notes of ``store``.
+
+        Args:
+            num_groups: number of groups, if the following are None.
+            max_notes: most notes in a group.
+            max_tokens: most tokens in a group, with padding; a longer note is a group of its own.
+        """
         self._store, self._preprocessor, self._num_groups = store, preprocessor, num_groups
+        self._max_notes, self._max_tokens = max_notes, max_tokens
         self._own = threading.local()
 
     def __call__(self, note_ids: Sequence[str]) -> PreparedNotes:
-        """Read and preprocess notes. The number of groups depends only on the number of notes.
+        """Read and preprocess notes. The number of groups depends only on that of notes, unless tokens are limited.
 
         Raises:
             DataError: a note is not in the store, or its image cannot be decoded.
         """
         preprocessor = self._thread_own()
         features = [preprocessor.features(note) for note in self._store.get(note_ids)]
-        order = np.argsort([note.num_tokens for note in features], kind="stable")
-        parts = np.array_split(order, min(self._num_groups, len(order)))
+        parts = self._parts([note.num_tokens for note in features])
+        order = np.concatenate(parts)
         groups = [preprocessor.collate([features[row] for row in part]) for part in parts]
         positions = torch.empty(len(order), dtype=torch.long)
         positions[torch.from_numpy(order)] = torch.arange(len(order))
-        return PreparedNotes(list(note_ids), groups, positions)
+        return PreparedNotes(list(note_ids), groups, [len(part) for part in parts], positions)
+
+    def _parts(self, lengths: list[int]) -> list[np.ndarray]:
+        if self._max_notes is None and self._max_tokens is None:
+            return np.array_split(np.argsort(lengths, kind="stable"), min(self._num_groups, len(lengths)))
+        limits = self._max_tokens or _NO_LIMIT, self._max_notes or _NO_LIMIT
+        return list(batches_by_length(lengths, *limits))[::-1]
 
     def _thread_own(self) -> Preprocessor:
         # Two threads cannot use one fast tokenizer at a time ("Already borrowed"), so each thread has a copy.

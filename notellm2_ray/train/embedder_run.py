@@ -18,6 +18,7 @@ from notellm2_ray.train.batches import NotePreparer, PreparedNotes
 from notellm2_ray.train.checkpoints import RunFiles
 from notellm2_ray.train.engine import num_trained
 from notellm2_ray.train.engines import make_engine
+from notellm2_ray.train.gradient_cache import begin_step
 from notellm2_ray.train.objectives import Loss, loss_of
 from notellm2_ray.train.pairs import PairBatch, Pairs
 from notellm2_ray.train.plateau import Plateau
@@ -89,7 +90,13 @@ class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
         self.sampler = PairSampler(
             pairs, settings.batch_pairs, seed, distributed.rank(), distributed.world_size(), settings.hard_negatives
         )
-        self.prepare_notes = NotePreparer(store, self.encoder.preprocessor, settings.length_chunks)
+        self.prepare_notes = NotePreparer(
+            store,
+            self.encoder.preprocessor,
+            settings.length_chunks,
+            max_notes=settings.cached_notes_per_pass,
+            max_tokens=settings.cached_tokens_per_pass,
+        )
         self.validation = Validation(
             Pairs(directory / "valid.parquet"),
             self.prepare_notes,
@@ -105,13 +112,13 @@ class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
         return batch, self.prepare_notes(batch.note_ids)
 
     def train(self, step: int, prepared: tuple[PairBatch, PreparedNotes]) -> dict[str, Any]:
-        batch, notes = prepared[0], prepared[1].to(self.device)
+        batch, notes = prepared
         keys = torch.from_numpy(batch.note_keys).to(self.device)
-        out = self.engine(notes.groups, notes.positions, keys, batch.negatives)
+        out, update = begin_step(self.engine, notes, keys, batch.negatives, cached=self.settings.caches_gradients)
         loss = distributed.mean_over_ranks(out.loss)
         if not math.isfinite(loss):
             raise _not_finite(step, loss, out, notes)
-        self.engine.update(out.loss, self.factor(step))
+        update(self.factor(step))
         if (warning := self._plateau.warning(step, loss)) and distributed.rank() == 0:
             log.warning("%s: %s", self.stage, warning)
         return {"loss": loss, "temperature": float(out.temperature)}

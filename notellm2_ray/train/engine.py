@@ -34,8 +34,12 @@ class Engine(Protocol):
 
     module: Any
 
-    def __call__(self, *inputs: Any) -> Any:
-        """The forward pass of a step, or of a part of a step."""
+    def __call__(self, *inputs: Any, last: bool = True) -> Any:
+        """The forward pass of a step, or of a part of a step.
+
+        Args:
+            last: whether :meth:`update` follows. Before :meth:`accumulate` it may be False, which saves communication.
+        """
 
     def accumulate(self, loss: torch.Tensor) -> None:
         """Backward pass of a part of a step, except the last one; every rank must have as many parts."""

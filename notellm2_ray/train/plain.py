@@ -30,8 +30,9 @@ class PlainEngine:
             ids = [device.index] if device.type == "cuda" else None
             self._forward = nn.parallel.DistributedDataParallel(module, ids, gradient_as_bucket_view=True)
 
-    def __call__(self, *inputs: Any) -> Any:
-        return self._forward(*inputs)
+    def __call__(self, *inputs: Any, last: bool = True) -> Any:
+        # DDP averages gradients only in the backward pass of its own forward pass, and then all that have accumulated.
+        return (self._forward if last else self.module)(*inputs)
 
     def accumulate(self, loss: torch.Tensor) -> None:
         loss.backward()

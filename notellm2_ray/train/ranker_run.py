@@ -103,11 +103,12 @@ class RankerRun(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
         losses: list[torch.Tensor] = []
         finite: list[torch.Tensor] = []
         for number, group in enumerate(groups):
-            total, each = self.engine(self._batch([features[place] for place in group]))
+            last = number == len(groups) - 1
+            total, each = self.engine(self._batch([features[place] for place in group]), last=last)
             loss = total / per_rank
             losses.append(loss.detach())
             finite.append(each[: len(group)])
-            if number < len(groups) - 1:
+            if not last:
                 self.engine.accumulate(loss)
                 continue
             mean = distributed.mean_over_ranks(torch.stack(losses).sum())

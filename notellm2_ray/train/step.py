@@ -51,21 +51,25 @@ class EmbedderStep(nn.Module):
         """The :class:`StepOutput` of a step; without ``note_keys`` the NoteVectors of the notes, in their order.
 
         Args:
-            groups: collated batches; ``positions`` (n,) holds each note's position in their concatenation.
+            groups: collated batches, each of which is copied to the device of ``positions`` when its turn comes.
+            positions: (n,) int64, each note's position in the concatenated groups.
             note_keys: (n,) int64, equal for equal notes: b queries, then their b targets, then any hard negatives.
             negatives: of the step, on any device; None: there are none, and n = 2b.
         """
-        device = positions.device.type
-        with torch.autocast(device, torch.bfloat16, enabled=self._bf16, cache_enabled=self._bf16 and self._cache):
-            parts = [self.model(batch) for batch in groups]
+        device = positions.device
+        with torch.autocast(device.type, torch.bfloat16, enabled=self._bf16, cache_enabled=self._bf16 and self._cache):
+            parts = [self.model(batch.to(device, non_blocking=True)) for batch in groups]
         vectors = join_vectors(parts, positions)
-        if note_keys is None:
-            return vectors
-        with torch.autocast(device, enabled=False):
+        return vectors if note_keys is None else self.output(vectors, note_keys, negatives)
+
+    def output(self, vectors: NoteVectors, note_keys: torch.Tensor, negatives: Negatives | None = None) -> StepOutput:
+        """The result of a step whose notes have these vectors."""
+        device = vectors.multimodal.device
+        with torch.autocast(device.type, enabled=False):
             if negatives is None:  # an objective without hard negatives need not know of them
                 loss = self._loss(vectors, note_keys, gather_rows)
             else:
-                own = negatives._replace(related=negatives.related.to(positions.device))
+                own = negatives._replace(related=negatives.related.to(device))
                 loss = self._loss(vectors, note_keys, gather_rows, negatives=own)
         finite = torch.isfinite(vectors.multimodal).all(dim=-1)
         return StepOutput(loss, vectors.temperature.detach().float().clone(), finite)

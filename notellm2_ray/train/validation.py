@@ -78,8 +78,8 @@ class Validation:
         mine, world_size = self._shares(), distributed.world_size()
         parts = []
         for notes in prefetched(self._prepare, mine, self._prefetch):
-            notes = notes.to(device)
-            part: NoteVectors = module(notes.groups, notes.positions)
+            notes = notes.evened()
+            part: NoteVectors = module(notes.groups, notes.positions.to(device))
             parts.append(_gathered(part))
         # Rank r encoded notes r, r + world_size, ... of each round.
         size = self._notes_per_rank()

@@ -45,7 +45,7 @@ class ZeroEngine:
         )
         self.module = module
 
-    def __call__(self, *inputs: Any) -> Any:
+    def __call__(self, *inputs: Any, last: bool = True) -> Any:
         return self._engine(*inputs)
 
     def accumulate(self, loss: torch.Tensor) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -89,7 +90,13 @@ class Run:
         ranks = distributed.rank(), distributed.world_size()
         self.sampler = PairSampler(pairs, settings.batch_pairs, 1, *ranks, settings.hard_negatives)
         store = NoteStore(directory / "pairs" / "train_notes.arrow")
-        self.prepare = NotePreparer(store, encoder.preprocessor, settings.length_chunks)
+        self.prepare = NotePreparer(
+            store,
+            encoder.preprocessor,
+            settings.length_chunks,
+            max_notes=settings.cached_notes_per_pass,
+            max_tokens=settings.cached_tokens_per_pass,
+        )
         self.loss = loss_of(model, settings)
         self.module = EmbedderStep(encoder.model, loss=self.loss, bf16=settings.precision == "bf16")
         self.module.train()
@@ -97,9 +104,7 @@ class Run:
 
     def forward(self, step: int) -> Any:
         """The StepOutput of a step."""
-        batch = self.sampler[step]
-        notes = self.prepare(batch.note_ids)
-        return self.engine(notes.groups, notes.positions, torch.from_numpy(batch.note_keys), batch.negatives)
+        return self._begin(step)[0]
 
     def step(self, step: int, total: int = 20) -> float:
         """Take a step; the loss of the whole batch."""
@@ -107,6 +112,13 @@ class Run:
         from notellm2_ray.train.schedule import learning_rate_factor
 
         torch.manual_seed(stream_seed(1, step))
-        out = self.forward(step)
-        self.engine.update(out.loss, learning_rate_factor(step, total, 0.1))
+        out, update = self._begin(step)
+        update(learning_rate_factor(step, total, 0.1))
         return mean_over_ranks(out.loss)
+
+    def _begin(self, step: int) -> tuple[Any, Callable[[float], None]]:
+        from notellm2_ray.train.gradient_cache import begin_step
+
+        batch = self.sampler[step]
+        notes, keys = self.prepare(batch.note_ids), torch.from_numpy(batch.note_keys)
+        return begin_step(self.engine, notes, keys, batch.negatives, cached=self.settings.caches_gradients)

@@ -140,8 +140,9 @@ def test_an_image_that_cannot_be_decoded_names_its_note(trained_on, tmp_path):
         _trainer(trained_on, tmp_path, pairs=pairs).run()
 
 
-def test_a_loss_that_is_not_finite_names_step_and_notes(trained_on, tmp_path):
-    trainer = _trainer(trained_on, tmp_path)
+@pytest.mark.parametrize("notes_per_pass", [None, 5])
+def test_a_loss_that_is_not_finite_names_step_and_notes(trained_on, tmp_path, notes_per_pass):
+    trainer = _trainer(trained_on, tmp_path, cached_notes_per_pass=notes_per_pass)
     with torch.no_grad():
         trainer.module.model.projection.weight.fill_(math.nan)
     with pytest.raises(ModelError, match=r"step 1: the loss is nan \(the vectors of \d+ notes are not finite: n\d+, n"):
