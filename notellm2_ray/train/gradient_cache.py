@@ -10,6 +10,7 @@ Instead of three times a forward pass's operations, a step takes nearly four.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 
@@ -20,19 +21,19 @@ from notellm2_ray.train.step import StepOutput
 
 
 def begin_step(
-    engine: Engine, notes: PreparedNotes, note_keys: torch.Tensor, *, cached: bool
+    engine: Engine, notes: PreparedNotes, note_keys: torch.Tensor, *more: Any, cached: bool
 ) -> tuple[StepOutput, Callable[[float], None]]:
     """The result of a step before its update, and a function that updates the weights with a learning rate factor.
 
     Args:
         engine: around an :class:`~notellm2_ray.train.step.EmbedderStep`.
-        note_keys: see :class:`~notellm2_ray.train.step.EmbedderStep`; on the engine's device.
+        note_keys, more: see :class:`~notellm2_ray.train.step.EmbedderStep`; the keys are on the engine's device.
         cached: whether each group of ``notes`` goes through the model in a pass of its own.
     """
     if cached:
         step = CachedStep(engine, notes.evened(), note_keys.device)
-        return step.forward(note_keys), step.update
-    out = engine(notes.groups, notes.positions.to(note_keys.device), note_keys)
+        return step.forward(note_keys, *more), step.update
+    out = engine(notes.groups, notes.positions.to(note_keys.device), note_keys, *more)
     return out, lambda factor: engine.update(out.loss, factor)
 
 
@@ -44,7 +45,7 @@ class CachedStep:
         self._last = len(notes.groups) - 1
         self._seeds = pass_seeds(len(notes.groups))
 
-    def forward(self, note_keys: torch.Tensor) -> StepOutput:
+    def forward(self, note_keys: torch.Tensor, *more: Any) -> StepOutput:
         """The result of the whole step. Its loss has no graph."""
         with torch.no_grad():
             parts = [self._vectors(number) for number in range(self._last)]
@@ -54,7 +55,8 @@ class CachedStep:
         inputs = [*whole.named.values(), whole.temperature]
         for tensor in inputs:
             tensor.requires_grad_()
-        out = self._engine.module.output(whole.rows(self._notes.positions.to(self._device)), note_keys)
+        in_order = whole.rows(self._notes.positions.to(self._device))
+        out = self._engine.module.output(in_order, note_keys, *more)
         *gradients, self._of_temperature = torch.autograd.grad(out.loss, inputs, materialize_grads=True)
         self._gradients = list(zip(*(gradient.split(self._notes.sizes) for gradient in gradients), strict=True))
         return out._replace(loss=out.loss.detach())
