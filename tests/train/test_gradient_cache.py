@@ -49,7 +49,8 @@ def taken(directory: Path, *, cached: bool, ranks: int = 1, **changes: Any) -> t
         notes = notes.evened()
         seeds = pass_seeds(len(notes.groups))
         notes = notes._replace(groups=[Seeded(*pair) for pair in zip(notes.groups, seeds, strict=True)])
-    out, update = begin_step(run.engine, notes, torch.from_numpy(batch.note_keys), cached=cached)
+    keys = torch.from_numpy(batch.note_keys)
+    out, update = begin_step(run.engine, notes, keys, batch.negatives, cached=cached)
     assert len(notes.groups) > 1
     with gradients_before_update(run) as gradients:
         update(1.0)
@@ -97,6 +98,7 @@ def assert_same(cached: tuple[float, dict], whole: tuple[float, dict], *, atol: 
         {"cached_tokens_per_pass": 150},
         {"gradient_checkpointing": True},
         {"mask_duplicates": False},
+        {"hard_negatives": 2, "false_negative_margin": 0.1},
     ],
     ids=lambda changes: ", ".join(changes) or "notes",
 )
