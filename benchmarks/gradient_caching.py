@@ -6,8 +6,9 @@
 
 The model is the demo's, or one of these parts; the notes are the world's. Every size runs in a process of its own, on a
 GPU if there is one. A step has everything from prepared notes to updated weights. Memory is the peak during steps
-beyond what the process held before the first one: model and prepared notes. (On a GPU: of all tensors.) The batch is
-not cached up to ``--whole`` notes, from where it would not fit into the memory of most machines.
+beyond what the process held before the first one: model and prepared notes. (On a GPU: of all tensors.) Batches of up
+to ``--whole`` notes also run without caching; larger ones would not fit into the memory of most machines. On a busy
+machine CPU time tells more than time, best with one thread, since waiting threads spin.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ GOAL = 0.75
 
 
 def measure(arguments: argparse.Namespace) -> dict[str, float]:
-    """Notes/s (median of the steps) and peak GiB of one batch size, in this process."""
+    """Seconds and CPU seconds of a step (medians), and peak GiB, of one batch size in this process."""
     import numpy as np
     import torch
 
@@ -61,18 +62,20 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     names = sorted(store._rows)
     notes, keys = prepare([names[row] for row in ids]), torch.arange(count, device=device)
     before = psutil.Process().memory_info().rss
-    seconds = []
+    seconds, cpu_seconds = [], []
     for _ in range(arguments.steps + (count <= arguments.whole)):  # the first step of a small batch is a warm-up
-        started = time.perf_counter()
+        started, cpu_started = time.perf_counter(), time.process_time()
         _, update = begin_step(engine, notes, keys, cached=arguments.cached)
         update(1.0)
         if device.type == "cuda":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
+        cpu_seconds.append(time.process_time() - cpu_started)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 - before
     if device.type == "cuda":
         peak = torch.cuda.max_memory_allocated()
-    return {"rate": count / statistics.median(seconds[-arguments.steps :]), "gib": peak / 2**30}
+    step_seconds, step_cpu_seconds = (statistics.median(taken[-arguments.steps :]) for taken in (seconds, cpu_seconds))
+    return {"rate": count / step_seconds, "cpu_seconds": step_cpu_seconds, "gib": peak / 2**30}
 
 
 def build(directory: Path, arguments: argparse.Namespace) -> tuple[Path, Path]:
@@ -107,6 +110,7 @@ def compare(arguments: argparse.Namespace) -> None:
                 whole = one(notes, False)
                 line += f"   whole {whole['rate']:7.1f} notes/s, {whole['gib']:6.2f} GiB"
                 line += f"   RATIO {cached['rate'] / whole['rate']:.2f}"
+                line += f" ({whole['cpu_seconds'] / cached['cpu_seconds']:.2f} by CPU time)"
             print(line, flush=True)
     print(f"goal: a ratio of at least {GOAL}, and memory that does not grow with the batch")
 

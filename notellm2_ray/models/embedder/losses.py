@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from torch.utils.checkpoint import checkpoint
 
 from notellm2_ray.models.embedder.vectors import NoteVectors
 
@@ -21,6 +22,9 @@ Gather = Callable[[torch.Tensor], tuple[torch.Tensor, int]]
 It gets float vectors, which must keep their gradient, and integer and boolean rows. Every rank has n rows.
 """
 
+_MAX_SIMILARITIES = (
+    2**20
+)  # held at once; more are computed in blocks of rows, so that memory does not grow with the batch
 PADDING = -1  # key of a note that only fills up a rank's negatives: no row sees it
 
 
@@ -129,26 +133,45 @@ def contrastive_loss(
     with torch.autocast(vectors.device.type, enabled=False):
         unit = F.normalize(vectors if vectors.dtype == torch.float64 else vectors.float(), dim=-1)
         others, offset = gather(unit)
-        cosines = unit[:num_rows] @ others.T
-        logits = cosines * temperature.to(unit.dtype).exp()
+        scale = temperature.to(unit.dtype).exp()
     related = _related(num_rows, vectors.device) + offset
-    excluded = _copies(note_keys, gather(note_keys)[0], related, mask_duplicates)
-    if negatives is not None:
-        excluded[negatives.related[:, 0], negatives.related[:, 1]] = True
-    if false_negative_margin is not None:
-        known = cosines.detach()
-        excluded |= known > known.gather(1, related[:, None]) + false_negative_margin
-    rows = torch.arange(num_rows, device=vectors.device)
-    excluded[rows, rows + offset] = True
-    excluded[rows, related] = False
-    all_present, _ = gather(present)
+    all_keys, all_present = gather(note_keys)[0], gather(present)[0]
     counted = present[:num_rows] & all_present[related]
-    # Only in rows that count. The others keep these columns: a row of only -inf would have a NaN gradient.
-    excluded |= ~all_present & counted[:, None]
-    per_row = F.cross_entropy(logits.masked_fill(excluded, -torch.inf), related, reduction="none")
+
+    def losses(begin: int, end: int) -> torch.Tensor:
+        """-log softmax of rows ``begin`` to ``end``."""
+        block = slice(begin, end)
+        with torch.autocast(vectors.device.type, enabled=False):
+            cosines = unit[block] @ others.T
+            logits = cosines * scale
+        excluded = _copies(note_keys[block], all_keys, related[block])
+        if not mask_duplicates:  # only copies among the hard negatives
+            excluded &= torch.arange(len(all_keys), device=excluded.device) % len(vectors) >= num_rows
+        if negatives is not None:
+            row, column = negatives.related[(negatives.related[:, 0] >= begin) & (negatives.related[:, 0] < end)].T
+            excluded[row - begin, column] = True
+        if false_negative_margin is not None:
+            known = cosines.detach()
+            excluded |= known > known.gather(1, related[block, None]) + false_negative_margin
+        rows = torch.arange(len(excluded), device=excluded.device)
+        excluded[rows, rows + begin + offset] = True
+        excluded[rows, related[block]] = False
+        # Only in rows that count. The others keep these columns: a row of only -inf would have a NaN gradient.
+        excluded |= ~all_present & counted[block, None]
+        return F.cross_entropy(logits.masked_fill(excluded, -torch.inf), related[block], reduction="none")
+
+    per_row = _in_blocks(losses, num_rows, max(1, _MAX_SIMILARITIES // len(others)))
     # Divide by the mean count per rank, so that the mean over ranks is the mean over all rows that count.
     num_counted = gather(counted)[0].sum() * (len(vectors) / len(all_present))
     return torch.where(counted, per_row, 0.0).sum() / num_counted.clamp(min=1e-9)
+
+
+def _in_blocks(losses: Callable[[int, int], torch.Tensor], num_rows: int, size: int) -> torch.Tensor:
+    """``losses`` of all rows, for ``size`` rows at a time; the backward pass computes each block again."""
+    if num_rows <= size:
+        return losses(0, num_rows)
+    blocks = [(begin, min(begin + size, num_rows)) for begin in range(0, num_rows, size)]
+    return torch.cat([checkpoint(losses, *block, use_reentrant=False, preserve_rng_state=False) for block in blocks])
 
 
 def _related(num_notes: int, device: torch.device) -> torch.Tensor:
@@ -156,13 +179,6 @@ def _related(num_notes: int, device: torch.device) -> torch.Tensor:
     return (torch.arange(num_notes, device=device) + num_notes // 2) % num_notes
 
 
-def _copies(keys: torch.Tensor, all_keys: torch.Tensor, related: torch.Tensor, mask_duplicates: bool) -> torch.Tensor:
-    """(2b, world * n) bool: columns with a copy of the row's note or of its related note.
-
-    Without ``mask_duplicates`` only copies among the hard negatives.
-    """
-    num_rows = len(related)
-    copies = (all_keys == keys[:num_rows, None]) | (all_keys == all_keys[related][:, None])
-    if not mask_duplicates:
-        copies &= torch.arange(len(all_keys), device=keys.device) % len(keys) >= num_rows
-    return copies
+def _copies(keys: torch.Tensor, all_keys: torch.Tensor, related: torch.Tensor) -> torch.Tensor:
+    """(rows, world * n) bool: columns with a copy of the row's note or of its related note."""
+    return (all_keys == keys[:, None]) | (all_keys == all_keys[related][:, None])

@@ -9,6 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 
+from notellm2_ray.models.embedder import losses
 from notellm2_ray.models.embedder.losses import PADDING, Negatives, contrastive_loss, embedder_loss
 from notellm2_ray.models.embedder.vectors import NOTE, VISUAL, NoteVectors
 
@@ -92,6 +93,23 @@ def test_hard_negatives_equal_the_plain_implementation(mask_duplicates, margin, 
     seen = None if present is None else present.tolist()
     expected = twin(rows.tolist(), TAU.item(), HARD_KEYS.tolist(), mask_duplicates, seen, 6, KNOWN, margin)
     assert loss.item() == pytest.approx(expected, abs=1e-12)
+
+
+@pytest.mark.parametrize("mask_duplicates", [True, False])
+@pytest.mark.parametrize("similarities", [1, 45])  # blocks of one row, and of three of eight
+def test_blocks_of_rows_change_neither_loss_nor_gradients(monkeypatch, mask_duplicates, similarities):
+    rows, temperature = vectors(14).requires_grad_(), TAU.clone().requires_grad_()
+    present = torch.ones(14, dtype=torch.bool).index_fill(0, torch.tensor([2, 8]), False)
+    given = {"mask_duplicates": mask_duplicates, "present": present, "false_negative_margin": 0.1}
+
+    def measured() -> list[torch.Tensor]:
+        loss = contrastive_loss(rows, temperature, HARD_KEYS, negatives=hard(), **given)
+        return [loss, *torch.autograd.grad(loss, [rows, temperature])]
+
+    whole = measured()
+    monkeypatch.setattr(losses, "_MAX_SIMILARITIES", similarities)
+    for found, expected in zip(measured(), whole, strict=True):
+        torch.testing.assert_close(found, expected, atol=1e-12, rtol=0)
 
 
 def test_hard_negatives_are_pushed_away_and_masked_ones_are_not():
