@@ -50,7 +50,7 @@ def measure(arguments: argparse.Namespace) -> dict[str, float]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     encoder = NoteEncoder.from_pretrained(arguments.model)
     count = arguments.notes[0]
-    settings = TrainSettings(engine="plain", precision=arguments.precision, batch_pairs=count // 2)
+    settings = TrainSettings(engine="plain", precision=arguments.precision, batch_pairs=count // 2, learning_rate=1e-5)
     step = EmbedderStep(
         encoder.model.train(), loss=loss_of(encoder.settings, settings), bf16=arguments.precision == "bf16"
     )
