@@ -25,6 +25,7 @@ pytestmark = [
 ]
 LM, TOWER, SENTENCES = (Path(HOME or "").absolute() / name for name in ("smollm2-135m", "dinov2-small", "minilm-l6"))
 WORLD = ["--preset", "demo", "source.num_notes=400", "source.num_users=120", "embed.by_modality=false"]
+WORLD += ["model.max_body_tokens=64"]  # half the time
 EMBEDDER = [
     *(f"model.llm={LM}", f"model.vision={TOWER}", "model.attention=sdpa", "train.lora={rank: 16}"),
     *("train.batch_pairs=16", "train.max_steps=30", "train.validate_every_steps=30", "train.max_validation_pairs=32"),
