@@ -18,6 +18,8 @@ from notellm2_ray.models.weight_names import check_weight_names
 # Any of these keys in a config means that the model has an image tower.
 _IMAGE_KEYS = ("vision_config", "vision_tower", "mm_vision_tower", "visual", "image_token_id", "image_token_index")
 
+_BOTH_WAYS = ("Gemma3ForConditionalGeneration", "PaliGemmaForConditionalGeneration")
+
 # vLLM's prefix cache shares whole blocks of a prompt. The default on a CPU is 128 tokens, as long as a short prompt;
 # 32 is the least that vLLM's CPU kernels support.
 CPU_BLOCK_TOKENS = 32
@@ -82,6 +84,12 @@ def engine_arguments(
         raise ConfigError(
             f"generation.max_model_len={settings.max_model_len} is more than the {facts.context} tokens that "
             f"{facts.model} allows; lower it"
+        )
+    if images and not on_gpu and facts.architecture in _BOTH_WAYS:
+        raise ConfigError(
+            f"{facts.model}: the tokens of an image attend to each other both ways in {facts.architecture}, which vLLM "
+            "does not do on a CPU, so that its scores would not be the tuned model's: set generation.gpus_per_engine, or "
+            "take another model"
         )
     arguments: dict[str, Any] = {
         "dtype": settings.dtype,

@@ -127,10 +127,12 @@ class PartScorer(PartActor[CandidatePart, ScoredPart]):
         nobody = CandidateRow("", "", 0, None, ())
         requests = [ScoreRequest(nobody, prompter.prompt(one), prompter.image(one)) for one in asked]
         asking = ask(self.engine, self.chat, requests, f"probe/{os.getpid()}")
-        answers = asyncio.run_coroutine_threadsafe(asking, self.loop).result()
-        refused = [answer for answer in answers if isinstance(answer, ValueError)]
-        if refused:
-            raise ModelError(f"{model}: vLLM refuses a prompt with an image: {refused[0]}")
+        try:
+            answers = asyncio.run_coroutine_threadsafe(asking, self.loop).result()
+            for refused in (answer for answer in answers if isinstance(answer, ValueError)):
+                raise refused
+        except Exception as error:  # any error: the model does not run, and the message says why
+            raise ModelError(f"{model}: vLLM cannot read a prompt with an image: {error.__cause__ or error}") from error
         compare_prompts(prompter, load_processor(model), model, asked, [answer.prompt_token_ids for answer in answers])
 
     def _questions(self, table: TableJob) -> tuple[Questions, RankerPrompter]:

@@ -126,6 +126,7 @@ def _needed(settings: Settings, history: str, output: Path) -> Path:
 
 def train_ranker(settings: Settings) -> dict[str, Any]:
     """Fine-tune the ranker that the settings name."""
+    from notellm2_ray.infer.engine import check_model, engine_arguments
     from notellm2_ray.train.ranker import train_ranker as work
 
     kind = outputs.PREFERENCES[settings.ranker.variant]
@@ -134,11 +135,14 @@ def train_ranker(settings: Settings) -> dict[str, Any]:
         require(written, "run summarize-preferences, or `notellm2 run-ranking` for everything")
 
     def run(output: Path) -> dict[str, Any]:
+        model, images = outputs.ranking_model(settings, settings.ranker.model), settings.ranker.variant != "tallrec"
+        # Raises now, not after the tuning, if no engine could score with the model.
+        engine_arguments(check_model(model, images=images), settings.generation, images=int(images))
         connect(settings.ray)
         return work(
             settings.ranker,
             settings.tune,
-            model_path=outputs.ranking_model(settings, settings.ranker.model),
+            model_path=model,
             sequences=ranking_workspace(settings).sequences,
             notes=workspace_of(settings).notes,
             preferences=_preferences(settings, settings.ranker.variant),

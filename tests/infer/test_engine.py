@@ -88,6 +88,14 @@ def test_an_engine_reserves_memory_for_the_images_that_are_sent(tmp_path: Path, 
     assert image_limits("nowhere", "LlavaForConditionalGeneration", pixels) == {}
 
 
+def test_a_model_that_vllm_computes_otherwise_on_a_cpu_is_refused_there(tmp_path: Path) -> None:
+    facts = check_model(architectures.save("gemma3", tmp_path, weights=False), images=True)
+    with pytest.raises(ConfigError, match=r"both ways.*generation\.gpus_per_engine"):
+        engine_arguments(facts, GenerationSettings(), images=1)
+    assert engine_arguments(facts, GenerationSettings(gpus_per_engine=1), images=1)
+    assert engine_arguments(facts, GenerationSettings())  # text alone
+
+
 def test_names_of_weights_that_vllm_does_not_know_are_refused(tmp_path: Path) -> None:
     published = architectures.save("llava", tmp_path / "published")
     assert check_model(published, images=True).architecture == "LlavaForConditionalGeneration"

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 from notellm2_ray.core.errors import ConfigError, ModelError
-from notellm2_ray.core.recommend_prompts import Text
+from notellm2_ray.core.recommend_prompts import IMAGE, Text
 from notellm2_ray.core.settings import RankerSettings
 from notellm2_ray.models.chat import ChatTokenizer
 from notellm2_ray.models.chat_images import check_images, process_image
@@ -114,6 +114,8 @@ def test_gemma_s_frame_has_line_breaks_that_merge(models):
     chat = ChatTokenizer.of(processor)
     frame, _ = process_image(chat, processor, Image.new("RGB", (60, 60), "red"))
     assert (frame.before, frame.after) == ("\n\n", "\n\n")
+    # vLLM does not find an image that a further line break follows.
+    assert chat.decode(chat.prompt(["See ", IMAGE, "\n\nNow"])) == chat.decode(chat.prompt(["See ", IMAGE, "Now"]))
     assert chat.placeholder_id == chat.tokenizer.convert_tokens_to_ids("<start_of_image>") != chat.image_token_id
 
 
