@@ -87,9 +87,9 @@ def engine_arguments(
         )
     if images and not on_gpu and facts.architecture in _BOTH_WAYS:
         raise ConfigError(
-            f"{facts.model}: the tokens of an image attend to each other both ways in {facts.architecture}, which vLLM "
-            "does not do on a CPU, so that its scores would not be the tuned model's: set generation.gpus_per_engine, or "
-            "take another model"
+            f"{facts.model}: in {facts.architecture} the tokens of an image attend to each other both ways, which vLLM "
+            "does not do on a CPU, so that its scores would not be the tuned model's: set "
+            "generation.gpus_per_engine=1, or take another model"
         )
     arguments: dict[str, Any] = {
         "dtype": settings.dtype,

@@ -20,7 +20,7 @@ from notellm2_ray.core.errors import ModelError
 from notellm2_ray.core.prompts import joined
 from notellm2_ray.core.recommend_prompts import NO, YES, ImageSlot, Part, Text
 from notellm2_ray.models.chat_template import image_tokens, read_template
-from notellm2_ray.models.image_frames import ImageFrame, put_images
+from notellm2_ray.models.image_frames import ImageFrame, put_images, without_breaks
 from notellm2_ray.models.processors import load_processor
 from notellm2_ray.models.user_text import UserTextEncoder, leading_ids
 
@@ -136,7 +136,7 @@ class ChatTokenizer:
     def _turn(self, user: Sequence[Part], system: str) -> list[Part]:
         words = self.template
         if self.placeholder_id != self.image_token_id:
-            user = _without_breaks(user)
+            user = without_breaks(user)
         if not system:
             return [words.before, *user, words.after]
         if words.before_system is None:
@@ -249,13 +249,3 @@ class ChatTokenizer:
         if common is None:
             raise ModelError(f"the tokenizer writes {YES!r} and {NO!r} as {yes} and {no}: they cannot be told apart")
         return Answers(yes[:common], yes[common:], no[common:])
-
-
-def _without_breaks(parts: Sequence[Part]) -> list[Part]:
-    """The parts without line breaks after an image.
-
-    Gemma 3's frame ends in line breaks. A further one would merge with them, and vLLM 0.29 would not find the image.
-    """
-    follows = [False, *(isinstance(part, ImageSlot) for part in parts)]
-    pairs = zip(parts, follows, strict=False)
-    return [part.lstrip("\n") if after and isinstance(part, str) else part for part, after in pairs]

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import NamedTuple
 
+from notellm2_ray.core.recommend_prompts import ImageSlot, Part
+
 
 class ImageFrame(NamedTuple):
     """One image's tokens, and what the processor writes around them."""
@@ -29,3 +31,13 @@ def put_images(ids: Sequence[int], images: Sequence[Sequence[int]], placeholder_
         expanded += [*ids[begin:place], *image]
         begin = place + 1
     return [*expanded, *ids[begin:]]
+
+
+def without_breaks(parts: Sequence[Part]) -> list[Part]:
+    """The parts without line breaks after an image.
+
+    Gemma 3's frame ends in line breaks. A further one would merge with them, and vLLM 0.29 would not find the image.
+    """
+    follows = [False, *(isinstance(part, ImageSlot) for part in parts)]
+    pairs = zip(parts, follows, strict=False)
+    return [part.lstrip("\n") if after and isinstance(part, str) else part for part, after in pairs]
