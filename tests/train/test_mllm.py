@@ -8,8 +8,8 @@ from typing import Any
 import pytest
 import torch
 
+from tests.support import architectures, tiny_models
 from tests.support import embedder_training as material
-from tests.support import mllms, tiny_models
 from tests.support.ranks import run_ranks
 
 CASES: dict[str, dict[str, Any]] = {
@@ -54,7 +54,7 @@ KINDS = ("qwen3_vl", "llava")
 @pytest.mark.slow
 def test_ranks_without_images_do_not_hang_and_engines_agree(tmp_path):
     for kind in KINDS:
-        mllms.save(kind, tmp_path / kind)
+        architectures.save(kind, tmp_path / kind)
     (tmp_path / "ranks").mkdir()
     first, second = run_ranks(_all_cases, 2, Path(tmp_path / "ranks"), str(tmp_path))
     for kind in KINDS:

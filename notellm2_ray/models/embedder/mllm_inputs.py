@@ -16,13 +16,14 @@ from notellm2_ray.core.images import scaled_image
 from notellm2_ray.core.prompts import Slot, cut_texts, joined, note_prompt, shown_texts
 from notellm2_ray.core.schema import Note
 from notellm2_ray.core.settings.model import MllmOptions, ModelSettings
-from notellm2_ray.models.chat_template import image_tokens, read_template
+from notellm2_ray.models.chat import ChatTokenizer
 from notellm2_ray.models.embedder.kinds import Inputs
 from notellm2_ray.models.embedder.preprocess import fit_texts, text_budget
 from notellm2_ray.models.image_inputs import ImageTokenizer, ImageTokens, blank_image, joined_images
-from notellm2_ray.models.user_text import UserTextEncoder, leading_ids
+from notellm2_ray.models.user_text import leading_ids
 
 INSTRUCTION = "Represent the user's input."  # Qwen3-VL-Embedding's own, for what is searched
+_ANCHOR = "\n"  # merges with no text that follows
 _RATIOS = (1, 2, 1 / 2, 4, 1 / 4, 16, 1 / 16)  # width to height of the images that are tried for the most tokens
 
 
@@ -90,11 +91,10 @@ class MllmPreprocessor:
         tokenizer = getattr(processor, "tokenizer", None)
         if tokenizer is None:
             raise ModelError("model.llm has no processor for images: model.kind=mllm needs a multimodal LLM")
-        template = getattr(processor, "chat_template", None) or tokenizer.chat_template
-        self._words = read_template(tokenizer, template, image_tokens(processor))
-        self._texts = UserTextEncoder(tokenizer)
-        self._images = ImageTokenizer(processor, self._words.image.strip())
+        self._chat = ChatTokenizer.of(processor)
+        self._images = ImageTokenizer(processor, self._chat.template.image.strip())
         self._image_token: str = tokenizer.convert_ids_to_tokens(self._images.image_id)
+        self._anchor = self._literal(_ANCHOR)
         blank = self._images(blank_image())
         self._types = tuple(blank.types)
         self._prompts = {shown: self._prompt(shown) for shown in (True, False)}
@@ -166,7 +166,7 @@ class MllmPreprocessor:
             texts = {Slot.CONTENT: "\n".join(text for text in cut_texts(note, self.settings).values() if text)}
         else:
             texts = shown_texts(note, self.settings)
-        return dict(zip(texts, self._texts.encode(list(texts.values())), strict=True))
+        return {slot: self._continued(self._chat.encode, text) for slot, text in texts.items()}
 
     def _prompt(self, with_image: bool) -> _Prompt:
         parts = self._chat_parts(with_image) if self.options.prompt == "chat" else self._compression_parts(with_image)
@@ -181,7 +181,7 @@ class MllmPreprocessor:
 
     def _chat_parts(self, with_image: bool) -> list[Slot | list[int]]:
         """The instruction as system message, then image and text as the user's turn, up to where the answer begins."""
-        words, instruction = self._words, self.options.instruction or INSTRUCTION
+        words, instruction = self._chat.template, self.options.instruction or INSTRUCTION
         if words.before_system is None:
             before = f"{words.before}{instruction}\n\n"
         else:
@@ -192,13 +192,13 @@ class MllmPreprocessor:
 
     def _encoded_parts(self, parts: Iterable[str | Slot]) -> list[Slot | list[int]]:
         """A prompt's words as token ids. The image's token becomes a slot."""
-        tokenizer, image_id = self._texts.tokenizer, self._images.image_id
+        tokenizer, image_id = self._chat.tokenizer, self._images.image_id
         encoded: list[Slot | list[int]] = []
         for part in joined(parts):
             if isinstance(part, Slot):
                 encoded.append(part)
                 continue
-            ids = tokenizer(part, add_special_tokens=False, split_special_tokens=False).input_ids
+            ids = self._continued(self._literal, part) if encoded else self._literal(part)
             if not encoded and ids[:1] not in ([i] for i in tokenizer.all_special_ids if i != image_id):
                 ids = leading_ids(tokenizer) + ids  # a chat template begins with its own
             while image_id in ids:
@@ -207,6 +207,14 @@ class MllmPreprocessor:
                 ids = ids[place + 1 :]
             encoded.append(ids)
         return encoded
+
+    def _literal(self, text: str) -> list[int]:
+        return self._chat.tokenizer(text, add_special_tokens=False, split_special_tokens=False).input_ids
+
+    def _continued(self, encode: Callable[[str], list[int]], text: str) -> list[int]:
+        """Token ids of a text inside of a prompt: without the space that Llama's tokenizer puts before a text."""
+        ids = encode(_ANCHOR + text)
+        return ids[len(self._anchor) :] if ids[: len(self._anchor)] == self._anchor else encode(text)
 
 
 def make_preprocessor(settings: ModelSettings, processor: Any, config: PretrainedConfig) -> MllmPreprocessor:

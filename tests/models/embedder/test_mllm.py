@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import json
 import pickle
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,9 +18,11 @@ from notellm2_ray.core.images import scaled_image
 from notellm2_ray.core.prompts import note_prompt, shown_texts
 from notellm2_ray.core.schema import Note
 from notellm2_ray.core.settings.model import ModelSettings
+from notellm2_ray.models.chat import ChatTokenizer
 from notellm2_ray.models.embedder.build import build_encoder
 from notellm2_ray.models.embedder.encoder import NoteEncoder
-from tests.support import mllms, tiny_models
+from tests.support import tiny_models
+from tests.support.architectures import ARCHITECTURES, save
 
 NOTES = [
     Note("a", "red cat", ("猫",), "sleeps on the sofa", tiny_models.picture(1, (90, 60))),
@@ -27,21 +31,31 @@ NOTES = [
 ]
 
 
+KINDS = sorted(set(ARCHITECTURES) - {"qwen3_vl_thinking"})  # that one differs in its template alone
+
+
 @pytest.fixture(scope="module")
 def saved(tmp_path_factory):
-    """A function from a kind to the directory of such a model, made at most once."""
+    """A function from a kind to the directory of such a model, made at most once.
+
+    Its tokenizer merges nothing, so that a text has the same tokens in pieces and as a whole.
+    """
     made: dict[str, str] = {}
 
     def of(kind: str) -> str:
         if kind not in made:
-            made[kind] = mllms.save(kind, tmp_path_factory.mktemp(kind))
+            made[kind] = save(kind, tmp_path_factory.mktemp(kind))
+            path = Path(made[kind]) / "tokenizer.json"
+            values = json.loads(path.read_text())
+            values["model"]["merges"] = []
+            path.write_text(json.dumps(values))
         return made[kind]
 
     return of
 
 
 def settings(**changes) -> ModelSettings:
-    defaults = {"kind": "mllm", "llm": "somewhere", "embedding_dim": None, "max_body_tokens": 200}
+    defaults = {"kind": "mllm", "llm": "somewhere", "embedding_dim": None, "max_body_tokens": 400}
     return build(ModelSettings, {**defaults, **changes})
 
 
@@ -66,29 +80,26 @@ def compression(note: Note, image_words: str) -> str:
     return "".join(part if isinstance(part, str) else filled.get(part, image_words) for part in parts)
 
 
-IMAGE_WORDS = {kind: "<|vision_start|><|image_pad|><|vision_end|>" for kind in ("qwen2_vl", "qwen2_5_vl", "qwen3_vl")}
-IMAGE_WORDS |= {"llava": "<image>", "llava_next": "<image>"}
-
-
-@pytest.mark.parametrize("kind", IMAGE_WORDS)
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - {"blip2"}))
 def test_a_vector_is_hugging_faces_last_hidden_state(saved, kind):
-    vectors = make(saved(kind)).encode(NOTES)
-    assert vectors.shape == (3, mllms.WIDTH)
+    path = saved(kind)
+    words = ChatTokenizer.from_pretrained(path).template.image.strip()
+    vectors = make(path).encode(NOTES)
     for note, vector in zip(NOTES, vectors, strict=True):
-        expected = own_vector(saved(kind), compression(note, IMAGE_WORDS[kind]), note.image)
+        expected = own_vector(path, compression(note, words), note.image)
         np.testing.assert_allclose(vector, expected, atol=1e-5)
 
 
 def test_blip_2_has_its_image_in_its_place_too(saved):
     # Its own processor puts the image before the text, and its class returns no hidden states of the language model.
-    path = saved("blip_2")
+    path = saved("blip2")
     encoder, processor = make(path), AutoProcessor.from_pretrained(path)
     model = AutoModelForImageTextToText.from_pretrained(path, dtype=torch.float32).eval()
-    before, after = compression(NOTES[0], "0IMAGE0").split("0IMAGE0")
+    parts = zip(compression(NOTES[0], "0IMAGE0").split("0IMAGE0"), (True, False), strict=True)
     made = processor(images=[scaled_image(NOTES[0].image, 262_144)], text="", return_tensors="pt")
     places = made.input_ids[0][made.input_ids[0] == model.config.image_token_id].tolist()
     assert len(places) == 4
-    start, end = (processor.tokenizer(text, add_special_tokens=False).input_ids for text in (before, after))
+    start, end = (processor.tokenizer(text, add_special_tokens=first).input_ids for text, first in parts)
     ids = torch.tensor([[*start, *places, *end]])
     with torch.no_grad():
         out = model(pixel_values=made.pixel_values, input_ids=ids, output_hidden_states=True)
@@ -97,31 +108,24 @@ def test_blip_2_has_its_image_in_its_place_too(saved):
     assert np.isfinite(encoder.encode(NOTES[1:2])).all()
 
 
-@pytest.mark.parametrize("kind", mllms.KINDS)
-def test_a_note_alone_equals_the_note_in_a_batch(saved, kind):
+@pytest.mark.parametrize("kind", KINDS)
+def test_vectors_are_the_same_alone_in_a_batch_and_after_saving(saved, tmp_path, kind):
     encoder = make(saved(kind), embedding_dim=16)
-    for inputs in ("multimodal", "image", "text"):
+    encoder.save_pretrained(tmp_path)
+    again = NoteEncoder.from_pretrained(tmp_path)
+    assert again.fingerprint == encoder.fingerprint
+    for inputs in ("multimodal", "text"):
         together = encoder.encode(NOTES, inputs)
         assert together.shape == (3, 16)
         for note, vector in zip(NOTES, together, strict=True):
-            np.testing.assert_allclose(encoder.encode([note], inputs)[0], vector, atol=1e-4)
+            np.testing.assert_allclose(again.encode([note], inputs)[0], vector, atol=1e-4)
+        assert np.array_equal(again.encode(NOTES, inputs), together)
     assert not np.allclose(encoder.encode(NOTES[:1]), encoder.encode(NOTES[:1], "text"), atol=1e-3)
-
-
-@pytest.mark.parametrize("kind", mllms.KINDS)
-@pytest.mark.parametrize("dim", [None, 16])
-def test_a_saved_embedder_gives_the_same_vectors(saved, tmp_path, kind, dim):
-    encoder = make(saved(kind), embedding_dim=dim)
-    encoder.save_pretrained(tmp_path)
-    again = NoteEncoder.from_pretrained(tmp_path)
-    assert again.embedding_dim == (dim or mllms.WIDTH)
-    assert np.array_equal(again.encode(NOTES), encoder.encode(NOTES))
-    assert again.fingerprint == encoder.fingerprint
     rough = NoteEncoder.from_pretrained(tmp_path, precision="bf16").encode(NOTES)
     assert (rough * encoder.encode(NOTES)).sum(axis=1).min() > 0.98
 
 
-@pytest.mark.parametrize("kind", mllms.KINDS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_in_training_everything_takes_part_without_any_image(saved, kind):
     encoder = make(saved(kind), embedding_dim=16)
     encoder.model.set_gradient_checkpointing(True)
@@ -134,9 +138,11 @@ def test_in_training_everything_takes_part_without_any_image(saved, kind):
     assert not [name for name in without if "position" not in name]
     frozen = {name for name, p in encoder.model.named_parameters() if not p.requires_grad}
     assert frozen and not any("language_model" in name or "merger" in name for name in frozen)
-    np.testing.assert_allclose(
-        torch.nn.functional.normalize(vectors.multimodal, dim=-1)[0].detach(), encoder.encode(NOTES[1:2])[0], atol=1e-4
-    )
+    encoder.model.eval()  # no dropout
+    encoder.model.training = True  # as in validation: only the blank image takes part
+    with torch.no_grad():
+        vector = torch.nn.functional.normalize(encoder.model(batch).multimodal, dim=-1)[0]
+    np.testing.assert_allclose(vector, encoder.encode(NOTES[1:2])[0], atol=1e-4)
 
 
 def test_an_embedding_checkpoint_has_no_head_and_reads_its_own_chat_prompt(saved, tmp_path):
@@ -164,7 +170,7 @@ def test_an_embedding_checkpoint_has_no_head_and_reads_its_own_chat_prompt(saved
 
 def test_the_chat_prompt_of_another_template(saved):
     note = NOTES[0]._replace(topics=(), content="")
-    text = "SYSTEM: Find it. USER: <image>\nred cat ASSISTANT:"
+    text = "Find it. USER: <image>\nred cat ASSISTANT:"
     vector = make(saved("llava"), options={"prompt": "chat", "instruction": "Find it."}).encode([note])[0]
     np.testing.assert_allclose(vector, own_vector(saved("llava"), text, note.image), atol=1e-5)
 
@@ -178,7 +184,7 @@ def test_what_users_write_is_no_mark_and_is_cut(saved):
         marked = preprocessor.features(Note("a", "<|image_pad|><|im_end|>cat<|vision_start|>", content="word " * 500))
         of = [[i for i in one.rows["input_ids"] if i in marks] for one in (plain, marked)]
         assert of[0] == of[1]
-        assert marked.num_tokens <= 200 + 60  # closing words are not counted, nor the chat template's first
+        assert marked.num_tokens <= 400 + 60  # closing words are not counted, nor the chat template's first
 
 
 def test_large_images_are_scaled_down(saved):
@@ -203,8 +209,8 @@ def test_what_cannot_be_used_is_named(saved, tmp_path):
     llm = tiny_models.save_llm(tmp_path / "llm")
     with pytest.raises(ModelError, match="is a qwen2, not an image-text model"):
         make(llm)
-    with pytest.raises(ModelError, match=r"the longest prompts take .* but the LLM supports 2048"):
-        make(saved("qwen2_vl"), max_body_tokens=3000)
+    with pytest.raises(ModelError, match=r"the longest prompts take .* but the LLM supports 8192"):
+        make(saved("qwen2_vl"), max_body_tokens=9000)
     for wrong, message in (
         ({"options": {"promt": "chat"}}, "promt"),
         ({"options": {"instruction": "Find."}}, "would be ignored"),
