@@ -20,7 +20,7 @@ from notellm2_ray.models.embedder.build import build_encoder
 from notellm2_ray.models.embedder.encoder import NoteEncoder
 from notellm2_ray.models.note_inputs import as_note, image_bytes
 from notellm2_ray.models.sentence_transformer import NoteTransformer
-from tests.support import mllms, tiny_models
+from tests.support import architectures, tiny_models
 
 
 def write(directory: Path, variant: str = "notellm2") -> Path:
@@ -108,8 +108,8 @@ def test_vectors_trained_for_several_lengths_are_cut_in_either_library(path, tmp
 
 
 def test_a_multimodal_llm_gives_the_same_vectors(tmp_path):
-    settings = ModelSettings(kind="mllm", llm="somewhere", embedding_dim=None, max_body_tokens=200)
-    path = mllms.save("qwen2_vl", tmp_path / "mllm")
+    settings = ModelSettings(kind="mllm", llm="somewhere", embedding_dim=None, max_body_tokens=400)
+    path = architectures.save("qwen2_vl", tmp_path / "mllm")
     encoder = build_encoder(settings, 1, llm_path=path, vision_path="")
     encoder.save_pretrained(tmp_path / "model")
     model = SentenceTransformer(str(tmp_path / "model"), device="cpu", trust_remote_code=True)

@@ -27,7 +27,7 @@ def _steps(llm: str, case: dict[str, Any]) -> dict[str, Any]:
     from notellm2_ray.train.objectives import loss_of
     from notellm2_ray.train.step import EmbedderStep
 
-    model = ModelSettings(kind="mllm", llm=llm, embedding_dim=16)
+    model = ModelSettings(kind="mllm", llm=llm, embedding_dim=16, max_body_tokens=400)
     settings = material.train_settings(num_workers=2, **case)
     encoder = build_encoder(model, 1, llm_path=llm, vision_path="")
     encoder.model.set_gradient_checkpointing(settings.gradient_checkpointing)

@@ -13,29 +13,31 @@ from notellm2_ray.models.embedder.adapt import adapt_llm, save_merged
 from notellm2_ray.models.embedder.build import build_encoder
 from notellm2_ray.models.embedder.encoder import NoteEncoder
 from notellm2_ray.models.lora import is_lora
-from tests.support import mllms, tiny_models
+from tests.support import architectures, tiny_models
 
 LORA = LoraSettings(rank=4, alpha=8)
+MLLMS = ("qwen2_5_vl", "blip2")
 
 
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> dict[str, str]:
     base = tmp_path_factory.mktemp("parts")
     made = {kind: tiny_models.save_llm(base / kind, kind) for kind in tiny_models.LLMS}
-    return {**made, "clip": tiny_models.save_clip(base / "clip"), "mllm": mllms.save("qwen2_5_vl", base / "mllm")}
+    made |= {kind: architectures.save(kind, base / kind) for kind in MLLMS}
+    return {**made, "clip": tiny_models.save_clip(base / "clip")}
 
 
 def make(parts: dict[str, str], case: str) -> NoteEncoder:
-    if case == "mllm":
+    if case in MLLMS:
         settings = build(
-            ModelSettings, {"kind": "mllm", "llm": "somewhere", "embedding_dim": 16, "max_body_tokens": 200}
+            ModelSettings, {"kind": "mllm", "llm": "somewhere", "embedding_dim": 16, "max_body_tokens": 400}
         )
     else:
         settings = tiny_models.settings()
     return build_encoder(settings, 1, llm_path=parts[case], vision_path=parts["clip"])
 
 
-@pytest.mark.parametrize("case", [*tiny_models.LLMS, "mllm"])
+@pytest.mark.parametrize("case", [*tiny_models.LLMS, *MLLMS])
 def test_a_merged_embedder_gives_the_vectors_of_the_adapted_one(parts, tmp_path, case):
     adapted, notes = make(parts, case), tiny_models.notes(4, without_image=[1])
     before = adapted.encode(notes)
