@@ -320,6 +320,27 @@ def test_trained_baselines_give_the_same_table(tmp_path):
     assert printed[0] == printed[1]
 
 
+def test_a_trained_embedder_has_the_same_weights(tmp_path):
+    """Its pairs, their order and what is read of them are the same, and so is every step."""
+    import torch
+
+    from notellm2_ray.train.embedder_run import EmbedderJob, EmbedderRun
+    from tests.support import embedder_training, tiny_models
+
+    llm, clip = tiny_models.save_llm(tmp_path / "llm"), tiny_models.save_clip(tmp_path / "clip")
+    train = embedder_training.train_settings(max_steps=4, validate_every_steps=4)
+    tables, weights = by_name(platform(step=DAY)), []
+    for name, one in (("base", tables), ("other", everything(tables))):
+        home = tmp_path / name
+        made(one, home)
+        (home / "run").mkdir()
+        job = EmbedderJob(tiny_models.settings(), train, 5, Workspace(home).pairs, llm, clip, home / "run")
+        run = EmbedderRun(job, torch.device("cpu"), lambda directory, figures: None)
+        run.run()
+        weights.append(run.encoder.model.state_dict())
+    assert all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
+
+
 @pytest.mark.parametrize("change", [renamed, everything])
 def test_through_prepare(unordered, tmp_path, ray_cluster, change):
     tables, base = unordered

@@ -28,6 +28,7 @@ WORLD = ["--preset", "demo", "source.num_notes=400", "source.num_users=120", "em
 WORLD += ["model.max_body_tokens=64"]  # half the time
 EMBEDDER = [
     *(f"model.llm={LM}", f"model.vision={TOWER}", "model.attention=sdpa", "train.lora={rank: 16}"),
+    "model.initial_temperature=3",  # the demo has less, for its tiny models
     *("train.batch_pairs=16", "train.max_steps=30", "train.validate_every_steps=30", "train.max_validation_pairs=32"),
     *("evaluate.embedders=[notellm2]", "evaluate.inputs=[multimodal]", "evaluate.sample_queries=3"),
     *("evaluate.baselines=[bm25,sentence_encoder,random]", f"evaluate.sentence_encoder={SENTENCES}"),
