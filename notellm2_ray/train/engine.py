@@ -14,8 +14,6 @@ from notellm2_ray.models.lora import is_lora
 
 # The best rate of LoRA is about ten times that of full fine-tuning, whatever the rank ("LoRA Without Regret", 2025).
 _LORA_FACTOR = 10
-_START = {False: "pretrained", True: "fresh"}
-_DECAYS = (False, True)
 
 
 class StepModule(Protocol):
@@ -67,14 +65,13 @@ def parameter_groups(module: StepModule, settings: TrainSettings) -> list[dict[s
     """
     rate = settings.learning_rate
     assert rate is not None, "train/rates.py fills it in"
-    peaks = {"pretrained": rate, "fresh": settings.connector_learning_rate or rate}
-    if settings.lora is not None:
-        peaks["lora"] = settings.lora.learning_rate or _LORA_FACTOR * rate
-    groups: dict[tuple[str, bool], list[nn.Parameter]] = {(kind, decays): [] for kind in peaks for decays in _DECAYS}
+    lora = rate if settings.lora is None else settings.lora.learning_rate or _LORA_FACTOR * rate
+    peaks = (rate, settings.connector_learning_rate or rate, lora)
+    groups: dict[tuple[int, bool], list[nn.Parameter]] = {}
     for name, parameter in module.model.named_parameters():
         if parameter.requires_grad:
-            kind = "lora" if "lora" in peaks and is_lora(name) else _START[module.model.is_fresh(name)]
-            groups[kind, parameter.dim() >= 2].append(parameter)
+            kind = 2 if is_lora(name) else int(module.model.is_fresh(name))
+            groups.setdefault((kind, parameter.dim() >= 2), []).append(parameter)
     return [
         {
             "params": parameters,
@@ -82,8 +79,7 @@ def parameter_groups(module: StepModule, settings: TrainSettings) -> list[dict[s
             "peak": peaks[kind],
             "weight_decay": settings.weight_decay if decays else 0.0,
         }
-        for (kind, decays), parameters in groups.items()
-        if parameters
+        for (kind, decays), parameters in sorted(groups.items(), key=lambda item: item[0])
     ]
 
 
