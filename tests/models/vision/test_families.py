@@ -32,6 +32,7 @@ class Family(NamedTuple):
     before: int  # states before the patches
     half: Callable[[Any], Any] = lambda model: model  # its vision encoder
     unused: tuple[str, ...] = ()  # trained parameters that nothing depends on
+    head: bool = True  # whether its own pooled vector is used; False: CLS
 
 
 def clip_like(kind: str) -> Callable[[], Any]:
@@ -44,6 +45,10 @@ def blip2() -> Any:
     text = dict(model_type="opt", hidden_size=16, num_hidden_layers=1, num_attention_heads=1, ffn_dim=16, vocab_size=50)
     config = hf.Blip2Config(vision_config=TOWER, qformer_config=sizes, text_config=dict(text, word_embed_proj_dim=16))
     return hf.Blip2Model(config)
+
+
+def llava() -> Any:
+    return hf.LlavaModel(hf.LlavaConfig(text_config=hf.LlamaConfig(**TEXT), vision_config=hf.CLIPVisionConfig(**TOWER)))
 
 
 def vision_model(model: Any) -> Any:
@@ -91,6 +96,21 @@ FAMILIES = {
         hf.CLIPImageProcessor(**CROP, do_rescale=True),
         1,
         vision_model,
+        head=False,
+    ),
+    "clip of a llava": Family(llava, hf.CLIPImageProcessor(**CROP), 1, lambda model: model.vision_tower, head=False),
+    "aimv2": Family(clip_like("Aimv2"), hf.CLIPImageProcessor(**CROP), 0, vision_model),
+    "radio": Family(
+        lambda: hf.RadioModel(hf.RadioConfig(**SIZES, image_size=32, max_img_size=64)),
+        hf.CLIPImageProcessor(**CROP, do_normalize=False),
+        10,
+        head=False,
+    ),
+    "data2vec": Family(
+        lambda: hf.Data2VecVisionModel(hf.Data2VecVisionConfig(**TOWER)),
+        hf.BeitImageProcessor(**SQUARE),
+        1,
+        head=False,
     ),
     "chinese clip": Family(
         clip_like("ChineseCLIP"), hf.ChineseCLIPImageProcessor(**SQUARE, crop_size=SQUARE["size"]), 1, vision_model
@@ -134,8 +154,7 @@ def test_a_tower_equals_its_own_network_on_its_own_pixels(saved, picture, name):
     views = tower(torch.from_numpy(pixels)[None])
     assert output.last_hidden_state.shape[1] == 16 + family.before == tower.num_patches + family.before
     assert torch.allclose(views.patches, output.last_hidden_state[:, family.before :], atol=1e-5)
-    cls = output.last_hidden_state[:, 0]
-    pooled = cls if "clip with" in name else output.pooler_output
+    pooled = output.pooler_output if family.head else output.last_hidden_state[:, 0]
     expected = views.patches.mean(dim=1) if pooled is None else pooled
     assert torch.allclose(views.pooled, expected, atol=1e-5)
 
