@@ -84,6 +84,12 @@ def test_lora_and_fresh_parts_learn_and_nothing_else_does(trained_on, tmp_path):
     assert run.figures()["trained_parameters"] == sum(before[name].numel() for name in changed)
 
 
+def test_gradient_caching_trains_it_alike(trained_on, tmp_path):
+    whole, cached = (steps(trainer(trained_on, tmp_path, cached_notes_per_pass=most)) for most in (None, 3))
+    assert cached == pytest.approx(whole, abs=1e-4)
+    assert len(set(cached)) == STEPS
+
+
 def test_lora_has_a_learning_rate_of_its_own(trained_on, tmp_path):
     for own, expected in ((2e-2, 2e-2), (None, 1e-3)):
         run = trainer(trained_on, tmp_path, lora={**LORA, "learning_rate": own}, learning_rate=1e-4)
