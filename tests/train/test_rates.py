@@ -16,7 +16,7 @@ def test_rates_fall_with_size_between_the_bounds():
     assert rates == sorted(rates, reverse=True) and rates[0] == 5e-4
 
 
-@pytest.mark.parametrize(("size", "fresh"), [(135_000_000, 4.2e-4), (10**6, 2e-3)])
+@pytest.mark.parametrize(("size", "fresh"), [(135_000_000, 1e-3), (10**6, 2e-3)])
 def test_new_parts_get_ten_times_as_much_up_to_a_bound(size, fresh):
     settings = with_rates(TrainSettings(), size)
     assert settings.connector_learning_rate == pytest.approx(fresh)

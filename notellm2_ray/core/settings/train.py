@@ -45,7 +45,7 @@ class TrainSettings(Frozen):
         None,
         gt=0,
         description="peak learning rate of AdamW; null: by the size of the pretrained models (the paper's 3e-6 at 7 "
-        "billion parameters, some 4e-5 at 135 million, 5e-4 at the tiny models')",
+        "billion parameters, 1e-4 at 135 million, 5e-4 at the tiny models')",
     )
     connector_learning_rate: float | None = Field(
         None,
