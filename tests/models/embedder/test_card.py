@@ -64,7 +64,7 @@ def test_settings_that_differ_from_their_defaults_are_told(tmp_path):
         "hidden state",
         "`hard_negatives=2`",
         '`negatives_of="basic"`',
-        "in\n  English",
+        "in English",
     ):
         assert told in text, told
     assert "gpus_per_worker" not in text and "epochs" not in text
