@@ -38,18 +38,23 @@ def yes_no_scorer(model: str, settings: Settings) -> YesNoScorer:
     """The engine of the deployment Ranker, with the bulk job's settings, so that scores are the same.
 
     Raises:
+        ConfigError: a prompt can be too long for the engine.
         ModelError: vLLM cannot run the model.
     """
     from notellm2_ray.infer.engine import check_model, engine_environment, start_engine
     from notellm2_ray.infer.score import for_scoring
     from notellm2_ray.models.chat import ChatTokenizer
+    from notellm2_ray.models.processors import load_processor
     from notellm2_ray.models.ranker.inputs import RankerPrompter
+    from notellm2_ray.models.ranker.room import check_ranker
 
     generation = for_scoring(settings.generation)
     os.environ.update(engine_environment(generation))
     shows_images = settings.ranker.variant != "tallrec"
     facts = check_model(model, images=shows_images)
-    prompter = RankerPrompter(ChatTokenizer.from_pretrained(facts.model), settings.ranker, settings.prompts.language)
+    processor = load_processor(facts.model)
+    prompter = RankerPrompter(ChatTokenizer.of(processor), settings.ranker, settings.prompts.language)
+    check_ranker(prompter, processor, facts.model, generation.max_model_len)
     pixels = settings.ranker.max_image_pixels
     return YesNoScorer(start_engine(facts, generation, images=int(shows_images), pixels=pixels), prompter)
 

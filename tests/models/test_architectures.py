@@ -11,6 +11,7 @@ from notellm2_ray.core.recommend_prompts import IMAGE, Text
 from notellm2_ray.core.settings import RankerSettings
 from notellm2_ray.models.chat import ChatTokenizer
 from notellm2_ray.models.chat_images import check_images, process_image
+from notellm2_ray.models.lora import language_linears
 from notellm2_ray.models.processors import load_processor
 from notellm2_ray.models.ranker.inputs import Question, RankerPreprocessor, RankerPrompter
 from notellm2_ray.models.ranker.model import answer_probability, forward_logits, load_network
@@ -107,6 +108,11 @@ def test_a_processor_that_moves_the_image_is_refused(models):
     image = Image.new("RGB", (60, 60), "red")
     with pytest.raises(ModelError, match=r"BLIP: .*its processor writes other tokens"):
         check_images(ChatTokenizer.of(processor), processor, [image], "BLIP")
+
+
+def test_lora_leaves_the_head_alone_that_blip_2_counts_to_its_decoder(models):
+    names = language_linears(load_network(models("blip2")))
+    assert names and all("language_model" in name and "lm_head" not in name for name in names)
 
 
 def test_gemma_s_frame_has_line_breaks_that_merge(models):
