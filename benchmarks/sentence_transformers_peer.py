@@ -126,6 +126,7 @@ def our_training(llm: str, notes: Sequence[Note], arguments: argparse.Namespace,
                 "lora": LORA if lora else None,
             },
         )
+        (directory / "out").mkdir()
         job = EmbedderJob(model_settings(llm), train, SEED, directory, llm, "", directory / "out")
         run = EmbedderRun(job, torch.device("cpu"), lambda path, figures: None)
         return median_rate(run, arguments)
