@@ -35,7 +35,11 @@ EMBEDDER = [
 ]
 IN_WORDS = [
     *(f"preferences.model={LM}", f"ranker.model={LM}", "preferences.variant=no_image_summary"),
-    *("ranking.rankers=[tallrec,no_image_summary]", "ranking.controls=[]", "ranking.baselines=[random,popularity]"),
+    *(
+        "ranking.rankers=[tallrec]",
+        "ranking.controls=[]",
+        "ranking.baselines=[random,popularity]",
+    ),  # it reads no images
     *("sequences.max_events=6", "candidates.train_targets=last", "candidates.max_test_users=12"),
     *("tune.batch_size=8", "tune.max_steps=6", "tune.validate_every_steps=6", "tune.max_validation_examples=4"),
 ]
@@ -78,10 +82,11 @@ def test_what_was_trained_is_a_plain_embedder(workspace):
 
 @pytest.mark.timeout(1500)
 def test_a_real_lm_writes_tastes_and_judges_candidates(workspace):
-    notellm2("run-ranking", workspace, *EMBEDDER, *IN_WORDS)
+    for verb in ("make-sequences", "summarize-preferences", "run-ranking"):
+        notellm2(verb, workspace, *EMBEDDER, *IN_WORDS)
     (table,) = workspace.glob("preferences/*/preferences.parquet")
     tastes = pq.read_table(table)["preference"].to_pylist()
     assert len(set(tastes)) > len(tastes) // 2 and all(len(text) > 20 for text in tastes)
     results = json.loads((workspace / "report" / "ranking" / "results.json").read_text())
     rows = results["protocols"]["uniform"]["rows"]
-    assert {"tallrec", "no_image_summary"} <= {row["method"] for row in rows}
+    assert "tallrec" in {row["method"] for row in rows}
