@@ -14,6 +14,7 @@ from notellm2_ray.models.vision.tower import VisionTower
 
 _REGISTERS = ("num_register_tokens", "num_registers")
 _CLASS_TOKENS = ("num_cls_tokens", "n_cls_tokens")
+# What networks raise for an input that is not theirs: a wrong shape, a missing argument, an output without states.
 _UNLIKE = (ValueError, RuntimeError, TypeError, AttributeError, IndexError, AssertionError, NotImplementedError)
 
 
