@@ -32,6 +32,18 @@ _NEEDED = (
 )
 
 
+def read_config(path: str, revision: str | None, needed: str) -> PretrainedConfig:
+    """Configuration of the model at ``path`` (a directory or a hub name), of any kind.
+
+    Raises:
+        ModelError: there is none; the message ends in ``needed``.
+    """
+    try:
+        return AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise ModelError(f"{path} cannot be read as a model: {first_line(error)}. {needed}") from error
+
+
 @quiet_loading()
 def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     """Configuration of the causal LM at ``path`` (a directory or a hub name); of a multimodal LLM, that of its LM.
@@ -41,10 +53,7 @@ def load_config(path: str, revision: str | None = None) -> PretrainedConfig:
     """
     if Path(path).is_dir() and not (Path(path) / "config.json").is_file():
         raise ModelError(f"{path} is not a model directory: it has no config.json. {_NEEDED}")
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} cannot be read as a model: {first_line(error)}. {_NEEDED}") from error
+    config = read_config(path, revision, _NEEDED)
     kind = f"{path} is a {config.model_type or 'model of unknown type'}"
     if getattr(config, "is_encoder_decoder", False):
         raise ModelError(f"{kind}, an encoder-decoder. {_NEEDED}")

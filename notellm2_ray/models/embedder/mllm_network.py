@@ -7,14 +7,14 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
 from notellm2_ray.core.errors import ModelError
 from notellm2_ray.core.settings.model import ModelSettings
 from notellm2_ray.models.embedder.mllm_inputs import MllmBatch
 from notellm2_ray.models.embedder.vectors import NOTE, NoteVectors, projection
-from notellm2_ray.models.llm import first_line, require_all_weights
+from notellm2_ray.models.llm import first_line, read_config, require_all_weights
 from notellm2_ray.models.quiet import quiet_loading
 
 _NEEDED = (
@@ -103,10 +103,7 @@ def load_network(path: str, attention: str, dtype: torch.dtype, revision: str | 
     Raises:
         ModelError: there is no model, it is of another kind, or its weights are incomplete or not safetensors.
     """
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} cannot be read as a model: {first_line(error)}. {_NEEDED}") from error
+    config = read_config(path, revision, _NEEDED)
     kind = f"{path} is a {config.model_type or 'model of unknown type'}"
     if type(config) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ModelError(f"{kind}, not an image-text model. {_NEEDED}")

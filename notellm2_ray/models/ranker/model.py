@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, PreTrainedModel
 from transformers.models.auto.modeling_auto import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
@@ -19,7 +19,7 @@ from notellm2_ray.core.errors import ModelError
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.settings.ranking import TuneSettings
 from notellm2_ray.models.chat import load_processor
-from notellm2_ray.models.llm import first_line, require_all_weights
+from notellm2_ray.models.llm import first_line, read_config, require_all_weights
 from notellm2_ray.models.lora import add_lora
 from notellm2_ray.models.quiet import quiet_loading
 from notellm2_ray.models.ranker.inputs import IGNORED, RankerBatch
@@ -39,10 +39,7 @@ def load_network(path: str, dtype: torch.dtype | str = "auto", revision: str | N
     Raises:
         ModelError: there is no model, it is of another kind, or its weights are incomplete or not safetensors.
     """
-    try:
-        config = AutoConfig.from_pretrained(path, revision=revision, trust_remote_code=False)
-    except (OSError, ValueError, KeyError) as error:
-        raise ModelError(f"{path} cannot be read as a model: {first_line(error)}. {_NEEDED}") from error
+    config = read_config(path, revision, _NEEDED)
     if type(config) in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         kind: Any = AutoModelForImageTextToText
     elif type(config) in MODEL_FOR_CAUSAL_LM_MAPPING:
