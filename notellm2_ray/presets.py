@@ -21,9 +21,6 @@ _LAPTOP: dict[str, Any] = {
         "llm": "tiny",
         "vision": "tiny",
         "prompt_language": "en",
-        # Table 8 has 3. With that, a tiny model first makes all its vectors equal, and gradients vanish there. A
-        # softer softmax lets it learn from the text first.
-        "initial_temperature": 1.5,
         "attention": "eager",  # faster than sdpa for a model this small on a CPU
         "qformer": {"num_layers": 2, "num_heads": 4, "hidden_size": 128, "intermediate_size": 256, "num_queries": 8},
     },

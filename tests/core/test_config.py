@@ -94,8 +94,17 @@ def test_paper_presets_have_the_papers_hyperparameters():
         assert (train.learning_rate, train.weight_decay, train.warmup_ratio) == (3e-6, 1e-3, 0.1)
         assert (train.betas, train.epsilon, train.max_grad_norm) == ((0.9, 0.999), 1e-8, 1.0)
         assert (train.batch_pairs, train.precision, train.zero_stage) == (128, "bf16", 3)
-        assert (settings.model.embedding_dim, settings.model.alpha, settings.model.initial_temperature) == (64, 9, 3)
+        assert (settings.model.embedding_dim, settings.model.alpha, settings.model.start_temperature) == (64, 9, 3)
         assert (settings.pairs.lower, settings.pairs.upper, settings.pairs.top) == (0.01, 30, 3)
+
+
+@pytest.mark.parametrize(("llm", "start"), [("tiny", 1.5), ("packaged", 1.5), ("models/SmolLM2-135M", 3)])
+def test_a_real_llm_on_a_laptop_starts_at_the_papers_temperature(llm, start):
+    settings = load_settings(None, "laptop", [f"model.llm={llm}"])
+    assert settings.model.start_temperature == start
+    assert (
+        load_settings(None, "laptop", [f"model.llm={llm}", "model.initial_temperature=2"]).model.start_temperature == 2
+    )
 
 
 def test_unknown_preset_lists_the_known_ones():

@@ -28,7 +28,6 @@ LM, TOWER, SENTENCES = (Path(HOME or "").absolute() / name for name in ("smollm2
 WORLD = ["--preset", "demo", "embed.by_modality=false", "model.max_body_tokens=64"]
 EMBEDDER = [
     *(f"model.llm={LM}", f"model.vision={TOWER}", "model.attention=sdpa", "train.lora={rank: 16}"),
-    "model.initial_temperature=3",  # the demo has less, for its tiny models
     *("train.batch_pairs=16", "train.max_steps=30", "train.validate_every_steps=30", "train.max_validation_pairs=32"),
     *("evaluate.embedders=[notellm2]", "evaluate.inputs=[multimodal]", "evaluate.sample_queries=3"),
     *("evaluate.baselines=[bm25,sentence_encoder,random]", f"evaluate.sentence_encoder={SENTENCES}"),

@@ -40,7 +40,7 @@ class MllmModel(nn.Module):
         self.mllm: Any = network
         self.width: int = network.config.get_text_config().hidden_size
         self.projection = projection(self.width, settings)
-        self.temperature = nn.Parameter(torch.full((1,), settings.initial_temperature, dtype=torch.float32))
+        self.temperature = nn.Parameter(torch.full((1,), settings.start_temperature, dtype=torch.float32))
         self._known = set(inspect.signature(network.forward).parameters)
         self._frozen_tower = settings.freeze_vision is not False
         if self._frozen_tower:

@@ -50,7 +50,7 @@ class NoteModel(nn.Module):
             self.fusion = LateFusion(pooled_width, llm_width)
         self.width = llm_width or pooled_width
         self.projection = projection(self.width, settings)
-        self.temperature = nn.Parameter(torch.full((1,), settings.initial_temperature, dtype=torch.float32))
+        self.temperature = nn.Parameter(torch.full((1,), settings.start_temperature, dtype=torch.float32))
 
     def forward(self, batch: NoteBatch) -> NoteVectors:
         """Vectors of a batch's notes. In training every parameter takes part, even if no note has an image.

@@ -42,7 +42,7 @@ class BagOfWords(nn.Module):
         super().__init__()
         self.words = nn.EmbeddingBag(997, settings.embedding_dim)
         self.scale = nn.Parameter(torch.ones(1, 1) * settings.options.get("scale", 1.0))
-        self.temperature = nn.Parameter(torch.full((1,), settings.initial_temperature))
+        self.temperature = nn.Parameter(torch.full((1,), settings.start_temperature))
 
     def forward(self, batch):
         vectors = self.words(batch.codes, batch.starts) * self.scale
