@@ -11,6 +11,7 @@ from typing import Any, get_args
 
 from notellm2_ray.core import errors
 from notellm2_ray.core.config import shaping
+from notellm2_ray.core.devices import batch_notes
 from notellm2_ray.core.progress import Progress
 from notellm2_ray.core.run import fingerprint
 from notellm2_ray.core.settings import EmbedSettings
@@ -23,7 +24,7 @@ from notellm2_ray.infer.resources import check_resources
 
 log = logging.getLogger("notellm2_ray")
 
-_SHAPING = ("batch_tokens", "max_batch_notes", "precision", "dimensions")  # settings that a vector depends on
+_SHAPING = ("batch_tokens", "precision", "dimensions")  # settings that a vector depends on
 
 
 def embed_notes(
@@ -121,6 +122,9 @@ def plan_job(job: EmbedJob, notes: Path | str) -> ChunkPlan:
     """The chunks of a job. Their ids change with the model, the notes and everything else that shapes a vector."""
     only = None if job.only_ids is None else read_ids(job.only_ids)
     how = {name: value for name, value in shaping(job.settings).items() if name in _SHAPING}
+    # A finished table stays valid with batches of another size: rounding is all that differs. The parts of a stopped
+    # run do not, because they shall make the table that an undisturbed run makes.
+    how["max_batch_notes"] = batch_notes(job.settings.max_batch_notes, job.settings.device)
     chosen = None if only is None else fingerprint(sorted(only.to_pylist()))
     made_by = fingerprint(_model_files(Path(job.model)), dict(job.columns), how, chosen)
     text = str(notes)

@@ -163,10 +163,9 @@ def _load(job: EmbedJob) -> _Loaded:
     # The model's thread releases the interpreter lock at every operator. A preprocessing thread would then keep it for
     # 5 ms by default, which makes a small model many times slower.
     sys.setswitchinterval(_SWITCH_SECONDS)
-    device = "cuda" if job.settings.gpus_per_actor else "cpu"
     settings = job.settings
     encoder = NoteEncoder.from_pretrained(
-        job.model, device=device, precision=settings.precision, dimensions=settings.dimensions
+        job.model, device=settings.device, precision=settings.precision, dimensions=settings.dimensions
     )
     only = frozenset(read_ids(job.only_ids).to_pylist()) if job.only_ids else None
     return _Loaded(encoder, encoder.fingerprint, only)

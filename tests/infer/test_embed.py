@@ -17,7 +17,7 @@ from notellm2_ray.core.settings import EmbedSettings
 from notellm2_ray.index.table import read_vectors, table_info
 from notellm2_ray.infer import embed
 from notellm2_ray.infer.chunks import Chunk
-from notellm2_ray.infer.embed import embed_notes, inputs_by_column
+from notellm2_ray.infer.embed import embed_notes, inputs_by_column, plan_job
 from notellm2_ray.infer.embed_worker import ChunkEmbedder, EmbeddedPart, EmbedJob
 from notellm2_ray.infer.part_actors import finished_of
 from tests.support import tiny_models
@@ -107,6 +107,18 @@ def test_parts_of_another_model_are_not_reused(tmp_path: Path, in_process, embed
     counts = embed_notes(copy, path, tmp_path / "out", SETTINGS)
     assert counts["chunks_reused"] == 0
     assert len(list((tmp_path / "out" / "parts").iterdir())) == counts["chunks"] == 2
+
+
+def test_parts_tell_the_sizes_of_batches_apart_and_not_how_they_were_set(tmp_path: Path, embedder) -> None:
+    path = write_notes(tmp_path / "n.parquet", tiny_models.notes(5))
+
+    def parts(**changes) -> list[str]:
+        job = EmbedJob(str(embedder.path), "", inputs_by_column(("text",)), None, EmbedSettings(**changes))
+        return [chunk.part_id for chunk in plan_job(job, path).chunks]
+
+    assert parts() == parts(max_batch_notes=32) != parts(max_batch_notes=256)
+    on_gpu = {"gpus_per_actor": 1}
+    assert parts(**on_gpu) == parts(**on_gpu, max_batch_notes=256) != parts(**on_gpu, max_batch_notes=32)
 
 
 def test_an_absent_model_is_named(tmp_path: Path) -> None:

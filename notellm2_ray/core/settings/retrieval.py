@@ -26,7 +26,9 @@ class EmbedSettings(Frozen):
     )
     chunk_rows: int = Field(1024, ge=1, description="notes in a chunk: the unit of work that a killed run repeats")
     batch_tokens: int = Field(16_384, ge=64, description="padded tokens in a forward batch, of notes of similar length")
-    max_batch_notes: int = Field(256, ge=1, description="most notes in a forward batch")
+    max_batch_notes: int | None = resource(
+        None, ge=1, description="most notes in a forward batch; null: 256 on a GPU, 32 on a CPU"
+    )
     precision: Literal["bf16", "fp32"] = Field(
         "fp32", description="precision of the forward pass, here and in the service that serves these vectors"
     )
@@ -44,6 +46,11 @@ class EmbedSettings(Frozen):
         description="also embed each note's image alone and text alone (three passes instead of one): the service then "
         "tells whether two notes are similar by image, by text or by both",
     )
+
+    @property
+    def device(self) -> str:
+        """Where an actor's model is: ``cuda`` or ``cpu``."""
+        return "cuda" if self.gpus_per_actor else "cpu"
 
 
 class IndexSettings(Frozen):

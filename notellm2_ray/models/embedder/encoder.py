@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from transformers.initialization import no_init_weights
 
 from notellm2_ray.core.config import shaping
+from notellm2_ray.core.devices import batch_notes
 from notellm2_ray.core.errors import ConfigError, DataError
 from notellm2_ray.core.schema import Note
 from notellm2_ray.core.settings.model import ModelSettings
@@ -99,7 +100,7 @@ class NoteEncoder:
         *,
         dimensions: int | None = None,
         batch_tokens: int = 16_384,
-        max_batch_notes: int = 256,
+        max_batch_notes: int | None = None,
     ) -> np.ndarray:
         """Vectors of notes, in the same order. Leaves the model in evaluation mode.
 
@@ -107,7 +108,7 @@ class NoteEncoder:
             inputs: the parts of each note that the model gets (Table 3).
             dimensions: D, one of :attr:`lengths`; None: the first.
             batch_tokens: most padded tokens in a forward pass; notes of similar length go together.
-            max_batch_notes: most notes in a forward pass.
+            max_batch_notes: most notes in a forward pass; None: 256 on a GPU, 32 on a CPU.
 
         Returns:
             (N, D) float32, each row of length one.
@@ -136,7 +137,7 @@ class NoteEncoder:
         *,
         dimensions: int | None = None,
         batch_tokens: int = 16_384,
-        max_batch_notes: int = 256,
+        max_batch_notes: int | None = None,
     ) -> np.ndarray:
         """As :meth:`encode`, for features of notes.
 
@@ -148,6 +149,7 @@ class NoteEncoder:
         if self.model.training:  # eval() visits every module, which takes as long as a tiny model's forward pass
             self.model.eval()
         on_gpu = self.device.type == "cuda"
+        most = batch_notes(max_batch_notes, self.device.type)
         queued: deque[tuple[np.ndarray, torch.Tensor]] = deque()  # rows, and their vectors on the device
 
         def fetch() -> None:
@@ -155,7 +157,7 @@ class NoteEncoder:
             vectors[rows] = unit.cpu().numpy()
 
         with torch.inference_mode():
-            for rows in batches_by_length([item.num_tokens for item in features], batch_tokens, max_batch_notes):
+            for rows in batches_by_length([item.num_tokens for item in features], batch_tokens, most):
                 batch = self.preprocessor.collate([features[row] for row in rows])
                 batch = batch.pin_memory().to(self.device, non_blocking=True) if on_gpu else batch.to(self.device)
                 queued.append((rows, F.normalize(self.model(batch).multimodal[:, :length], dim=-1)))

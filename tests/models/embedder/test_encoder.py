@@ -146,6 +146,15 @@ def test_encoding_keeps_the_order_in_any_batches(parts, batch_tokens, max_notes)
     assert encoder.encode([]).shape == (0, encoder.embedding_dim)
 
 
+def test_batches_on_a_cpu_are_small_unless_set(parts):
+    encoder, sizes = make(parts), []
+    encoder.model.register_forward_hook(lambda module, args, vectors: sizes.append(len(vectors.multimodal)))
+    notes = tiny_models.notes(40)
+    encoder.encode(notes)
+    encoder.encode(notes, max_batch_notes=256)
+    assert sizes == [32, 8, 40]
+
+
 def test_batches_stay_within_their_bounds():
     lengths = [5, 100, 7, 6, 300, 5, 5]
     batches = list(batches_by_length(lengths, 100, 3))
