@@ -7,6 +7,8 @@ from collections.abc import Iterable, Sequence
 
 from transformers import PreTrainedTokenizerBase
 
+_ANCHOR = "\n"  # merges with no text that follows
+
 
 class UserTextEncoder:
     """Encodes users' texts with a tokenizer. Picklable; not thread-safe.
@@ -15,10 +17,16 @@ class UserTextEncoder:
         tokenizer: any tokenizer; it is not changed.
         marks: further marks that are no tokens, such as [INST] for Llama 2. In users' texts they are split into their
             characters, so that their tokens are other ones than the template's.
+        inside: the texts follow other text of a prompt. Then they are encoded without the space that some tokenizers
+            (Llama 2, Mistral) put before every text.
     """
 
-    def __init__(self, tokenizer: PreTrainedTokenizerBase, marks: Iterable[str] = ()) -> None:
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, marks: Iterable[str] = (), *, inside: bool = False) -> None:
         self.tokenizer = tokenizer
+        self._anchor: list[int] = []
+        if inside:
+            anchor, letter, both = self.encode_raw([_ANCHOR, "a", _ANCHOR + "a"])
+            self._anchor = anchor if both != anchor + letter else []
         longest_first = sorted(set(marks), key=lambda mark: (-len(mark), mark))
         self._marks = re.compile("(" + "|".join(map(re.escape, longest_first)) + ")" if longest_first else "(?!)")
         # Users' texts may contain unknown characters. All other special tokens may come only from this package.
@@ -35,6 +43,15 @@ class UserTextEncoder:
 
     def encode_raw(self, texts: Sequence[str]) -> list[list[int]]:
         """Token ids of each text. Special tokens are split; other marks that the tokenizer matches stay as they are."""
+        if not self._anchor:
+            return self._as_first(texts)
+        anchored, start = self._as_first([_ANCHOR + text for text in texts]), len(self._anchor)
+        return [
+            ids[start:] if ids[:start] == self._anchor else self._as_first([text])[0]
+            for text, ids in zip(texts, anchored, strict=True)
+        ]
+
+    def _as_first(self, texts: Sequence[str]) -> list[list[int]]:
         return self.tokenizer(list(texts), add_special_tokens=False, split_special_tokens=True).input_ids
 
     def _split(self, text: str) -> list[int]:

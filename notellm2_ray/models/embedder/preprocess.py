@@ -79,7 +79,7 @@ class NotePreprocessor:
         self.image_id: int = tokenizer.get_vocab()[IMAGE_TOKEN]
         self.mark_id: int = tokenizer.get_vocab()[VISUAL_MARK_TOKEN]
         self.pad_id = next(i for i in (tokenizer.pad_token_id, tokenizer.eos_token_id, 0) if i is not None)
-        self._texts = UserTextEncoder(tokenizer)
+        self._first, self._texts = UserTextEncoder(tokenizer), UserTextEncoder(tokenizer, inside=True)
         self._start = leading_ids(tokenizer)
         kinds: set[PromptKind] = {self.variant.prompt or "text", "text"}
         self._templates = {kind: self._encode_template(kind) for kind in kinds}
@@ -178,7 +178,11 @@ class NotePreprocessor:
 
     def _encode_template(self, kind: PromptKind) -> _Template:
         parts = note_prompt(kind, self.settings.prompt_language)
-        encoded = [part if isinstance(part, Slot) else self._texts.encode_raw([part])[0] for part in parts]
+        encoders = [self._first, *[self._texts] * (len(parts) - 1)]
+        encoded = [
+            part if isinstance(part, Slot) else encoder.encode_raw([part])[0]
+            for encoder, part in zip(encoders, parts, strict=True)
+        ]
         # max_body_tokens counts the half of the prompt with the text, up to its closing words, and the image as one
         # token. It does not count the visual half of mICL: in the paper the longest prompts grow with it, as the
         # slower inference shows (Table 7).

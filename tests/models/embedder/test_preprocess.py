@@ -20,7 +20,7 @@ from notellm2_ray.core.schema import Note
 from notellm2_ray.models.embedder.preprocess import NotePreprocessor
 from notellm2_ray.models.llm import IMAGE_TOKEN, VISUAL_MARK_TOKEN, load_tokenizer
 from notellm2_ray.models.vision.pixels import CLIP_MEAN, ImageSettings, from_processor
-from tests.support import tiny_models
+from tests.support import tiny_models, tiny_tokenizers
 
 IMAGE = ImageSettings(32)
 CLOSING = '"}，压缩为一个词：“'
@@ -42,8 +42,16 @@ def marks_of(words) -> set[int]:
     )
 
 
+def llama_words(tmp_path):
+    """A tokenizer that puts a space before every text."""
+    tiny_tokenizers.llama(["<image>"]).save_pretrained(tmp_path)
+    return load_tokenizer(str(tmp_path))
+
+
+@pytest.mark.parametrize("family", ["qwen", "llama"])
 @pytest.mark.parametrize("language", ["zh", "en"])
-def test_the_prompt_is_the_papers(words, language):
+def test_the_prompt_is_the_papers(words, language, family, tmp_path):
+    words = words if family == "qwen" else llama_words(tmp_path)
     preprocessor = make(words, prompt_language=language)
     features = preprocessor.features(Note("a", "red cat", ("旅行", "美食"), "on the\nsofa", tiny_models.picture(0)))
     text = words.decode(features.input_ids)
