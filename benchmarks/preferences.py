@@ -147,7 +147,8 @@ def on_one_engine(model: Path, data: Path, settings: PreferenceSettings, fewer_u
 
 
 async def _turns(model: Path, data: Path, settings: PreferenceSettings, fewer_users: int) -> dict[str, Any]:
-    from notellm2_ray.infer.engine import check_model, start_engine
+    from notellm2_ray.infer.engine import start_engine
+    from notellm2_ray.infer.model_facts import check_model
     from notellm2_ray.infer.preference_steps import PreferenceWriter
     from notellm2_ray.models.chat import ChatTokenizer
 

@@ -68,7 +68,8 @@ async def turns(model: Path, users: int, words: int, block_tokens: int) -> dict[
     """Computed tokens and candidates per second of both layouts, on one engine."""
     from vllm.v1.metrics.reader import get_metrics_snapshot
 
-    from notellm2_ray.infer.engine import check_model, start_engine
+    from notellm2_ray.infer.engine import start_engine
+    from notellm2_ray.infer.model_facts import check_model
     from notellm2_ray.infer.score import for_scoring
     from notellm2_ray.infer.score_worker import ScoreRequest, ask
     from notellm2_ray.models.chat import ChatTokenizer

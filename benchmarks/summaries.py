@@ -38,7 +38,8 @@ def bare_loop(model: Path, notes: Path, settings: SummarySettings) -> dict[str, 
     started = time.perf_counter()
     from notellm2_ray.core.images import scaled_image
     from notellm2_ray.infer.chunks import list_note_files, plan_chunks, read_chunk
-    from notellm2_ray.infer.engine import check_model, engine_arguments, engine_environment
+    from notellm2_ray.infer.engine import engine_arguments, engine_environment
+    from notellm2_ray.infer.model_facts import check_model
     from notellm2_ray.models.chat import ChatTokenizer
 
     os.environ.update(engine_environment(GENERATION))

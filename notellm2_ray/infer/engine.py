@@ -2,64 +2,23 @@
 
 from __future__ import annotations
 
-import json
 import os
 import re
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from notellm2_ray.core import memory
-from notellm2_ray.core.errors import ConfigError, ModelError
-from notellm2_ray.core.run import files_fingerprint
+from notellm2_ray.core.cards import only_start
+from notellm2_ray.core.errors import ConfigError, ModelError, NoteLLMError
 from notellm2_ray.core.settings import GenerationSettings
+from notellm2_ray.infer.card_memory import arguments_on_card, card_share
 from notellm2_ray.infer.image_limits import image_limits
-from notellm2_ray.models.weight_names import check_weight_names
-
-# Any of these keys in a config means that the model has an image tower.
-_IMAGE_KEYS = ("vision_config", "vision_tower", "mm_vision_tower", "visual", "image_token_id", "image_token_index")
+from notellm2_ray.infer.model_facts import ModelFacts
 
 _BOTH_WAYS = ("Gemma3ForConditionalGeneration", "PaliGemmaForConditionalGeneration")
 
 # vLLM's prefix cache shares whole blocks of a prompt. The default on a CPU is 128 tokens, as long as a short prompt;
 # 32 is the least that vLLM's CPU kernels support.
 CPU_BLOCK_TOKENS = 32
-
-
-class ModelFacts(NamedTuple):
-    """What a model's configuration says about it."""
-
-    model: str  # directory (absolute) or name on the hub
-    architecture: str
-    reads_images: bool
-    context: int | None  # the most tokens that its positions allow; None if the configuration does not say
-    fingerprint: str  # changes with the files of the model, or for a model on the hub with its name
-
-
-def check_model(model: Path | str, *, images: bool) -> ModelFacts:
-    """Read a model's configuration, without loading anything heavy.
-
-    Args:
-        model: directory in Hugging Face layout, or a name on the hub.
-        images: whether the model must read images.
-
-    Raises:
-        ModelError: there is no such model, its config.json is damaged or names no architecture, the model must read
-            images and does not, or vLLM does not know its weights' names.
-    """
-    name, config = _read_config(str(model))
-    architectures = config.get("architectures") or []
-    if not architectures:
-        raise ModelError(f"{name}: its config.json names no architecture, so it is not a model that vLLM can run")
-    reads_images = any(key in config for key in _IMAGE_KEYS)
-    if images and not reads_images:
-        raise ModelError(
-            f"{name}: {architectures[0]} reads no images; an image-text model (LLaVA, Qwen2-VL, ...) is needed here"
-        )
-    if reads_images and Path(name).is_dir():
-        check_weight_names(Path(name))
-    text = config.get("text_config") or config.get("llm_config") or config
-    context = text.get("max_position_embeddings") or config.get("max_position_embeddings")
-    return ModelFacts(name, architectures[0], reads_images, context, files_fingerprint(name))
 
 
 def engine_arguments(
@@ -106,7 +65,7 @@ def engine_arguments(
         "seed": 0,
     }
     if on_gpu:
-        arguments["gpu_memory_utilization"] = settings.gpu_memory
+        arguments["gpu_memory_utilization"] = card_share(settings)
     else:
         arguments["block_size"] = CPU_BLOCK_TOKENS
         # With chunked prefill vLLM rewinds the random generator after every chunk of a prompt but the last. On a CPU it
@@ -151,12 +110,23 @@ def engine_environment(settings: GenerationSettings) -> dict[str, str]:
     return environment
 
 
-def start_engine(facts: ModelFacts, settings: GenerationSettings, *, images: int = 0, pixels: int | None = None) -> Any:
-    """Start an engine for the running event loop of this process.
+def start_engine(
+    facts: ModelFacts,
+    settings: GenerationSettings,
+    *,
+    images: int = 0,
+    pixels: int | None = None,
+    offline: bool = True,
+) -> Any:
+    """Start an engine for the running event loop of this process; on a GPU as the only one that starts there.
 
     On a GPU it is a ``vllm.v1.engine.async_llm.AsyncLLM``. On a CPU it is a
     :class:`~notellm2_ray.infer.local_engine.LocalEngine`, which has the same methods ``generate``, ``check_health``,
     ``reset_prefix_cache`` and ``shutdown``.
+
+    Args:
+        images, pixels: as for :func:`engine_arguments`.
+        offline: whether only throughput counts, not the time of a single answer.
 
     Raises:
         ModelError: vLLM cannot run this model, or cannot run it in this memory.
@@ -170,7 +140,11 @@ def start_engine(facts: ModelFacts, settings: GenerationSettings, *, images: int
         from vllm.engine.arg_utils import AsyncEngineArgs
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        return AsyncLLM.from_engine_args(AsyncEngineArgs(model=facts.model, **arguments))
+        with only_start():
+            arguments = arguments_on_card(facts, settings, arguments, offline=offline)
+            return AsyncLLM.from_engine_args(AsyncEngineArgs(model=facts.model, **arguments))
+    except NoteLLMError:
+        raise
     except Exception as error:  # any error: the model does not run, and the message says why
         raise engine_error(error, facts) from error
 
@@ -187,7 +161,8 @@ def engine_error(error: BaseException, facts: ModelFacts) -> ModelError:
     if re.search(r"out of memory|kv cache|free memory|gpu_memory_utilization", text, re.I):
         return ModelError(
             f"{facts.model}: too little memory for an engine: lower generation.max_model_len or "
-            f"generation.max_sequences, or change generation.gpu_memory / generation.cpu_cache_gb ({last_line(text)})"
+            "generation.max_sequences, or reserve more (generation.gpus_per_engine; in the service serve.ranker.gpus, "
+            f"serve.preferences.gpus; on a CPU generation.cpu_cache_gb). vLLM says: {last_line(text)}"
         )
     if "unexpected keyword argument" in text:
         return ModelError(f"{facts.model}: vLLM has no such argument, see generation.engine_kwargs: {last_line(text)}")
@@ -198,33 +173,6 @@ def last_line(text: str) -> str:
     """The last line of an error's text, which in a traceback is the message."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1][:500] if lines else "no message"
-
-
-def _read_config(model: str) -> tuple[str, dict[str, Any]]:
-    """The model's absolute directory or hub name, and its configuration."""
-    path = Path(model)
-    if not (path.exists() or path.is_absolute() or model.startswith(".") or model.count("/") != 1):
-        return model, _hub_config(model)
-    if not path.is_dir():
-        raise ModelError(f"{model}: there is no model directory; train or download one first, or correct the path")
-    try:
-        config = json.loads((path / "config.json").read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ModelError(f"{model} is not a model directory in Hugging Face layout: it has no config.json") from None
-    except ValueError as error:
-        raise ModelError(f"{path / 'config.json'} is damaged ({error}): copy the model again") from error
-    return str(path.absolute()), config
-
-
-def _hub_config(model: str) -> dict[str, Any]:
-    from transformers import AutoConfig
-
-    try:
-        return AutoConfig.from_pretrained(model).to_dict()
-    except (OSError, ValueError) as error:
-        raise ModelError(
-            f"{model} is neither a directory nor a model that can be loaded from the hub: {error}"
-        ) from error
 
 
 async def generate(engine: Any, ids: list[int], request_id: str, **sampling: Any) -> Any:

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 
 from notellm2_ray.core.prompts import Language
 from notellm2_ray.core.settings import GenerationSettings, PreferenceSettings
-from notellm2_ray.infer.engine import ModelFacts, engine_environment, start_engine
+from notellm2_ray.infer.engine import engine_environment, start_engine
+from notellm2_ray.infer.model_facts import ModelFacts
 from notellm2_ray.infer.preference_log import LogWriter
 from notellm2_ray.infer.preference_plan import Chain
 from notellm2_ray.infer.preference_steps import PreferenceWriter

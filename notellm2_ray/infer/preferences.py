@@ -20,7 +20,8 @@ from notellm2_ray.core.recommend_prompts import preference_prompt
 from notellm2_ray.core.run import fingerprint
 from notellm2_ray.core.schema import PREFERENCE_SCHEMA, QUARANTINE_SCHEMA
 from notellm2_ray.core.settings import GenerationSettings, PreferenceSettings
-from notellm2_ray.infer.engine import check_model, engine_arguments
+from notellm2_ray.infer.engine import engine_arguments
+from notellm2_ray.infer.model_facts import check_model
 from notellm2_ray.infer.parts import QUARANTINE, whole_file, write_whole_parquet
 from notellm2_ray.infer.preference_log import LogIndex
 from notellm2_ray.infer.preference_plan import Chain, ChainPlan, plan_chains, plan_counts, read_summaries, read_titles

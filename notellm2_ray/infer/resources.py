@@ -86,4 +86,10 @@ def require_fit(
 
 def _times(node: Mapping[str, float], needed: Mapping[str, float]) -> int:
     """How many actors a node has room for."""
-    return int(min(node.get(name, 0) / each + 1e-6 for name, each in needed.items() if each))
+    return min(_fitting(name, node.get(name, 0), each) for name, each in needed.items() if each)
+
+
+def _fitting(resource: str, there: float, each: float) -> int:
+    if resource == "GPU" and each < 1:  # two shares of 0.6 need two GPUs
+        return int(there) * int(1 / each + 1e-6)
+    return int(there / each + 1e-6)

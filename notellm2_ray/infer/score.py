@@ -15,7 +15,8 @@ from notellm2_ray.core.progress import Progress
 from notellm2_ray.core.run import fingerprint
 from notellm2_ray.core.settings import GenerationSettings, RankerSettings
 from notellm2_ray.core.settings.ranking import PromptLanguage
-from notellm2_ray.infer.engine import ModelFacts, check_model, engine_arguments, engine_environment
+from notellm2_ray.infer.engine import engine_arguments, engine_environment
+from notellm2_ray.infer.model_facts import ModelFacts, check_model
 from notellm2_ray.infer.part_actors import make_parts
 from notellm2_ray.infer.parts import PartStore
 from notellm2_ray.infer.resources import check_engines

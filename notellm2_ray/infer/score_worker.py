@@ -17,7 +17,8 @@ from notellm2_ray.core.errors import DataError, ModelError
 from notellm2_ray.core.schema import SCORE_SCHEMA
 from notellm2_ray.core.settings import GenerationSettings, RankerSettings
 from notellm2_ray.core.settings.ranking import PromptLanguage
-from notellm2_ray.infer.engine import ModelFacts, engine_environment, start_engine
+from notellm2_ray.infer.engine import engine_environment, start_engine
+from notellm2_ray.infer.model_facts import ModelFacts
 from notellm2_ray.infer.part_actors import PartActor
 from notellm2_ray.infer.parts import PartStore, quarantine_table
 from notellm2_ray.infer.score_parts import CandidatePart, ScoredPart, scored_parts
@@ -78,7 +79,7 @@ class PartScorer(PartActor[CandidatePart, ScoredPart]):
     def describe(self, part: CandidatePart) -> str:
         return (
             f"part {part.part_id} with {self.job.facts.model} (if memory ran out, lower generation.max_sequences, "
-            "generation.max_model_len or generation.gpu_memory)"
+            "generation.max_model_len, or reserve more with generation.gpus_per_engine)"
         )
 
     def make(self, part: CandidatePart) -> ScoredPart:

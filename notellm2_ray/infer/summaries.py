@@ -18,7 +18,8 @@ from notellm2_ray.core.settings import GenerationSettings, SummarySettings
 from notellm2_ray.core.thoughts import without_thought
 from notellm2_ray.infer.answers import cut_at_sentence, is_repetitive, one_paragraph
 from notellm2_ray.infer.chunks import list_note_files, note_ids, plan_chunks, read_ids
-from notellm2_ray.infer.engine import ModelFacts, check_model, engine_arguments
+from notellm2_ray.infer.engine import engine_arguments
+from notellm2_ray.infer.model_facts import ModelFacts, check_model
 from notellm2_ray.infer.summary_parts import Described, commit, compile_summaries, described_parts, read_described
 from notellm2_ray.infer.summary_pipeline import STAGE, SummaryJob, run
 from notellm2_ray.infer.summary_rows import ERROR, NO_IMAGE

@@ -13,7 +13,8 @@ import pyarrow as pa
 from notellm2_ray.core import errors
 from notellm2_ray.core.settings import GenerationSettings, SummarySettings
 from notellm2_ray.infer.chunks import NoteFile, plan_chunks
-from notellm2_ray.infer.engine import ModelFacts, engine_arguments, engine_environment, engine_error, last_line
+from notellm2_ray.infer.engine import engine_arguments, engine_environment, engine_error, last_line
+from notellm2_ray.infer.model_facts import ModelFacts
 from notellm2_ray.infer.ray_data import dataset_of, own_context
 from notellm2_ray.infer.resources import check_engines
 from notellm2_ray.infer.summary_rows import Asking, ImageReader, answer

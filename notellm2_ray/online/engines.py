@@ -11,9 +11,18 @@ from typing import TYPE_CHECKING, Any
 
 from notellm2_ray.core.errors import DataError
 from notellm2_ray.core.settings import Settings
+from notellm2_ray.core.settings.serve import DeploymentSettings
 
 if TYPE_CHECKING:
     from notellm2_ray.models.ranker.inputs import Question, RankerPrompter
+
+
+def engine_settings(settings: Settings, deployment: DeploymentSettings) -> Settings:
+    """The settings of a replica with an engine: it uses the CPUs and GPUs that the replica reserves."""
+    reserved: dict[str, Any] = {"cpus_per_engine": deployment.cpus}
+    if deployment.gpus is not None:
+        reserved["gpus_per_engine"] = deployment.gpus
+    return settings.model_copy(update={"generation": settings.generation.model_copy(update=reserved)})
 
 
 def preference_writer(model: str, settings: Settings) -> Any:
@@ -22,14 +31,15 @@ def preference_writer(model: str, settings: Settings) -> Any:
     Raises:
         ModelError: vLLM cannot run the model.
     """
-    from notellm2_ray.infer.engine import check_model, engine_environment, start_engine
+    from notellm2_ray.infer.engine import engine_environment, start_engine
+    from notellm2_ray.infer.model_facts import check_model
     from notellm2_ray.infer.preference_steps import PreferenceWriter
     from notellm2_ray.models.chat import ChatTokenizer
 
     os.environ.update(engine_environment(settings.generation))
     facts = check_model(model, images=False)
     tokenizer = ChatTokenizer.from_pretrained(facts.model)
-    engine = start_engine(facts, settings.generation)
+    engine = start_engine(facts, settings.generation, offline=False)
     language = settings.prompts.language
     return PreferenceWriter(engine, tokenizer, settings.preferences, settings.generation, language, settings.seed)
 
@@ -41,7 +51,8 @@ def yes_no_scorer(model: str, settings: Settings) -> YesNoScorer:
         ConfigError: a prompt can be too long for the engine.
         ModelError: vLLM cannot run the model.
     """
-    from notellm2_ray.infer.engine import check_model, engine_environment, start_engine
+    from notellm2_ray.infer.engine import engine_environment, start_engine
+    from notellm2_ray.infer.model_facts import check_model
     from notellm2_ray.infer.score import for_scoring
     from notellm2_ray.models.chat import ChatTokenizer
     from notellm2_ray.models.processors import load_processor
@@ -56,7 +67,8 @@ def yes_no_scorer(model: str, settings: Settings) -> YesNoScorer:
     prompter = RankerPrompter(ChatTokenizer.of(processor), settings.ranker, settings.prompts.language)
     check_ranker(prompter, processor, facts.model, generation.max_model_len)
     pixels = settings.ranker.max_image_pixels
-    return YesNoScorer(start_engine(facts, generation, images=int(shows_images), pixels=pixels), prompter)
+    engine = start_engine(facts, generation, images=int(shows_images), pixels=pixels, offline=False)
+    return YesNoScorer(engine, prompter)
 
 
 class YesNoScorer:

@@ -99,7 +99,7 @@ def service_spec(settings: Settings) -> ServiceSpec:
         model=served.model or model,
         notes=Path(settings.embed.notes) if settings.embed.notes else workspace.notes,
         embeddings=embeddings,
-        serve=settings.serve,
+        serve=settings.serve.with_engine_gpus(settings.generation.gpus_per_engine),
         index=settings.index,
         ranker=settings.ranker,
         precision=settings.embed.precision,
@@ -124,9 +124,10 @@ def _engines(settings: Settings) -> dict[str, Any]:
         OutputError: the ranker is not trained yet.
     """
     from notellm2_ray.infer.engine import engine_environment
-    from notellm2_ray.online.engines import preference_writer, yes_no_scorer
+    from notellm2_ray.online.engines import engine_settings, preference_writer, yes_no_scorer
 
     found: dict[str, Any] = {}
+    environments: dict[str, dict[str, str]] = {}
     if settings.serve.preferences is not None:
         if settings.preferences.variant == "direct":
             raise ConfigError(
@@ -135,13 +136,15 @@ def _engines(settings: Settings) -> dict[str, Any]:
                 "serve.preferences null"
             )
         model = ranking_outputs.ranking_model(settings, settings.preferences.model)
-        found["preference_engine"] = functools.partial(preference_writer, model, settings)
+        own = engine_settings(settings, settings.serve.preferences)
+        found["preference_engine"] = functools.partial(preference_writer, model, own)
+        environments["preferences"] = engine_environment(own.generation)
     if settings.serve.ranker is not None:
         name = settings.serve.ranker_model or _ranker_model(settings)
-        found["ranker_engine"] = functools.partial(yes_no_scorer, str(name), settings)
-    if found:
-        found["environment"] = engine_environment(settings.generation)
-    return found
+        own = engine_settings(settings, settings.serve.ranker)
+        found["ranker_engine"] = functools.partial(yes_no_scorer, str(name), own)
+        environments["ranker"] = engine_environment(own.generation)
+    return {**found, "environments": environments}
 
 
 def _ranker_model(settings: Settings) -> Path:

@@ -126,7 +126,8 @@ def _needed(settings: Settings, history: str, output: Path) -> Path:
 
 def train_ranker(settings: Settings) -> dict[str, Any]:
     """Fine-tune the ranker that the settings name."""
-    from notellm2_ray.infer.engine import check_model, engine_arguments
+    from notellm2_ray.infer.engine import engine_arguments
+    from notellm2_ray.infer.model_facts import check_model
     from notellm2_ray.train.ranker import train_ranker as work
 
     kind = outputs.PREFERENCES[settings.ranker.variant]

@@ -7,7 +7,7 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -55,6 +55,7 @@ def start(spec: ServiceSpec, connect: Callable[[], Any]) -> Any:
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     connect()
     if not os.environ.get("RAY_ADDRESS"):
+        check_gpus(spec.serve)
         check(examine(os.getpid()))
     from ray import serve
     from ray.serve.config import HTTPOptions, ProxyLocation
@@ -130,6 +131,39 @@ def check_port(settings: ServeSettings) -> None:
                 f"serve.port={settings.port} at {settings.host} cannot be used ({error.strerror}): stop the process "
                 "that listens there, or choose another serve.port"
             ) from None
+
+
+def check_gpus(settings: ServeSettings) -> None:
+    """Refuse a service that reserves more GPUs than this machine has: Ray would wait for them for ever.
+
+    Raises:
+        ConfigError: some deployments find no GPU.
+    """
+    import ray
+
+    there = int(ray.cluster_resources().get("GPU", 0))
+    parts = {"encoder": settings.encoder, "ranker": settings.ranker, "preferences": settings.preferences}
+    asked = {name: one.gpus for name, one in parts.items() if one is not None and one.gpus}
+    wanted = [gpus for name, gpus in asked.items() if (part := parts[name]) for _ in range(part.replicas)]
+    if not fit_on_cards(wanted, there):
+        named = ", ".join(f"serve.{name}.gpus={gpus:g}" for name, gpus in asked.items())
+        raise ConfigError(
+            f"the service reserves more GPUs than the {there} of this machine: {named}. Give each a share, such as "
+            "0.4, so that those on one GPU add up to at most 1, or give fewer of them a GPU"
+        )
+
+
+def fit_on_cards(wanted: Iterable[float], cards: int) -> bool:
+    """Whether reservations of GPUs find room: a share lies on one card, and whole GPUs on empty ones."""
+    free = [1.0] * cards
+    for gpus in sorted(wanted, reverse=True):
+        number, each = max(1, int(gpus)), min(1.0, gpus)
+        found = [card for card, room in enumerate(free) if room + 1e-6 >= each][:number]
+        if len(found) < number:
+            return False
+        for card in found:
+            free[card] -= each
+    return True
 
 
 def wait_ready(settings: ServeSettings) -> None:

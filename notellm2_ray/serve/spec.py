@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -40,7 +40,7 @@ class ServiceSpec:
             :mod:`~notellm2_ray.serve.deployments.preferences`); None: no preferences are written.
         ranker_engine: makes an object with ``async score(...)`` (see
             :mod:`~notellm2_ray.serve.deployments.ranker`); None: no ranker.
-        environment: environment variables of the processes that hold an engine.
+        environments: environment variables of the processes that hold an engine, by ``preferences`` and ``ranker``.
     """
 
     directory: Path
@@ -62,7 +62,7 @@ class ServiceSpec:
     summaries: Path | None = None
     preference_engine: Callable[[], Any] | None = None
     ranker_engine: Callable[[], Any] | None = None
-    environment: dict[str, str] | None = None
+    environments: dict[str, dict[str, str]] = field(default_factory=dict)
 
     @property
     def keys_file(self) -> Path:
@@ -83,7 +83,7 @@ def replica_options(
         "max_ongoing_requests": settings.max_ongoing,
         "max_queued_requests": settings.max_queued,
         "backpressure_config": BackpressureConfig(status_code=429, retry_after_s=1),
-        **common_options(settings.cpus, settings.gpus, drain_seconds=drain_seconds, environment=environment),
+        **common_options(settings.cpus, settings.gpus or 0, drain_seconds=drain_seconds, environment=environment),
     }
     if settings.max_replicas is None:
         options["num_replicas"] = settings.replicas

@@ -10,8 +10,9 @@ import pytest
 
 from notellm2_ray.core.errors import ConfigError, ModelError
 from notellm2_ray.core.settings import GenerationSettings
-from notellm2_ray.infer.engine import check_model, engine_arguments, engine_environment, engine_error
+from notellm2_ray.infer.engine import engine_arguments, engine_environment, engine_error
 from notellm2_ray.infer.image_limits import image_limits
+from notellm2_ray.infer.model_facts import check_model
 from tests.support import architectures
 from tests.support.tiny_mllm import save_mllm
 

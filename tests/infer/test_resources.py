@@ -26,3 +26,9 @@ def test_what_does_not_fit_is_named(nodes: list, cpus: float, gpus: float, actor
 def test_what_fits_passes() -> None:
     require_fit([{"CPU": 4}], {"CPU": 0.1, "GPU": 0}, 40)
     require_fit([{"CPU": 4, "GPU": 1}, {"CPU": 4, "GPU": 1}], {"CPU": 2, "GPU": 0.5}, 4)
+
+
+def test_a_share_of_a_gpu_lies_on_one_gpu() -> None:
+    require_fit([{"CPU": 8, "GPU": 2}], {"CPU": 1, "GPU": 0.4}, 4)
+    with pytest.raises(ConfigError, match=r"enough for 2\..*embed\.gpus_per_actor"):
+        require_fit([{"CPU": 8, "GPU": 2}], {"CPU": 1, "GPU": 0.6}, 3)

@@ -2,15 +2,23 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
+import notellm2_ray
 from notellm2_ray.core.errors import ConfigError, OutputError
+from notellm2_ray.infer.engine import engine_arguments
+from notellm2_ray.infer.model_facts import check_model
 from notellm2_ray.models.embedder.encoder import NoteEncoder
 from notellm2_ray.online import wiring as online
 from notellm2_ray.presets import load_settings
+from notellm2_ray.serve import launch
 from notellm2_ray.serve.deployments.loaded_model import LoadedModel, Workers
 from notellm2_ray.serve.figures import Figures
 from tests.support.live_notes import make_table
+
+PACKAGED = Path(notellm2_ray.__file__).parent / "models" / "checkpoints" / "mllm"
 
 
 @pytest.fixture
@@ -49,3 +57,48 @@ def test_preferences_that_cannot_be_advanced_block_by_block_are_refused(tmp_path
     make_table(tmp_path / "serving" / "live.lance")
     with pytest.raises(ConfigError, match=r"preferences\.variant=direct.*recurrent"):
         online.service_spec(settings)
+
+
+README_COMMAND = ["serve.ranker={cpus: 0.5}", "serve.preferences={cpus: 2}", "summaries.model=packaged"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "reserved"),
+    [
+        ([], (1, 1)),
+        (["serve.ranker.gpus=0.6", "serve.preferences.gpus=0.3"], (0.6, 0.3)),
+        (["serve.ranker.gpus=0", "generation.gpus_per_engine=0.5"], (0, 0.5)),
+    ],
+)
+def test_an_engine_uses_what_its_replica_reserves(tmp_path, changes, reserved):
+    ours = ["model.llm=tiny", "model.vision=tiny", "ranker.model=packaged", "preferences.model=packaged"]
+    ours += [f"workspace={tmp_path}", f"serve.ranker_model={PACKAGED}", *README_COMMAND, *changes]
+    settings = load_settings("jobs/configs/tables_gpu.yaml", None, ours)
+    (tmp_path / "embedders" / settings.embedder_name / "model").mkdir(parents=True)
+    make_table(tmp_path / "serving" / "live.lance")
+    spec = online.service_spec(settings)
+    parts = (
+        (spec.serve.ranker, spec.ranker_engine, "ranker"),
+        (spec.serve.preferences, spec.preference_engine, "preferences"),
+    )
+    for (part, engine, name), gpus in zip(parts, reserved, strict=True):
+        model, own = engine.args
+        arguments = engine_arguments(check_model(model, images=False), own.generation)
+        assert part.gpus == own.generation.gpus_per_engine == gpus
+        assert arguments.get("gpu_memory_utilization", 0) == pytest.approx(0.9 * gpus)
+        assert ("VLLM_CPU_KVCACHE_SPACE" in spec.environments[name]) == (gpus == 0)
+        assert own.generation.cpus_per_engine == part.cpus
+
+
+@pytest.mark.parametrize(
+    ("gpus", "cards", "fits"),
+    [
+        ((1, 1), 1, False),  # the README's command on tables_gpu.yaml
+        ((0.2, 0.4, 0.4), 1, True),
+        ((0.6, 0.6, 0.6), 2, False),
+        ((2, 0.5, 0.5), 3, True),
+        ((), 0, True),
+    ],
+)
+def test_a_service_that_finds_no_gpu_is_refused(gpus, cards, fits):
+    assert launch.fit_on_cards(gpus, cards) == fits

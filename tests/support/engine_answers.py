@@ -46,7 +46,8 @@ def engine_answers(model: str) -> list[Answer]:
 
 
 async def _answers(model: str) -> list[Answer]:
-    from notellm2_ray.infer.engine import check_model, start_engine
+    from notellm2_ray.infer.engine import start_engine
+    from notellm2_ray.infer.model_facts import check_model
     from notellm2_ray.infer.score import for_scoring
     from notellm2_ray.infer.score_worker import ScoreRequest, ask, yes_share
     from notellm2_ray.models.chat import ChatTokenizer

@@ -107,7 +107,12 @@ class GenerationSettings(Frozen):
         "auto", description="type of weights and activations"
     )
     tensor_parallel: int = resource(1, ge=1, description="GPUs that share one engine")
-    gpu_memory: float = resource(0.9, gt=0, le=1, description="share of a GPU's memory that an engine takes")
+    gpu_memory: float | None = resource(
+        None,
+        gt=0,
+        le=1,
+        description="share of a GPU's memory that an engine takes; null: 0.9 of the share that it reserves",
+    )
     cpu_cache_gb: int = resource(1, ge=1, description="key-value cache of an engine on a CPU, in GiB")
     max_model_len: int = Field(2048, ge=64, description="most tokens of a prompt and its answer together")
     max_sequences: int = resource(128, ge=1, description="sequences that an engine generates at once")
@@ -116,7 +121,7 @@ class GenerationSettings(Frozen):
     )
     engines: int = resource(1, ge=1, description="number of engine actors")
     cpus_per_engine: float = resource(1, gt=0, description="CPUs reserved for an engine actor")
-    gpus_per_engine: float = resource(0, ge=0, description="GPUs reserved for an engine actor")
+    gpus_per_engine: float = resource(0, ge=0, description="GPUs reserved for an engine; below 1: its share of one")
     engine_kwargs: dict[str, Any] = Field({}, description="further arguments of vLLM's engine, under vLLM's names")
 
 

@@ -20,7 +20,12 @@ class DeploymentSettings(Frozen):
     )
     target_ongoing: float = Field(4, gt=0, description="requests in progress per replica that scaling aims at")
     cpus: float = Field(0.5, ge=0, description="CPUs reserved for a replica")
-    gpus: float = Field(0, ge=0, description="GPUs reserved for a replica")
+    gpus: float | None = Field(
+        None,
+        ge=0,
+        description="GPUs reserved for a replica, which uses no more; below 1: its share of one; null: "
+        "generation.gpus_per_engine for `ranker` and `preferences`, none for others",
+    )
     max_ongoing: int = Field(64, ge=1, description="requests that a replica works on at once")
     max_queued: int = Field(64, ge=0, description="requests that may wait for a replica; further ones are refused")
 
@@ -189,6 +194,12 @@ class ServeSettings(Frozen):
         if len({arm.name for arm in self.arms}) != len(self.arms):
             raise ValueError("serve.arms: two arms have the same name")
         return self
+
+    def with_engine_gpus(self, gpus: float) -> ServeSettings:
+        """The same settings, in which deployments around an engine reserve ``gpus`` if they do not say how many."""
+        engines = {"ranker": self.ranker, "preferences": self.preferences}
+        open_ones = {name: one for name, one in engines.items() if one is not None and one.gpus is None}
+        return self.model_copy(update={name: one.model_copy(update={"gpus": gpus}) for name, one in open_ones.items()})
 
     @property
     def on_loopback(self) -> bool:

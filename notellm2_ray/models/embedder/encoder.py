@@ -28,6 +28,7 @@ from notellm2_ray.models.embedder.storage import (
     local_directory,
     read_config,
     save_weights,
+    without_values,
 )
 
 _QUEUED_BATCHES = 8  # on a GPU, before the vectors of the oldest batch are fetched
@@ -223,8 +224,9 @@ class NoteEncoder:
         attention = attention or ("sdpa" if trained_with == "flash_attention_2" and device == "cpu" else trained_with)
         with no_init_weights():
             model, preprocessor = kind_of(settings).load(settings, values, directory, attention)
+        without_values(model).to_precision(precision)
         load_weights(model, directory, device)
-        model = model.to(device).to_precision(precision).eval()
+        model = model.to(device).eval()
         encoder = cls(model, preprocessor, values.get("dimensions", ()))
         encoder.dimensions = None if dimensions is None else encoder.checked(dimensions)
         return encoder

@@ -98,8 +98,21 @@ def save_weights(state: Mapping[str, torch.Tensor], directory: Path, max_shard_s
     save_torch_state_dict(dict(state), directory, max_shard_size=max_shard_size)
 
 
+def without_values(model: Any) -> Any:
+    """The same network, whose parameters have shape and type alone until weights are loaded. Buffers stay."""
+    made: dict[nn.Parameter, nn.Parameter] = {}  # a shared parameter stays shared
+    for module in model.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                empty = nn.Parameter(torch.empty_like(parameter, device="meta"), parameter.requires_grad)
+                module._parameters[name] = made.setdefault(parameter, empty)
+    return model
+
+
 def load_weights(model: nn.Module, directory: Path, device: str) -> None:
-    """Load the weights of a directory into ``model``. Names and shapes must match exactly.
+    """Load the weights of a directory into ``model``, on ``device``. Names and shapes must match exactly.
+
+    Parameters get the type that those of ``model`` have, before they are moved: a card never holds them in another one.
 
     Raises:
         ModelError: a file is missing or damaged, or the weights do not match the model.
@@ -107,10 +120,12 @@ def load_weights(model: nn.Module, directory: Path, device: str) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    types = {name: parameter.dtype for name, parameter in model.named_parameters(remove_duplicate=False)}
     state: dict[str, torch.Tensor] = {}
     for name in _weight_files(directory):
         try:
-            state |= load_file(directory / name, device=device)
+            for key, tensor in load_file(directory / name).items():
+                state[key] = tensor.to(types.get(key, tensor.dtype)).to(device)
         except FileNotFoundError:
             raise ModelError(f"{directory} is incomplete: {name} is missing") from None
         except (OSError, SafetensorError) as error:

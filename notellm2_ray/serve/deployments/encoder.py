@@ -8,9 +8,11 @@ import sys
 import threading
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
+from notellm2_ray.core.cards import USED, only_start
 from notellm2_ray.core.errors import ModelError
 from notellm2_ray.core.memory import keep_freed_memory
 from notellm2_ray.core.schema import Note
@@ -44,6 +46,8 @@ class Encoder:
         sys.setswitchinterval(_SWITCH_SECONDS)
         self.spec, self.device = spec, "cuda" if spec.serve.encoder.gpus else "cpu"
         self.figures = Figures(f"encoder-{_replica()}")
+        if 0 < (share := spec.serve.encoder.gpus or 0) < 1:
+            torch.cuda.set_per_process_memory_fraction(USED * share)  # engines beside it have the rest of the card
         self.workers = Workers(spec.serve.encode, spec.precision, self.figures, spec.dimensions)
         self.models = [self._load(self._served())]
         self.loading: Path | None = None
@@ -97,7 +101,9 @@ class Encoder:
         return current(self.spec.directory).model or self.spec.model
 
     def _load(self, path: Path) -> LoadedModel:
-        return LoadedModel(path, self.device, self.workers)
+        # An engine that starts on the same card measures its memory.
+        with only_start() if self.device == "cuda" else nullcontext():
+            return LoadedModel(path, self.device, self.workers)
 
     def _keep_looking(self) -> None:
         while True:

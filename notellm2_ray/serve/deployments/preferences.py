@@ -75,7 +75,6 @@ def preferences_deployment(spec: ServiceSpec) -> Any:
     from ray import serve
 
     assert spec.serve.preferences is not None
-    options = engine_options(
-        spec.serve.preferences, drain_seconds=spec.serve.drain_seconds, environment=spec.environment
-    )
+    environment = spec.environments.get("preferences")
+    options = engine_options(spec.serve.preferences, drain_seconds=spec.serve.drain_seconds, environment=environment)
     return serve.deployment(Preferences, name="Preferences", **options)

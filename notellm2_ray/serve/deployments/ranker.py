@@ -74,5 +74,6 @@ def ranker_deployment(spec: ServiceSpec) -> Any:
     from ray import serve
 
     assert spec.serve.ranker is not None
-    options = engine_options(spec.serve.ranker, drain_seconds=spec.serve.drain_seconds, environment=spec.environment)
+    environment = spec.environments.get("ranker")
+    options = engine_options(spec.serve.ranker, drain_seconds=spec.serve.drain_seconds, environment=environment)
     return serve.deployment(Ranker, name="Ranker", **options)

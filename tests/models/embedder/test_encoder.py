@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import BertConfig, CLIPModel, T5Config
 
 from notellm2_ray.core.errors import ConfigError, DataError, ModelError
@@ -296,3 +297,36 @@ def test_models_do_not_import_ray():
     )
     found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert found.stdout.strip() == "[]"
+
+
+class Moves(TorchDispatchMode):
+    """Bytes and types of what is moved from the CPU to a fake card, torch's device ``meta``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.moved: list[tuple[torch.dtype, int]] = []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        made = function(*args, **(kwargs or {}))
+        if "_to_copy" in str(function) and args[0].device.type == "cpu" and made.device.type == "meta":
+            self.moved.append((made.dtype, made.nbytes))
+        return made
+
+
+def test_a_card_never_holds_the_weights_in_another_precision(parts, tmp_path):
+    make(parts).save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "model.safetensors")
+    with Moves() as moves:
+        encoder = NoteEncoder.from_pretrained(tmp_path, "meta", "bf16")
+    wide = [size for dtype, size in moves.moved if dtype != torch.bfloat16]
+    assert sum(wide) <= encoder.model.temperature.nbytes + sum(one.nbytes for one in encoder.model.buffers())
+    assert sum(size for _, size in moves.moved) < 0.6 * sum(tensor.nbytes for tensor in stored.values())
+    assert encoder.device.type == "meta"
+
+
+@pytest.mark.parametrize("variant", ["notellm2", "late_fusion"])
+def test_weights_cast_one_by_one_are_those_of_a_whole_cast(parts, tmp_path, variant):
+    encoder = make(parts, variant)
+    encoder.save_pretrained(tmp_path)
+    encoder.model.to_precision("bf16")
+    assert NoteEncoder.from_pretrained(tmp_path, precision="bf16").fingerprint == encoder.fingerprint
