@@ -1,4 +1,8 @@
-"""Communication between the ranks of a training run. Without a process group every function is the identity."""
+"""Communication between the ranks of a training run. Without a process group every function is the identity.
+
+All collectives of the package are called here. Tensors may lie on any device: each function moves them to where the
+process group reads them, and its result is on the device of what was given.
+"""
 
 from __future__ import annotations
 
@@ -22,6 +26,12 @@ def barrier() -> None:
     """Wait for every rank."""
     if world_size() > 1:
         dist.barrier()
+
+
+def for_group(tensor: torch.Tensor) -> torch.Tensor:
+    """``tensor`` where the process group reads it. NCCL, which Ray Train uses for GPUs, reads only GPU memory."""
+    only_gpus = dist.get_backend() == "nccl"
+    return tensor.to(torch.device("cuda", torch.cuda.current_device())) if only_gpus else tensor
 
 
 def gather_rows(rows: torch.Tensor) -> tuple[torch.Tensor, int]:
@@ -48,30 +58,31 @@ class _GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:
-        gradient = gradient.contiguous()
+        device, gradient = gradient.device, for_group(gradient.contiguous())
         if dist.get_backend() == "nccl":
             own = gradient.new_empty(ctx.num_rows, *gradient.shape[1:])
             dist.reduce_scatter_tensor(own, gradient)
-            return own
+            return own.to(device)
         # Many builds of gloo have no reduce-scatter.
         gradient = gradient.clone()
         dist.all_reduce(gradient)
-        return gradient[rank() * ctx.num_rows :][: ctx.num_rows]
+        return gradient[rank() * ctx.num_rows :][: ctx.num_rows].to(device)
 
 
 def _all_gather(rows: torch.Tensor) -> torch.Tensor:
     if rows.dtype == torch.bool:  # not every backend supports bool
         return _all_gather(rows.to(torch.uint8)).bool()
-    gathered = rows.new_empty(world_size() * len(rows), *rows.shape[1:])
-    dist.all_gather_into_tensor(gathered, rows.detach().contiguous())
-    return gathered
+    own = for_group(rows.detach().contiguous())
+    gathered = own.new_empty(world_size() * len(own), *own.shape[1:])
+    dist.all_gather_into_tensor(gathered, own)
+    return gathered.to(rows.device)
 
 
 def mean_over_ranks(value: torch.Tensor) -> float:
     """Mean of a scalar over the ranks; NaN on every rank if it is NaN on one."""
     mean = value.detach().double()
     if world_size() > 1:
-        mean = mean.clone()
+        mean = for_group(mean.clone())
         dist.all_reduce(mean)
     return float(mean) / world_size()
 

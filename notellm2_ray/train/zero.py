@@ -21,7 +21,7 @@ import torch.distributed as dist
 
 from notellm2_ray.core.errors import OutputError
 from notellm2_ray.core.settings.train import TrainSettings
-from notellm2_ray.train.distributed import rank, world_size
+from notellm2_ray.train.distributed import gather_rows, rank
 from notellm2_ray.train.engine import adamw, parameter_groups, set_learning_rates
 
 _TAG = "zero"
@@ -88,9 +88,7 @@ class ZeroEngine:
 
     def _gather(self, parameter: Any) -> torch.Tensor:
         """A sharded parameter on the CPU of rank 0, in float32 (DeepSpeed's own gathering returns bfloat16)."""
-        shard = parameter.ds_tensor.detach().to(self._device).contiguous()
-        parts = shard.new_empty(world_size() * shard.numel())
-        dist.all_gather_into_tensor(parts, shard)
+        parts, _ = gather_rows(parameter.ds_tensor.detach().to(self._device).flatten())
         if rank() != 0:
             return torch.empty(0)
         return parts[: parameter.ds_numel].view(parameter.ds_shape).to("cpu", copy=True)
