@@ -9,6 +9,14 @@ from typing import Any
 from notellm2_ray.core.settings import RaySettings
 
 
+def started_here() -> bool:
+    """Whether Ray was started by this process. Another cluster may grow, and Ray does not say how far."""
+    from ray._private import worker
+
+    node = worker._global_node
+    return node is not None and node.is_head()
+
+
 def connect(settings: RaySettings) -> Any:
     """Connect to the cluster that this process was submitted to, or start one here; a second call does nothing.
 

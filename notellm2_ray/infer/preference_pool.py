@@ -26,20 +26,31 @@ class _Call(NamedTuple):
 
 
 class EnginePool:
-    """A pool of ``generation.engines`` actors, as a context manager: entering loads the models, leaving ends them."""
+    """A pool of ``generation.engines`` actors, as a context manager: entering waits for the first, leaving ends all.
+
+    The others join when they are ready: in a cluster that grows, their nodes may come much later, or never.
+    """
 
     def __init__(self, job: PreferenceJob) -> None:
         self.job = job
         self.actors: list[Any] = []
+        self._starting: dict[Any, int] = {}  # number of the actor by the reference to its start
+        self._ready: set[int] = set()
         self._calls: dict[Any, _Call] = {}
         self._deaths = 0
         # One extra call keeps an actor busy when a call ends; more would only queue.
         self._most = job.settings.concurrent_calls + _CHAINS_PER_CALL
 
     def __enter__(self) -> EnginePool:
+        import ray
+
         try:
-            self.actors = [self._new() for _ in range(self.job.generation.engines)]
-            self._wait_for_start([actor.start.remote() for actor in self.actors])
+            for number in range(self.job.generation.engines):
+                self.actors.append(self._new())
+                self._start(number)
+            while not self._ready:
+                for reference in ray.wait(list(self._starting), num_returns=1, timeout=_POLL_SECONDS)[0]:
+                    self._started(reference, first=True)
         except BaseException:
             self._end()
             raise
@@ -56,12 +67,13 @@ class EnginePool:
 
     def room(self) -> int:
         """How many chains the least loaded engine can take in one call."""
-        return min(_CHAINS_PER_CALL, self._most - min(self._loads()))
+        loads = self._loads()
+        return min(_CHAINS_PER_CALL, self._most - min(loads.values())) if loads else 0
 
     def submit(self, pending: list[PendingChain]) -> None:
         """Hand chains to the least loaded engine."""
         loads = self._loads()
-        number = loads.index(min(loads))
+        number = min(loads, key=loads.__getitem__)
         actor = self.actors[number]
         self._calls[actor.run.remote(pending)] = _Call(number, actor, pending)
 
@@ -75,15 +87,18 @@ class EnginePool:
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
-        ready, _ = ray.wait(list(self._calls), num_returns=1, timeout=_POLL_SECONDS)
+        ready, _ = ray.wait([*self._calls, *self._starting], num_returns=1, timeout=_POLL_SECONDS)
         for reference in ready:
+            if reference in self._starting:
+                self._started(reference)
+                continue
             call = self._calls.pop(reference)
             try:
                 done: ChainCounts | None = ray.get(reference)
                 self.progressed()
             except RayActorError:
                 done = None
-                self._replace(call)
+                self._replace(call.number, call.actor)
             except RayTaskError as error:
                 raise self._translated(error) from error
             yield call.pending, done
@@ -92,10 +107,12 @@ class EnginePool:
         """Something new was finished: earlier deaths no longer count."""
         self._deaths = 0
 
-    def _loads(self) -> list[int]:
-        loads = [0] * len(self.actors)
+    def _loads(self) -> dict[int, int]:
+        """Chains in hand of each engine that is ready, by its number."""
+        loads = dict.fromkeys(sorted(self._ready), 0)
         for call in self._calls.values():
-            loads[call.number] += len(call.pending)
+            if call.number in loads:
+                loads[call.number] += len(call.pending)
         return loads
 
     def _new(self) -> Any:
@@ -111,20 +128,28 @@ class EnginePool:
         )
         return actor.remote(self.job)
 
-    def _wait_for_start(self, starts: list[Any]) -> None:
+    def _start(self, number: int) -> None:
+        self._starting[self.actors[number].start.remote()] = number
+
+    def _started(self, reference: Any, first: bool = False) -> None:
+        """A start has ended; ``first``: no engine has ever been ready, so that a death is the model's fault."""
         import ray
         from ray.exceptions import RayActorError, RayTaskError
 
+        number = self._starting.pop(reference)
         try:
-            ray.get(starts)
+            ray.get(reference)
+            self._ready.add(number)
         except RayTaskError as error:
             raise self._translated(error) from error
         except RayActorError as error:
-            raise engine_error(error, self.job.facts) from error
+            if first:
+                raise engine_error(error, self.job.facts) from error
+            self._replace(number, self.actors[number])
 
-    def _replace(self, call: _Call) -> None:
+    def _replace(self, number: int, actor: Any) -> None:
         """Replace a dead actor, unless an earlier failed call has already replaced it."""
-        if self.actors[call.number] is not call.actor:
+        if self.actors[number] is not actor:
             return
         self._deaths += 1
         if self._deaths > _DEATHS * len(self.actors):
@@ -133,8 +158,9 @@ class EnginePool:
                 "their log says why (if memory ran out, lower generation.max_sequences or preferences.concurrent_calls)"
             )
         log.warning("summarize-preferences: an engine actor died; starting another")
-        # It loads its model when its first chains arrive, so that the other engines need not wait.
-        self.actors[call.number] = self._new()
+        self._ready.discard(number)
+        self.actors[number] = self._new()
+        self._start(number)
 
     def _translated(self, error: Any) -> Exception:
         cause = getattr(error, "cause", None)

@@ -17,6 +17,7 @@ from notellm2_ray.infer.engine import engine_arguments, engine_environment, engi
 from notellm2_ray.infer.model_facts import ModelFacts
 from notellm2_ray.infer.ray_data import dataset_of, own_context
 from notellm2_ray.infer.resources import check_engines
+from notellm2_ray.infer.summary_engine import summary_engine
 from notellm2_ray.infer.summary_rows import Asking, ImageReader, answer
 
 STAGE = "summarize-images"
@@ -101,9 +102,11 @@ def _processor(job: SummaryJob, attempt: int) -> Any:
             preprocess_map_kwargs={"num_cpus": READER_CPUS},
             postprocess_map_kwargs={"num_cpus": READER_CPUS},
         )
-    # By default Ray retries a batch that kills its engine without end. (Changed in place: assigning the arguments would
-    # make the stage compute its resources again, from arguments that it has already consumed.)
-    processor.get_stage_by_name("vLLMEngineStage").map_batches_kwargs["max_task_retries"] = _MAX_RETRIES
+    stage = processor.get_stage_by_name("vLLMEngineStage")
+    # Both are changed in place: assigning them would make the stage compute its resources again, from arguments that it
+    # has already consumed. By default Ray retries a batch that kills its engine without end.
+    stage.map_batches_kwargs["max_task_retries"] = _MAX_RETRIES
+    stage.__dict__["fn"] = summary_engine(job.facts, generation)
     return processor
 
 
