@@ -43,6 +43,11 @@ class Chunk(NamedTuple):
     rows: int
     wanted: int  # how many of the rows are to be embedded
 
+    @property
+    def rows_of_file(self) -> str:
+        """The file and the range, in words."""
+        return f"{self.file}, rows {self.start} to {self.start + self.rows}"
+
 
 class ChunkPlan(NamedTuple):
     """All chunks of a job, in the order of the table."""
@@ -116,7 +121,7 @@ def read_chunk(chunk: Chunk, only: frozenset[str] | None = None) -> list[Note]:
                 columns = [pc.cast(batch.column(field.name), field.type) for field in NOTE_COLUMNS]
                 notes += iter_notes(pa.RecordBatch.from_arrays(columns, schema=NOTE_COLUMNS))
     except (OSError, pa.ArrowException) as error:
-        raise DataError(f"{chunk.file}, rows {chunk.start} to {chunk.start + chunk.rows}: {error}") from error
+        raise DataError(f"{chunk.rows_of_file}: {error}") from error
     if len(notes) != chunk.rows:
         raise DataError(f"{chunk.file} became shorter during the run: run the command again")
     return notes if only is None else [note for note in notes if note.note_id in only]

@@ -17,10 +17,11 @@ from notellm2_ray.core.run import fingerprint
 from notellm2_ray.core.settings import EmbedSettings
 from notellm2_ray.core.settings.retrieval import Inputs
 from notellm2_ray.infer.chunks import Chunk, ChunkPlan, list_note_files, plan_chunks, read_ids
-from notellm2_ray.infer.embed_worker import ChunkEmbedder, EmbeddedPart, EmbedJob, embedded_parts
+from notellm2_ray.infer.embed_reading import ChunkReader, EmbedJob, num_readers
+from notellm2_ray.infer.embed_worker import ChunkEmbedder, EmbeddedPart, embedded_parts
 from notellm2_ray.infer.part_actors import make_parts
 from notellm2_ray.infer.parts import PartStore, require_one_model
-from notellm2_ray.infer.resources import check_resources
+from notellm2_ray.infer.resources import check_readers, check_resources
 
 log = logging.getLogger("notellm2_ray")
 
@@ -148,8 +149,17 @@ def run_chunks(job: EmbedJob, chunks: Sequence[Chunk]) -> Generator[EmbeddedPart
     settings = job.settings
     actors = min(settings.actors, len(chunks))
     check_resources(actors, settings)
+    readers = num_readers(settings, actors, len(chunks))
+    check_readers(readers, actors, settings)
     made = make_parts(
-        ChunkEmbedder, job, chunks, actors=actors, cpus=settings.cpus_per_actor, gpus=settings.gpus_per_actor
+        ChunkEmbedder,
+        job,
+        chunks,
+        actors=actors,
+        cpus=settings.cpus_per_actor,
+        gpus=settings.gpus_per_actor,
+        reader=ChunkReader,
+        readers=readers,
     )
     with closing(made):
         yield from (entry for _, entry in made)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import sys
 import threading
 from collections.abc import Mapping, Sequence
@@ -14,21 +13,18 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from notellm2_ray.core.errors import DataError, ModelError
+from notellm2_ray.core.errors import ModelError
 from notellm2_ray.core.memory import keep_freed_memory
-from notellm2_ray.core.schema import Note
 from notellm2_ray.core.settings import EmbedSettings
-from notellm2_ray.infer.chunks import Chunk, read_chunk, read_ids
-from notellm2_ray.infer.part_actors import PartActor
+from notellm2_ray.infer.chunks import Chunk
+from notellm2_ray.infer.embed_reading import HANDED, EmbedJob, Reading, ReadNotes, handed
+from notellm2_ray.infer.part_actors import CALLS_AT_ONCE, PartActor
 from notellm2_ray.infer.parts import FinishedPart, PartStore, quarantine_table
 
 if TYPE_CHECKING:
     from notellm2_ray.models.embedder.encoder import NoteEncoder
-    from notellm2_ray.models.embedder.preprocess import NoteFeatures, NotePreprocessor
+    from notellm2_ray.models.embedder.kinds import Features
 
-    Features = Mapping[str, NoteFeatures]  # by vector column
-
-_NOTES_PER_TASK = 16  # of a preprocessing thread: few enough to keep all threads busy, enough to be worth a task
 _SWITCH_SECONDS = 2e-4  # for which a thread may keep the interpreter lock
 
 
@@ -50,26 +46,20 @@ def embedded_parts(output: Path) -> PartStore[EmbeddedPart]:
     return PartStore(output, EmbeddedPart, compression="none")
 
 
-class EmbedJob(NamedTuple):
-    """What every actor of a job needs to know."""
+class Loaded(NamedTuple):
+    """What an actor holds."""
 
-    model: str
-    output: str
-    columns: Mapping[str, str]  # each vector column, with the input that fills it
-    only_ids: str | None
-    settings: EmbedSettings
-
-
-class _Loaded(NamedTuple):
     encoder: NoteEncoder
     model_fingerprint: str
-    only: frozenset[str] | None
+    reading: Reading
 
 
 class ChunkEmbedder(PartActor[Chunk, EmbeddedPart]):
     """Loads the model once, then embeds one chunk a call; two calls may run at once.
 
-    While one call uses the model, the other reads, decodes and tokenises its chunk in ``preprocess_threads`` threads.
+    While one call uses the model, the other reads, decodes and tokenises its chunk, or takes over what a reader
+    (:class:`~notellm2_ray.infer.embed_reading.ChunkReader`) made of it. On a GPU both calls give it work, so that it
+    has the next chunk's batches while the last vectors of a chunk are fetched and written.
     How notes are batched depends only on their chunk, so a chunk's vectors are the same in every run.
     """
 
@@ -78,32 +68,48 @@ class ChunkEmbedder(PartActor[Chunk, EmbeddedPart]):
     def __init__(self, job: EmbedJob) -> None:
         self.job = job
         self.parts = embedded_parts(Path(job.output))
-        self.threads = ThreadPoolExecutor(job.settings.preprocess_threads, thread_name_prefix="preprocess")
-        # Torch is called from one thread only: OpenMP keeps a team of threads for each thread that calls it.
-        self.model_thread = ThreadPoolExecutor(1, thread_name_prefix="model")
-        self.loading: Future[_Loaded] | None = None
+        # On a CPU torch is called from one thread only: OpenMP keeps a team of threads for each thread that calls it.
+        threads = CALLS_AT_ONCE if job.settings.device == "cuda" else 1
+        self.model_threads = ThreadPoolExecutor(threads, thread_name_prefix="model")
+        self.loading: Future[Loaded] | None = None
         self.lock = threading.Lock()
-        self.local = threading.local()
+        if job.settings.device == "cuda":  # there readers are busy with the first chunks meanwhile
+            self._start_loading()
+        self.handed: dict[str, pa.Buffer] = {}  # by part, what readers made of the chunks of running calls
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        if HANDED not in batch.column_names:
+            return super().__call__(batch)
+        for part_id, features in zip(batch["part_id"].to_pylist(), batch[HANDED], strict=True):
+            self.handed[part_id] = features.as_buffer()
+        return super().__call__(batch.drop_columns([HANDED]))
 
     def store(self, part: Chunk) -> PartStore[EmbeddedPart]:
         return self.parts
 
     def describe(self, part: Chunk) -> str:
         remedy = "if memory ran out, lower embed.actors, embed.chunk_rows or embed.batch_tokens"
-        return f"{_rows_of(part)} ({remedy})"
+        return f"{part.rows_of_file} ({remedy})"
 
     def make(self, part: Chunk) -> EmbeddedPart:
-        # The model is loaded here and not in the constructor, so that an error is reported like any other of a chunk.
-        with self.lock:
-            self.loading = self.loading or self.model_thread.submit(_load, self.job)
-        return self._embed(part, self.loading.result())
+        # An error of loading is reported like any other of a chunk.
+        return self._embed(part, self._start_loading().result())
 
-    def _embed(self, chunk: Chunk, loaded: _Loaded) -> EmbeddedPart:
-        features, quarantined = self._features(read_chunk(chunk, loaded.only), loaded.encoder.preprocessor)
+    def load(self) -> Loaded:
+        """The model, on its device."""
+        return _load(self.job)
+
+    def _start_loading(self) -> Future[Loaded]:
+        with self.lock:
+            self.loading = self.loading or self.model_threads.submit(self.load)
+            return self.loading
+
+    def _embed(self, chunk: Chunk, loaded: Loaded) -> EmbeddedPart:
+        features, quarantined = self._read(chunk, loaded)
         ids, columns = [note_id for note_id, _ in features], self.job.columns
         by_column = {name: [note[name] for _, note in features] for name in columns}
         vectors = {
-            name: self.model_thread.submit(encode, loaded.encoder, by_column[name], self.job.settings).result()
+            name: self.model_threads.submit(encode, loaded.encoder, by_column[name], self.job.settings).result()
             for name in columns
         }
         finite = np.all([np.isfinite(matrix).all(axis=1) for matrix in vectors.values()], axis=0)
@@ -120,40 +126,14 @@ class ChunkEmbedder(PartActor[Chunk, EmbeddedPart]):
             embedded=len(table),
             quarantined=len(quarantined),
         )
-        return self.parts.commit(done, table, quarantine_table("notes", _rows_of(chunk), quarantined))
+        return self.parts.commit(done, table, quarantine_table("notes", chunk.rows_of_file, quarantined))
 
-    def _features(
-        self, notes: Sequence[Note], preprocessor: NotePreprocessor
-    ) -> tuple[list[tuple[str, Features]], list[tuple[str, str]]]:
-        """(note_id, features) of the notes that have them, (note_id, reason) of the others."""
-        parts = [notes[start : start + _NOTES_PER_TASK] for start in range(0, len(notes), _NOTES_PER_TASK)]
-        results = [
-            one for part in self.threads.map(lambda part: self._preprocess(part, preprocessor), parts) for one in part
-        ]
-        good = [(note_id, result) for note_id, result in results if not isinstance(result, str)]
-        return good, [(note_id, result) for note_id, result in results if isinstance(result, str)]
-
-    def _preprocess(self, notes: Sequence[Note], preprocessor: NotePreprocessor) -> list[tuple[str, Features | str]]:
-        # Two threads must not use one fast tokenizer at the same time, so each thread has its own.
-        if not hasattr(self.local, "preprocessor"):
-            self.local.preprocessor = copy.deepcopy(preprocessor)
-        features = self.local.preprocessor.features
-        results: list[tuple[str, Features | str]] = []
-        for note in notes:
-            try:
-                results.append(
-                    (note.note_id, {name: features(note, inputs) for name, inputs in self.job.columns.items()})
-                )
-            except DataError as error:
-                results.append((note.note_id, str(error)))
-        return results
+    def _read(self, chunk: Chunk, loaded: Loaded) -> ReadNotes:
+        features = self.handed.pop(chunk.part_id, None)
+        return loaded.reading(chunk) if features is None else handed(features)
 
 
-def _rows_of(chunk: Chunk) -> str:
-    return f"{chunk.file}, rows {chunk.start} to {chunk.start + chunk.rows}"
-
-
-def _load(job: EmbedJob) -> _Loaded:
+def _load(job: EmbedJob) -> Loaded:
     import torch
 
     from notellm2_ray.models.embedder.encoder import NoteEncoder
@@ -167,11 +147,10 @@ def _load(job: EmbedJob) -> _Loaded:
     encoder = NoteEncoder.from_pretrained(
         job.model, device=settings.device, precision=settings.precision, dimensions=settings.dimensions
     )
-    only = frozenset(read_ids(job.only_ids).to_pylist()) if job.only_ids else None
-    return _Loaded(encoder, encoder.fingerprint, only)
+    return Loaded(encoder, encoder.fingerprint, Reading(job, encoder.preprocessor))
 
 
-def encode(encoder: NoteEncoder, features: Sequence[NoteFeatures], settings: EmbedSettings) -> np.ndarray:
+def encode(encoder: NoteEncoder, features: Sequence[Features], settings: EmbedSettings) -> np.ndarray:
     """Unit vectors (N, D) of features, in their order; a vector that is not finite is left to the caller to judge.
 
     Raises:

@@ -81,6 +81,8 @@ def make_parts(
     cpus: float,
     gpus: float,
     environment: Mapping[str, str] | None = None,
+    reader: type | None = None,
+    readers: int = 0,
 ) -> Generator[tuple[Path, F]]:
     """Make ``parts`` on the cluster; yields each one's output directory and record when it is finished, in any order.
 
@@ -90,6 +92,9 @@ def make_parts(
         actor: constructed with ``job`` on every worker.
         actors: size of the pool, each actor with ``cpus`` and ``gpus``.
         environment: variables of the workers.
+        reader: a class of actors that get the rows of ``parts`` before ``actor`` does, and add what they read for it.
+            It is constructed with ``job`` as well.
+        readers: how many of them, each with one CPU; 0: ``actor`` gets plain rows.
 
     Raises:
         NoteLLMError, OSError: the error that stopped a part; the finished parts are kept.
@@ -100,7 +105,17 @@ def make_parts(
     if environment:
         remote["runtime_env"] = {"env_vars": dict(environment)}
     with own_context():
-        reports = dataset_of(parts).map_batches(
+        rows = dataset_of(parts)
+        if readers:
+            rows = rows.map_batches(
+                reader,
+                fn_constructor_args=(job,),
+                batch_size=1,
+                batch_format="pyarrow",
+                compute=ray.data.ActorPoolStrategy(size=readers, max_tasks_in_flight_per_actor=2),
+                num_cpus=1,
+            )
+        reports = rows.map_batches(
             actor,
             fn_constructor_args=(job,),
             batch_size=1,

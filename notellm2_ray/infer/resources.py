@@ -36,6 +36,20 @@ def check_resources(actors: int, settings: EmbedSettings) -> None:
     _check(actors, {"CPU": settings.cpus_per_actor, "GPU": settings.gpus_per_actor}, _ENCODERS)
 
 
+def check_readers(readers: int, actors: int, settings: EmbedSettings) -> None:
+    """Raise :class:`ConfigError` if ``readers`` beside ``actors`` can never fit."""
+    import ray
+    from ray._private.state import state
+
+    total, needed = ray.cluster_resources().get("CPU", 0), readers + actors * settings.cpus_per_actor
+    if readers and needed > total + 1e-6 and state.get_max_resources_from_cluster_config() is None:
+        raise ConfigError(
+            f"{readers} readers with one CPU, beside {actors} encoder actor(s) with {settings.cpus_per_actor:g} each, "
+            f"do not fit into the cluster's {total:g} CPU(s). Lower embed.readers (0: the actors read), or raise "
+            "ray.num_cpus if the cluster is started by this job"
+        )
+
+
 def check_engines(stage: str, settings: GenerationSettings, beside: float = 0.0) -> None:
     """The same for the engines of a stage that generates text and needs ``beside`` CPUs for its other actors."""
     names = Names(stage, "engine", "generation.engines", "generation.cpus_per_engine", "generation.gpus_per_engine")

@@ -18,7 +18,8 @@ from notellm2_ray.index.table import read_vectors, table_info
 from notellm2_ray.infer import embed
 from notellm2_ray.infer.chunks import Chunk
 from notellm2_ray.infer.embed import embed_notes, inputs_by_column, plan_job
-from notellm2_ray.infer.embed_worker import ChunkEmbedder, EmbeddedPart, EmbedJob
+from notellm2_ray.infer.embed_reading import EmbedJob
+from notellm2_ray.infer.embed_worker import ChunkEmbedder, EmbeddedPart
 from notellm2_ray.infer.part_actors import finished_of
 from tests.support import tiny_models
 from tests.support.tiny_models import write_notes

@@ -14,7 +14,8 @@ import torch
 from notellm2_ray.core.settings import EmbedSettings
 from notellm2_ray.infer import embed_worker
 from notellm2_ray.infer.chunks import list_note_files, plan_chunks
-from notellm2_ray.infer.embed_worker import ChunkEmbedder, EmbedJob, embedded_parts, encode
+from notellm2_ray.infer.embed_reading import EmbedJob
+from notellm2_ray.infer.embed_worker import ChunkEmbedder, embedded_parts, encode
 from notellm2_ray.infer.parts import MAX_ATTEMPTS, QUARANTINE
 from tests.support import tiny_models
 from tests.support.tiny_models import write_notes

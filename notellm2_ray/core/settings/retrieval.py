@@ -22,7 +22,13 @@ class EmbedSettings(Frozen):
     preprocess_threads: int = resource(
         1,
         ge=1,
-        description="threads of an actor that decode and tokenise the next block while the model embeds this one",
+        description="threads of an actor (or of a reader) that decode and tokenise while the model embeds",
+    )
+    readers: int | None = resource(
+        None,
+        ge=0,
+        description="processes with one CPU that decode and tokenise for all actors; 0: the actors do it themselves; "
+        "null: 0 on a CPU; on GPUs as many as there are CPUs for, up to 16 an actor",
     )
     chunk_rows: int = Field(1024, ge=1, description="notes in a chunk: the unit of work that a killed run repeats")
     batch_tokens: int = Field(16_384, ge=64, description="padded tokens in a forward batch, of notes of similar length")

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+import threading
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from notellm2_ray.core.devices import batch_notes
 from notellm2_ray.core.errors import ConfigError, DataError
 from notellm2_ray.core.schema import Note
 from notellm2_ray.core.settings.model import ModelSettings
-from notellm2_ray.models.embedder.kinds import Features, Inputs, kind_of
+from notellm2_ray.models.embedder.kinds import Features, Inputs, Preprocessor, kind_of
 from notellm2_ray.models.embedder.storage import (
     CONFIG_FILE,
     FORMAT,
@@ -31,6 +32,7 @@ from notellm2_ray.models.embedder.storage import (
     without_values,
 )
 
+_LOADING = threading.Lock()
 _QUEUED_BATCHES = 8  # on a GPU, before the vectors of the oldest batch are fetched
 
 
@@ -49,6 +51,7 @@ class NoteEncoder:
         self.preprocessor = preprocessor
         self.trained_dimensions = tuple(trained_dimensions)
         self.dimensions: int | None = None
+        self._one_pass = threading.Lock()
 
     @property
     def settings(self) -> ModelSettings:
@@ -149,25 +152,37 @@ class NoteEncoder:
         vectors = np.empty((len(features), length), np.float32)
         if self.model.training:  # eval() visits every module, which takes as long as a tiny model's forward pass
             self.model.eval()
-        on_gpu = self.device.type == "cuda"
         most = batch_notes(max_batch_notes, self.device.type)
-        queued: deque[tuple[np.ndarray, torch.Tensor]] = deque()  # rows, and their vectors on the device
-
-        def fetch() -> None:
-            rows, unit = queued.popleft()
-            vectors[rows] = unit.cpu().numpy()
-
-        with torch.inference_mode():
-            for rows in batches_by_length([item.num_tokens for item in features], batch_tokens, most):
-                batch = self.preprocessor.collate([features[row] for row in rows])
-                batch = batch.pin_memory().to(self.device, non_blocking=True) if on_gpu else batch.to(self.device)
-                queued.append((rows, F.normalize(self.model(batch).multimodal[:, :length], dim=-1)))
-                # Fetching waits for the GPU. Queued batches keep it busy while the next one is prepared.
-                if len(queued) > (_QUEUED_BATCHES if on_gpu else 0):
-                    fetch()
-            while queued:
-                fetch()
+        queued: deque[tuple[np.ndarray, Any]] = deque()  # rows, and their vectors on the device
+        for rows in batches_by_length([item.num_tokens for item in features], batch_tokens, most):
+            queued.append((rows, self.launch([features[row] for row in rows], length)))
+            # Fetching waits for the GPU. Queued batches keep it busy while the next one is prepared.
+            if len(queued) > (_QUEUED_BATCHES if self.device.type == "cuda" else 0):
+                done, unit = queued.popleft()
+                vectors[done] = self.fetch(unit)
+        for done, unit in queued:
+            vectors[done] = self.fetch(unit)
         return vectors
+
+    def launch(self, features: Sequence[Features], length: int) -> Any:
+        """Start one forward pass; on a GPU it need not be over at the return.
+
+        Threads may call it at the same time. One prepares its batch while another launches, and never two launch at
+        once: their activations together would take twice the memory.
+
+        Returns:
+            what :meth:`fetch` takes.
+        """
+        batch = self.preprocessor.collate(features)
+        on_gpu = self.device.type == "cuda"
+        batch = batch.pin_memory() if on_gpu else batch
+        with self._one_pass, torch.inference_mode():
+            batch = batch.to(self.device, non_blocking=on_gpu)
+            return F.normalize(self.model(batch).multimodal[:, :length], dim=-1)
+
+    def fetch(self, launched: Any) -> np.ndarray:
+        """Wait for a forward pass; its vectors, (N, length) float32."""
+        return launched.cpu().numpy()
 
     def save_pretrained(self, path: str | Path) -> None:
         """Write the self-describing directory: config.json, model*.safetensors, tokenizer, preprocessor_config.json.
@@ -222,14 +237,32 @@ class NoteEncoder:
         settings, values = read_config(directory)
         trained_with = settings.attention
         attention = attention or ("sdpa" if trained_with == "flash_attention_2" and device == "cpu" else trained_with)
-        with no_init_weights():
-            model, preprocessor = kind_of(settings).load(settings, values, directory, attention)
+        model, preprocessor = _without_weights(settings, values, directory, attention)
         without_values(model).to_precision(precision)
         load_weights(model, directory, device)
         model = model.to(device).eval()
         encoder = cls(model, preprocessor, values.get("dimensions", ()))
         encoder.dimensions = None if dimensions is None else encoder.checked(dimensions)
         return encoder
+
+
+def load_preprocessor(path: str | Path) -> Preprocessor:
+    """The preprocessor of a directory written by :meth:`NoteEncoder.save_pretrained`; no weights are read.
+
+    Raises:
+        ModelError: the directory is missing or incomplete, or holds another kind of model.
+    """
+    directory = local_directory(path)
+    settings, values = read_config(directory)
+    return _without_weights(settings, values, directory, "eager")[1]
+
+
+def _without_weights(
+    settings: ModelSettings, values: Mapping[str, Any], directory: Path, attention: str
+) -> tuple[Any, Preprocessor]:
+    # transformers replaces torch's initialisers in the whole process, and threads would restore each other's.
+    with _LOADING, no_init_weights():
+        return kind_of(settings).load(settings, values, directory, attention)
 
 
 def batches_by_length(lengths: Sequence[int], batch_tokens: int, max_notes: int) -> Iterator[np.ndarray]:
