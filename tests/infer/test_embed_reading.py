@@ -123,7 +123,8 @@ def test_a_table_through_readers_is_in_order_and_the_same(tmp_path: Path, ray_cl
     notes[7] = notes[7]._replace(image=b"no image")
     path = write_notes(tmp_path / "n.parquet", notes, 10)
     settings = SETTINGS.model_copy(update={"chunk_rows": 10, "readers": 1})
-    counts = embed_notes(embedder.path, path, tmp_path / "out", settings, inputs=("text", "multimodal"))
+    inputs = ("text", "multimodal")
+    counts = embed_notes(embedder.path, path, tmp_path / "out", settings, inputs=inputs)
     assert (counts["embedded"], counts["quarantined"], counts["chunks"]) == (59, 1, 6)
     job = make_job(tmp_path / "own", embedder)
     reports = [ChunkEmbedder(job)(row).to_pylist()[0] for row in rows_of(path, 10)]
