@@ -237,7 +237,7 @@ class NoteEncoder:
         settings, values = read_config(directory)
         trained_with = settings.attention
         attention = attention or ("sdpa" if trained_with == "flash_attention_2" and device == "cpu" else trained_with)
-        model, preprocessor = _without_weights(settings, values, directory, attention)
+        model, preprocessor = _unfilled(settings, values, directory, attention)
         without_values(model).to_precision(precision)
         load_weights(model, directory, device)
         model = model.to(device).eval()
@@ -254,10 +254,10 @@ def load_preprocessor(path: str | Path) -> Preprocessor:
     """
     directory = local_directory(path)
     settings, values = read_config(directory)
-    return _without_weights(settings, values, directory, "eager")[1]
+    return _unfilled(settings, values, directory, "eager")[1]
 
 
-def _without_weights(
+def _unfilled(
     settings: ModelSettings, values: Mapping[str, Any], directory: Path, attention: str
 ) -> tuple[Any, Preprocessor]:
     # transformers replaces torch's initialisers in the whole process, and threads would restore each other's.
