@@ -150,6 +150,7 @@ def train_ranker(settings: Settings) -> dict[str, Any]:
             output=output,
             language=settings.prompts.language,
             max_model_len=settings.generation.max_model_len,
+            wait_minutes=settings.ray.wait_minutes,
         )
 
     return run_stage(outputs.ranker(settings), run)

@@ -107,6 +107,7 @@ def train_embedder(settings: Settings) -> dict[str, Any]:
             vision_path=vision,
             output=output,
             negatives=None if mined is None else workspace.negative_table(mined),
+            wait_minutes=settings.ray.wait_minutes,
         )
 
     def save_untrained(output: Path) -> dict[str, Any]:

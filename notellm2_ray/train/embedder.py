@@ -25,6 +25,7 @@ def train_embedder(
     vision_path: str,
     output: Path,
     negatives: Path | None = None,
+    wait_minutes: float = 0,
 ) -> dict[str, Any]:
     """Train an embedder on mined pairs with Ray Train; continues a run that was stopped in ``output``.
 
@@ -33,6 +34,7 @@ def train_embedder(
             storage that every worker sees.
         negatives: file that mine-negatives wrote for train.parquet, for ``train.hard_negatives``; None: the column
             ``negatives`` of train.parquet, with ids of notes in train_notes.arrow.
+        wait_minutes: how long a cluster that was joined has to grow, if it has no room for all workers.
         llm_path, vision_path: the models that ``model.llm`` and ``model.vision`` name.
         output: gets ``model/`` (the weights with the best validation score, or the last ones if there are no validation
             pairs) and ``history.jsonl``: {step, loss, lr, temperature, notes_per_s} after every step and
@@ -70,7 +72,7 @@ def train_embedder(
         "output": files.output,
         "negatives": negatives and Path(negatives).absolute(),
     }
-    return publish(files, run_training(embedder_worker, job, train, files))
+    return publish(files, run_training(embedder_worker, job, train, files, wait_minutes=wait_minutes))
 
 
 def embedder_worker(config: dict[str, Any]) -> dict[str, Any]:

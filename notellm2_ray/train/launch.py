@@ -9,7 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from notellm2_ray.core.errors import ConfigError, NoteLLMError
+from notellm2_ray.core.errors import NoteLLMError
+from notellm2_ray.core.room import require_room
 from notellm2_ray.core.settings import TrainSettings
 from notellm2_ray.train.checkpoints import RUN_NAME, RunFiles
 
@@ -22,6 +23,7 @@ def run_training(
     train: TrainSettings,
     files: RunFiles,
     section: str = "train",
+    wait_minutes: float = 0,
 ) -> dict[str, Any]:
     """Run ``worker`` on Ray Train's workers; continues an earlier run of ``files`` that was stopped.
 
@@ -30,20 +32,20 @@ def run_training(
     Args:
         worker: gets {"job": job, "resume_from": a checkpoint or None} and calls :func:`run_worker`.
         section: of the settings, for messages.
+        wait_minutes: how long a cluster that was joined has to grow, if it has no room for all workers.
 
     Returns:
         What ``worker`` returned on rank 0.
 
     Raises:
-        ConfigError: the cluster is too small.
+        ConfigError: the cluster has no room for all workers.
         NoteLLMError: an error in a worker that a retry would only repeat.
         ray.train.TrainingFailedError: workers failed more often than ``train.max_failures``.
     """
-    import ray
     import ray.train
 
     embedded = not os.environ.get("RAY_ADDRESS")
-    _require_resources(ray, train, embedded, section)
+    _require_resources(train, embedded, section, wait_minutes)
     files.forget_error()
     config = {"job": job, "resume_from": files.repair_snapshot()}
     try:
@@ -145,19 +147,19 @@ def run_worker(
         raise
 
 
-def _require_resources(ray: Any, train: TrainSettings, embedded: bool, section: str) -> None:
-    """Raise ConfigError if an embedded cluster is too small; only warn for another one, which may still grow."""
-    there = ray.cluster_resources()
-    needed = {"CPU": train.cpus_per_worker * train.num_workers, "GPU": train.gpus_per_worker * train.num_workers}
-    for kind, amount in needed.items():
-        if amount > there.get(kind, 0):
-            message = (
-                f"training needs {amount:g} {kind}s ({section}.num_workers={train.num_workers} times "
-                f"{section}.{kind.lower()}s_per_worker), and the cluster has {there.get(kind, 0):g}"
-            )
-            if embedded:
-                raise ConfigError(f"{message}: lower these settings, raise ray.num_cpus, or join a larger cluster")
-            log.warning("%s: waiting for the cluster to grow", message)
+def _require_resources(train: TrainSettings, embedded: bool, section: str, wait_minutes: float) -> None:
+    needed = {"CPU": train.cpus_per_worker, "GPU": train.gpus_per_worker}
+    count = train.num_workers
+    total = " and ".join(f"{count * each:g} {kind}s" for kind, each in needed.items() if each)
+    require_room(
+        needed,
+        count,
+        f"training needs {total}: {section}.num_workers={count}, each with "
+        f"{section}.cpus_per_worker={train.cpus_per_worker:g} and {section}.gpus_per_worker={train.gpus_per_worker:g}",
+        "Lower these settings, " + ("raise ray.num_cpus, or join a larger cluster" if embedded else "or add nodes"),
+        embedded=embedded,
+        wait_minutes=wait_minutes,
+    )
 
 
 def absolute(path: str) -> str:

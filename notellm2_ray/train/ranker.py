@@ -27,6 +27,7 @@ def train_ranker(
     output: Path,
     language: PromptLanguage = "en",
     max_model_len: int | None = None,
+    wait_minutes: float = 0,
 ) -> dict[str, Any]:
     """Tune a ranker with LoRA on Ray Train; continues a run that was stopped in ``output``.
 
@@ -43,6 +44,7 @@ def train_ranker(
             and, if candidates have no note, ``quarantine/``.
         language: of the prompts.
         max_model_len: the most tokens of a prompt and its answer for the engines that will score; None: not checked.
+        wait_minutes: how long a cluster that was joined has to grow, if it has no room for all workers.
 
     Returns:
         steps, prompts, validation_prompts, quarantined, without_preference (examples with a history but no preference,
@@ -74,7 +76,7 @@ def train_ranker(
     counts = check_rows(data, ranker, tune, files.output)
     log.info("train-ranker: %d prompts, %d to validate on", counts["prompts"], counts["validation_prompts"])
     job = RankerJob(ranker, tune, absolute(model_path), data, files.output, language)
-    result = run_training(ranker_worker, job._asdict(), train_settings(tune), files, section="tune")
+    result = run_training(ranker_worker, job._asdict(), train_settings(tune), files, "tune", wait_minutes)
     return _finish(files, {**counts, **result}, model_path, tune)
 
 

@@ -186,7 +186,10 @@ def resolved_precision(settings: TrainSettings, device: torch.device) -> TrainSe
 
 def prepare_process(cpus: float) -> None:
     """Set up a worker process: threads, the compilers' search path, and log levels."""
-    torch.set_num_threads(max(1, int(cpus)))
+    threads = max(1, int(cpus))
+    torch.set_num_threads(threads)
+    # DeepSpeed's optimizer on the CPU has an OpenMP of its own, which reads this when it is loaded.
+    os.environ["OMP_NUM_THREADS"] = str(threads)
     keep_freed_memory()
     os.environ["PATH"] = f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}"  # for ninja
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

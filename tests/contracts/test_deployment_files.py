@@ -24,7 +24,10 @@ def head_of(document):
     return (spec.get("rayClusterConfig") or spec["rayClusterSpec"])["headGroupSpec"]
 
 
-@pytest.mark.parametrize(("name", "kind"), [("rayservice.yaml", "RayService"), ("rayjob.yaml", "RayJob")])
+KINDS = {"rayservice.yaml": "RayService", "rayjob.yaml": "RayJob", "rayjob_mqwen.yaml": "RayJob"}
+
+
+@pytest.mark.parametrize(("name", "kind"), KINDS.items())
 def test_the_operator_and_the_submitter_reach_the_dashboard(name, kind):
     head = head_of(documents(name)[kind])
     assert "dashboard-host" not in head["rayStartParams"]
@@ -34,8 +37,9 @@ def test_the_operator_and_the_submitter_reach_the_dashboard(name, kind):
     assert not ports or wanted.items() <= ports.items()  # without any, KubeRay uses its own
 
 
-def test_the_network_policy_lets_the_jobs_submitter_in():
-    submitter = documents("rayjob.yaml")["RayJob"]["spec"]["submitterPodTemplate"]
+@pytest.mark.parametrize("name", [name for name, kind in KINDS.items() if kind == "RayJob"])
+def test_the_network_policy_lets_the_jobs_submitter_in(name):
+    submitter = documents(name)["RayJob"]["spec"]["submitterPodTemplate"]
     assert submitter["spec"]["restartPolicy"] == "Never" and submitter["spec"]["containers"][0]["image"]
     rules = documents("rayservice.yaml")["NetworkPolicy"]["spec"]["ingress"]
     to_dashboard = [rule for rule in rules if {"port": 8265} in rule.get("ports", ())]

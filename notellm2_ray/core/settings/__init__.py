@@ -84,6 +84,15 @@ class RaySettings(Frozen):
         0, ge=0, description="logical CPUs of the embedded cluster; 0: all of the machine's, at least 4"
     )
     object_store_gb: float = Field(1.0, gt=0, description="object store of the embedded cluster, in GiB")
+    wait_minutes: float = Field(
+        15, ge=0, description="how long a job waits for a joined cluster to grow if its workers find no room; then it fails"
+    )
+    gpu_memory_gb: float | None = Field(
+        None,
+        gt=0,
+        description="memory of a GPU in GiB, which --dry-run compares with its forecast; null: of this machine's GPU, or "
+        "else of the cards that are common",
+    )
 
 
 class Settings(Frozen):
