@@ -20,9 +20,7 @@ def places(nodes: Sequence[Mapping[str, float]], needed: Mapping[str, float]) ->
         nodes: resources of each node, as {"CPU": 8, "GPU": 1}.
         needed: resources of one worker, at least one of them above 0.
     """
-    return sum(
-        int(min(node.get(name, 0) / each + 1e-6 for name, each in needed.items() if each)) for node in nodes
-    )
+    return sum(int(min(node.get(name, 0) / each + 1e-6 for name, each in needed.items() if each)) for node in nodes)
 
 
 def require_room(
@@ -30,8 +28,8 @@ def require_room(
 ) -> None:
     """Return once every worker has room. Ray must be connected.
 
-    A cluster that other processes started may grow: nodes may still be starting, or an autoscaler may add them. Ray does
-    not tell whether there is one, so that nodes are asked for and waited for.
+    A cluster that other processes started may grow: nodes may still be starting, or an autoscaler may add them. Ray
+    does not tell whether there is one, so nodes are asked for and waited for.
 
     Args:
         needed: resources of one worker.

@@ -85,13 +85,9 @@ class RaySettings(Frozen):
     )
     object_store_gb: float = Field(1.0, gt=0, description="object store of the embedded cluster, in GiB")
     wait_minutes: float = Field(
-        15, ge=0, description="how long a job waits for a joined cluster to grow if its workers find no room; then it fails"
-    )
-    gpu_memory_gb: float | None = Field(
-        None,
-        gt=0,
-        description="memory of a GPU in GiB, which --dry-run compares with its forecast; null: of this machine's GPU, or "
-        "else of the cards that are common",
+        15,
+        ge=0,
+        description="how long training waits for a joined cluster to grow if its workers find no room; then it fails",
     )
 
 
