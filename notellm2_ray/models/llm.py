@@ -105,6 +105,15 @@ def _language_half(model: PreTrainedModel, config: PretrainedConfig, path: str) 
     return found
 
 
+def attend_eagerly(network: Any) -> None:
+    """Replace PyTorch's fused attention for training on a CPU: there its backward pass is slow.
+
+    Forward passes take the same time with prompts as short as a note's. The saved configuration does not change.
+    """
+    if isinstance(network, PreTrainedModel) and network.config._attn_implementation == "sdpa":
+        network.set_attn_implementation("eager")
+
+
 def llm_from_config(config: PretrainedConfig, attention: str) -> PreTrainedModel:
     """The LM with randomly initialised weights; on the meta device without any."""
     return AutoModel.from_config(config, attn_implementation=attention)

@@ -62,6 +62,8 @@ class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
         job = job._replace(train=resolved_precision(job.train, device))
         super().__init__(RunFiles(job.output), job.train, job.seed, device, report)
         self.encoder = _encoder(job)
+        if device.type == "cpu":
+            _train_eagerly(self.encoder)
         self._choose_rates()
         self.job = job = job._replace(train=self.settings)
         if job.train.lora is not None:
@@ -183,6 +185,16 @@ def _adapt(encoder: NoteEncoder, job: EmbedderJob) -> None:
     adapted = adapt_llm(encoder, job.train.lora, job.seed)
     if job.train.precision == "bf16":
         store_frozen_linears_in_bf16(adapted)
+
+
+def _train_eagerly(encoder: NoteEncoder) -> None:
+    """Let the LLM train with the attention whose backward pass is the faster one on a CPU."""
+    from notellm2_ray.models.embedder.kinds import kind_of
+    from notellm2_ray.models.llm import attend_eagerly
+
+    name = kind_of(encoder.settings).adapted(encoder.settings)
+    if name is not None:
+        attend_eagerly(encoder.model.get_submodule(name))
 
 
 def _module(model: Any, loss: Loss, job: EmbedderJob) -> EmbedderStep:

@@ -16,6 +16,7 @@ from notellm2_ray.core.errors import ModelError
 from notellm2_ray.core.settings.ranking import PromptLanguage, RankerSettings, TuneSettings
 from notellm2_ray.core.settings.train import TrainSettings
 from notellm2_ray.models.chat import ChatTokenizer, load_processor
+from notellm2_ray.models.llm import attend_eagerly
 from notellm2_ray.models.ranker.inputs import IGNORED, RankerBatch, RankerFeatures, RankerPreprocessor, RankerPrompter
 from notellm2_ray.models.ranker.model import RankerModel, answer_loss, answer_probability, load_network
 from notellm2_ray.train import distributed
@@ -69,6 +70,8 @@ class RankerRun(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
         bf16 = settings.precision == "bf16"
         # Frozen weights need no higher precision than their products.
         network = load_network(job.model_path, torch.bfloat16 if bf16 else torch.float32)
+        if device.type == "cpu":
+            attend_eagerly(network.get_decoder())
         self.ranker = RankerModel(network, tune)
         self.module = RankerStep(self.ranker, bf16)
         self.chat = ChatTokenizer.from_pretrained(job.model_path)

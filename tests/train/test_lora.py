@@ -130,6 +130,17 @@ def test_frozen_weights_in_bfloat16_change_no_step(trained_on, tmp_path, monkeyp
     assert steps(whole) == losses
 
 
+def test_on_a_cpu_the_llm_trains_with_the_attention_whose_backward_pass_is_fast(trained_on, tmp_path, monkeypatch):
+    eager = trainer(trained_on, tmp_path / "eager")
+    assert eager.encoder.model.llm.config._attn_implementation == "eager"
+    losses = steps(eager)
+    assert eager.encoder.settings.attention == "sdpa"  # what is saved, and embeds
+    monkeypatch.setattr("notellm2_ray.models.llm.attend_eagerly", lambda network: None)
+    fused = trainer(trained_on, tmp_path / "fused")
+    assert fused.encoder.model.llm.config._attn_implementation == "sdpa"
+    assert steps(fused) == pytest.approx(losses, rel=1e-4)
+
+
 def test_gradient_checkpointing_changes_no_step(trained_on, tmp_path):
     kept, recomputed = (steps(trainer(trained_on, tmp_path, gradient_checkpointing=g)) for g in (False, True))
     assert recomputed == pytest.approx(kept, rel=1e-5)

@@ -17,7 +17,7 @@ class LoraSettings(Frozen):
 
     rank: int = Field(16, ge=1, description="rank of the matrices")
     alpha: float = Field(32, gt=0, description="scale: the matrices' product is multiplied by alpha / rank")
-    dropout: float = Field(0.05, ge=0, lt=1, description="dropout on the matrices' input")
+    dropout: float = Field(0.0, ge=0, lt=1, description="dropout on the matrices' input")
     learning_rate: float | None = Field(
         None, gt=0, description="peak learning rate of the matrices; null: ten times train.learning_rate"
     )
