@@ -125,6 +125,8 @@ def plan_job(job: EmbedJob, notes: Path | str) -> ChunkPlan:
     how = {name: value for name, value in shaping(job.settings).items() if name in _SHAPING}
     # A finished table stays valid with batches of another size: rounding is all that differs. The parts of a stopped
     # run do not, because they shall make the table that an undisturbed run makes.
+    if how["precision"] == "auto" and job.settings.device == "cpu":
+        how["precision"] = "fp32"
     how["max_batch_notes"] = batch_notes(job.settings.max_batch_notes, job.settings.device)
     chosen = None if only is None else fingerprint(sorted(only.to_pylist()))
     made_by = fingerprint(_model_files(Path(job.model)), dict(job.columns), how, chosen)

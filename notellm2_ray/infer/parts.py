@@ -191,7 +191,8 @@ def require_one_model(parts: Sequence[FinishedPart], output: Path) -> str:
     if len(models) > 1:
         raise ModelError(
             f"the parts in {output} were made by {len(models)} different models ({', '.join(sorted(models))}): the "
-            "model was replaced during the run. Delete the directory and run the command again"
+            "model was replaced during the run, or embed.precision=auto met GPUs with and without bfloat16 (set it). "
+            "Delete the directory and run the command again"
         )
     return models.pop()
 

@@ -250,7 +250,7 @@ async def _serve_next(directory: Path, next_served: current.Served, settings: Se
             workers = Workers(
                 settings.serve.encode, settings.embed.precision, Figures("swap-embedder"), settings.embed.dimensions
             )
-            model.append(LoadedModel(next_served.model, "cpu", workers))
+            model.append(LoadedModel(next_served.model, "cpu", workers, successor.store.model_fingerprint))
             if model[0].fingerprint != successor.store.model_fingerprint:
                 raise ModelError(
                     f"{next_served.model} has the fingerprint {model[0].fingerprint} on this machine, and "

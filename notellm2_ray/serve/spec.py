@@ -27,7 +27,8 @@ class ServiceSpec:
         notes: prepared notes, for the first start.
         embeddings: their bulk vectors, for the first start.
         serve, index, ranker: settings.
-        precision: that ``embeddings`` were computed in, and notes are embedded in.
+        precision: that ``embeddings`` were computed in, and notes are embedded in; ``auto``: whichever gives the model
+            the fingerprint that the served table names.
         dimensions: length to which both are cut; None: they are whole.
         seed: of the index and of sampling.
         block_rule: where the blocks of a user's history end.

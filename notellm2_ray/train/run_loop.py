@@ -176,9 +176,10 @@ class TrainingRun(ABC, Generic[Prepared]):
 
 
 def resolved_precision(settings: TrainSettings, device: torch.device) -> TrainSettings:
-    """The settings with ``precision=auto`` replaced by what suits the device."""
-    from notellm2_ray.models.device import multiplies_bf16
+    """The settings with ``precision=auto`` replaced by what suits the device; with ``tf32`` the process may use it."""
+    from notellm2_ray.models.device import allow_tf32, multiplies_bf16
 
+    allow_tf32(settings.precision, device)
     if settings.precision != "auto":
         return settings
     return settings.model_copy(update={"precision": "bf16" if multiplies_bf16(device) else "fp32"})

@@ -117,9 +117,10 @@ def test_parts_tell_the_sizes_of_batches_apart_and_not_how_they_were_set(tmp_pat
         job = EmbedJob(str(embedder.path), "", inputs_by_column(("text",)), None, EmbedSettings(**changes))
         return [chunk.part_id for chunk in plan_job(job, path).chunks]
 
-    assert parts() == parts(max_batch_notes=32) != parts(max_batch_notes=256)
+    assert parts() == parts(max_batch_notes=32, precision="fp32") != parts(max_batch_notes=256)
     on_gpu = {"gpus_per_actor": 1}
     assert parts(**on_gpu) == parts(**on_gpu, max_batch_notes=256) != parts(**on_gpu, max_batch_notes=32)
+    assert parts(**on_gpu) != parts(max_batch_notes=256)  # in bfloat16
 
 
 def test_an_absent_model_is_named(tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import pytest
 
 import notellm2_ray
 from notellm2_ray.core.errors import ConfigError, OutputError
+from notellm2_ray.core.settings.serve import EncodeSettings
 from notellm2_ray.infer.engine import engine_arguments
 from notellm2_ray.infer.model_facts import check_model
 from notellm2_ray.models.embedder.encoder import NoteEncoder
@@ -39,7 +40,7 @@ def test_without_vectors_or_a_live_table_there_is_nothing_to_serve(settings, tmp
 
 
 def test_notes_are_served_in_the_precision_that_they_were_embedded_in(embedder, tmp_path):
-    made = ["model.llm=tiny", "model.vision=tiny", f"workspace={tmp_path}"]
+    made = ["model.llm=tiny", "model.vision=tiny", f"workspace={tmp_path}", "embed.precision=bf16"]
     settings = load_settings("jobs/configs/tables_gpu.yaml", None, made)
     (tmp_path / "embedders" / settings.embedder_name / "model").mkdir(parents=True)
     make_table(tmp_path / "serving" / "live.lance")
@@ -48,6 +49,19 @@ def test_notes_are_served_in_the_precision_that_they_were_embedded_in(embedder, 
     served = LoadedModel(embedder.path, "cpu", Workers(spec.serve.encode, spec.precision, Figures("test")))
     embedded = NoteEncoder.from_pretrained(embedder.path, precision=settings.embed.precision)
     assert served.fingerprint == embedded.fingerprint != embedder.encoder.fingerprint
+
+
+def test_by_default_the_vectors_tell_in_which_precision_notes_are_served(embedder, tmp_path):
+    settings = load_settings("jobs/configs/tables_gpu.yaml", None, ["model.llm=tiny", f"workspace={tmp_path}"])
+    (tmp_path / "embedders" / settings.embedder_name / "model").mkdir(parents=True)
+    make_table(tmp_path / "serving" / "live.lance")
+    workers = Workers(EncodeSettings(), online.service_spec(settings).precision, Figures("test"))
+    for precision in ("bf16", "fp32"):
+        embedded = NoteEncoder.from_pretrained(embedder.path, precision=precision).fingerprint
+        assert LoadedModel(embedder.path, "cpu", workers, embedded).fingerprint == embedded
+    others = LoadedModel(embedder.path, "cpu", workers, "another model")
+    assert others.fingerprint != "another model"
+    assert LoadedModel(embedder.path, "cpu", workers).fingerprint == embedder.encoder.fingerprint
 
 
 def test_preferences_that_cannot_be_advanced_block_by_block_are_refused(tmp_path):

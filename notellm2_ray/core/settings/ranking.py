@@ -218,8 +218,8 @@ class TuneSettings(Frozen):
     warmup_ratio: float = Field(0.05, ge=0, lt=1, description="share of the updates with warm-up")
     weight_decay: float = Field(0.0, ge=0, description="AdamW's weight decay, on LoRA's matrices")
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this norm")
-    precision: Literal["auto", "bf16", "fp32"] = Field(
-        "auto", description="auto: bf16 if the device supports it natively"
+    precision: Literal["auto", "bf16", "fp32", "tf32"] = Field(
+        "auto", description="auto: bf16 if the device supports it natively; tf32: fp32, with products in TF32 on a GPU"
     )
     gradient_checkpointing: bool = resource(False, description="recompute activations to save memory")
     validate_every_steps: int = Field(100, ge=1, description="updates between validations (AUC) and checkpoints")

@@ -35,8 +35,10 @@ class EmbedSettings(Frozen):
     max_batch_notes: int | None = resource(
         None, ge=1, description="most notes in a forward batch; null: 256 on a GPU, 32 on a CPU"
     )
-    precision: Literal["bf16", "fp32"] = Field(
-        "fp32", description="precision of the forward pass, here and in the service that serves these vectors"
+    precision: Literal["auto", "bf16", "fp32", "tf32"] = Field(
+        "auto",
+        description="of the forward pass, here and in the service; auto: bf16 on GPUs that multiply it natively, else "
+        "fp32, and in the service as the vectors were made; tf32: float32 weights, products in TF32 on a GPU",
     )
     max_bad_share: float = resource(
         0.05, ge=0, le=1, description="the job stops if more than this share of notes is quarantined"

@@ -63,10 +63,10 @@ class TrainSettings(Frozen):
         0.1, ge=0, lt=1, description="share of the steps with linear warm-up; then linear decay to zero"
     )
     max_grad_norm: float = Field(1.0, gt=0, description="gradients are clipped to this global norm")
-    precision: Literal["bf16", "fp32", "auto"] = Field(
+    precision: Literal["bf16", "fp32", "tf32", "auto"] = Field(
         "bf16",
         description="bf16: matrix work in bfloat16 over float32 weights; similarity and loss always float32; "
-        "auto: bf16 where the device multiplies it natively, else fp32",
+        "tf32: fp32, with products in TF32 on a GPU; auto: bf16 where the device multiplies it natively, else fp32",
     )
     gradient_checkpointing: bool = resource(
         False, description="recompute activations: less memory, about a third slower"

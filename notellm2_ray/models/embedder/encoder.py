@@ -20,6 +20,7 @@ from notellm2_ray.core.devices import batch_notes
 from notellm2_ray.core.errors import ConfigError, DataError
 from notellm2_ray.core.schema import Note
 from notellm2_ray.core.settings.model import ModelSettings
+from notellm2_ray.models.device import allow_tf32, inference_precision
 from notellm2_ray.models.embedder.kinds import Features, Inputs, Preprocessor, kind_of
 from notellm2_ray.models.embedder.storage import (
     CONFIG_FILE,
@@ -217,7 +218,7 @@ class NoteEncoder:
         cls,
         path: str | Path,
         device: str = "cpu",
-        precision: str = "fp32",
+        precision: str = "auto",
         attention: str | None = None,
         dimensions: int | None = None,
     ) -> NoteEncoder:
@@ -225,7 +226,8 @@ class NoteEncoder:
 
         Args:
             path: the directory, or the repository on the Hugging Face hub that it was uploaded to.
-            precision: of the weights, ``fp32`` or ``bf16``; the temperature stays float32.
+            precision: ``bf16``, ``fp32``, or ``tf32`` (float32 weights, whose products a GPU may round); ``auto``: bf16
+                on a GPU that multiplies it natively, else fp32. The temperature stays float32.
             attention: implementation; default: as in training, except flash attention, which does not run on a CPU.
             dimensions: length to which all vectors are cut, one that it was trained for; None: they are whole.
 
@@ -238,6 +240,8 @@ class NoteEncoder:
         trained_with = settings.attention
         attention = attention or ("sdpa" if trained_with == "flash_attention_2" and device == "cpu" else trained_with)
         model, preprocessor = _unfilled(settings, values, directory, attention)
+        precision = inference_precision(precision, device)
+        allow_tf32(precision, device)
         without_values(model).to_precision(precision)
         load_weights(model, directory, device)
         model = model.to(device).eval()

@@ -16,7 +16,10 @@ from notellm2_ray.core.cards import USED, only_start
 from notellm2_ray.core.errors import ModelError
 from notellm2_ray.core.memory import keep_freed_memory
 from notellm2_ray.core.schema import Note
+from notellm2_ray.index.table import table_info
 from notellm2_ray.live.current import current, upcoming
+from notellm2_ray.live.durability import manifests
+from notellm2_ray.live.table import LiveTable
 from notellm2_ray.serve.deployments.loaded_model import LoadedModel, Vectors, Workers
 from notellm2_ray.serve.figures import Family, Figures
 from notellm2_ray.serve.spec import ServiceSpec, replica_options
@@ -103,7 +106,7 @@ class Encoder:
     def _load(self, path: Path) -> LoadedModel:
         # An engine that starts on the same card measures its memory.
         with only_start() if self.device == "cuda" else nullcontext():
-            return LoadedModel(path, self.device, self.workers)
+            return LoadedModel(path, self.device, self.workers, _fingerprint(self.spec, path))
 
     def _keep_looking(self) -> None:
         while True:
@@ -158,6 +161,16 @@ class Encoder:
 
         if self.device == "cuda":
             torch.cuda.empty_cache()
+
+
+def _fingerprint(spec: ServiceSpec, model: Path) -> str | None:
+    """Of a model when the vectors were made that are served, or served next, with it; None: there are none yet."""
+    served, next_served = current(spec.directory), upcoming(spec.directory)
+    if next_served is not None and next_served.model == model:
+        return LiveTable(next_served.table).model_fingerprint
+    if manifests(served.table):
+        return LiveTable(served.table).model_fingerprint
+    return table_info(spec.embeddings).model_fingerprint if spec.embeddings.exists() else None
 
 
 def _replica() -> str:

@@ -99,18 +99,31 @@ class LoadedModel:
         wanted: when it was last served or to be served next (``time.monotonic``).
     """
 
-    def __init__(self, path: Path, device: str, workers: Workers) -> None:
-        from notellm2_ray.models.embedder.encoder import NoteEncoder
+    def __init__(self, path: Path, device: str, workers: Workers, wanted: str | None = None) -> None:
+        """Load the model.
 
+        Args:
+            wanted: its fingerprint when the served vectors were made, maybe on another kind of device. With
+                ``workers.precision`` of ``auto`` the model is loaded in the precision that gives it. If none does, the
+                model is another one, as its fingerprint then tells.
+        """
         self.path, self.workers, self.settings = path, workers, workers.settings
         self.files = files_fingerprint(str(path))
-        self.encoder = NoteEncoder.from_pretrained(
-            path, device=device, precision=workers.precision, dimensions=workers.dimensions
-        )
-        self.fingerprint = self.encoder.fingerprint
+        for precision in _precisions(workers.precision, device):
+            self._load(device, precision)
+            if wanted in (None, self.fingerprint):
+                break
         self.used = self.wanted = time.monotonic()
         self._local = threading.local()
         self._batcher = MicroBatcher(self._batch, most=workers.settings.batch, size=len)
+
+    def _load(self, device: str, precision: str) -> None:
+        from notellm2_ray.models.embedder.encoder import NoteEncoder
+
+        self.encoder = NoteEncoder.from_pretrained(
+            self.path, device=device, precision=precision, dimensions=self.workers.dimensions
+        )
+        self.fingerprint = self.encoder.fingerprint
 
     async def encode(self, notes: Sequence[Note], columns: Sequence[str]) -> Vectors:
         """Vectors of N notes.
@@ -187,3 +200,11 @@ class LoadedModel:
             problem = "" if np.isfinite(vector).all() else "the model's vector for this note is not finite"
             encoded.append((vector, problem, one.num_tokens))
         return encoded
+
+
+def _precisions(given: str, device: str) -> tuple[str, ...]:
+    """The precisions that the vectors may have been made in, the likeliest first."""
+    from notellm2_ray.models.device import inference_precision
+
+    first = inference_precision(given, device)
+    return (first,) if given != "auto" else (first, "fp32" if first == "bf16" else "bf16")
