@@ -52,6 +52,7 @@ _LAPTOP: dict[str, Any] = {
         "lora_rank": 16,
         "lora_dropout": 0.0,
         "validate_every_steps": 100,
+        "checkpoint_every_steps": 50,
         "max_validation_examples": 30,
     },
 }

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import copy
-import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -16,6 +14,7 @@ from notellm2_ray.core.note_store import NoteStore
 from notellm2_ray.models.embedder.encoder import batches_by_length
 from notellm2_ray.models.embedder.kinds import Preprocessor
 from notellm2_ray.train import distributed
+from notellm2_ray.train.readers import Readers
 
 T = TypeVar("T")
 K = TypeVar("K")
@@ -54,6 +53,7 @@ class NotePreparer:
         *,
         max_notes: int | None = None,
         max_tokens: int | None = None,
+        readers: int = 0,
     ) -> None:
         """Prepare notes of ``store``.
 
@@ -61,10 +61,11 @@ class NotePreparer:
             num_groups: number of groups, if the following are None.
             max_notes: most notes in a group.
             max_tokens: most tokens in a group, with padding; a longer note is a group of its own.
+            readers: see :class:`~notellm2_ray.train.readers.Readers`.
         """
         self._store, self._preprocessor, self._num_groups = store, preprocessor, num_groups
         self._max_notes, self._max_tokens = max_notes, max_tokens
-        self._own = threading.local()
+        self.readers = Readers(preprocessor.features, readers)
 
     def __call__(self, note_ids: Sequence[str]) -> PreparedNotes:
         """Read and preprocess notes. The number of groups depends only on that of notes, unless tokens are limited.
@@ -72,11 +73,10 @@ class NotePreparer:
         Raises:
             DataError: a note is not in the store, or its image cannot be decoded.
         """
-        preprocessor = self._thread_own()
-        features = [preprocessor.features(note) for note in self._store.get(note_ids)]
+        features = self.readers(self._store.get(note_ids))
         parts = self._parts([note.num_tokens for note in features])
         order = np.concatenate(parts)
-        groups = [preprocessor.collate([features[row] for row in part]) for part in parts]
+        groups = [self._preprocessor.collate([features[row] for row in part]) for part in parts]
         positions = torch.empty(len(order), dtype=torch.long)
         positions[torch.from_numpy(order)] = torch.arange(len(order))
         return PreparedNotes(list(note_ids), groups, [len(part) for part in parts], positions)
@@ -86,12 +86,6 @@ class NotePreparer:
             return np.array_split(np.argsort(lengths, kind="stable"), min(self._num_groups, len(lengths)))
         limits = self._max_tokens or _NO_LIMIT, self._max_notes or _NO_LIMIT
         return list(batches_by_length(lengths, *limits))[::-1]
-
-    def _thread_own(self) -> Preprocessor:
-        # Two threads cannot use one fast tokenizer at a time ("Already borrowed"), so each thread has a copy.
-        if not hasattr(self._own, "preprocessor"):
-            self._own.preprocessor = copy.deepcopy(self._preprocessor)
-        return self._own.preprocessor
 
 
 def prefetched(prepare: Callable[[K], T], keys: Iterable[K], depth: int) -> Iterator[T]:

@@ -23,6 +23,7 @@ from notellm2_ray.train.objectives import Loss, loss_of
 from notellm2_ray.train.pairs import PairBatch, Pairs
 from notellm2_ray.train.plateau import Plateau
 from notellm2_ray.train.rates import num_pretrained, with_rates
+from notellm2_ray.train.readers import num_readers
 from notellm2_ray.train.run_loop import Report, TrainingRun, resolved_precision
 from notellm2_ray.train.sampler import PairSampler
 from notellm2_ray.train.schedule import num_steps
@@ -98,7 +99,9 @@ class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
             settings.length_chunks,
             max_notes=settings.cached_notes_per_pass,
             max_tokens=settings.cached_tokens_per_pass,
+            readers=num_readers(settings, self.device),
         )
+        self.readers = self.prepare_notes.readers
         self.validation = Validation(
             Pairs(directory / "valid.parquet"),
             self.prepare_notes,

@@ -6,15 +6,16 @@ import importlib.util
 import json
 import os
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from notellm2_ray.core.errors import ConfigError
 from notellm2_ray.core.run import write_atomically
 
 _PACKAGES = {"tensorboard": "tensorboard", "wandb": "wandb", "mlflow": "mlflow"}
 HistoryRow = Mapping[str, Any]
+T = TypeVar("T")
 
 
 def require_logger(name: str) -> None:
@@ -59,7 +60,7 @@ def read_history(path: Path) -> list[dict[str, Any]]:
 
 
 class Stopwatch:
-    """The speed of training steps alone: validations and checkpoints between them are not counted.
+    """The speed of training steps alone, and how long they waited for input; validations and checkpoints do not count.
 
     Args:
         per_step: what a step counts for, such as its notes, of all ranks together.
@@ -67,7 +68,20 @@ class Stopwatch:
 
     def __init__(self, per_step: int) -> None:
         self._per_step, self._steps, self._seconds = per_step, 0, 0.0
-        self._began = 0.0
+        self._began = self._waited = 0.0
+
+    def waiting(self, steps: Iterable[T]) -> Iterator[T]:
+        """The same, with the time that each took to come; that of the first does not count."""
+        given, first = iter(steps), True
+        while True:
+            began = time.monotonic()
+            try:
+                step = next(given)
+            except StopIteration:
+                return
+            self._waited += 0.0 if first else time.monotonic() - began
+            first = False
+            yield step
 
     def begin(self) -> None:
         """A step begins."""
@@ -83,6 +97,11 @@ class Stopwatch:
     def speed(self) -> float:
         """Mean speed of all steps so far, per second."""
         return self._per_step * self._steps / max(self._seconds, 1e-9)
+
+    @property
+    def waiting_share(self) -> float:
+        """Share of waiting in the time of waiting and training."""
+        return self._waited / max(self._waited + self._seconds, 1e-9)
 
 
 def open_logger(

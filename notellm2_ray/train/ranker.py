@@ -47,8 +47,9 @@ def train_ranker(
         wait_minutes: how long a cluster that was joined has to grow, if it has no room for all workers.
 
     Returns:
-        steps, prompts, validation_prompts, quarantined, without_preference (examples with a history but no preference,
-        treated as users without a history), best_step, best_auc, final_loss, trained_parameters, prompts_per_s.
+        steps, prompts, quarantined, without_preference (examples with a history but no preference, treated as users
+        without a history), best_step, best_auc, final_loss, trained_parameters, prompts_per_s, and how validations were
+        made: validate_every_steps, validation_examples (targets) and validation_prompts (with their negatives).
 
     Raises:
         ConfigError: the cluster is too small, or prompts can be longer than ``max_model_len``.
@@ -74,7 +75,7 @@ def train_ranker(
     )
     gather_notes(data, Path(notes).absolute(), ranker)
     counts = check_rows(data, ranker, tune, files.output)
-    log.info("train-ranker: %d prompts, %d to validate on", counts["prompts"], counts["validation_prompts"])
+    log.info("train-ranker: %d prompts", counts["prompts"])
     job = RankerJob(ranker, tune, absolute(model_path), data, files.output, language)
     result = run_training(ranker_worker, job._asdict(), train_settings(tune), files, "tune", wait_minutes)
     return _finish(files, {**counts, **result}, model_path, tune)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-import threading
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,6 +18,12 @@ from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.schema import QUARANTINE_SCHEMA
 from notellm2_ray.core.settings.ranking import RankerSettings, TuneSettings
 from notellm2_ray.models.ranker.inputs import Question, RankerFeatures, RankerPreprocessor
+from notellm2_ray.train.readers import Readers
+
+# Among many noisy figures the highest is so by chance: a long run has better validations rather than more.
+_VALIDATE_EVERY, _VALIDATIONS = 100, 20
+# Work of tuning on a prompt in units of scoring it. Weights that are frozen have no gradients to compute.
+_TUNING_WORK = 2
 
 
 class RankerFiles(NamedTuple):
@@ -61,12 +66,28 @@ class RankerRows:
         """(R,) bool."""
         return self.candidates.labels[self._places].astype(bool)
 
-    def of_examples(self, max_examples: int, seed: int) -> np.ndarray:
-        """Rows of all candidates of some random examples, in the order of the table."""
+    def of_examples(self, max_examples: int, seed: int, max_rows: int | None = None) -> np.ndarray:
+        """Rows of the candidates of some random examples, in the order of the table.
+
+        Args:
+            max_rows: the most rows. Beyond it each example has fewer negatives, drawn at random but at least one, and
+                then there are fewer examples: targets are the rarer kind, and the AUC's error depends on them.
+        """
         examples = self.candidates.example_of[self._places]
         rng = np.random.default_rng(stream_seed(seed, "train", "validation"))
         chosen = rng.permutation(np.unique(examples))[:max_examples]
-        return np.flatnonzero(np.isin(examples, chosen))
+        rows = np.flatnonzero(np.isin(examples, chosen))
+        if max_rows is None or len(rows) <= max_rows:
+            return rows
+        chosen = chosen[: max(1, max_rows // 2)]
+        rows = rows[np.isin(examples[rows], chosen)]
+        targets = self.labels[rows]
+        negatives = rng.permutation(rows[~targets])
+        negatives = negatives[np.argsort(examples[negatives], kind="stable")]
+        owners = examples[negatives]
+        place = np.arange(len(owners)) - np.searchsorted(owners, owners)  # among those of the same example
+        kept = negatives[place < max(1, max_rows // len(chosen) - 1)]
+        return np.sort(np.concatenate([rows[targets], kept]))
 
     def question(self, row: int) -> tuple[CandidateRow, Question]:
         """One candidate with its question."""
@@ -79,12 +100,32 @@ class RankerRows:
         return candidate, Question(note.title, note.image, candidate.preference, titles)
 
 
+class Asked(NamedTuple):
+    """A question to make features of."""
+
+    note_id: str
+    question: Question
+    answer: bool | None  # None: the prompt alone
+
+
+class QuestionFeatures:
+    """Turns a question into features."""
+
+    def __init__(self, preprocessor: RankerPreprocessor) -> None:
+        self._preprocessor = preprocessor
+
+    def __call__(self, asked: Asked) -> RankerFeatures:
+        try:
+            return self._preprocessor.features(asked.question, asked.answer)
+        except DataError as error:
+            raise DataError(f"note {asked.note_id}: {error}") from error
+
+
 class QuestionPreparer:
     """Turns rows into features. May be called from several threads at once."""
 
-    def __init__(self, rows: RankerRows, preprocessor: RankerPreprocessor) -> None:
-        self._rows, self._preprocessor = rows, preprocessor
-        self._own = threading.local()
+    def __init__(self, rows: RankerRows, readers: Readers[Asked, RankerFeatures]) -> None:
+        self._rows, self._readers = rows, readers
 
     def __call__(self, rows: Sequence[int], *, answered: bool) -> list[RankerFeatures]:
         """Features of some rows, either with answers and labels or as prompts alone.
@@ -92,20 +133,8 @@ class QuestionPreparer:
         Raises:
             DataError: an image cannot be decoded; the message names the note.
         """
-        preprocessor, features = self._thread_own(), []
-        for row in rows:
-            candidate, question = self._rows.question(int(row))
-            try:
-                features.append(preprocessor.features(question, bool(candidate.label) if answered else None))
-            except DataError as error:
-                raise DataError(f"note {candidate.note_id}: {error}") from error
-        return features
-
-    def _thread_own(self) -> RankerPreprocessor:
-        # Two threads cannot use one fast tokenizer at a time, and a processor contains one.
-        if not hasattr(self._own, "preprocessor"):
-            self._own.preprocessor = copy.deepcopy(self._preprocessor)
-        return self._own.preprocessor
+        shown = [self._rows.question(int(row)) for row in rows]
+        return self._readers([Asked(one.note_id, asked, bool(one.label) if answered else None) for one, asked in shown])
 
 
 def length_groups(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
@@ -151,11 +180,25 @@ def gather_notes(files: RankerFiles, notes: Path, ranker: RankerSettings) -> Non
     store_notes(notes, ids, files.store)
 
 
+class ValidationPlan(NamedTuple):
+    """When a tuning run validates, and on what."""
+
+    every_steps: int
+    rows: np.ndarray  # of the validation split
+
+
+def validation_plan(tune: TuneSettings, total_steps: int, valid: RankerRows) -> ValidationPlan:
+    """Validations that take at most ``tune.validation_share`` of the training's work (but for the one at the end)."""
+    every = tune.validate_every_steps or max(_VALIDATE_EVERY, math.ceil(total_steps / _VALIDATIONS))
+    affordable = int(tune.validation_share * _TUNING_WORK * every * tune.batch_size)
+    return ValidationPlan(every, valid.of_examples(tune.max_validation_examples, tune.seed, max(2, affordable)))
+
+
 def check_rows(files: RankerFiles, ranker: RankerSettings, tune: TuneSettings, output: Path) -> dict[str, Any]:
     """Check the examples before anything is started. Candidates without a note are quarantined.
 
     Returns:
-        prompts, validation_prompts, quarantined, without_preference.
+        prompts, quarantined, without_preference.
 
     Raises:
         DataError: there are fewer prompts than fill a batch, or a table is unusable.
@@ -182,7 +225,6 @@ def check_rows(files: RankerFiles, ranker: RankerSettings, tune: TuneSettings, o
         pq.write_table(table, output / "quarantine" / "candidates.parquet")
     return {
         "prompts": len(train),
-        "validation_prompts": len(valid.of_examples(tune.max_validation_examples, tune.seed)),
         "quarantined": len(missing),
         "without_preference": train.candidates.without_preference + valid.candidates.without_preference,
     }

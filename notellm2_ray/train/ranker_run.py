@@ -24,7 +24,16 @@ from notellm2_ray.train.batches import prefetched
 from notellm2_ray.train.checkpoints import RunFiles
 from notellm2_ray.train.engine import num_trained
 from notellm2_ray.train.engines import make_engine
-from notellm2_ray.train.ranker_data import QuestionPreparer, RankerFiles, RankerRows, length_groups, split_groups
+from notellm2_ray.train.ranker_data import (
+    QuestionFeatures,
+    QuestionPreparer,
+    RankerFiles,
+    RankerRows,
+    length_groups,
+    split_groups,
+    validation_plan,
+)
+from notellm2_ray.train.readers import Readers, num_readers
 from notellm2_ray.train.run_loop import Report, TrainingRun, resolved_precision
 from notellm2_ray.train.sampler import StepSampler
 
@@ -81,18 +90,20 @@ class RankerRun(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
         self._num_trained = num_trained(self.module)
         self.engine = make_engine(self.module, settings, device)
         self._read_data()
-        steps = max(1, int(tune.epochs * self.sampler.steps_per_epoch))
-        self.total = steps if tune.max_steps is None else min(steps, tune.max_steps)
 
     def _read_data(self) -> None:
         job, tune = self.job, self.job.tune
         rows, valid = (RankerRows(job.files, split, job.ranker) for split in ("train", "valid"))
         ranks = distributed.rank(), distributed.world_size()
         self.sampler = StepSampler(len(rows), tune.batch_size, tune.seed, *ranks)
-        self._rows, self._prepare = rows, QuestionPreparer(rows, self.preprocessor)
-        self._prepare_valid = QuestionPreparer(valid, self.preprocessor)
-        self._valid_rows = valid.of_examples(tune.max_validation_examples, tune.seed)
+        self.readers = Readers(QuestionFeatures(self.preprocessor), num_readers(self.settings, self.device))
+        self._rows, self._prepare = rows, QuestionPreparer(rows, self.readers)
+        self._prepare_valid = QuestionPreparer(valid, self.readers)
+        steps = max(1, int(tune.epochs * self.sampler.steps_per_epoch))
+        self.total = steps if tune.max_steps is None else min(steps, tune.max_steps)
+        every, self._valid_rows = validation_plan(tune, self.total, valid)
         self._valid_labels = valid.labels[self._valid_rows]
+        self.settings = self.settings.model_copy(update={"validate_every_steps": every})
 
     def prepare(self, step: int) -> tuple[np.ndarray, list[RankerFeatures]]:
         rows = self.sampler.rows(step)
@@ -144,6 +155,9 @@ class RankerRun(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
     def figures(self) -> dict[str, Any]:
         return {
             "best_auc": self.state.best_score,
+            "validation_prompts": len(self._valid_rows),
+            "validation_examples": int(self._valid_labels.sum()),
+            "validate_every_steps": self.settings.validate_every_steps,
             "trained_parameters": self._num_trained,
         }
 
@@ -212,9 +226,9 @@ def train_settings(tune: TuneSettings) -> TrainSettings:
         max_grad_norm=tune.max_grad_norm,
         precision=tune.precision,
         gradient_checkpointing=tune.gradient_checkpointing,
-        validate_every_steps=tune.validate_every_steps,
-        checkpoint_every_steps=tune.validate_every_steps,
+        checkpoint_every_steps=tune.checkpoint_every_steps,
         max_failures=tune.max_failures,
+        readers=tune.readers,
     )
 
 

@@ -23,9 +23,12 @@ from notellm2_ray.train.batches import prefetched
 from notellm2_ray.train.checkpoints import RunFiles, RunState, begin_checkpoint, read_state, write_state
 from notellm2_ray.train.engine import Engine
 from notellm2_ray.train.history import History, Stopwatch, open_logger
+from notellm2_ray.train.readers import Readers
 from notellm2_ray.train.schedule import learning_rate_factor
 
 log = logging.getLogger("notellm2_ray")
+
+_MUCH_WAITING = 0.1  # share of the training's time
 
 Prepared = TypeVar("Prepared")
 Report = Callable[[Path, dict[str, Any]], None]
@@ -39,11 +42,13 @@ class TrainingRun(ABC, Generic[Prepared]):
 
     Attributes:
         total: number of updates of the whole run.
+        readers: make the features of what a step reads.
         stage: its name on the command line, for the log.
         unit, per_step: the unit of the speed, and how many of them a step has.
     """
 
     engine: Engine
+    readers: Readers[Any, Any]
     total: int
     stage: str
     unit: str
@@ -89,6 +94,12 @@ class TrainingRun(ABC, Generic[Prepared]):
 
     def run(self) -> dict[str, Any]:
         """Train to the end; returns the run's figures on rank 0."""
+        try:
+            return self._run()
+        finally:
+            self.readers.close()
+
+    def _run(self) -> dict[str, Any]:
         first = distributed.rank() == 0
         history = History(self.files.history, self.state.step) if first else None
         name = self.settings.logger if first else "none"
@@ -99,7 +110,7 @@ class TrainingRun(ABC, Generic[Prepared]):
         assert peak is not None
         self.engine.module.train()
         steps = prefetched(self._numbered, range(self.state.step, self.total), self.settings.prefetch_batches)
-        for step, prepared in steps:
+        for step, prepared in stopwatch.waiting(steps):
             stopwatch.begin()
             # Seeded by the step, so that a resumed run has the same dropout as an undisturbed one.
             torch.manual_seed(stream_seed(self.seed, "train", "dropout", step, distributed.rank()))
@@ -121,7 +132,7 @@ class TrainingRun(ABC, Generic[Prepared]):
             history.close()
         if self.state.best_step is None:
             self.keep()  # without validation the last weights are kept
-        return self._all_figures(history, stopwatch.speed)
+        return self._all_figures(history, stopwatch)
 
     def factor(self, step: int) -> float:
         """The factor on the peak learning rates in ``step``."""
@@ -162,16 +173,21 @@ class TrainingRun(ABC, Generic[Prepared]):
         if distributed.rank() == 0:
             self.files.keep_best(state.best_step for state in self._reported)
 
-    def _all_figures(self, history: History | None, speed: float) -> dict[str, Any]:
+    def _all_figures(self, history: History | None, stopwatch: Stopwatch) -> dict[str, Any]:
         if history is None:
             return {}
+        waited = stopwatch.waiting_share
+        if waited > _MUCH_WAITING:
+            words = "%s: %.0f%% of the time went into waiting for input: set readers higher, or give it more CPUs"
+            log.warning(words, self.stage, 100 * waited)
         losses = [row["loss"] for row in history.rows if "loss" in row]
         return {
             "steps": self.total,
             **self.figures(),
             "best_step": self.state.best_step,
             "final_loss": losses[-1],
-            f"{self.unit}_per_s": round(speed, 1),
+            f"{self.unit}_per_s": round(stopwatch.speed, 1),
+            "waiting_share": round(waited, 3),
         }
 
 

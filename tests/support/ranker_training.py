@@ -53,6 +53,7 @@ def tune_settings(**changes: Any) -> TuneSettings:
         "lora_dropout": 0.0,
         "max_batch_tokens": 300,
         "validate_every_steps": 5,
+        "checkpoint_every_steps": 5,
     }
     return TuneSettings(**{**small, **changes})
 

@@ -59,7 +59,7 @@ def test_an_embedder_trains_and_validates_as_one_of_two_gpus(directory, tmp_path
     from notellm2_ray.train.embedder_run import EmbedderJob, EmbedderRun
 
     train = embedder_training.train_settings(
-        num_workers=2, gpus_per_worker=1, max_steps=2, cached_notes_per_pass=passes
+        num_workers=2, gpus_per_worker=1, max_steps=2, cached_notes_per_pass=passes, readers=0
     )
     paths = {"llm_path": str(directory / "llm"), "vision_path": str(directory / "clip"), "pairs": directory / "pairs"}
     job = EmbedderJob(model=embedder_training.model_settings(), train=train, seed=1, output=tmp_path, **paths)
@@ -75,7 +75,7 @@ def test_a_ranker_tunes_and_validates_as_one_of_two_gpus(tmp_path):
 
     material = ranker_training.write(tmp_path / "material")
     ranker, tune = ranker_training.ranker_settings(), ranker_training.tune_settings(
-        num_workers=2, gpus_per_worker=1, max_batch_tokens=140, max_steps=2
+        num_workers=2, gpus_per_worker=1, max_batch_tokens=140, max_steps=2, readers=0
     )  # fmt: skip
     files = RankerFiles(material / "sequences", material / "preferences.parquet", tmp_path / "notes.arrow")
     gather_notes(files, material / "notes", ranker)

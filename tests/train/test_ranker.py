@@ -8,6 +8,7 @@ import re
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -20,7 +21,15 @@ from notellm2_ray.core.errors import ConfigError, DataError, ModelError
 from notellm2_ray.core.settings import RankerSettings, TuneSettings
 from notellm2_ray.train.history import read_history
 from notellm2_ray.train.ranker import train_ranker
-from notellm2_ray.train.ranker_data import RankerFiles, check_rows, gather_notes, length_groups, split_groups
+from notellm2_ray.train.ranker_data import (
+    RankerFiles,
+    RankerRows,
+    check_rows,
+    gather_notes,
+    length_groups,
+    split_groups,
+    validation_plan,
+)
 from notellm2_ray.train.ranker_run import RankerJob, RankerRun, pooled_auc, train_settings
 from tests.support import architectures
 from tests.support import ranker_training as material
@@ -87,6 +96,33 @@ def test_candidates_without_a_note_are_quarantined_and_too_few_refused(directory
     assert counts["prompts"] == 16 - sum("train.parquet" in row["source"] for row in rows)
     with pytest.raises(DataError, match="do not fill one batch of tune.batch_size=64"):
         check_rows(files, ranker, material.tune_settings(batch_size=64), tmp_path)
+
+
+def _valid_split(num_examples: int, num_negatives: int) -> RankerRows:
+    rows = object.__new__(RankerRows)
+    labels = np.tile([True] + [False] * num_negatives, num_examples)
+    rows.candidates = SimpleNamespace(example_of=np.repeat(np.arange(num_examples), 1 + num_negatives), labels=labels)
+    rows._places = np.arange(len(labels))
+    return rows
+
+
+@pytest.mark.parametrize(
+    ("changes", "total", "every", "targets", "prompts"),
+    [
+        ({}, 300, 100, 200, 400),  # a quarter of two units of work for each of 800 prompts
+        ({}, 25_000, 1250, 200, 4200),  # twenty times, on all candidates
+        ({"validation_share": 5}, 300, 100, 200, 4200),
+        ({"validation_share": 0.1}, 300, 100, 80, 160),
+        ({"validate_every_steps": 1, "batch_size": 1}, 300, 1, 1, 2),  # at least one target and one negative
+    ],
+)
+def test_validations_take_a_bounded_share_of_the_work(changes, total, every, targets, prompts):
+    valid = _valid_split(300, 20)
+    plan = validation_plan(TuneSettings(**changes), total, valid)
+    assert (plan.every_steps, len(plan.rows), valid.labels[plan.rows].sum()) == (every, prompts, targets)
+    shown = valid.candidates.example_of[plan.rows]
+    assert set(np.bincount(shown)[np.unique(shown)]) == {prompts // targets}
+    assert np.array_equal(plan.rows, validation_plan(TuneSettings(**changes), total, valid).rows)
 
 
 def test_a_step_is_the_same_in_one_group_and_in_many(directory, tmp_path):
@@ -251,6 +287,7 @@ def test_a_run_leaves_an_adapter_a_model_and_its_history(undisturbed, directory)
     validations = {row["step"]: row["valid_auc"] for row in rows if "valid_auc" in row}
     assert counts["best_auc"] == validations[counts["best_step"]] == max(validations.values())
     assert counts["prompts"] == 16 and counts["validation_prompts"] == 4 and counts["without_preference"] == 0
+    assert counts["validation_examples"] == 2 and counts["validate_every_steps"] == 5
     tuned, base = load_network(str(output / "model")), load_network(str(directory / "mllm"))
     same = {name: torch.equal(value, base.state_dict()[name]) for name, value in tuned.state_dict().items()}
     assert all(equal for name, equal in same.items() if "visual" in name or "embed" in name)
@@ -266,7 +303,7 @@ def test_a_killed_worker_changes_nothing(undisturbed, directory, tmp_path):
         _workers_of(os.getpid())[-1].send_signal(signal.SIGKILL)
 
     thread = _when_step(tmp_path, 13, kill)
-    _run(directory, tmp_path)
+    _run(directory, tmp_path, readers=1)  # nor does a process that reads
     thread.join()
     rows, expected = read_history(tmp_path / "history.jsonl"), read_history(undisturbed[0] / "history.jsonl")
     for row in (*rows, *expected):

@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 from pydantic import Field, PositiveInt, model_validator
 
-from notellm2_ray.core.config import Frozen, resource
+from notellm2_ray.core.config import Frozen, added, resource
 from notellm2_ray.core.errors import ConfigError
 from notellm2_ray.core.settings.baselines import GRID, Gru4RecSettings, SasRecSettings, points
 
@@ -222,9 +222,21 @@ class TuneSettings(Frozen):
         "auto", description="auto: bf16 if the device supports it natively; tf32: fp32, with products in TF32 on a GPU"
     )
     gradient_checkpointing: bool = resource(False, description="recompute activations to save memory")
-    validate_every_steps: int = Field(100, ge=1, description="updates between validations (AUC) and checkpoints")
+    validate_every_steps: int | None = Field(
+        None, ge=1, description="updates between validations (AUC); null: 100, in long runs a twentieth of all updates"
+    )
     max_validation_examples: int = Field(
         200, ge=1, description="most validation targets used, each with candidates.num_negatives negatives"
+    )
+    validation_share: float = added(
+        0.25,
+        gt=0,
+        description="most work of validations, as a share of the training's: beyond it fewer negatives of each target "
+        "are scored, then fewer targets (scoring a prompt takes half the work of tuning on it)",
+    )
+    readers: int | None = resource(None, ge=0, description="processes that decode and tokenise: as train.readers")
+    checkpoint_every_steps: int = resource(
+        100, ge=1, description="updates between checkpoints, which a killed run resumes from"
     )
     max_failures: int = resource(2, ge=0, description="worker failures survived before giving up")
 

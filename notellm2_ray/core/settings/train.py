@@ -103,6 +103,12 @@ class TrainSettings(Frozen):
         "each length (Matryoshka, Kusupati et al. 2022); model.embedding_dim must be one; empty: whole vectors alone",
     )
     prefetch_batches: int = resource(2, ge=0, description="batches prepared ahead by each rank")
+    readers: int | None = resource(
+        None,
+        ge=0,
+        description="processes that decode and tokenise for each rank; null: on a GPU up to 16, as many as the machine "
+        "has cores for a rank, less one; on CPUs none; 0: threads of the rank do it",
+    )
     validate_every_steps: int = Field(1750, ge=1, description="steps between validations by recall")
     checkpoint_every_steps: int = resource(
         500, ge=1, description="steps between checkpoints, which a killed run resumes from"
