@@ -66,8 +66,9 @@ def num_readers(settings: TrainSettings, device: torch.device) -> int:
         return settings.readers
     if device.type == "cpu":  # the model needs the cores
         return 0
-    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    return max(1, min(_MOST, len(os.sched_getaffinity(0)) // ranks - 1))
+    cores = len(os.sched_getaffinity(0)) // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    reserved = int(settings.cpus_per_worker)  # 1, the default, says nothing about what is there
+    return max(1, min(_MOST, (reserved if reserved > 1 else cores) - 1))
 
 
 _state: dict[str, Any] = {}

@@ -78,6 +78,7 @@ def test_readers_suit_device_and_machine(monkeypatch):
     assert num_readers(settings, gpu) == 16
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "8")
     assert num_readers(settings, gpu) == 5
+    assert num_readers(material.train_settings(cpus_per_worker=4), gpu) == 3
     assert num_readers(settings, torch.device("cpu")) == 0
     assert num_readers(material.train_settings(readers=3), torch.device("cpu")) == 3
 

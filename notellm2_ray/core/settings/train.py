@@ -106,8 +106,8 @@ class TrainSettings(Frozen):
     readers: int | None = resource(
         None,
         ge=0,
-        description="processes that decode and tokenise for each rank; null: on a GPU up to 16, as many as the machine "
-        "has cores for a rank, less one; on CPUs none; 0: threads of the rank do it",
+        description="processes that decode and tokenise for each rank; null: on a GPU up to 16, one less than "
+        "cpus_per_worker, or where that is 1 than the machine has cores for a rank; on CPUs none; 0: its threads do it",
     )
     validate_every_steps: int = Field(1750, ge=1, description="steps between validations by recall")
     checkpoint_every_steps: int = resource(
