@@ -145,6 +145,15 @@ def parser() -> argparse.ArgumentParser:
         "--scope", action="append", choices=("read", "write"), help="what a new key may do; may be repeated"
     )
     _common(keys)
+    haproxy = verbs.add_parser(
+        "haproxy",
+        help="write the script that runs HAProxy in a cluster, and print the variables that Ray needs at its start",
+        description='Before `ray start`, on every node: eval "$(notellm2 haproxy DIRECTORY --config FILE)". HAProxy '
+        "then refuses what the replicas have no room for, and keeps its own ports to the machine.",
+        sections=("serve",),
+    )
+    haproxy.add_argument("directory", type=Path, help="for the script and its files; the same on every node")
+    _common(haproxy)
     lift = verbs.add_parser(
         "lift",
         help="compare the arms of the service's experiment by their clicks",
@@ -211,7 +220,7 @@ def _dispatch(options: argparse.Namespace) -> None:
         _doctor()
         return
     settings = load_settings(options.config, options.preset, options.overrides)
-    if options.verb in ("serve", "keys"):
+    if options.verb in ("serve", "keys", "haproxy"):
         _online(options, settings)
         return
     if options.verb == "lift":
@@ -247,6 +256,8 @@ def _online(options: argparse.Namespace, settings: Settings) -> None:
 
     if options.verb == "serve":
         online.serve_forever(settings)
+    elif options.verb == "haproxy":
+        print(online.haproxy_script(settings, options.directory))
     elif options.action == "create":
         print(online.create_key(settings, options.name, options.scope or ["read"]))
     else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping
 from typing import Any
 
 from notellm2_ray.core.settings import RaySettings
@@ -17,11 +18,14 @@ def started_here() -> bool:
     return node is not None and node.is_head()
 
 
-def connect(settings: RaySettings) -> Any:
+def connect(settings: RaySettings, environment: Mapping[str, str] | None = None) -> Any:
     """Connect to the cluster that this process was submitted to, or start one here; a second call does nothing.
 
     Under ``ray job submit``, and wherever RAY_ADDRESS is set, Ray finds the cluster itself. An embedded cluster has at
     least four logical CPUs: with fewer, a Ray Data pipeline whose steps each reserve one would wait forever.
+
+    Args:
+        environment: variables for all processes that this job starts in a cluster that it joins.
 
     Returns:
         the ``ray`` module, connected.
@@ -35,7 +39,7 @@ def connect(settings: RaySettings) -> Any:
     # cost too.)
     os.environ.setdefault("GOMP_SPINCOUNT", "1000")
     if os.environ.get("RAY_ADDRESS"):
-        ray.init(log_to_driver=True)
+        ray.init(log_to_driver=True, runtime_env={"env_vars": dict(environment)} if environment else None)
     else:
         ray.init(
             address="local",

@@ -170,6 +170,15 @@ class PreferenceWriter:
         )
 
 
+def check_room(
+    tokenizer: ChatTokenizer, settings: PreferenceSettings, generation: GenerationSettings, language: Language
+) -> None:
+    """Raise :class:`ConfigError` if no prompt fits into the context beside the longest preference; needs no engine."""
+    writer = PreferenceWriter(None, tokenizer, settings, generation, language, 0)
+    # Every word has at least one token; a longer preference is cut.
+    writer.prompt(None if settings.variant == "direct" else "taste " * settings.max_tokens, [Item("note")])
+
+
 def shorten(items: Sequence[Item], settings: PreferenceSettings, scale: int = 1) -> Iterator[Item]:
     """Items with titles and summaries cut to the words that the settings allow, divided by ``scale``."""
     for item in items:

@@ -26,6 +26,7 @@ from notellm2_ray.infer.parts import QUARANTINE, whole_file, write_whole_parquet
 from notellm2_ray.infer.preference_log import LogIndex
 from notellm2_ray.infer.preference_plan import Chain, ChainPlan, plan_chains, plan_counts, read_summaries, read_titles
 from notellm2_ray.infer.preference_pool import EnginePool
+from notellm2_ray.infer.preference_steps import check_room
 from notellm2_ray.infer.preference_worker import PendingChain, PreferenceJob
 from notellm2_ray.infer.resources import check_engines
 
@@ -80,13 +81,16 @@ def summarize_preferences(
         items_without_summary, prompt_tokens, generated_tokens, startup_seconds, generate_seconds.
 
     Raises:
-        ConfigError: the engines do not fit into the cluster, or the settings contradict each other.
+        ConfigError: the engines do not fit into the cluster, no prompt fits into an engine, or the settings contradict
+            each other.
         DataError: an input is unusable; the message names the file and the row.
         ModelError: vLLM cannot run the model, or its engines keep dying.
     """
     output, logs = Path(output).absolute(), Path(logs or output).absolute()
     output.mkdir(parents=True, exist_ok=True)
     facts = check_model(model, images=False)
+    from notellm2_ray.models.chat import ChatTokenizer
+
     engine_arguments(facts, generation)
     preference_prompt(language, settings.variant, None, [], settings.template)  # raises now if the template is wrong
     made_by = fingerprint(facts.fingerprint, _shaped_by(settings, generation, language, seed))
@@ -101,6 +105,8 @@ def summarize_preferences(
     index = LogIndex(logs)
     total = sum(len(chain.steps) for chain in plan.chains)
     pending = rest_of(plan.chains, index)
+    if pending:
+        check_room(ChatTokenizer.from_pretrained(facts.model), settings, generation, language)
     reused = total - _steps(pending)
     times = _advance(PreferenceJob(facts, logs, settings, generation, language, seed), pending, index, total, reused)
     counts = _compile(plan, index, output)

@@ -14,6 +14,8 @@ from notellm2_ray.core.settings import Settings
 from notellm2_ray.core.settings.serve import DeploymentSettings
 
 if TYPE_CHECKING:
+    from notellm2_ray.infer.model_facts import ModelFacts
+    from notellm2_ray.models.chat import ChatTokenizer
     from notellm2_ray.models.ranker.inputs import Question, RankerPrompter
 
 
@@ -29,16 +31,13 @@ def preference_writer(model: str, settings: Settings) -> Any:
     """The engine of the deployment Preferences: the bulk job's writer of preferences with vLLM in this process.
 
     Raises:
-        ModelError: vLLM cannot run the model.
+        ConfigError, ModelError: as :func:`check_preferences`.
     """
     from notellm2_ray.infer.engine import engine_environment, start_engine
-    from notellm2_ray.infer.model_facts import check_model
     from notellm2_ray.infer.preference_steps import PreferenceWriter
-    from notellm2_ray.models.chat import ChatTokenizer
 
     os.environ.update(engine_environment(settings.generation))
-    facts = check_model(model, images=False)
-    tokenizer = ChatTokenizer.from_pretrained(facts.model)
+    facts, tokenizer = check_preferences(model, settings)
     engine = start_engine(facts, settings.generation, offline=False)
     language = settings.prompts.language
     return PreferenceWriter(engine, tokenizer, settings.preferences, settings.generation, language, settings.seed)
@@ -48,27 +47,59 @@ def yes_no_scorer(model: str, settings: Settings) -> YesNoScorer:
     """The engine of the deployment Ranker, with the bulk job's settings, so that scores are the same.
 
     Raises:
-        ConfigError: a prompt can be too long for the engine.
-        ModelError: vLLM cannot run the model.
+        ConfigError, ModelError: as :func:`check_ranker`.
     """
     from notellm2_ray.infer.engine import engine_environment, start_engine
-    from notellm2_ray.infer.model_facts import check_model
     from notellm2_ray.infer.score import for_scoring
-    from notellm2_ray.models.chat import ChatTokenizer
-    from notellm2_ray.models.processors import load_processor
-    from notellm2_ray.models.ranker.inputs import RankerPrompter
-    from notellm2_ray.models.ranker.room import check_ranker
 
     generation = for_scoring(settings.generation)
     os.environ.update(engine_environment(generation))
+    facts, prompter = check_ranker(model, settings)
+    images, pixels = int(settings.ranker.variant != "tallrec"), settings.ranker.max_image_pixels
+    engine = start_engine(facts, generation, images=images, pixels=pixels, offline=False)
+    return YesNoScorer(engine, prompter)
+
+
+def check_preferences(model: str, settings: Settings) -> tuple[ModelFacts, ChatTokenizer]:
+    """The model's facts and tokenizer, checked before any engine starts.
+
+    Raises:
+        ConfigError: no prompt fits into an engine, or the settings contradict each other.
+        ModelError: vLLM cannot run the model.
+    """
+    from notellm2_ray.infer.engine import engine_arguments
+    from notellm2_ray.infer.model_facts import check_model
+    from notellm2_ray.infer.preference_steps import check_room
+    from notellm2_ray.models.chat import ChatTokenizer
+
+    facts = check_model(model, images=False)
+    engine_arguments(facts, settings.generation)
+    tokenizer = ChatTokenizer.from_pretrained(facts.model)
+    check_room(tokenizer, settings.preferences, settings.generation, settings.prompts.language)
+    return facts, tokenizer
+
+
+def check_ranker(model: str, settings: Settings) -> tuple[ModelFacts, RankerPrompter]:
+    """The model's facts and the ranker's prompts, checked before any engine starts.
+
+    Raises:
+        ConfigError: a prompt can be too long for an engine, or the settings contradict each other.
+        ModelError: vLLM cannot run the model.
+    """
+    from notellm2_ray.infer.engine import engine_arguments
+    from notellm2_ray.infer.model_facts import check_model
+    from notellm2_ray.models.chat import ChatTokenizer
+    from notellm2_ray.models.processors import load_processor
+    from notellm2_ray.models.ranker.inputs import RankerPrompter
+    from notellm2_ray.models.ranker.room import check_ranker as check_prompts
+
     shows_images = settings.ranker.variant != "tallrec"
     facts = check_model(model, images=shows_images)
+    engine_arguments(facts, settings.generation, images=int(shows_images))
     processor = load_processor(facts.model)
     prompter = RankerPrompter(ChatTokenizer.of(processor), settings.ranker, settings.prompts.language)
-    check_ranker(prompter, processor, facts.model, generation.max_model_len)
-    pixels = settings.ranker.max_image_pixels
-    engine = start_engine(facts, generation, images=int(shows_images), pixels=pixels, offline=False)
-    return YesNoScorer(engine, prompter)
+    check_prompts(prompter, processor, facts.model, settings.generation.max_model_len)
+    return facts, prompter
 
 
 class YesNoScorer:

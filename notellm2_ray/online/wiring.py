@@ -61,6 +61,16 @@ def serve_forever(settings: Settings) -> None:
     launch.serve_forever(spec, functools.partial(connect, ray))
 
 
+def haproxy_script(settings: Settings, directory: Path) -> str:
+    """`notellm2 haproxy DIRECTORY`: writes the script that runs HAProxy; shell lines that export its variables."""
+    import shlex
+
+    from notellm2_ray.serve.haproxy import cluster_environment
+
+    variables = cluster_environment(settings.serve, directory.absolute())
+    return "\n".join(f"export {name}={shlex.quote(value)}" for name, value in variables.items())
+
+
 def create_key(settings: Settings, name: str, scopes: Sequence[str]) -> str:
     """`notellm2 keys create NAME --scope read`: the new key, which cannot be shown again."""
     from notellm2_ray.serve.keys import create_key as create
@@ -124,7 +134,13 @@ def _engines(settings: Settings) -> dict[str, Any]:
         OutputError: the ranker is not trained yet.
     """
     from notellm2_ray.infer.engine import engine_environment
-    from notellm2_ray.online.engines import engine_settings, preference_writer, yes_no_scorer
+    from notellm2_ray.online.engines import (
+        check_preferences,
+        check_ranker,
+        engine_settings,
+        preference_writer,
+        yes_no_scorer,
+    )
 
     found: dict[str, Any] = {}
     environments: dict[str, dict[str, str]] = {}
@@ -137,12 +153,14 @@ def _engines(settings: Settings) -> dict[str, Any]:
             )
         model = ranking_outputs.ranking_model(settings, settings.preferences.model)
         own = engine_settings(settings, settings.serve.preferences)
+        check_preferences(model, own)
         found["preference_engine"] = functools.partial(preference_writer, model, own)
         environments["preferences"] = engine_environment(own.generation)
     if settings.serve.ranker is not None:
-        name = settings.serve.ranker_model or _ranker_model(settings)
+        model = str(settings.serve.ranker_model or _ranker_model(settings))
         own = engine_settings(settings, settings.serve.ranker)
-        found["ranker_engine"] = functools.partial(yes_no_scorer, str(name), own)
+        check_ranker(model, own)
+        found["ranker_engine"] = functools.partial(yes_no_scorer, model, own)
         environments["ranker"] = engine_environment(own.generation)
     return {**found, "environments": environments}
 

@@ -29,6 +29,9 @@ _SCRIPT = """#!/bin/sh
 previous=
 for argument in "$@"; do
   if [ "$previous" = -f ] && [ -f "$argument" ]; then
+    case "$(dirname "$argument")" in
+      */nl2-*|*/haproxy-serve) chmod 700 "$(dirname "$argument")" ;;  # the admin socket lies there
+    esac
     sed -i -E -f {changes} "$argument"
     if grep -q '^backend {backend}$' "$argument" && ! grep -q nl2_ "$argument"; then
       sed -i '/^frontend http_frontend/r {rules}' "$argument"
@@ -37,7 +40,9 @@ for argument in "$@"; do
   fi
   previous=$argument
 done
-exec {binary} "$@"
+binary={binary}
+[ -x "$binary" ] || binary=haproxy  # on another node of the cluster
+exec "$binary" "$@"
 """
 
 # For sed: binds the ports to loopback, and replaces HAProxy's own answers (a plain 500 if a replica died, a 404 while
@@ -83,18 +88,40 @@ def serve_environment(settings: ServeSettings, directory: Path | None = None) ->
         directory = directory or Path(tempfile.mkdtemp(prefix="nl2-"))
         directory.chmod(0o700)
         ports = {name: os.environ.get(name) or free_port(usual) for name, usual in _PORTS.items()}
-        wanted |= {
-            "RAY_SERVE_ENABLE_HA_PROXY": "1",
-            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
-            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
-            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
-            "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
-            "RAY_SERVE_HAPROXY_BINARY_PATH": str(write_script(directory / "haproxy", ports.values(), settings)),
-            **ports,
-            **replica_ports(settings.port),
-        }
+        wanted |= _haproxy_files(directory, write_script(directory / "haproxy", ports.values(), settings))
+        wanted |= {**ports, **replica_ports(settings.port)}
     return {name: value for name, value in wanted.items() if name not in os.environ}
+
+
+def cluster_environment(settings: ServeSettings, scripts: Path) -> dict[str, str]:
+    """Environment variables for Serve's processes on all nodes of a cluster; those set in this process are passed on.
+
+    Args:
+        settings: of the service.
+        scripts: directory for the script that runs HAProxy, at the same path on every node. HAProxy's other files lie
+            on each node's own disk, because sockets cannot lie on a shared one.
+    """
+    wanted = {"RAY_SERVE_THROUGHPUT_OPTIMIZED": "1", "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "2"}
+    if settings.haproxy:
+        scripts.mkdir(parents=True, exist_ok=True)
+        ports = {name: str(usual) for name, usual in _PORTS.items()}
+        ports |= {name: os.environ[name] for name in ports if name in os.environ}
+        own = Path(tempfile.gettempdir()) / f"nl2-{settings.port}"  # Ray adds 57 characters to a socket's path
+        wanted |= _haproxy_files(own, write_script(scripts / "haproxy", ports.values(), settings))
+        wanted |= {**ports, **replica_ports(settings.port)}
+    return {name: os.environ.get(name, value) for name, value in wanted.items()}
+
+
+def _haproxy_files(directory: Path, script: Path) -> dict[str, str]:
+    return {
+        "RAY_SERVE_ENABLE_HA_PROXY": "1",
+        "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(directory / "haproxy.cfg"),
+        "RAY_SERVE_HAPROXY_SOCKET_PATH": str(directory / "admin.sock"),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(directory),
+        "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(directory / "server-state"),
+        "RAY_SERVE_HAPROXY_METRICS_SOCKET_PATH": str(directory / "metrics.sock"),
+        "RAY_SERVE_HAPROXY_BINARY_PATH": str(script),
+    }
 
 
 def replica_ports(port: int) -> dict[str, str]:

@@ -14,7 +14,7 @@ from typing import Any
 from notellm2_ray.core.errors import ConfigError
 from notellm2_ray.core.settings.serve import ServeSettings
 from notellm2_ray.serve.doctor import check, examine
-from notellm2_ray.serve.haproxy import serve_environment
+from notellm2_ray.serve.haproxy import cluster_environment, serve_environment
 from notellm2_ray.serve.keys import read_keys
 from notellm2_ray.serve.spec import ServiceSpec
 
@@ -23,12 +23,13 @@ log = logging.getLogger("notellm2_ray")
 _SECONDS_BETWEEN_LINES = 5.0
 
 
-def serve_forever(spec: ServiceSpec, connect: Callable[[], Any]) -> None:
+def serve_forever(spec: ServiceSpec, connect: Callable[..., Any]) -> None:
     """Run the service until SIGTERM or Ctrl-C, then let the requests in hand finish.
 
     Args:
         spec: of the service.
-        connect: starts or joins Ray; called after setting the environment variables that Ray reads at its start.
+        connect: starts or joins Ray; called after setting the environment variables that Ray reads at its start. Where
+            RAY_ADDRESS is set, it is given those that the job's processes in that cluster need.
 
     Raises:
         ConfigError: keys are needed and there are none, or the port is taken.
@@ -46,15 +47,21 @@ def serve_forever(spec: ServiceSpec, connect: Callable[[], Any]) -> None:
     shut_down()
 
 
-def start(spec: ServiceSpec, connect: Callable[[], Any]) -> Any:
+def start(spec: ServiceSpec, connect: Callable[..., Any]) -> Any:
     """Start the application; the handle of its ingress."""
     check_safe(spec)
-    check_port(spec.serve)
-    os.environ.update(serve_environment(spec.serve))
     # Ray's own ports are open to every machine, and anyone who reaches them can run code.
     os.environ.setdefault("RAY_AUTH_MODE", "token")
-    connect()
-    if not os.environ.get("RAY_ADDRESS"):
+    if os.environ.get("RAY_ADDRESS"):
+        # The cluster's processes run already, without our variables; those that this job starts get them from Ray.
+        environment = cluster_environment(spec.serve, spec.directory / "haproxy")
+        os.environ.update(environment)
+        connect(environment)
+        warn_of_running_serve()
+    else:
+        check_port(spec.serve)
+        os.environ.update(serve_environment(spec.serve))
+        connect()
         check_gpus(spec.serve)
         check(examine(os.getpid()))
     from ray import serve
@@ -131,6 +138,22 @@ def check_port(settings: ServeSettings) -> None:
                 f"serve.port={settings.port} at {settings.host} cannot be used ({error.strerror}): stop the process "
                 "that listens there, or choose another serve.port"
             ) from None
+
+
+def warn_of_running_serve() -> None:
+    """Warn if the cluster runs Ray Serve already: its proxies then keep the environment that they began with."""
+    import ray
+    from ray.serve._private.constants import SERVE_CONTROLLER_NAME, SERVE_NAMESPACE
+
+    try:
+        ray.get_actor(SERVE_CONTROLLER_NAME, namespace=SERVE_NAMESPACE)
+    except ValueError:
+        return
+    log.warning(
+        "Ray Serve runs in this cluster already and keeps its address, its proxy and its variables. Without those of "
+        "`notellm2 haproxy` requests above the capacity are refused late and slowly: set them before Ray starts, or "
+        "stop Serve with `serve shutdown` and start again"
+    )
 
 
 def check_gpus(settings: ServeSettings) -> None:

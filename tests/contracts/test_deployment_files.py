@@ -6,10 +6,15 @@ import importlib.util
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import yaml
 
+from notellm2_ray.cli import main, parser
+from notellm2_ray.core.settings.serve import ServeSettings
+from notellm2_ray.presets import load_settings
+from notellm2_ray.serve.haproxy import admission_rules
 from tests.support import ROOT
 
 KUBERAY = ROOT / "serve_configs" / "kuberay"
@@ -45,6 +50,40 @@ def test_the_network_policy_lets_the_jobs_submitter_in(name):
     to_dashboard = [rule for rule in rules if {"port": 8265} in rule.get("ports", ())]
     (selector,) = to_dashboard[0]["from"]
     assert selector["podSelector"]["matchLabels"].items() <= submitter["metadata"]["labels"].items()
+
+
+def settings_of(serve_config):
+    (application,) = serve_config["applications"]
+    return load_settings(None, "demo", application["args"]["overrides"])
+
+
+def test_every_pod_runs_haproxy_with_the_gateways_admission_rules():
+    spec = documents("rayservice.yaml")["RayService"]["spec"]
+    served = settings_of(yaml.safe_load(spec["serveConfigV2"])).serve
+    groups = [spec["rayClusterConfig"]["headGroupSpec"], *spec["rayClusterConfig"]["workerGroupSpecs"]]
+    for pod in (group["template"]["spec"] for group in groups):
+        (container,), (init,) = pod["containers"], pod["initContainers"]
+        environment = {one["name"]: one["value"] for one in container["env"]}
+        script = Path(environment["RAY_SERVE_HAPROXY_BINARY_PATH"])
+        mounted = [{one["mountPath"]: one["name"] for one in each["volumeMounts"]} for each in (container, init)]
+        (volume,) = {one[str(script.parent)] for one in mounted}
+        assert volume in {one["name"] for one in pod["volumes"]}
+        options, overrides = parser().parse_known_args(init["command"][1:])
+        assert (options.verb, options.directory / "haproxy") == ("haproxy", script)
+        own = load_settings(None, "demo", overrides).serve
+        assert admission_rules(own) == admission_rules(served) and own.port == served.port
+
+
+def test_the_autoscaling_file_has_the_rules_of_the_defaults():
+    served = settings_of(yaml.safe_load((KUBERAY.parent / "autoscale.yaml").read_text())).serve
+    assert admission_rules(served) == admission_rules(ServeSettings()) and served.port == ServeSettings().port
+
+
+def test_the_script_of_a_cluster_is_written_with_its_variables(tmp_path, capsys):
+    main(["haproxy", str(tmp_path), "--preset", "demo", "serve.gateway={max_ongoing: 5, max_queued: 2}"])
+    lines = dict(line.removeprefix("export ").split("=", 1) for line in capsys.readouterr().out.splitlines())
+    assert lines["RAY_SERVE_ENABLE_HA_PROXY"] == "1" and os.access(lines["RAY_SERVE_HAPROXY_BINARY_PATH"], os.X_OK)
+    assert "mul(7)" in (tmp_path / "haproxy.rules").read_text()
 
 
 FAKE_TORCH = """

@@ -13,6 +13,7 @@ from notellm2_ray.core.errors import ConfigError, DataError
 from notellm2_ray.core.recommend_prompts import Item
 from notellm2_ray.core.schema import BLOCK_SCHEMA, PREFERENCE_SCHEMA, SUMMARY_SCHEMA
 from notellm2_ray.core.settings import GenerationSettings, PreferenceSettings
+from notellm2_ray.infer import preferences
 from notellm2_ray.infer.preference_log import LogIndex, LogWriter
 from notellm2_ray.infer.preference_plan import plan_chains
 from notellm2_ray.infer.preferences import rest_of, summarize_preferences
@@ -165,6 +166,21 @@ def test_prompts_keep_to_their_budget_and_users_to_their_quotes(mllm: str) -> No
     marks = set(tokenizer.tokenizer.all_special_ids)
     count = lambda ids: sum(i in marks for i in ids)  # noqa: E731
     assert count(writer().prompt(None, [nasty]).ids) == count(writer().prompt(None, [Item("calm", "x")]).ids)
+
+
+def test_prompts_that_cannot_fit_are_refused_before_an_engine_starts(
+    tmp_path: Path, mllm: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    blocks = tmp_path / "blocks.parquet"
+    pq.write_table(pa.Table.from_pylist([{"user_id": "u", "block": 0, "note_ids": ["n"]}], schema=BLOCK_SCHEMA), blocks)
+    settings, started = PreferenceSettings(max_tokens=100), []
+    monkeypatch.setattr(preferences, "EnginePool", started.append)
+    monkeypatch.setattr(preferences, "check_engines", lambda *_: None)
+    for length in (64, 128):
+        generation = GenerationSettings(max_model_len=length)
+        with pytest.raises(ConfigError, match=r"generation\.max_model_len"):
+            summarize_preferences(mllm, blocks, {"n": "a"}, None, tmp_path / "o", settings, generation, "en", seed=1)
+    assert not started
 
 
 @pytest.mark.slow

@@ -116,3 +116,14 @@ def test_an_engine_uses_what_its_replica_reserves(tmp_path, changes, reserved):
 )
 def test_a_service_that_finds_no_gpu_is_refused(gpus, cards, fits):
     assert launch.fit_on_cards(gpus, cards) == fits
+
+
+@pytest.mark.parametrize("asked", ["serve.ranker={cpus: 1}", "serve.preferences={cpus: 1}"])
+def test_prompts_that_cannot_fit_are_refused_before_the_service_starts(tmp_path, asked):
+    values = [f"workspace={tmp_path}", asked, "generation.max_model_len=100", f"serve.ranker_model={PACKAGED}"]
+    values += ["preferences.model=packaged", "preferences.max_tokens=60"]
+    settings = load_settings(None, "demo", values)
+    (tmp_path / "embedders" / settings.embedder_name / "model").mkdir(parents=True)
+    make_table(tmp_path / "serving" / "live.lance")
+    with pytest.raises(ConfigError, match=r"generation\.max_model_len"):
+        online.service_spec(settings)
