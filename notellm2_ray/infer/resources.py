@@ -39,10 +39,9 @@ def check_resources(actors: int, settings: EmbedSettings) -> None:
 def check_readers(readers: int, actors: int, settings: EmbedSettings) -> None:
     """Raise :class:`ConfigError` if ``readers`` beside ``actors`` can never fit."""
     import ray
-    from ray._private.state import state
 
     total, needed = ray.cluster_resources().get("CPU", 0), readers + actors * settings.cpus_per_actor
-    if readers and needed > total + 1e-6 and state.get_max_resources_from_cluster_config() is None:
+    if readers and needed > total + 1e-6 and started_here():
         raise ConfigError(
             f"{readers} readers with one CPU, beside {actors} encoder actor(s) with {settings.cpus_per_actor:g} each, "
             f"do not fit into the cluster's {total:g} CPU(s). Lower embed.readers (0: the actors read), or raise "
