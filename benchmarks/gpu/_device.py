@@ -14,10 +14,10 @@ def seconds_each(device: torch.device, work: Callable[[int], object], *, warm_up
     """Median seconds of ``work(i)``, waiting for the device to finish each."""
     taken = []
     for number in range(warm_up + times):
-        _wait(device)
+        wait(device)
         started = time.perf_counter()
         work(number)
-        _wait(device)
+        wait(device)
         taken.append(time.perf_counter() - started)
     return statistics.median(taken[warm_up:])
 
@@ -54,6 +54,7 @@ def peak_gib(device: torch.device) -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 
 
-def _wait(device: torch.device) -> None:
+def wait(device: torch.device) -> None:
+    """Wait for the device to finish what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize()
