@@ -92,7 +92,7 @@ def embedding(llm: str, notes: Sequence[Note], repeats: int) -> tuple[float, flo
     return len(notes) / statistics.median(spent["ours"]), len(notes) / statistics.median(spent["theirs"])
 
 
-def our_training(llm: str, notes: Sequence[Note], arguments: argparse.Namespace, lora: bool, cached: bool) -> float:
+def our_training(llm: str, notes: Sequence[Note], arguments: argparse.Namespace, *, lora: bool, cached: bool) -> float:
     """Notes per second of our training steps."""
     import torch
 
@@ -143,7 +143,7 @@ def median_rate(run: Any, arguments: argparse.Namespace) -> float:
     return statistics.median([row["notes_per_s"] for row in rows if "notes_per_s" in row][WARM_UP:])
 
 
-def their_training(llm: str, texts: Sequence[str], arguments: argparse.Namespace, lora: bool, cached: bool) -> float:
+def their_training(llm: str, texts: Sequence[str], arguments: argparse.Namespace, *, lora: bool, cached: bool) -> float:
     """Notes per second of the peer's training steps."""
     from datasets import Dataset
     from sentence_transformers import SentenceTransformerTrainer, SentenceTransformerTrainingArguments
@@ -214,10 +214,14 @@ def main() -> None:
     what = f"{len(notes)} notes of {min(lengths)} to {max(lengths)} tokens"
     print(f"{machine()}; {arguments.threads} torch thread(s), {what}", flush=True)
     show("embedding", *embedding(arguments.llm, notes, arguments.repeats), goal=1.5)
-    ways = ("training, all weights", False, False), ("training, LoRA", True, False), ("LoRA, cached", True, True)
-    for name, *how in ways:
-        ours = our_training(arguments.llm, notes, arguments, *how)
-        show(name, ours, their_training(arguments.llm, texts, arguments, *how), goal=1.2)
+    ways: dict[str, dict[str, bool]] = {
+        "training, all weights": {"lora": False, "cached": False},
+        "training, LoRA": {"lora": True, "cached": False},
+        "training, LoRA, cached": {"lora": True, "cached": True},
+    }
+    for name, way in ways.items():
+        ours = our_training(arguments.llm, notes, arguments, **way)
+        show(name, ours, their_training(arguments.llm, texts, arguments, **way), goal=1.2)
 
 
 if __name__ == "__main__":
