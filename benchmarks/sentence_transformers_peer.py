@@ -6,8 +6,8 @@
 Prints notes per second of both, and their ratio, for embedding (bfloat16 weights), for full training steps, for steps
 with LoRA, and for those with gradient caching, 16 texts a pass (bfloat16 autocast over float32 weights, which is what
 both do when asked for bf16). The peer is set up as its documentation says: SentenceTransformer with last-token pooling
-and a dense layer to 64, its trainer, and MultipleNegativesRankingLoss or CachedMultipleNegativesRankingLoss. The first steps of a training are left out on both sides. Its trainer needs the package
-datasets.
+and a dense layer to 64, its trainer, and MultipleNegativesRankingLoss or CachedMultipleNegativesRankingLoss. The first
+steps of a training are left out on both sides. Its trainer needs the package datasets.
 """
 
 from __future__ import annotations
