@@ -19,16 +19,25 @@ _BOTH_WAYS = ("Gemma3ForConditionalGeneration", "PaliGemmaForConditionalGenerati
 # vLLM's prefix cache shares whole blocks of a prompt. The default on a CPU is 128 tokens, as long as a short prompt;
 # 32 is the least that vLLM's CPU kernels support.
 CPU_BLOCK_TOKENS = 32
+_IMAGE_CACHE_GB = 2  # some 300 images of 262,144 pixels
 
 
 def engine_arguments(
-    facts: ModelFacts, settings: GenerationSettings, *, images: int = 0, pixels: int | None = None
+    facts: ModelFacts,
+    settings: GenerationSettings,
+    *,
+    images: int = 0,
+    pixels: int | None = None,
+    recurring: bool = False,
+    one_token: bool = False,
 ) -> dict[str, Any]:
     """Arguments of vLLM's ``AsyncEngineArgs`` except ``model``; for a CPU if no GPU is reserved.
 
     Args:
         images: the most images in a prompt.
         pixels: of the largest image; None: as large as the model's processor takes.
+        recurring: whether images are sent more than once, as those of candidates.
+        one_token: whether answers are one token, so that every step reads prompts.
 
     Raises:
         ConfigError: the settings contradict each other or the model.
@@ -50,6 +59,10 @@ def engine_arguments(
             "does not do on a CPU, so that its scores would not be the tuned model's: set "
             "generation.gpus_per_engine=1, or take another model"
         )
+    if settings.quantization and not on_gpu:
+        raise ConfigError(
+            f"generation.quantization={settings.quantization} needs a GPU: set generation.gpus_per_engine, or null"
+        )
     arguments: dict[str, Any] = {
         "dtype": settings.dtype,
         "tensor_parallel_size": settings.tensor_parallel,
@@ -66,6 +79,11 @@ def engine_arguments(
     }
     if on_gpu:
         arguments["gpu_memory_utilization"] = card_share(settings)
+        if settings.quantization:
+            arguments["quantization"] = settings.quantization
+        if one_token and settings.enforce_eager is None:
+            # Graphs are captured for steps of up to 512 tokens, and steps of prompts have thousands.
+            arguments["compilation_config"] = {"cudagraph_mode": "NONE"}
     else:
         arguments["block_size"] = CPU_BLOCK_TOKENS
         # With chunked prefill vLLM rewinds the random generator after every chunk of a prompt but the last. On a CPU it
@@ -74,8 +92,8 @@ def engine_arguments(
     if facts.reads_images:
         # Without these limits vLLM profiles a video input at start-up, which takes long.
         arguments["limit_mm_per_prompt"] = {"image": images, "video": 0}
-        # Every image is used once, so a cache of processed images would never be read.
-        arguments["mm_processor_cache_gb"] = 0
+        # The processor's outputs of images that come again, in the caller's process and in the engine's.
+        arguments["mm_processor_cache_gb"] = _IMAGE_CACHE_GB if recurring and on_gpu else 0
         if images and pixels:
             arguments |= image_limits(facts.model, facts.architecture, pixels)
     return {**arguments, **settings.engine_kwargs}
@@ -116,6 +134,8 @@ def start_engine(
     *,
     images: int = 0,
     pixels: int | None = None,
+    recurring: bool = False,
+    one_token: bool = False,
     offline: bool = True,
 ) -> Any:
     """Start an engine for the running event loop of this process; on a GPU as the only one that starts there.
@@ -125,13 +145,15 @@ def start_engine(
     ``reset_prefix_cache`` and ``shutdown``.
 
     Args:
-        images, pixels: as for :func:`engine_arguments`.
+        images, pixels, recurring, one_token: as for :func:`engine_arguments`.
         offline: whether only throughput counts, not the time of a single answer.
 
     Raises:
         ModelError: vLLM cannot run this model, or cannot run it in this memory.
     """
-    arguments = engine_arguments(facts, settings, images=images, pixels=pixels)
+    arguments = engine_arguments(
+        facts, settings, images=images, pixels=pixels, recurring=recurring, one_token=one_token
+    )
     try:
         if not settings.gpus_per_engine:
             from notellm2_ray.infer.local_engine import LocalEngine

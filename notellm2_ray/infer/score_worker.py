@@ -112,7 +112,10 @@ class PartScorer(PartActor[CandidatePart, ScoredPart]):
     async def _start(self) -> Any:
         sees = self._with_images()
         pixels = max((table.ranker.max_image_pixels for table in sees), default=None)
-        return start_engine(self.job.facts, self.job.generation, images=int(bool(sees)), pixels=pixels)
+        images = int(bool(sees))
+        return start_engine(
+            self.job.facts, self.job.generation, images=images, pixels=pixels, recurring=True, one_token=True
+        )
 
     def _with_images(self) -> list[TableJob]:
         return [table for table in self.job.tables if table.ranker.variant != "tallrec"]

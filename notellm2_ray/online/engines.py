@@ -56,7 +56,8 @@ def yes_no_scorer(model: str, settings: Settings) -> YesNoScorer:
     os.environ.update(engine_environment(generation))
     facts, prompter = check_ranker(model, settings)
     images, pixels = int(settings.ranker.variant != "tallrec"), settings.ranker.max_image_pixels
-    engine = start_engine(facts, generation, images=images, pixels=pixels, offline=False)
+    # Graphs are captured here: with most of a prompt in the cache, few tokens are left to read.
+    engine = start_engine(facts, generation, images=images, pixels=pixels, recurring=True, offline=False)
     return YesNoScorer(engine, prompter)
 
 

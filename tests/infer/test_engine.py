@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from notellm2_ray.core.config import shaping
 from notellm2_ray.core.errors import ConfigError, ModelError
 from notellm2_ray.core.settings import GenerationSettings
 from notellm2_ray.infer.engine import engine_arguments, engine_environment, engine_error
@@ -71,6 +72,27 @@ def test_arguments_follow_device_and_settings(mllm: str) -> None:
         engine_arguments(facts, GenerationSettings(max_model_len=8192))
 
 
+def test_engines_that_score_keep_images_and_capture_no_graphs(mllm: str) -> None:
+    facts, on_gpu = check_model(mllm, images=True), GenerationSettings(gpus_per_engine=1)
+    once = engine_arguments(facts, on_gpu, images=1)
+    assert once["mm_processor_cache_gb"] == 0 and "compilation_config" not in once
+    scoring = engine_arguments(facts, on_gpu, images=1, recurring=True, one_token=True)
+    assert scoring["mm_processor_cache_gb"] > 0 and not scoring["enforce_eager"]
+    assert scoring["compilation_config"] == {"cudagraph_mode": "NONE"}
+    on_cpu = engine_arguments(facts, GenerationSettings(), images=1, recurring=True, one_token=True)
+    assert on_cpu["mm_processor_cache_gb"] == 0 and "compilation_config" not in on_cpu
+
+
+def test_eight_bits_are_a_setting_that_shapes_outputs(mllm: str) -> None:
+    facts = check_model(mllm, images=True)
+    assert "quantization" not in engine_arguments(facts, GenerationSettings(gpus_per_engine=1))
+    fp8 = GenerationSettings(gpus_per_engine=1, quantization="fp8")
+    assert engine_arguments(facts, fp8)["quantization"] == "fp8"
+    assert shaping(fp8)["quantization"] == "fp8" and "quantization" not in shaping(GenerationSettings())
+    with pytest.raises(ConfigError, match=r"generation\.quantization=fp8 needs a GPU"):
+        engine_arguments(facts, GenerationSettings(quantization="fp8"))
+
+
 def test_an_engine_reserves_memory_for_the_images_that_are_sent(tmp_path: Path, mllm: str) -> None:
     from PIL import Image
     from transformers import AutoImageProcessor
@@ -131,6 +153,7 @@ def test_this_vllm_knows_all_our_arguments_and_variables(mllm: str) -> None:
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     for gpus in (0, 1):
         settings = GenerationSettings(max_model_len=512, gpus_per_engine=gpus)
-        assert set(engine_arguments(facts, settings, images=1)) <= known
+        arguments = engine_arguments(facts, settings, images=1, recurring=True, one_token=True)
+        assert set(arguments) <= known
         ours = [name for name in engine_environment(settings) if name.startswith("VLLM_")]
         assert [name for name in ours if name not in envs.environment_variables] == []

@@ -21,4 +21,5 @@ def test_a_ranker_whose_prompts_cannot_fit_does_not_start(tmp_path: Path, monkey
     with pytest.raises(ConfigError, match=r"generation\.max_model_len=128"):
         yes_no_scorer(model, settings)
     scorer = yes_no_scorer(model, Settings())
-    assert scorer.engine == {"images": 1, "pixels": Settings().ranker.max_image_pixels, "offline": False}
+    pixels = Settings().ranker.max_image_pixels
+    assert scorer.engine == {"images": 1, "pixels": pixels, "recurring": True, "offline": False}
