@@ -15,14 +15,13 @@ from notellm2_ray.core.prompts import Language
 from notellm2_ray.core.recommend_prompts import summary_prompt
 from notellm2_ray.core.run import fingerprint
 from notellm2_ray.core.settings import GenerationSettings, SummarySettings
-from notellm2_ray.core.thoughts import without_thought
-from notellm2_ray.infer.answers import cut_at_sentence, is_repetitive, one_paragraph
+from notellm2_ray.infer.answers import cut_at_sentence
 from notellm2_ray.infer.chunks import list_note_files, note_ids, plan_chunks, read_ids
 from notellm2_ray.infer.engine import engine_arguments
 from notellm2_ray.infer.model_facts import ModelFacts, check_model
 from notellm2_ray.infer.summary_parts import Described, commit, compile_summaries, described_parts, read_described
 from notellm2_ray.infer.summary_pipeline import STAGE, SummaryJob, run
-from notellm2_ray.infer.summary_rows import ERROR, NO_IMAGE
+from notellm2_ray.infer.summary_rows import ASKED, ERROR, NO_IMAGE, cleaned, problem_of
 
 if TYPE_CHECKING:
     from notellm2_ray.models.chat import ChatTokenizer
@@ -76,18 +75,14 @@ def summarize_images(
     reused = len(done.ids)
     todo = wanted - done.ids
     with Progress(STAGE, "images", job.total, before=reused, waits_for="the engine") as progress:
-        again = _describe(job, todo, 0, done, progress)
-        if again:
-            log.info("%s: %d image(s) got no usable answer; asking new engines once more", STAGE, len(again))
-            progress.pause()
-            _describe(job, again, 1, done, progress)
+        retried = _describe(job, todo, done, progress)
     _check_bad_share(job, done)
     table = compile_summaries(store, versions)
     return {
         "notes": job.total,
         "summaries": len(table),
         "reused": reused,
-        "retried": len(again),
+        "retried": retried,
         "quarantined": len(done.quarantined),
         "without_image": len(done.without_image),
         "unknown_ids": unknown,
@@ -145,62 +140,46 @@ def _prompt(
     return tokenizer, tokenizer.prompt(parts)
 
 
-def _describe(job: SummaryJob, todo: set[str], attempt: int, done: Described, progress: Progress) -> set[str]:
-    """Describe and commit images; returns the ids to ask for once more (none in the second attempt)."""
-    again: set[str] = set()
+def _describe(job: SummaryJob, todo: set[str], done: Described, progress: Progress) -> int:
+    """Describe and commit images; returns how many were asked for twice."""
+    retried = 0
     if not todo:
-        return again
-    with closing(run(job, todo, attempt)) as batches:  # on an error: ends the actors
+        return retried
+    with closing(run(job, todo)) as batches:  # on an error: ends the actors
         for rows in batches:
-            good, bad, retry = sort_rows(rows, job.settings, attempt)
+            good, bad = sort_rows(rows, job.settings)
             commit(described_parts(job.output), job.facts.fingerprint, good, bad)
             done.summaries.update(row["note_id"] for row in good)
             for row in bad:
                 (done.without_image if row["reason"] == NO_IMAGE else done.quarantined).add(row["note_id"])
-            again |= retry
+            retried += sum(row.get(ASKED) == 2 for row in rows)
             progress.add(len(good) + len(bad), tokens=sum(row["generated_tokens"] for row in good))
             _check_bad_share(job, done)
-    return again
+    return retried
 
 
 def sort_rows(
-    rows: Iterable[dict[str, Any]], settings: SummarySettings, attempt: int
-) -> tuple[list[dict[str, Any]], list[dict[str, Any]], set[str]]:
-    """Sort answers into summaries, quarantined rows, and ids to ask for once more.
-
-    Args:
-        attempt: 0, or 1 for the second and last.
-    """
+    rows: Iterable[dict[str, Any]], settings: SummarySettings
+) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Sort final answers into summaries and quarantined rows."""
     good: list[dict[str, Any]] = []
     bad: list[dict[str, Any]] = []
-    again: set[str] = set()
     for row in rows:
-        text = one_paragraph(without_thought(row.get("summary") or ""))
+        text = cleaned(row.get("summary") or "")
         passing = False
         if row.get(ERROR):
             # An image that the reader refused stays unusable. Any other error is the engine's and may not come again.
-            problem, hopeless = row[ERROR], bool(row.get("error"))
-            passing = not hopeless
+            problem, passing = row[ERROR], not row.get("error")
         else:
             cut = row["generated_tokens"] >= settings.max_tokens
-            problem, hopeless = _problem(text, cut, settings), False
+            problem = problem_of(text, cut, settings)
             text = cut_at_sentence(text) if cut else text
-        if not problem:
-            good.append({**row, "summary": text})
-        elif hopeless or attempt:
+        if problem:
             about = {"note_id": row["note_id"], "version": row["version"]}
             bad.append({**about, "reason": problem, "passing": passing})
         else:
-            again.add(row["note_id"])
-    return good, bad, again
-
-
-def _problem(text: str, cut: bool, settings: SummarySettings) -> str:
-    if len(text) < max(1, settings.min_characters):
-        return f"the model's answer had only {len(text)} character(s), twice (summaries.min_characters)"
-    if cut and is_repetitive(text):
-        return "the model's answer repeated itself until it was cut off, twice (summaries.max_tokens)"
-    return ""
+            good.append({**row, "summary": text})
+    return good, bad
 
 
 def _check_bad_share(job: SummaryJob, done: Described) -> None:

@@ -8,10 +8,15 @@ from notellm2_ray.core.cards import only_start
 from notellm2_ray.core.settings import GenerationSettings
 from notellm2_ray.infer.card_memory import arguments_on_card
 from notellm2_ray.infer.model_facts import ModelFacts
+from notellm2_ray.infer.summary_rows import ASKED, Asking
 
 
-def summary_engine(facts: ModelFacts, generation: GenerationSettings) -> type[Any]:
-    """The class of the stage's actors: on a GPU an engine starts alone, and with arguments for that GPU."""
+def summary_engine(facts: ModelFacts, generation: GenerationSettings, asking: Asking) -> type[Any]:
+    """The class of the stage's actors.
+
+    On a GPU an engine starts alone and with arguments for that GPU. An image whose answer is unusable is asked for once
+    more at once, by the same engine.
+    """
     from ray.llm._internal.batch.stages.vllm_engine_stage import vLLMEngineStageUDF
 
     class SummaryEngine(vLLMEngineStageUDF):
@@ -22,5 +27,13 @@ def summary_engine(facts: ModelFacts, generation: GenerationSettings) -> type[An
             with only_start():
                 arguments = arguments_on_card(facts, generation, engine_kwargs, offline=True)
                 super().__init__(engine_kwargs=arguments, **stage)
+
+        async def _generate_with_error_handling(self, row: dict[str, Any], batch_uuid: Any) -> dict[str, Any]:
+            # The stage takes its columns out of the row that it is given.
+            first = await super()._generate_with_error_handling(dict(row), batch_uuid)
+            again = asking.again(row, first)
+            if again is None:
+                return {**first, ASKED: 1}
+            return {**await super()._generate_with_error_handling(again, batch_uuid), ASKED: 2}
 
     return SummaryEngine

@@ -1,4 +1,4 @@
-"""The Ray Data pipeline of image summaries: read and check images, Ray's own vLLM stage, collect answers."""
+"""The Ray Data pipeline of image summaries: read and decode images, Ray's own vLLM stage, collect answers."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class SummaryJob(NamedTuple):
     total: int  # notes to describe in all
 
 
-def run(job: SummaryJob, todo: set[str], attempt: int) -> Generator[list[dict[str, Any]]]:
+def run(job: SummaryJob, todo: set[str]) -> Generator[list[dict[str, Any]]]:
     """Yields the rows of each batch when it leaves the engine.
 
     Raises:
@@ -49,12 +49,15 @@ def run(job: SummaryJob, todo: set[str], attempt: int) -> Generator[list[dict[st
     only = pa.array(sorted(todo), pa.string())
     chunks = plan_chunks(job.files, job.settings.batch_rows, "", only).chunks
     with own_context() as context:
-        # An encoded image is no Arrow type. Without this setting each worker warns that it falls back to objects.
+        # An image is no Arrow type. Without this setting each worker warns that it falls back to objects.
         context.enable_fallback_to_arrow_object_ext_type = True
         images = dataset_of(chunks).map_batches(
-            ImageReader(frozenset(todo), job.versions), batch_size=1, batch_format="pyarrow", num_cpus=READER_CPUS
+            ImageReader(frozenset(todo), job.versions, job.settings.max_image_pixels),
+            batch_size=1,
+            batch_format="pyarrow",
+            num_cpus=READER_CPUS,
         )
-        answered = _processor(job, attempt)(images)
+        answered = _processor(job)(images)
         seen = False
         try:
             for batch in answered.iter_batches(batch_size=None, batch_format="pyarrow", prefetch_batches=0):
@@ -72,7 +75,7 @@ def run(job: SummaryJob, todo: set[str], attempt: int) -> Generator[list[dict[st
             ) from error
 
 
-def _processor(job: SummaryJob, attempt: int) -> Any:
+def _processor(job: SummaryJob) -> Any:
     """Ray's pipeline around the engine."""
     from ray.data.llm import build_processor, vLLMEngineProcessorConfig
 
@@ -93,7 +96,7 @@ def _processor(job: SummaryJob, attempt: int) -> Any:
         detokenize_stage=False,
         log_engine_metrics=False,
     )
-    ask: Any = Asking(job.prompt, job.settings, job.stop_token_ids, attempt)
+    ask: Any = Asking(job.prompt, job.settings, job.stop_token_ids)
     with _without_log():
         processor = build_processor(
             config,
@@ -106,7 +109,7 @@ def _processor(job: SummaryJob, attempt: int) -> Any:
     # Both are changed in place: assigning them would make the stage compute its resources again, from arguments that it
     # has already consumed. By default Ray retries a batch that kills its engine without end.
     stage.map_batches_kwargs["max_task_retries"] = _MAX_RETRIES
-    stage.__dict__["fn"] = summary_engine(job.facts, generation)
+    stage.__dict__["fn"] = summary_engine(job.facts, generation, ask)
     return processor
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 import notellm2_ray
 from notellm2_ray.baselines.ranking.sequential.features import _readable
 from notellm2_ray.evaluate.pages import thumbnail
-from notellm2_ray.infer.summary_rows import EncodedImage
+from notellm2_ray.infer.summary_rows import pixels_of
 from notellm2_ray.models.embedder.preprocess import NotePreprocessor
 from notellm2_ray.models.ranker.inputs import Question, RankerPrompter
 from notellm2_ray.models.vision.pixels import ImageSettings
@@ -59,7 +59,7 @@ def _ranker(data: bytes) -> np.ndarray:
 
 STAGES = {
     "embedder": _embedder,
-    "summaries": lambda data: np.asarray(pickle.loads(pickle.dumps(EncodedImage(data, 2000)))),
+    "summaries": lambda data: np.asarray(pickle.loads(pickle.dumps(pixels_of(data, 2000)[0]))),
     "ranker": _ranker,
     "baseline": lambda data: next(_readable([("n", data)], ImageSettings(32)))[1],
     "report": lambda data: np.asarray(

@@ -6,18 +6,21 @@ import io
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
 from notellm2_ray.core.errors import ConfigError, DataError, ModelError
+from notellm2_ray.core.images import scaled_image
 from notellm2_ray.core.schema import SUMMARY_SCHEMA, Note
 from notellm2_ray.core.settings import GenerationSettings, SummarySettings
 from notellm2_ray.infer.answers import cut_at_sentence, is_repetitive, one_paragraph
+from notellm2_ray.infer.chunks import list_note_files, plan_chunks
 from notellm2_ray.infer.summaries import sort_rows, summarize_images
 from notellm2_ray.infer.summary_parts import commit, compile_summaries, described_parts, read_described
-from notellm2_ray.infer.summary_rows import ERROR, NO_IMAGE, EncodedImage, checked
+from notellm2_ray.infer.summary_rows import ERROR, NO_IMAGE, Asking, ImageReader, pixels_of
 from tests.support.encoded_pictures import LOSSLESS, LOSSY, encoded
 from tests.support.tiny_mllm import picture, save_mllm
 from tests.support.tiny_models import write_notes
@@ -27,23 +30,20 @@ SETTINGS = SummarySettings(max_tokens=16, batch_rows=8, temperature=1.0, min_cha
 GENERATION = GenerationSettings(dtype="float32", max_model_len=512, max_sequences=16)
 
 
-def test_images_travel_encoded_and_arrive_scaled_down() -> None:
+def test_images_are_decoded_and_scaled_down_before_the_engine(tmp_path: Path) -> None:
     buffer = io.BytesIO()
     Image.effect_noise((1200, 900), 50).convert("RGB").save(buffer, "JPEG")
-    sent = pickle.dumps({"image": EncodedImage(buffer.getvalue(), 262_144)})
-    assert len(sent) < len(buffer.getvalue()) + 500
-    arrived = pickle.loads(sent)["image"]
-    assert isinstance(arrived, Image.Image) and arrived.mode == "RGB"
-    assert 0.95 * 262_144 < arrived.width * arrived.height <= 262_144
-    assert abs(arrived.width / arrived.height - 4 / 3) < 0.01
-    assert pickle.loads(pickle.dumps(EncodedImage(picture(1), 262_144))).size == (56, 56)
-
-
-def test_bad_images_are_known_before_the_engine() -> None:
-    assert checked(picture(1)) == (picture(1), "")
-    assert checked(None)[1] == "the note has no image"
-    assert checked(b"no image")[0] is None and "not a readable" in checked(b"no image")[1]
-    assert "cannot be decoded" in checked(picture(1)[:300])[1]
+    notes = [Note("a", image=buffer.getvalue()), Note("b", image=picture(1)), Note("c", image=b"no image"), Note("d")]
+    (chunk,) = plan_chunks(list_note_files(Path(write_notes(tmp_path / "n.parquet", notes))), 8, "").chunks
+    rows = ImageReader(frozenset("abcd"), {chunk.file: "v"}, 262_144)(pa.Table.from_pylist([chunk._asdict()]))
+    asking = Asking([1], SETTINGS, [])
+    asked = {row["note_id"]: asking(row) for row in rows.to_pylist()}
+    large, small = (pickle.loads(pickle.dumps(asked[key]["multimodal_data"]["image"])) for key in "ab")
+    assert isinstance(large, Image.Image) and large.mode == "RGB" and small.size == (56, 56)
+    assert np.array_equal(np.asarray(large), np.asarray(scaled_image(buffer.getvalue(), 262_144)))
+    assert 0.95 * 262_144 < large.width * large.height <= 262_144
+    assert "not a readable" in asked["c"][ERROR] and asked["d"] == {ERROR: NO_IMAGE}
+    assert "cannot be decoded" in pixels_of(picture(1)[:300], 262_144)[1]
 
 
 def test_answers_are_cut_cleaned_and_judged() -> None:
@@ -69,7 +69,7 @@ def test_a_prompt_that_cannot_fit_is_refused_before_any_work(tmp_path: Path) -> 
         summarize_images(model, tmp_path / "notes.parquet", tmp_path / "out", settings, small, "en")
 
 
-def test_rows_are_sorted_into_good_bad_and_to_ask_again() -> None:
+def test_rows_are_sorted_into_good_and_bad() -> None:
     settings = SummarySettings(max_tokens=10)
 
     def row(note_id: str, summary: str = "", tokens: int = 5, **more: str) -> dict:
@@ -83,11 +83,25 @@ def test_rows_are_sorted_into_good_bad_and_to_ask_again() -> None:
         row("failed", **{ERROR: "too long", "error": ""}),
         row("broken", **{ERROR: "image is empty", "error": "image is empty"}),
     ]
-    good, bad, again = sort_rows(rows, settings, 0)
+    good, bad = sort_rows(rows, settings)
     assert [(one["note_id"], one["summary"]) for one in good] == [("good", "A cat."), ("cut", "A cat.")]
-    assert [one["note_id"] for one in bad] == ["broken"] and again == {"empty", "circles", "failed"}
-    good, bad, again = sort_rows(rows, settings, 1)
-    assert [one["note_id"] for one in bad] == ["empty", "circles", "failed", "broken"] and not again
+    assert [one["note_id"] for one in bad] == ["empty", "circles", "failed", "broken"]
+    assert [one["passing"] for one in bad] == [False, False, True, False]
+
+
+def test_an_unusable_answer_is_asked_for_once_more_with_another_draw() -> None:
+    asking = Asking([1], SummarySettings(max_tokens=10), [7])
+    row = {"note_id": "n", "sampling_params": asking.sampling("n", 0), "tokenized_prompt": [1]}
+    assert row["sampling_params"] == {"max_tokens": 10, "temperature": 0.0, "stop_token_ids": [7]}
+    answers = [("A cat.", 5, ""), (" ", 1, ""), ("red cat " * 40, 10, ""), ("", 0, "the engine failed")]
+    again = [
+        asking.again(row, {"generated_text": text, "num_generated_tokens": tokens, ERROR: error})
+        for text, tokens, error in answers
+    ]
+    assert again[0] is None
+    for second in again[1:]:
+        assert second is not None and second["tokenized_prompt"] == [1]
+        assert second["sampling_params"]["temperature"] > 0 and "seed" in second["sampling_params"]
 
 
 def test_valid_parts_of_earlier_runs_are_reused(tmp_path: Path) -> None:

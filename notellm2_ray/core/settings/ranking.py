@@ -115,8 +115,8 @@ class GenerationSettings(Frozen):
     )
     quantization: Literal["fp8"] | None = added(
         None,
-        description="fp8: weights and activations of 8 bits, on GPUs from Ada and Hopper on (older ones: weights alone); "
-        "answers and scores change; null: as the model is stored",
+        description="fp8: weights and activations of 8 bits, on GPUs from Ada and Hopper on (older ones: weights "
+        "alone); answers and scores change; null: as the model is stored",
     )
     cpu_cache_gb: int = resource(1, ge=1, description="key-value cache of an engine on a CPU, in GiB")
     max_model_len: int = Field(2048, ge=64, description="most tokens of a prompt and its answer together")
