@@ -127,6 +127,14 @@ def uses_tiny_mllm(settings: Settings) -> bool:
     return "tiny" in (settings.summaries.model, settings.preferences.model, settings.ranker.model)
 
 
+def needs_tiny_mllm(settings: Settings) -> bool:
+    """Whether a step of a whole run reads the tiny one: none may make summaries or preferences."""
+    read = [settings.ranker.model]
+    read += [settings.preferences.model] if preference_variants(settings) else []
+    read += [settings.summaries.model] if needs_image_summaries(settings) else []
+    return "tiny" in read
+
+
 def needs_tiny_embedder_parts(settings: Settings) -> bool:
     """Whether a ranking baseline reads the tiny LLM or CLIP, which the recall half trains."""
     needed = needs(settings)

@@ -267,6 +267,12 @@ def planned_evaluation(settings: Settings) -> list[Planned]:
     return [outputs.ranking_evaluation(settings)]
 
 
+def each_with_tiny_mllm(settings: Settings) -> Iterator[Settings]:
+    """The settings of each seed with a tiny multimodal LLM of its own, if any step of a run reads it."""
+    if outputs.needs_tiny_mllm(settings):
+        yield from each_with_own(settings, "tiny_mllm")
+
+
 def each_with_image_summaries(settings: Settings) -> Iterator[Settings]:
     """The settings of each seed with summaries of its own, if any compared ranker or baseline reads them."""
     if outputs.needs_image_summaries(settings):

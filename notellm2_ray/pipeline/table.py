@@ -130,7 +130,7 @@ STAGES: list[Stage] = [
         needs=("prepare",),
         outputs=ranking.planned_tiny_mllm,
         work=ranking.build_tiny_mllm,
-        in_a_run=lambda settings: seeds.each_with_own(settings, "tiny_mllm"),
+        in_a_run=ranking.each_with_tiny_mllm,
     ),
     Stage(
         "summarize-images",

@@ -141,6 +141,24 @@ def test_a_text_only_model_needs_no_tiny_tower(tmp_path):
     assert all(state.startswith("already there") for state in states(settings, "run-retrieval").values())
 
 
+@pytest.mark.parametrize(
+    ("rankers", "preferences", "needed"),
+    [
+        ("tallrec", "tiny", False),
+        ("no_image_summary", "own", False),
+        ("no_image_summary", "tiny", True),
+        ("mllm_msr", "own", True),  # its preferences read image summaries
+    ],
+)
+def test_the_tiny_mllm_is_trained_only_for_a_step_that_reads_it(tmp_path, rankers, preferences, needed):
+    model = tmp_path / "lm"
+    model.mkdir()
+    written_by = model if preferences == "own" else "tiny"
+    compared = f"ranking.rankers=[{rankers}]", "ranking.controls=[]", "ranking.baselines=[random,untuned_text]"
+    settings = settings_of(tmp_path, f"ranker.model={model}", f"preferences.model={written_by}", *compared)
+    assert ("build-tiny-mllm" in [stage.verb for stage, _ in planned("run-ranking", settings)]) == needed
+
+
 def test_scores_with_other_settings_are_not_evaluated(tmp_path):
     pretend(settings_of(tmp_path), "run-ranking", leave_out=("eval-ranking",))
     other = settings_of(tmp_path, "ranker.layout=image_first")
