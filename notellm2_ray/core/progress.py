@@ -36,8 +36,6 @@ class Progress:
         self._text = ""
         self._started = self._latest = self._shown_at = time.monotonic()
         self._first: float | None = None
-        self._paused_at: float | None = None
-        self._pauses = 0.0  # seconds
         self._stop = threading.Event()
         self._thread: threading.Thread | None = None
 
@@ -66,9 +64,6 @@ class Progress:
         """
         now = time.monotonic()
         self._first = now if self._first is None else self._first
-        if self._paused_at is not None:
-            self._pauses += now - self._paused_at
-            self._paused_at = None
         self._latest, self._text = now, text
         self.added += count
         for unit, amount in rates.items():
@@ -81,10 +76,6 @@ class Progress:
     def finish(self) -> None:
         """Log the last line, where :meth:`add` could not know that it was the last."""
         log.info("%s", self.line(finished=True))
-
-    def pause(self) -> None:
-        """Something has to start again: the time until more is done counts as start-up."""
-        self._paused_at = time.monotonic()
 
     def line(self, finished: bool = False) -> str:
         """The state in words."""
@@ -108,9 +99,9 @@ class Progress:
 
     @property
     def startup_seconds(self) -> float:
-        """Time until the first was done, and in pauses."""
+        """Time until the first was done."""
         first = self._started if self._first is None else self._first
-        return round(first - self._started + self._pauses, 3)
+        return round(first - self._started, 3)
 
     @property
     def seconds(self) -> float:

@@ -20,7 +20,13 @@ def places(nodes: Sequence[Mapping[str, float]], needed: Mapping[str, float]) ->
         nodes: resources of each node, as {"CPU": 8, "GPU": 1}.
         needed: resources of one worker, at least one of them above 0.
     """
-    return sum(int(min(node.get(name, 0) / each + 1e-6 for name, each in needed.items() if each)) for node in nodes)
+    return sum(min(_fitting(name, node.get(name, 0), each) for name, each in needed.items() if each) for node in nodes)
+
+
+def _fitting(resource: str, there: float, each: float) -> int:
+    if resource == "GPU" and each < 1:  # two shares of 0.6 need two GPUs
+        return int(there) * int(1 / each + 1e-6)
+    return int(there / each + 1e-6)
 
 
 def require_room(

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from notellm2_ray.core.cluster import started_here
 from notellm2_ray.core.errors import ConfigError
+from notellm2_ray.core.room import places
 from notellm2_ray.core.settings import EmbedSettings, GenerationSettings
 
 log = logging.getLogger("notellm2_ray")
@@ -94,7 +95,7 @@ def require_fit(
     for resource, each in needed.items():
         if not each:
             continue
-        fitting = sum(_times(node, {resource: each}) for node in nodes)
+        fitting = places(nodes, {resource: each})
         if fitting < actors:
             have = sum(node.get(resource, 0) for node in nodes)
             setting = names.gpus if resource == "GPU" else names.cpus
@@ -104,20 +105,9 @@ def require_fit(
                 f"{setting}"
                 + ("" if resource == "GPU" else ", or raise ray.num_cpus if the cluster is started by this job")
             )
-    fitting = sum(_times(node, needed) for node in nodes)
+    fitting = places(nodes, needed)
     if fitting < actors:
         raise ConfigError(
             f"{actors} {names.actor} actors do not fit: only {fitting} find {needed['CPU']:g} CPU(s) and "
             f"{needed['GPU']:g} GPU(s) on one node. Lower {names.number}, {names.cpus} or {names.gpus}"
         )
-
-
-def _times(node: Mapping[str, float], needed: Mapping[str, float]) -> int:
-    """How many actors a node has room for."""
-    return min(_fitting(name, node.get(name, 0), each) for name, each in needed.items() if each)
-
-
-def _fitting(resource: str, there: float, each: float) -> int:
-    if resource == "GPU" and each < 1:  # two shares of 0.6 need two GPUs
-        return int(there) * int(1 / each + 1e-6)
-    return int(there / each + 1e-6)

@@ -44,7 +44,7 @@ def serve_forever(spec: ServiceSpec, connect: Callable[..., Any]) -> None:
     while not stop.wait(1.0):
         pass
     log.info("stopping: requests in hand have %g s to finish", spec.serve.drain_seconds)
-    shut_down()
+    shut_down(spec.serve.name)
 
 
 def start(spec: ServiceSpec, connect: Callable[..., Any]) -> Any:
@@ -212,10 +212,13 @@ def wait_ready(settings: ServeSettings) -> None:
     raise ConfigError(f"the service was not ready within serve.ready_seconds={settings.ready_seconds:g}: {reason}")
 
 
-def shut_down() -> None:
-    """Drain and stop the application and its proxies, then disconnect from Ray."""
+def shut_down(name: str) -> None:
+    """Drain and stop the application ``name``, and Serve with it if it runs no other; then disconnect from Ray."""
     import ray
     from ray import serve
 
-    serve.shutdown()
+    if serve.status().applications.keys() - {name}:
+        serve.delete(name)
+    else:
+        serve.shutdown()
     ray.shutdown()

@@ -32,18 +32,6 @@ def test_a_line_tells_rate_and_time_left(clock: list[float]) -> None:
     assert (counter.startup_seconds, counter.seconds) == (10.0, 20.0)
 
 
-def test_pauses_count_as_start_up(clock: list[float]) -> None:
-    counter = Progress("summarize-images", "images", 10)
-    clock[0] = 110.0
-    counter.add()
-    counter.pause()
-    clock[0] = 117.0
-    counter.add()
-    clock[0] = 118.0
-    counter.add()
-    assert (counter.startup_seconds, counter.seconds) == (17.0, 18.0)
-
-
 def test_add_logs_when_a_line_is_due_and_at_the_end(clock: list[float], caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO, "notellm2_ray"):
         counter = Progress("tiny LLM", "steps", 4)

@@ -84,3 +84,16 @@ def test_a_service_in_a_running_cluster_has_haproxy_with_its_rules(tmp_path):
                 service.stop()
         finally:
             other.communicate("\n", timeout=60)
+
+
+@pytest.mark.parametrize(("running", "ended"), [(["notellm2"], ["all"]), (["notellm2", "others"], ["notellm2"])])
+def test_other_applications_of_the_cluster_go_on(monkeypatch, running, ended):
+    from ray import serve
+
+    done = []
+    monkeypatch.setattr(serve, "status", lambda: SimpleNamespace(applications=dict.fromkeys(running)))
+    monkeypatch.setattr(serve, "shutdown", lambda: done.append("all"))
+    monkeypatch.setattr(serve, "delete", done.append)
+    monkeypatch.setattr(ray, "shutdown", lambda: None)
+    launch.shut_down("notellm2")
+    assert done == ended
