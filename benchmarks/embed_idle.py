@@ -12,7 +12,6 @@ given relative to what one process reads and tokenises here, so that the goal of
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import tempfile
 import threading
@@ -20,14 +19,11 @@ import time
 from pathlib import Path
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.parquet as pq
 import torch
 from _measure import machine
+from _photos import write_photos
 from _world import build_tiny_embedder
-from PIL import Image
 
-from notellm2_ray.core.schema import NOTE_SCHEMA
 from notellm2_ray.core.settings import EmbedSettings
 from notellm2_ray.infer import embed
 from notellm2_ray.infer.chunks import list_note_files, plan_chunks
@@ -36,10 +32,6 @@ from notellm2_ray.infer.embed_worker import ChunkEmbedder, Loaded
 from notellm2_ray.models.embedder.encoder import NoteEncoder, load_preprocessor
 
 GOAL = 0.05
-WORDS = [
-    *("harbour", "dawn", "fishing", "boats", "quiet", "water", "light", "red", "roof"),
-    *("cat", "sofa", "travel", "food", "street", "market", "rain", "evening"),
-]
 
 
 class Device:
@@ -89,33 +81,6 @@ def paced_embedder(rate: float, log: Path) -> type[ChunkEmbedder]:
             return Loaded(PacedEncoder(encoder, Device(rate, log)), "paced", Reading(self.job, encoder.preprocessor))
 
     return PacedEmbedder
-
-
-def write_photos(path: Path, notes: int, side: int, rows: int) -> Path:
-    """A Parquet file of notes with JPEGs of ``side`` x ``side`` pixels and texts of some 100 words."""
-    draw = np.random.default_rng(0)
-    images = []
-    for _ in range(24):
-        coarse = Image.fromarray(draw.integers(0, 256, (24, 24, 3), dtype=np.uint8)).resize(
-            (side, side), Image.Resampling.BICUBIC
-        )
-        grain = np.asarray(coarse, np.int16) + draw.integers(-12, 13, (side, side, 3))
-        file = io.BytesIO()
-        Image.fromarray(grain.clip(0, 255).astype(np.uint8)).save(file, "JPEG", quality=85)
-        images.append(file.getvalue())
-    table = [
-        {
-            "note_id": f"n{number}",
-            "title": " ".join(draw.choice(WORDS, 8)),
-            "topics": list(draw.choice(WORDS, 3)),
-            "content": " ".join(draw.choice(WORDS, int(draw.integers(40, 160)))),
-            "image": images[number % len(images)],
-            "created_at": None,
-        }
-        for number in range(notes)
-    ]
-    pq.write_table(pa.Table.from_pylist(table, schema=NOTE_SCHEMA), path, row_group_size=rows)
-    return path
 
 
 def reading_rate(model: Path, notes: Path, settings: EmbedSettings) -> float:

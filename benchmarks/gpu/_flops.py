@@ -50,15 +50,16 @@ def count(settings: ModelSettings, llm: Any, vision: Any, num_tokens: int) -> No
 
 
 def _llm(config: Any, tokens: int) -> int:
-    """Operations of the LLM: gated feed-forward (three maps), queries and output of width h, narrower keys and values.
+    """Operations of the LLM: gated feed-forward (three maps), queries and output of width q, narrower keys and values.
 
-    A token attends to itself and to those before it: T(T+1)/2 pairs, each of 2h for the score and 2h for the value.
+    A token attends to itself and to those before it: T(T+1)/2 pairs, each of 2q for the score and 2q for the value.
     There is no output layer over the vocabulary.
     """
-    h, inner = config.hidden_size, config.intermediate_size
-    keys = h * config.num_key_value_heads // config.num_attention_heads
-    maps = 2 * tokens * (2 * h * h + 2 * h * keys + 3 * h * inner)
-    attention = 4 * h * tokens * (tokens + 1) // 2
+    h, inner, heads = config.hidden_size, config.intermediate_size, config.num_attention_heads
+    head = getattr(config, "head_dim", None) or h // heads
+    queries, keys = heads * head, config.num_key_value_heads * head
+    maps = 2 * tokens * (2 * h * queries + 2 * h * keys + 3 * h * inner)
+    attention = 4 * queries * tokens * (tokens + 1) // 2
     return config.num_hidden_layers * (maps + attention)
 
 
