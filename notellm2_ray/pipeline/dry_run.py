@@ -8,11 +8,11 @@ from notellm2_ray.core.errors import OutputError
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.pipeline.stage import Planned
 from notellm2_ray.pipeline.sweep_verb import SWEEP_VERB, sweep_size, sweep_stages
-from notellm2_ray.pipeline.table import planned, stages_of
+from notellm2_ray.pipeline.table import planned, run_of, stages_of
 
 
 def dry_run(settings: Settings, verb: str) -> str:
-    """The plan of ``verb``: the state of each output (done, to continue or to do), then how much work there is."""
+    """The plan of ``verb``: the state of each output (done, to continue or to do), then work, resources and memory."""
     lines = [f"plan of `notellm2 {verb}`"]
     undone: set[Path] = set()
     outputs = _planned(settings, verb)
@@ -22,7 +22,7 @@ def dry_run(settings: Settings, verb: str) -> str:
         if not done:
             undone.add(one.directory)
         lines.append(f"  {one.label:{width}s}  {state}")
-    return "\n".join([*lines, *_sizes(settings, verb)])
+    return "\n".join([*lines, *_sizes(settings, verb), *_memory(settings, verb)])
 
 
 def _planned(settings: Settings, verb: str) -> list[Planned]:
@@ -51,3 +51,16 @@ def _sizes(settings: Settings, verb: str) -> list[str]:
         return [sweep_size(settings)]
     sizes = [stage.size(settings) for stage in stages_of(verb, settings) if stage.size is not None]
     return list(dict.fromkeys(sizes))
+
+
+def _memory(settings: Settings, verb: str) -> list[str]:
+    if verb == SWEEP_VERB:
+        return []
+    whole = run_of(verb) is not None
+    found: dict[tuple[str, ...], None] = {}  # several steps use the same model
+    for stage in stages_of(verb, settings):
+        if stage.memory is not None:
+            found |= dict.fromkeys(
+                tuple(stage.memory(one)) for one in (stage.in_a_run(settings) if whole else (settings,))
+            )
+    return [line for lines in found for line in lines]

@@ -297,3 +297,15 @@ def tuning_size(settings: Settings) -> str:
 def generation_size(settings: Settings) -> str:
     engine = settings.generation
     return f"generation: {engine.engines} vLLM engine(s) with {engine.gpus_per_engine:g} GPU(s) each"
+
+
+def tuning_memory(settings: Settings) -> list[str]:
+    from notellm2_ray.pipeline.training_memory import ranker_memory
+
+    return ranker_memory(settings)
+
+
+def generation_memory(settings: Settings, model: str) -> list[str]:
+    from notellm2_ray.pipeline.engine_memory import engine_memory
+
+    return engine_memory(settings, model)

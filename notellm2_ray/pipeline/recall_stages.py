@@ -298,6 +298,12 @@ def training_size(settings: Settings) -> str:
     )
 
 
+def training_memory(settings: Settings) -> list[str]:
+    from notellm2_ray.pipeline.training_memory import embedder_memory
+
+    return embedder_memory(settings)
+
+
 def embedding_size(settings: Settings) -> str:
     embed = settings.embed
     return (

@@ -89,6 +89,7 @@ class Stage:
             the run does not need it.
         also_needs: settings -> further verbs that it needs.
         size: settings -> one line for a dry run on the amount of work and the resources.
+        memory: settings -> lines for a dry run on the memory that it needs.
     """
 
     verb: str
@@ -100,6 +101,7 @@ class Stage:
     in_a_run: Callable[[Settings], Iterable[Settings]] = _once
     also_needs: Callable[[Settings], tuple[str, ...]] = lambda settings: ()
     size: Callable[[Settings], str] | None = None
+    memory: Callable[[Settings], list[str]] | None = None
 
 
 def workspace_of(settings: Settings) -> Workspace:

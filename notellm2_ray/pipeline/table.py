@@ -68,6 +68,7 @@ STAGES: list[Stage] = [
         work=recall.train_embedder,
         in_a_run=embedders.selected_embedders,
         size=recall.training_size,
+        memory=recall.training_memory,
     ),
     Stage(
         "mine-negatives",
@@ -141,6 +142,7 @@ STAGES: list[Stage] = [
         work=ranking.summarize_images,
         in_a_run=ranking.each_with_image_summaries,
         size=ranking.generation_size,
+        memory=lambda settings: ranking.generation_memory(settings, settings.summaries.model),
     ),
     Stage(
         "summarize-preferences",
@@ -151,6 +153,7 @@ STAGES: list[Stage] = [
         work=ranking.summarize_preferences,
         in_a_run=ranking.each_preference_variant,
         size=ranking.generation_size,
+        memory=lambda settings: ranking.generation_memory(settings, settings.preferences.model),
     ),
     Stage(
         "train-ranker",
@@ -161,6 +164,7 @@ STAGES: list[Stage] = [
         work=ranking.train_ranker,
         in_a_run=ranking_outputs.rankers,
         size=ranking.tuning_size,
+        memory=ranking.tuning_memory,
     ),
     Stage(
         "score-candidates",
@@ -170,6 +174,7 @@ STAGES: list[Stage] = [
         outputs=ranking.planned_scores,
         work=ranking.score_candidates,
         size=ranking.generation_size,
+        memory=lambda settings: ranking.generation_memory(settings, settings.ranker.model),
     ),
     Stage(
         "eval-ranking",

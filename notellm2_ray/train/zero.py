@@ -1,7 +1,7 @@
 """The DeepSpeed engine: ZeRO stages 0 to 3, with or without offload.
 
-Weights stay float32 and autocast computes in bfloat16, so that both engines do the same arithmetic. A rank holds 16
-bytes per parameter, divided by the number of ranks: as many as bfloat16 weights with float32 master copies would take.
+Weights stay float32 and autocast computes in bfloat16, so that both engines do the same arithmetic. What a rank holds
+is in :mod:`notellm2_ray.train.memory`.
 
 DeepSpeed reads its checkpoints with pickle. Only checkpoints that this run wrote into its own directory are ever read.
 The models that a run puts out are safetensors.

@@ -89,6 +89,12 @@ class RaySettings(Frozen):
         ge=0,
         description="how long training waits for a joined cluster to grow if its workers find no room; then it fails",
     )
+    gpu_memory_gb: float | None = Field(
+        None,
+        gt=0,
+        description="memory of a GPU in GiB, with which --dry-run compares its forecast; null: of this machine's GPU, "
+        "or else of common ones",
+    )
 
 
 class Settings(Frozen):
