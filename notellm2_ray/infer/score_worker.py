@@ -7,6 +7,7 @@ import math
 import os
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -26,7 +27,7 @@ from notellm2_ray.infer.score_questions import Controls, Questions, ScoreFiles
 
 if TYPE_CHECKING:
     from notellm2_ray.models.chat import ChatTokenizer
-    from notellm2_ray.models.ranker.inputs import RankerPrompter
+    from notellm2_ray.models.ranker.inputs import Question, RankerPrompter
 
 
 class TableJob(NamedTuple):
@@ -89,7 +90,8 @@ class PartScorer(PartActor[CandidatePart, ScoredPart]):
             if part.table not in self.questions:
                 self.questions[part.table] = self._questions(self.job.tables[part.table])
         questions, prompter = self.questions[part.table]
-        requests, bad = _requests(questions, prompter, part.places)
+        threads = max(1, int(self.job.generation.cpus_per_engine))
+        requests, bad = _requests(questions, prompter, part.places, threads)
         try:
             asking = ask(self.engine, self.chat, requests, f"{part.part_id}/{part.table}/{os.getpid()}")
             answers = asyncio.run_coroutine_threadsafe(asking, self.loop).result()
@@ -181,20 +183,27 @@ class PartScorer(PartActor[CandidatePart, ScoredPart]):
 
 
 def _requests(
-    questions: Questions, prompter: RankerPrompter, places: Sequence[int]
+    questions: Questions, prompter: RankerPrompter, places: Sequence[int], threads: int
 ) -> tuple[list[ScoreRequest], list[tuple[str, str]]]:
-    """The requests for some candidates, and (key, reason) of the candidates that have no valid prompt."""
-    requests: list[ScoreRequest] = []
-    bad: list[tuple[str, str]] = []
-    for row, question in questions(places):
+    """The requests for some candidates, and (key, reason) of the candidates that have no valid prompt.
+
+    Args:
+        threads: how many decode images, which the engine's front end would do one by one.
+    """
+
+    def one(asked: tuple[CandidateRow, Question | str]) -> ScoreRequest | tuple[str, str]:
+        row, question = asked
         if isinstance(question, str):
-            bad.append((_key(row), question))
-            continue
+            return _key(row), question
         try:
-            requests.append(ScoreRequest(row, prompter.prompt(question), prompter.image(question)))
+            return ScoreRequest(row, prompter.prompt(question), prompter.image(question))
         except DataError as error:
-            bad.append((_key(row), str(error)))
-    return requests, bad
+            return _key(row), str(error)
+
+    with ThreadPoolExecutor(threads) as pool:
+        made = list(pool.map(one, questions(places)))
+    requests = [found for found in made if isinstance(found, ScoreRequest)]
+    return requests, [found for found in made if not isinstance(found, ScoreRequest)]
 
 
 async def ask(engine: Any, chat: ChatTokenizer, requests: Sequence[ScoreRequest], name: str) -> list[Any]:

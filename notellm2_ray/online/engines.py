@@ -126,7 +126,7 @@ class YesNoScorer:
         from notellm2_ray.models.ranker.inputs import Question
 
         questions = [Question(title, image, preference, tuple(history_titles)) for title, image in candidates]
-        prompts = await asyncio.to_thread(lambda: [self._prompt(question) for question in questions])
+        prompts = await asyncio.gather(*(asyncio.to_thread(self._prompt, question) for question in questions))
         asked = [prompt for prompt in prompts if prompt is not None]
         chat = self.prompter.chat
         answers = iter(await ask(self.engine, chat, asked, f"serve-{next(self.numbers)}"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import AsyncIterator, Generator
 from pathlib import Path
@@ -18,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 
+from notellm2_ray.core.candidate_rows import CandidateRow
 from notellm2_ray.core.errors import ConfigError, DataError, ModelError
 from notellm2_ray.core.schema import SCORE_SCHEMA
 from notellm2_ray.core.settings import GenerationSettings
@@ -26,6 +28,7 @@ from notellm2_ray.infer.parts import quarantine_table
 from notellm2_ray.infer.score import ScoreTable, score_candidates
 from notellm2_ray.infer.score_parts import CandidatePart, ScoredPart, compile_scores, plan_parts, scored_parts
 from notellm2_ray.infer.score_questions import Controls, Questions, ScoreFiles
+from notellm2_ray.models.ranker.inputs import Question
 from tests.support import ROOT
 from tests.support import ranker_training as material
 from tests.support.processes import end_family, named, when
@@ -105,6 +108,21 @@ def test_controls_exchange_one_thing_and_nothing_else(directory, tmp_path):
     without = _files(directory, tmp_path / "notes.arrow", preferences=False)
     with pytest.raises(DataError, match="other_preference"):
         Questions(without, material.ranker_settings(), Controls(other_preference=True))
+
+
+def test_images_of_a_part_are_decoded_side_by_side():
+    together = threading.Barrier(3, timeout=20)
+
+    def image(question):
+        together.wait()
+        return question.title
+
+    prompter: Any = SimpleNamespace(prompt=lambda question: [len(question.title)], image=image)
+    rows = [CandidateRow("e", f"n{number}", 0, None, ()) for number in range(4)]
+    asked = [(row, Question(row.note_id)) for row in rows[:3]] + [(rows[3], "there is no note")]
+    requests, bad = score_worker._requests(lambda _: asked, prompter, range(4), 3)
+    assert [(one.row, one.image) for one in requests] == [(row, row.note_id) for row in rows[:3]]
+    assert bad == [("e n3", "there is no note")]
 
 
 LAYOUTS = ("shared_prefix", "image_first")
