@@ -49,7 +49,10 @@ class Engine(Protocol):
         """
 
     def save(self, directory: Path) -> None:
-        """Write this rank's state into ``directory``; every rank must call it."""
+        """Write this rank's state into ``directory``, or begin to; every rank must call it, and then another method."""
+
+    def finish_save(self) -> None:
+        """Wait until this rank's state is written."""
 
     def load(self, directory: Path) -> None:
         """Restore the state that :meth:`save` wrote with the same number of ranks; every rank must call it."""

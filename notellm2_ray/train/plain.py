@@ -13,6 +13,7 @@ from notellm2_ray.core.errors import OutputError
 from notellm2_ray.core.settings.train import TrainSettings
 from notellm2_ray.train.distributed import barrier, rank, world_size
 from notellm2_ray.train.engine import adamw, parameter_groups, set_learning_rates
+from notellm2_ray.train.state_writer import StateWriter
 
 _STATE_FILE = "state.safetensors"
 
@@ -23,6 +24,7 @@ class PlainEngine:
     def __init__(self, module: Any, settings: TrainSettings, device: torch.device) -> None:
         self.module = module.to(device)
         self._max_norm = settings.max_grad_norm
+        self._writer = StateWriter(settings.background_checkpoints)
         self._optimizer = adamw(parameter_groups(module, settings), settings)
         self._trained = {name: p for name, p in module.model.named_parameters() if p.requires_grad}
         self._forward: nn.Module = module
@@ -53,8 +55,12 @@ class PlainEngine:
             for name, parameter in self._trained.items():
                 for key, value in self._optimizer.state[parameter].items():
                     tensors[f"{key}/{name}"] = value
-            save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, directory / _STATE_FILE)
+            tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+            self._writer.write(save_file, tensors, directory / _STATE_FILE)
         barrier()
+
+    def finish_save(self) -> None:
+        self._writer.finish()
 
     def load(self, directory: Path) -> None:
         from safetensors.torch import load_file

@@ -28,6 +28,7 @@ from notellm2_ray.train.schedule import learning_rate_factor
 
 log = logging.getLogger("notellm2_ray")
 
+_TIME_TO_WRITE = 10  # a checkpoint in the background has a tenth of the steps between two
 _MUCH_WAITING = 0.1  # share of the training's time
 
 Prepared = TypeVar("Prepared")
@@ -63,6 +64,7 @@ class TrainingRun(ABC, Generic[Prepared]):
         self.files, self.settings, self.seed, self.device, self._report = files, settings, seed, device, report
         self.state = RunState()
         self._reported: list[RunState] = []
+        self._unfinished: RunState | None = None  # of a checkpoint that is still being written
 
     @abstractmethod
     def prepare(self, step: int) -> Prepared:
@@ -127,6 +129,7 @@ class TrainingRun(ABC, Generic[Prepared]):
                     history.add(row)
                     add_to_log(row)
             self._checkpoint_if_due()
+        self._finish_checkpoint()
         close_log()
         if history is not None:
             history.close()
@@ -155,23 +158,38 @@ class TrainingRun(ABC, Generic[Prepared]):
         return [] if figures is None else [{"step": step, **figures}]
 
     def _checkpoint_if_due(self) -> None:
-        step = self.state.step
-        if step % self.settings.checkpoint_every_steps or step == self.total:
+        step, every = self.state.step, self.settings.checkpoint_every_steps
+        # All ranks must finish it in the same step. What is written in the background is usually there by then.
+        if self._unfinished and step >= self._unfinished.step + max(1, every // _TIME_TO_WRITE):
+            self._finish_checkpoint()
+        if step % every or step == self.total:
             return
+        self._finish_checkpoint()
         directory = self.files.checkpoint(step)
         if distributed.rank() == 0:
             begin_checkpoint(directory)
         distributed.barrier()
         self.engine.save(directory)
+        self._unfinished = self.state
+        if not self.settings.background_checkpoints:
+            self._finish_checkpoint()
+
+    def _finish_checkpoint(self) -> None:
+        """Complete the checkpoint that is being written, if there is one."""
+        state, self._unfinished = self._unfinished, None
+        if state is None:
+            return
+        self.engine.finish_save()
+        directory = self.files.checkpoint(state.step)
         distributed.barrier()
         if distributed.rank() == 0:
-            write_state(directory, self.state)
-        self._report(directory, {"step": step})
+            write_state(directory, state)
+        self._report(directory, {"step": state.step})
         # Ray records a checkpoint some time after the report. A run that is killed before that resumes from an earlier
         # one, whose best weights must still be there.
-        self._reported = [*self._reported[-2:], self.state]
+        self._reported = [*self._reported[-2:], state]
         if distributed.rank() == 0:
-            self.files.keep_best(state.best_step for state in self._reported)
+            self.files.keep_best(one.best_step for one in (*self._reported, self.state))
 
     def _all_figures(self, history: History | None, stopwatch: Stopwatch) -> dict[str, Any]:
         if history is None:

@@ -23,6 +23,7 @@ from notellm2_ray.core.errors import OutputError
 from notellm2_ray.core.settings.train import TrainSettings
 from notellm2_ray.train.distributed import gather_rows, rank
 from notellm2_ray.train.engine import adamw, parameter_groups, set_learning_rates
+from notellm2_ray.train.state_writer import StateWriter
 
 _TAG = "zero"
 _MAX_BUCKET = 200_000_000  # elements; DeepSpeed allocates a whole bucket however small the model is
@@ -44,6 +45,10 @@ class ZeroEngine:
             model=module, optimizer=optimizer, config=zero_config(module, settings), dist_init_required=False
         )
         self.module = module
+        self._writer = StateWriter(settings.background_checkpoints)
+        files = self._engine.checkpoint_engine
+        save = files.save  # called with (state_dict, path), by name or not
+        files.save = lambda state_dict, path: self._writer.write(save, state_dict, path)
 
     def __call__(self, *inputs: Any, last: bool = True) -> Any:
         return self._engine(*inputs)
@@ -64,6 +69,9 @@ class ZeroEngine:
     def save(self, directory: Path) -> None:
         # Frozen weights are read from the base model again; with an adapter they are nearly the whole model.
         self._engine.save_checkpoint(str(directory), tag=_TAG, exclude_frozen_parameters=True)
+
+    def finish_save(self) -> None:
+        self._writer.finish()
 
     def load(self, directory: Path) -> None:
         path, _ = self._engine.load_checkpoint(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -129,6 +130,44 @@ def test_a_run_with_hard_negatives_and_several_lengths_leaves_a_model_that_knows
     assert found.encode(material.notes()[:2], dimensions=4).shape == (2, 4)
 
 
+def test_a_checkpoint_in_the_background_counts_once_it_is_written(trained_on, tmp_path, monkeypatch):
+    """Training goes on meanwhile; a run that is killed before it is written goes on from an earlier one."""
+    from safetensors import torch as files
+
+    from notellm2_ray.train.checkpoints import read_state
+
+    write, release, order = files.save_file, threading.Event(), []
+
+    def slowly(tensors: dict[str, torch.Tensor], path: Path, **options: Any) -> None:
+        if Path(path).name == "state.safetensors":
+            release.wait(30)
+        write(tensors, path, **options)
+
+    monkeypatch.setattr(files, "save_file", slowly)
+    changes = {"max_steps": 8, "checkpoint_every_steps": 3, "background_checkpoints": True}
+    trainer = _trainer(trained_on, tmp_path, **changes)
+    train, trainer._report = trainer.train, lambda directory, metrics: order.append(f"checkpoint {metrics['step']}")
+
+    def step(number: int, prepared: Any) -> dict[str, Any]:
+        order.append(f"step {number + 1}")
+        assert not list(tmp_path.rglob("progress.json")) or "checkpoint 3" in order
+        if number == 3:
+            release.set()
+        return train(number, prepared)
+
+    monkeypatch.setattr(trainer, "train", step)
+    trainer.run()
+    assert order[3:6] == ["step 4", "checkpoint 3", "step 5"]
+    assert order[-3:] == ["step 7", "checkpoint 6", "step 8"]
+    (tmp_path / "again").mkdir()
+    resumed = _trainer(trained_on, tmp_path / "again", **changes)
+    resumed.resume(trainer.files.checkpoint(6))
+    assert read_state(trainer.files.checkpoint(6)).step == 6
+    resumed.run()
+    for name, value in trainer.engine.state_dict().items():
+        assert torch.equal(value, resumed.engine.state_dict()[name]), name
+
+
 def test_an_image_that_cannot_be_decoded_names_its_note(trained_on, tmp_path):
     pairs = tmp_path / "pairs"
     pairs.mkdir()
@@ -211,11 +250,14 @@ def _trained(directory: str, case: dict[str, Any]) -> dict[str, Any]:
 
 
 def _resumed(directory: str, case: dict[str, Any], state: str) -> list[list[float]]:
-    settings, dropout = material.train_settings(num_workers=2, **case), material.model_settings(dropout=0.2)
+    settings = material.train_settings(num_workers=2, background_checkpoints=True, **case)
+    dropout = material.model_settings(dropout=0.2)
     whole = material.Run(Path(directory), settings, dropout)
     losses = [whole.step(step) for step in range(3)]
     whole.engine.save(Path(state))
     losses += [whole.step(step) for step in range(3, 6)]
+    whole.engine.finish_save()
+    torch.distributed.barrier()
     again = material.Run(Path(directory), settings, dropout)
     again.engine.load(Path(state))
     return [losses[3:], [again.step(step) for step in range(3, 6)]]

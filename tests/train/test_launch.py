@@ -120,7 +120,7 @@ def test_a_killed_worker_changes_nothing(undisturbed, trained_on, tmp_path):
         _workers_of(os.getpid())[-1].send_signal(signal.SIGKILL)
 
     thread = _when_step(tmp_path, 33, kill)
-    _train(trained_on, tmp_path)
+    _train(trained_on, tmp_path, background_checkpoints=True)
     thread.join()
     assert 33 <= killed[0] < TOTAL
     _same_training(tmp_path, undisturbed[0])

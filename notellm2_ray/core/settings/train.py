@@ -113,6 +113,11 @@ class TrainSettings(Frozen):
     checkpoint_every_steps: int = resource(
         500, ge=1, description="steps between checkpoints, which a killed run resumes from"
     )
+    background_checkpoints: bool = resource(
+        False,
+        description="write checkpoints while training goes on; a copy of a rank's state (12 bytes for each of its "
+        "trained parameters) is in CPU memory meanwhile",
+    )
     max_validation_pairs: int = Field(2000, ge=1, description="most validation pairs used")
     best_by: Literal["recall", "loss"] = Field(
         "recall", description="validation metric that selects the best checkpoint"
