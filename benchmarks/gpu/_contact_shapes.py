@@ -15,8 +15,6 @@ from notellm2_ray.models.embedder.architectures import clip_vit_b
 from notellm2_ray.models.embedder.preprocess import NoteBatch
 from notellm2_ray.train.batches import PreparedNotes
 
-NOMINAL = {"H100 PCIe": 756, "H100": 989, "H200": 989, "GH200": 989, "B200": 2250, "A100": 312, "L40S": 362, "L4": 121}
-
 
 class Record(NamedTuple):
     """One line of the table."""
@@ -144,7 +142,18 @@ def _setup(tiny: bool, llm: Any) -> Setup:
     settings = ModelSettings(variant="notellm2")
     body = settings.max_body_tokens - 1 + settings.qformer.num_queries
     tokens = body + OPENING + CLOSING + MARK + CLOSING
-    return Setup(settings, llm, clip_vit_b(), tokens, [256], [32], 8192, torch.device("cuda"))
+    return Setup(
+        settings=settings,
+        llm=llm,
+        llm_trained=llm,
+        vision=clip_vit_b(),
+        num_tokens=tokens,
+        embed_notes=[256],
+        train_pairs=[64],
+        train_steps=5,
+        matrix=8192,
+        device=torch.device("cuda"),
+    )
 
 
 def _batch(setup: Setup, lengths: np.ndarray, seed: int) -> NoteBatch:

@@ -149,12 +149,12 @@ def main() -> None:
     if arguments.run:
         return run_part(arguments.run, arguments.tiny, arguments.file)
     import torch
-    from _contact_shapes import NOMINAL
+    from embedder import NOMINAL
 
     if not arguments.tiny and not torch.cuda.is_available():
         parser.error("there is no GPU here; --tiny runs the same on the CPU")
     name = "CPU" if arguments.tiny else torch.cuda.get_device_name()
-    nominal = next((1e12 * rate for known, rate in NOMINAL.items() if known in name), None)
+    nominal = next((rate for known, rate in NOMINAL.items() if known in name), None)
     print(f"{name}, {os.cpu_count()} CPUs, torch {torch.__version__}", flush=True)
     records: list[dict[str, Any]] = []
     parts = ["card", *(one for one in arguments.parts if one != "card")]

@@ -11,6 +11,8 @@ import pytest
 import torch
 from transformers import Qwen3Config
 
+from notellm2_ray.models.embedder.build import count_parameters
+from notellm2_ray.models.embedder.mllm_network import network_from_config
 from tests.support import ROOT
 
 GPU = Path(ROOT) / "benchmarks" / "gpu"
@@ -67,6 +69,16 @@ def test_shares_are_of_the_measured_product_and_of_the_makers_rate(contact):
     assert (step["of_product"], step["held"], lora["of_product"], lora["held"]) == (0.5, True, 0.25, False)
     assert "goal 45%: held" in contact.table([card, step, lora]).splitlines()[2]
     assert contact.with_shares(records, None, on_cpu=True)[1]["held"] is None
+
+
+def test_networks_for_a_gpu_are_as_large_as_they_are_called(contact):
+    shapes, embedder = importlib.import_module("_contact_shapes"), importlib.import_module("embedder")
+    for setup, least, most in ((shapes.small(False), 0.6e9, 0.9e9), (shapes.middle(False), 3.0e9, 3.4e9)):
+        model = embedder.build(setup, torch.device("meta"))
+        assert least < count_parameters(model) < most and setup.device.type == "cuda"
+    with torch.device("meta"):
+        mllm = network_from_config(shapes.qwen3_vl_2b(False), "sdpa")
+    assert 2.0e9 < count_parameters(mllm) < 2.3e9
 
 
 def test_the_count_of_operations_knows_heads_that_are_wider_than_the_model(contact):
