@@ -55,7 +55,7 @@ def _embedder(settings: Settings) -> tuple[Memory, int]:
     """The memory of a rank, and its host's while the network is built."""
     train, paths = settings.train, embedders.model_paths(settings)
     lora = None if train.lora is None else train.lora.model_dump_json()
-    sizes = _embedder_sizes(settings.model.model_dump_json(), lora, *paths, train.precision != "fp32")
+    sizes = _embedder_sizes(settings.model.model_dump_json(), lora, *paths, train.precision in ("auto", "bf16"))
     notes = (2 + train.hard_negatives) * train.batch_pairs // train.num_workers
     load = Load(notes, -(-notes // train.length_chunks))
     if train.caches_gradients:
@@ -80,7 +80,7 @@ def _ranker(settings: Settings) -> tuple[Memory, int]:
     from notellm2_ray.train.ranker_run import train_settings
 
     tune, longest = settings.tune, settings.generation.max_model_len
-    bf16 = tune.precision != "fp32"
+    bf16 = tune.precision in ("auto", "bf16")
     path = ranking_outputs.ranking_model(settings, settings.ranker.model)
     sizes, vocabulary = _ranker_sizes(path, tune.lora_rank, tune.lora_dropout, bf16)
     prompts = tune.batch_size // tune.num_workers * longest
@@ -115,7 +115,7 @@ def _training(
     host = dict(memory.host) if on_gpu else {}
     if host:
         lines.append(f"  and of the host for each rank: {size_of(sum(host.values()))} ({_list(host)})")
-    lines.append(f"  while the model is loaded, each rank takes {size_of(built)} of the host")
+    lines.append(f"  while the model is loaded, rank 0 takes {size_of(built)} of its host, the others next to none")
     if on_gpu:
         lines += _verdict(memory.peak, min(1.0, knobs.gpus_per_worker), settings)
         if not _fits(memory.peak, knobs.gpus_per_worker, settings):

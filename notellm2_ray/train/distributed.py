@@ -103,3 +103,9 @@ def from_rank_zero(value: Any) -> Any:
     values = [value]
     dist.broadcast_object_list(values, src=0)
     return values[0]
+
+
+def overwrite_by_rank_zero(tensor: torch.Tensor) -> None:
+    """Give a tensor rank 0's numbers, on every rank; it must lie where the group reads."""
+    if world_size() > 1:
+        dist.broadcast(tensor, 0)

@@ -20,6 +20,7 @@ from notellm2_ray.train.engine import num_trained
 from notellm2_ray.train.engines import make_engine
 from notellm2_ray.train.gradient_cache import begin_step
 from notellm2_ray.train.objectives import Loss, loss_of
+from notellm2_ray.train.one_load import build_once
 from notellm2_ray.train.pairs import PairBatch, Pairs
 from notellm2_ray.train.plateau import Plateau
 from notellm2_ray.train.rates import num_pretrained, with_rates
@@ -55,31 +56,30 @@ class EmbedderRun(TrainingRun[tuple[PairBatch, PreparedNotes]]):
     stage, unit = "train-embedder", "notes"
 
     def __init__(self, job: EmbedderJob, device: torch.device, report: Report) -> None:
-        """Build everything, with the same weights on every rank.
+        """Build everything, from weights that rank 0 loads.
 
         Args:
             report: called on every rank with a checkpoint's directory and figures, when it is complete.
         """
         job = job._replace(train=resolved_precision(job.train, device))
         super().__init__(RunFiles(job.output), job.train, job.seed, device, report)
-        self.encoder = _encoder(job)
-        if device.type == "cpu":
-            _train_eagerly(self.encoder)
-        self._choose_rates()
+        from notellm2_ray.models.embedder.encoder import NoteEncoder
+
+        parts, pretrained = build_once(lambda: _parts_to_train(job, device))
+        self.encoder = NoteEncoder(*parts)
+        self._choose_rates(pretrained)
         self.job = job = job._replace(train=self.settings)
-        if job.train.lora is not None:
-            _adapt(self.encoder, job)
         self.loss = loss_of(job.model, job.train)
         self.module = _module(self.encoder.model, self.loss, job)
         self._num_trained = num_trained(self.module)
-        self.engine = make_engine(self.module, job.train, device)
+        self.engine = make_engine(self.module, job.train, device, loaded_once=distributed.world_size() > 1)
         self._read_data()
         self.total = num_steps(job.train, self.sampler.steps_per_epoch)
         self._plateau = Plateau(job.train.batch_pairs, self.total, job.train.hard_negatives)
         self.per_step = (2 + job.train.hard_negatives) * job.train.batch_pairs
 
-    def _choose_rates(self) -> None:
-        given, size = self.settings, num_pretrained(self.encoder.model)
+    def _choose_rates(self, size: int) -> None:
+        given = self.settings
         self.settings = with_rates(given, size)
         if self.settings != given and distributed.rank() == 0:
             chosen = self.settings.learning_rate, self.settings.connector_learning_rate
@@ -178,6 +178,17 @@ def _encoder(job: EmbedderJob) -> NoteEncoder:
     encoder = build_encoder(job.model, job.seed, llm_path=job.llm_path, vision_path=job.vision_path)
     encoder.trained_dimensions = _fitting(job.train.dimensions, encoder.embedding_dim)
     return encoder
+
+
+def _parts_to_train(job: EmbedderJob, device: torch.device) -> tuple[tuple[Any, Any, tuple[int, ...]], int]:
+    """The arguments of the embedder, with LoRA if that is trained, and the size of its pretrained models."""
+    encoder = _encoder(job)
+    if device.type == "cpu":
+        _train_eagerly(encoder)
+    size = num_pretrained(encoder.model)
+    if job.train.lora is not None:
+        _adapt(encoder, job)
+    return (encoder.model, encoder.preprocessor, encoder.trained_dimensions), size
 
 
 def _adapt(encoder: NoteEncoder, job: EmbedderJob) -> None:

@@ -60,7 +60,7 @@ class Memory(NamedTuple):
 def training_memory(sizes: Footprint, train: TrainSettings, load: Load) -> Memory:
     """The memory of one rank."""
     stage = train.zero_stage if train.engine == "deepspeed" else 0
-    ranks, bf16 = train.num_workers, train.precision != "fp32"
+    ranks, bf16 = train.num_workers, train.precision in ("auto", "bf16")
     offload = train.offload if train.gpus_per_worker else "none"
     whole, share = 4 * sizes.trained, -(-4 * sizes.trained // ranks)
 

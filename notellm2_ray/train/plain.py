@@ -13,6 +13,7 @@ from notellm2_ray.core.errors import OutputError
 from notellm2_ray.core.settings.train import TrainSettings
 from notellm2_ray.train.distributed import barrier, rank, world_size
 from notellm2_ray.train.engine import adamw, parameter_groups, set_learning_rates
+from notellm2_ray.train.one_load import fill
 from notellm2_ray.train.state_writer import StateWriter
 
 _STATE_FILE = "state.safetensors"
@@ -21,7 +22,9 @@ _STATE_FILE = "state.safetensors"
 class PlainEngine:
     """PyTorch alone: every rank holds the whole model, and DDP averages the gradients."""
 
-    def __init__(self, module: Any, settings: TrainSettings, device: torch.device) -> None:
+    def __init__(self, module: Any, settings: TrainSettings, device: torch.device, loaded_once: bool = False) -> None:
+        if loaded_once:
+            fill(module, device)
         self.module = module.to(device)
         self._max_norm = settings.max_grad_norm
         self._writer = StateWriter(settings.background_checkpoints)

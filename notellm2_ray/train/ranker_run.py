@@ -24,6 +24,7 @@ from notellm2_ray.train.batches import prefetched
 from notellm2_ray.train.checkpoints import RunFiles
 from notellm2_ray.train.engine import num_trained
 from notellm2_ray.train.engines import make_engine
+from notellm2_ray.train.one_load import build_once
 from notellm2_ray.train.ranker_data import (
     QuestionFeatures,
     QuestionPreparer,
@@ -72,23 +73,19 @@ class RankerRun(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
     stage, unit = "train-ranker", "prompts"
 
     def __init__(self, job: RankerJob, device: torch.device, report: Report) -> None:
-        """Build everything, with the same weights on every rank."""
+        """Build everything, from weights that rank 0 loads."""
         tune, settings = job.tune, resolved_precision(train_settings(job.tune), device)
         super().__init__(RunFiles(job.output, "adapter"), settings, tune.seed, device, report)
         self.job, self.per_step = job, tune.batch_size
         bf16 = settings.precision == "bf16"
-        # Frozen weights need no higher precision than their products.
-        network = load_network(job.model_path, torch.bfloat16 if bf16 else torch.float32)
-        if device.type == "cpu":
-            attend_eagerly(network.get_decoder())
-        self.ranker = RankerModel(network, tune)
+        self.ranker = build_once(lambda: _ranker(job, bf16, device))
         self.module = RankerStep(self.ranker, bf16)
         self.chat = ChatTokenizer.from_pretrained(job.model_path)
         prompter = RankerPrompter(self.chat, job.ranker, job.language)
         self.preprocessor = RankerPreprocessor(prompter, load_processor(job.model_path), tune.loss_on)
         self._blank = self.preprocessor.blank() if self._needs_blanks() else None
         self._num_trained = num_trained(self.module)
-        self.engine = make_engine(self.module, settings, device)
+        self.engine = make_engine(self.module, settings, device, loaded_once=distributed.world_size() > 1)
         self._read_data()
 
     def _read_data(self) -> None:
@@ -208,6 +205,14 @@ class RankerRun(TrainingRun[tuple[np.ndarray, list[RankerFeatures]]]):
             for group in self._groups(features):
                 own[group] = self.module(self._batch([features[place] for place in group]), ids)[: len(group)]
             yield distributed.gather_rows(own)[0].cpu().numpy()
+
+
+def _ranker(job: RankerJob, bf16: bool, device: torch.device) -> RankerModel:
+    # Frozen weights need no higher precision than their products.
+    network = load_network(job.model_path, torch.bfloat16 if bf16 else torch.float32)
+    if device.type == "cpu":
+        attend_eagerly(network.get_decoder())
+    return RankerModel(network, job.tune)
 
 
 def train_settings(tune: TuneSettings) -> TrainSettings:

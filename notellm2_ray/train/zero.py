@@ -23,6 +23,7 @@ from notellm2_ray.core.errors import OutputError
 from notellm2_ray.core.settings.train import TrainSettings
 from notellm2_ray.train.distributed import gather_rows, rank
 from notellm2_ray.train.engine import adamw, parameter_groups, set_learning_rates
+from notellm2_ray.train.one_load import fill, share_out
 from notellm2_ray.train.state_writer import StateWriter
 
 _TAG = "zero"
@@ -32,17 +33,22 @@ _MAX_BUCKET = 200_000_000  # elements; DeepSpeed allocates a whole bucket howeve
 class ZeroEngine:
     """DeepSpeed around the module."""
 
-    def __init__(self, module: Any, settings: TrainSettings, device: torch.device) -> None:
+    def __init__(self, module: Any, settings: TrainSettings, device: torch.device, loaded_once: bool = False) -> None:
         deepspeed = _import_deepspeed(device)
         self._device = device
         self._sharded = settings.zero_stage == 3
         offloaded = device.type == "cuda" and settings.offload != "none"
+        # Before weights are divided, which takes their shapes away.
+        groups, config = parameter_groups(module, settings), zero_config(module, settings)
+        if loaded_once and self._sharded:
+            share_out(module, device, config)
+        elif loaded_once:
+            fill(module, device)
         if not offloaded:
             module.to(device)
-        groups = parameter_groups(module, settings)
         optimizer = _cpu_adamw(groups, settings) if offloaded else adamw(groups, settings)
         self._engine, *_ = deepspeed.initialize(
-            model=module, optimizer=optimizer, config=zero_config(module, settings), dist_init_required=False
+            model=module, optimizer=optimizer, config=config, dist_init_required=False
         )
         self.module = module
         self._writer = StateWriter(settings.background_checkpoints)

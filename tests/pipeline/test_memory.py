@@ -39,7 +39,7 @@ def test_training_says_what_memory_is_for_and_on_which_gpu_it_fits(given):
     line = next(one for one in text.splitlines() if one.startswith("memory of train-embedder notellm2, of each GPU"))
     for part in ("weights", "master copies", "gradients", "optimizer moments", "activations"):
         assert re.search(rf"{part} [\d.]+ [GM]iB", line), part
-    assert "fits into a GPU of 15 GiB or more" in text and "of the host" in text
+    assert "fits into a GPU of 15 GiB or more" in text and "of its host" in text
 
 
 def peak(text):

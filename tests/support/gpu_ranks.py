@@ -81,6 +81,9 @@ class _Twin:
         self._check("reduce_scatter_tensor", own, whole)
         own.copy_(2 * whole[: len(own)])
 
+    def broadcast(self, tensor: torch.Tensor, src: int) -> None:
+        self._check("broadcast", tensor)
+
     def all_gather_object(self, values: list[Any], value: Any) -> None:
         values[:] = [value, value]
 

@@ -66,7 +66,7 @@ def test_an_embedder_trains_and_validates_as_one_of_two_gpus(directory, tmp_path
     with first_of_two_gpus() as calls:
         counts = EmbedderRun(job, GPU, lambda directory, metrics: None).run()
     assert counts["steps"] == 2 and (RunFiles(tmp_path).best(counts["best_step"]) / "model.safetensors").exists()
-    assert set(calls) == {"all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"}
+    assert set(calls) == {"broadcast", "all_reduce", "all_gather_into_tensor", "reduce_scatter_tensor"}
 
 
 def test_a_ranker_tunes_and_validates_as_one_of_two_gpus(tmp_path):
@@ -82,7 +82,7 @@ def test_a_ranker_tunes_and_validates_as_one_of_two_gpus(tmp_path):
     with first_of_two_gpus() as calls:
         job = RankerJob(ranker, tune, str(material / "mllm"), files, tmp_path)
         assert RankerRun(job, GPU, lambda directory, metrics: None).run()["steps"] == 2
-    assert set(calls) == {"all_reduce", "all_gather_into_tensor"}
+    assert set(calls) == {"broadcast", "all_reduce", "all_gather_into_tensor"}
 
 
 class _Parameter(NamedTuple):
