@@ -184,5 +184,5 @@ def test_an_error_of_a_worker_that_is_the_users_is_raised_as_it_is(ray_cluster, 
 
 
 def test_a_cluster_that_is_too_small_is_refused(ray_cluster, trained_on, tmp_path):
-    with pytest.raises(ConfigError, match=r"needs 1000 CPUs .*train.cpus_per_worker"):
+    with pytest.raises(ConfigError, match=r"needs 1000 CPUs.*train.cpus_per_worker"):
         _train(trained_on, tmp_path, cpus_per_worker=500)

@@ -316,7 +316,7 @@ def test_a_killed_worker_changes_nothing(undisturbed, directory, tmp_path):
 
 @pytest.mark.slow
 def test_a_cluster_that_is_too_small_is_refused(ray_cluster, directory, tmp_path):
-    with pytest.raises(ConfigError, match=r"needs 1000 CPUs .*tune.cpus_per_worker"):
+    with pytest.raises(ConfigError, match=r"needs 1000 CPUs.*tune.cpus_per_worker"):
         _run(directory, tmp_path, cpus_per_worker=500)
 
 
