@@ -6,8 +6,6 @@ BIN := $(VENV)/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 # Nothing is reported to anyone, and nothing is fetched that was not asked for.
 export RAY_USAGE_STATS_ENABLED := 0
-# Ray gives its own processes 30 s to start, which a busy machine may exceed.
-export RAY_raylet_start_wait_time_s := 120
 
 .PHONY: demo test test-real check docs install browser clean
 
