@@ -34,3 +34,9 @@ class MissingOutputError(OutputError):
     def __init__(self, message: str, directory: object) -> None:
         super().__init__(message)
         self.directory = directory
+
+
+def first_line(error: Exception) -> str:
+    """The first line of an exception's message, or its type if it has none."""
+    text = str(error).strip()
+    return text.splitlines()[0] if text else type(error).__name__

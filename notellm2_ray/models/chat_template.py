@@ -8,9 +8,8 @@ from typing import Any, NamedTuple
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
-from notellm2_ray.core.errors import ModelError
+from notellm2_ray.core.errors import ModelError, first_line
 from notellm2_ray.core.thoughts import closed_thought
-from notellm2_ray.models.llm import first_line
 
 _SYSTEM, _USER = "0SYSTEM0WORDS0", "0USER0WORDS0"  # stand-ins that no template alters
 # Errors of a template that does not support the given messages: its own refusal, or any Python error.

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_MASKED_LM_MAPPING,
 )
 
-from notellm2_ray.core.errors import ModelError
+from notellm2_ray.core.errors import ModelError, first_line
 from notellm2_ray.models.quiet import quiet_loading
 
 IMAGE_TOKEN = "<IMG>"
@@ -177,9 +177,3 @@ def _embedding_table(llm: PreTrainedModel) -> torch.Tensor:
     table = llm.get_input_embeddings().weight
     assert isinstance(table, torch.Tensor)
     return table
-
-
-def first_line(error: Exception) -> str:
-    """The first line of an exception's message."""
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__

@@ -6,8 +6,8 @@ from typing import Any
 
 from transformers import AutoProcessor
 
-from notellm2_ray.core.errors import ModelError
-from notellm2_ray.models.llm import first_line, refuse_mistral_common
+from notellm2_ray.core.errors import ModelError, first_line
+from notellm2_ray.models.llm import refuse_mistral_common
 from notellm2_ray.models.quiet import quiet_loading
 
 

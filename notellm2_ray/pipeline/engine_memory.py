@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from notellm2_ray.core.errors import NoteLLMError
+from notellm2_ray.core.errors import NoteLLMError, first_line
 from notellm2_ray.core.settings import Settings
 from notellm2_ray.infer.card_memory import cache_bytes, card_share, weight_bytes
 from notellm2_ray.infer.model_facts import read_config
@@ -26,7 +26,7 @@ def engine_memory(settings: Settings, model: str) -> list[str]:
         weights = weight_bytes(path, engine.dtype)
         share = card_share(engine) if engine.gpus_per_engine else None
     except (NoteLLMError, OSError) as error:
-        return [f"memory of an engine with {model}: not foretold, {str(error).splitlines()[0]}"]
+        return [f"memory of an engine with {model}: not foretold, {first_line(error)}"]
     if weights is None:
         return [f"memory of an engine with {model}: not foretold, its weights are not safetensors"]
     weights //= engine.tensor_parallel

@@ -7,7 +7,7 @@ from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 from notellm2_ray.core.config import build, merge, to_plain
-from notellm2_ray.core.errors import NoteLLMError
+from notellm2_ray.core.errors import NoteLLMError, first_line
 from notellm2_ray.core.settings import LoraSettings, ModelSettings, Settings, TuneSettings
 from notellm2_ray.models.embedder.kinds import kind_of
 from notellm2_ray.pipeline import embedders, ranking_outputs
@@ -107,7 +107,7 @@ def _training(
         memory, built = measure(settings)
     except (NoteLLMError, OSError, ValueError, RuntimeError, NotImplementedError) as error:
         # Also of a network whose forward pass looks at its data, which fake tensors do not have.
-        return [f"memory of {title}: not foretold, {str(error).splitlines()[0]}"]
+        return [f"memory of {title}: not foretold, {first_line(error)}"]
     knobs = getattr(settings, section)
     on_gpu = knobs.gpus_per_worker > 0
     each = "GPU" if on_gpu else "worker"

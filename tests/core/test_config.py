@@ -98,13 +98,12 @@ def test_paper_presets_have_the_papers_hyperparameters():
         assert (settings.pairs.lower, settings.pairs.upper, settings.pairs.top) == (0.01, 30, 3)
 
 
-@pytest.mark.parametrize(("llm", "start"), [("tiny", 1.5), ("packaged", 1.5), ("models/SmolLM2-135M", 3)])
-def test_a_real_llm_on_a_laptop_starts_at_the_papers_temperature(llm, start):
+@pytest.mark.parametrize(("llm", "temperature"), [("tiny", 1.5), ("packaged", 1.5), ("models/SmolLM2-135M", 3)])
+def test_a_real_llm_on_a_laptop_starts_at_the_papers_temperature(llm, temperature):
     settings = load_settings(None, "laptop", [f"model.llm={llm}"])
-    assert settings.model.start_temperature == start
-    assert (
-        load_settings(None, "laptop", [f"model.llm={llm}", "model.initial_temperature=2"]).model.start_temperature == 2
-    )
+    assert settings.model.start_temperature == temperature
+    chosen = load_settings(None, "laptop", [f"model.llm={llm}", "model.initial_temperature=2"])
+    assert chosen.model.start_temperature == 2
 
 
 def test_unknown_preset_lists_the_known_ones():

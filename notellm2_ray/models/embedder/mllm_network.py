@@ -10,11 +10,11 @@ from torch import nn
 from transformers import AutoModelForImageTextToText, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING
 
-from notellm2_ray.core.errors import ModelError
+from notellm2_ray.core.errors import ModelError, first_line
 from notellm2_ray.core.settings.model import ModelSettings
 from notellm2_ray.models.embedder.mllm_inputs import MllmBatch
 from notellm2_ray.models.embedder.vectors import NOTE, NoteVectors, projection
-from notellm2_ray.models.llm import first_line, read_config, require_all_weights
+from notellm2_ray.models.llm import read_config, require_all_weights
 from notellm2_ray.models.quiet import quiet_loading
 
 _NEEDED = (

@@ -15,11 +15,11 @@ from transformers.models.auto.modeling_auto import (
     MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING,
 )
 
-from notellm2_ray.core.errors import ModelError
+from notellm2_ray.core.errors import ModelError, first_line
 from notellm2_ray.core.run import stream_seed
 from notellm2_ray.core.settings.ranking import TuneSettings
 from notellm2_ray.models.chat import load_processor
-from notellm2_ray.models.llm import first_line, read_config, require_all_weights
+from notellm2_ray.models.llm import read_config, require_all_weights
 from notellm2_ray.models.lora import add_lora
 from notellm2_ray.models.quiet import quiet_loading
 from notellm2_ray.models.ranker.inputs import IGNORED, RankerBatch

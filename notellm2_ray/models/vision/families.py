@@ -13,8 +13,7 @@ from typing import Any
 
 from transformers import CONFIG_MAPPING, MODEL_MAPPING, AutoConfig, PretrainedConfig, PreTrainedModel
 
-from notellm2_ray.core.errors import ModelError
-from notellm2_ray.models.llm import first_line
+from notellm2_ray.core.errors import ModelError, first_line
 
 NEEDED = (
     "model.vision needs the directory or hub name of a vision encoder with states of square patches, such as a CLIP, "

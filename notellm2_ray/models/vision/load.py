@@ -10,9 +10,9 @@ from torch import nn
 from transformers import PretrainedConfig, PreTrainedModel
 from transformers.utils import cached_file
 
-from notellm2_ray.core.errors import ModelError
+from notellm2_ray.core.errors import ModelError, first_line
 from notellm2_ray.core.settings.model import VisionPooling
-from notellm2_ray.models.llm import first_line, require_all_weights
+from notellm2_ray.models.llm import require_all_weights
 from notellm2_ray.models.quiet import quiet_loading
 from notellm2_ray.models.vision import families, openclip, timm_models
 from notellm2_ray.models.vision.pixels import ImageSettings

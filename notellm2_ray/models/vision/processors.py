@@ -10,8 +10,7 @@ import numpy as np
 from PIL import Image
 from transformers import AutoImageProcessor, PretrainedConfig
 
-from notellm2_ray.core.errors import ModelError
-from notellm2_ray.models.llm import first_line
+from notellm2_ray.core.errors import ModelError, first_line
 from notellm2_ray.models.vision.pixels import ImageSettings, from_processor
 
 _HALF = (0.5, 0.5, 0.5)

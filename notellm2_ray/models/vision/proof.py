@@ -7,8 +7,7 @@ from typing import Any
 
 import torch
 
-from notellm2_ray.core.errors import ModelError
-from notellm2_ray.models.llm import first_line
+from notellm2_ray.core.errors import ModelError, first_line
 from notellm2_ray.models.vision import families
 from notellm2_ray.models.vision.tower import VisionTower
 

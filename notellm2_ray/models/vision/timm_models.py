@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 
 from transformers import PretrainedConfig, PreTrainedModel
 
-from notellm2_ray.core.errors import ModelError
-from notellm2_ray.models.llm import first_line
+from notellm2_ray.core.errors import ModelError, first_line
 from notellm2_ray.models.vision.pixels import ImageSettings
 from notellm2_ray.models.vision.processors import from_timm
 
